@@ -1,0 +1,83 @@
+"""Dynamic Influence Tracker for MLflow: which training samples did this, and when?
+
+Everything a user needs is importable from here; the names are loaded on first use, so that
+``import dit_mlflow`` (which MLflow does in every process, through the plugin) imports neither
+torch nor mlflow.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit_mlflow.errors import (
+        DitError,
+        InputError,
+        TrainingError,
+        TrajectoryError,
+        UnsupportedError,
+        WorkloadError,
+    )
+    from dit_mlflow.evaluation import leave_one_out
+    from dit_mlflow.influence import Influence, Query, Window, mean_validation_loss, parse_windows, track
+    from dit_mlflow.trajectory import (
+        Trajectory,
+        TrajectoryRecorder,
+        Workload,
+        load_workload,
+        train,
+    )
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "dit_mlflow.errors": (
+        "DitError",
+        "InputError",
+        "TrainingError",
+        "TrajectoryError",
+        "UnsupportedError",
+        "WorkloadError",
+    ),
+    "dit_mlflow.trajectory": ("Trajectory", "TrajectoryRecorder", "Workload", "load_workload", "train"),
+    "dit_mlflow.influence": (
+        "Influence",
+        "Query",
+        "Window",
+        "mean_validation_loss",
+        "parse_windows",
+        "track",
+    ),
+    "dit_mlflow.evaluation": ("leave_one_out",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: RUF022  (in the order a reader meets them)
+    "Workload",
+    "load_workload",
+    "TrajectoryRecorder",
+    "train",
+    "Trajectory",
+    "Window",
+    "parse_windows",
+    "Query",
+    "mean_validation_loss",
+    "track",
+    "leave_one_out",
+    "Influence",
+    "DitError",
+    "InputError",
+    "TrainingError",
+    "TrajectoryError",
+    "UnsupportedError",
+    "WorkloadError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

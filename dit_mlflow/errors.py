@@ -1,0 +1,25 @@
+"""The errors a user can meet. Each message says what came, what was expected and how to fix it."""
+
+
+class DitError(Exception):
+    """Base of every error that dit_mlflow raises on purpose."""
+
+
+class InputError(DitError, ValueError):
+    """An argument or setting has a value that cannot be used."""
+
+
+class WorkloadError(DitError):
+    """A workload cannot be found, built, or used as it stands."""
+
+
+class TrajectoryError(DitError):
+    """A trajectory is missing, damaged, or does not belong to the workload given."""
+
+
+class TrainingError(DitError):
+    """Training cannot go on (a loss that is not a number, say); what was recorded is kept."""
+
+
+class UnsupportedError(DitError):
+    """The training does something that influence cannot be computed through, and why."""

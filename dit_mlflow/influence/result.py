@@ -1,0 +1,153 @@
+"""Influence scores: the one result type that every method returns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.influence.window import Window
+
+SIGN_CONVENTION = (
+    "influence = change in the query caused by removing the sample; for a loss, positive = helpful "
+    "(removal raises the loss), negative = harmful (removal lowers it)"
+)
+
+SCORES_FILE = "scores.parquet"
+METADATA_FILE = "metadata.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Influence:
+    """Scores of every training sample, per window and query.
+
+    **Sign**: the change in the query caused by removing the sample. For a loss, positive = helpful,
+    negative = harmful.
+
+    Attributes:
+        scores: float64 ``[windows, queries, samples]``, in units of the query; NaN = not computed.
+        windows: the windows, in the order of the first axis.
+        queries: their names, in the order of the second axis.
+        samples: int64 ``[samples]``, training set indices in the order of the third axis.
+        kind: ``local``, ``final`` or ``cumulative``; ``none`` for methods without one.
+        method: the estimator's name.
+        metadata: whatever else describes the result (trajectory digest, dtype, cost); JSON values.
+    """
+
+    scores: np.ndarray
+    windows: tuple[Window, ...]
+    queries: tuple[str, ...]
+    samples: np.ndarray
+    kind: str
+    method: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expected = (len(self.windows), len(self.queries), len(self.samples))
+        if self.scores.shape != expected:
+            raise InputError(
+                f"scores have shape {self.scores.shape}; expected [windows, queries, samples] = {expected}"
+            )
+
+    def of(self, window: Window | int, query: str | None = None) -> np.ndarray:
+        """Scores ``[samples]`` of one window (itself or its position) and query (default: the first)."""
+        position = self.windows.index(window) if isinstance(window, Window) else window
+        return self.scores[position, 0 if query is None else self.queries.index(query)]
+
+    def select(self, windows: list[Window]) -> Influence:
+        """The same result with only ``windows``, in that order."""
+        positions = [self.windows.index(window) for window in windows]
+        return Influence(
+            self.scores[positions],
+            tuple(windows),
+            self.queries,
+            self.samples,
+            self.kind,
+            self.method,
+            self.metadata,
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """Long form: ``sample_index, window_index, window_start, window_end, query, score``."""
+        window, query, sample = (axis.ravel() for axis in np.indices(self.scores.shape))
+        bounds = np.array([(window.start, window.end) for window in self.windows]).reshape(-1, 2)
+        return pd.DataFrame(
+            {
+                "sample_index": self.samples[sample],
+                "window_index": window,
+                "window_start": bounds[window, 0],
+                "window_end": bounds[window, 1],
+                "query": np.asarray(self.queries, dtype=object)[query],
+                "score": self.scores.ravel(),
+            }
+        )
+
+    def top(self, k: int) -> pd.DataFrame:
+        """The ``k`` most harmful and the ``k`` most helpful samples of each window and query.
+
+        Columns as :meth:`to_frame`, and ``side`` (``harmful``: negative scores, most negative first; ``helpful``:
+        positive scores, largest first) and ``rank`` from 1.
+        """
+        frame = self.to_frame().dropna(subset=["score"])
+        keys = ["window_index", "query"]
+        sides = []
+        for side, kept, ascending in (
+            ("harmful", frame[frame["score"] < 0], True),
+            ("helpful", frame[frame["score"] > 0], False),
+        ):
+            ordered = kept.sort_values([*keys, "score"], ascending=[True, True, ascending], kind="stable")
+            best = ordered.groupby(keys, sort=False).head(k).copy()
+            best["side"] = side
+            best["rank"] = best.groupby(keys, sort=False).cumcount() + 1
+            sides.append(best)
+        return pd.concat(sides, ignore_index=True)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``scores.parquet`` (long form) and ``metadata.json`` into ``directory``, made if missing."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.to_frame().to_parquet(folder / SCORES_FILE, index=False)
+        description = {
+            "kind": self.kind,
+            "method": self.method,
+            "queries": list(self.queries),
+            "windows": [[window.start, window.end] for window in self.windows],
+            "num_samples": len(self.samples),
+            "sign_convention": SIGN_CONVENTION,
+            **self.metadata,
+        }
+        (folder / METADATA_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Influence:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: the folder does not hold a result, or its two files contradict each other.
+        """
+        folder = Path(directory)
+        try:
+            description = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
+            frame = pd.read_parquet(folder / SCORES_FILE)
+        except (OSError, ValueError) as error:
+            raise InputError(f"no influence result in {folder}: {error}") from error
+        known = {"kind", "method", "queries", "windows", "num_samples", "sign_convention"}
+        shape = (len(description["windows"]), len(description["queries"]), description["num_samples"])
+        if len(frame) != np.prod(shape):
+            raise InputError(f"{folder / SCORES_FILE} has {len(frame)} rows; {METADATA_FILE} announces {shape}")
+        return cls(
+            scores=frame["score"].to_numpy().reshape(shape),
+            windows=tuple(Window(*bounds) for bounds in description["windows"]),
+            queries=tuple(description["queries"]),
+            samples=frame["sample_index"].to_numpy()[: shape[2]],
+            kind=description["kind"],
+            method=description["method"],
+            metadata={key: value for key, value in description.items() if key not in known},
+        )

@@ -1,0 +1,100 @@
+"""Windows of training steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from dit_mlflow.errors import InputError
+
+
+@dataclass(frozen=True, order=True)
+class Window:
+    """The steps ``start … end - 1``, ``0 <= start < end``.
+
+    Raises:
+        InputError: the bounds are not in that order.
+    """
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end:
+            raise InputError(f"window {self.start}:{self.end}: expected 0 <= start < end, in steps")
+
+    def __contains__(self, t: int) -> bool:
+        return self.start <= t < self.end
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.end}"
+
+
+class Timeline(Protocol):
+    """What windows are laid out on: a trajectory, or the plan of one."""
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def epoch_ends(self) -> tuple[int, ...]: ...
+
+
+def parse_windows(text: str, trajectory: Timeline) -> list[Window]:
+    """Read windows as a user writes them.
+
+    Args:
+        text: ``"epochs"`` for one window per epoch; ``"8"`` for 8 equal windows that cover training (bounds
+            ``floor(k * T / 8)``); ``"0:80,80:160"`` for explicit step ranges, end excluded.
+        trajectory: anything with ``num_steps`` and ``epoch_ends``.
+
+    Raises:
+        InputError: the text is none of these, or a window lies outside training.
+
+    >>> from dit_mlflow.trajectory import Plan
+    >>> [str(window) for window in parse_windows("3", Plan((5, 10)))]
+    ['0-3', '3-6', '6-10']
+    """
+    text = text.strip()
+    steps = trajectory.num_steps
+    if text == "epochs":
+        bounds = [0, *trajectory.epoch_ends]
+        return [Window(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    if text.isdecimal():
+        return _equal_windows(int(text), steps)
+    windows = [_parse_range(part, text) for part in text.split(",")]
+    check_windows(windows, steps)
+    return windows
+
+
+def check_windows(windows: list[Window], num_steps: int) -> None:
+    """Raise :class:`InputError` unless there is a window and all end within training."""
+    if not windows:
+        raise InputError("no window was given; expected at least one")
+    late = [window for window in windows if window.end > num_steps]
+    if late:
+        raise InputError(
+            f"window {late[0].start}:{late[0].end} ends past training, which has {num_steps} steps "
+            f"(0 … {num_steps - 1}); the last window can end at {num_steps}"
+        )
+
+
+def _equal_windows(count: int, steps: int) -> list[Window]:
+    if not 1 <= count <= steps:
+        raise InputError(f"{count} windows were asked over {steps} steps; expected 1 … {steps}")
+    bounds = [k * steps // count for k in range(count + 1)]
+    return [Window(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _parse_range(part: str, text: str) -> Window:
+    start, colon, end = part.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        bounds = int(start), int(end)
+    except ValueError:
+        raise InputError(
+            f"windows={text!r} cannot be read at {part!r}; expected 'epochs', a number of equal windows such as "
+            "'8', or step ranges such as '0:80,80:160'"
+        ) from None
+    return Window(*bounds)

@@ -1,0 +1,222 @@
+"""The gradient of a recorded step, ``g_t(theta, b, w)``, and what stands between it and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.trajectory.manifest import Manifest
+from dit_mlflow.trajectory.random_state import RandomState, preserved_random_state
+from dit_mlflow.trajectory.step import Step
+from dit_mlflow.trajectory.workload import Batch, Workload, to_like
+
+Parameters = Mapping[str, Tensor]
+Term = Callable[[Parameters, Parameters, Tensor | None], Tensor]
+"""``(parameters, buffers, weights [sum B]) -> scalar``: a part of the objective of a step."""
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """One forward pass of a step: the collated samples, their ``c_i`` [B], the random state before it."""
+
+    batch: Batch
+    coefficients: Tensor
+    random_state: RandomState | None
+
+    @property
+    def size(self) -> int:
+        return len(self.coefficients)
+
+
+class Dynamics:
+    """A workload's model and loss as functions of parameters, on a copy of the model.
+
+    Args:
+        workload: model, data, loss.
+        manifest: what was recorded; the model's tensors must match it by name and shape.
+        dtype: floating dtype of all computation; ``None`` = as recorded. Random numbers are drawn in the
+            recorded dtype and then cast.
+
+    Raises:
+        TrajectoryError: model or data are not those of the trajectory.
+    """
+
+    def __init__(self, workload: Workload, manifest: Manifest, dtype: torch.dtype | None = None) -> None:
+        self.workload = workload
+        self.dtype = dtype
+        model = workload.build_model()
+        _check_model(model, manifest)
+        if manifest.num_samples not in (None, workload.num_samples):
+            raise TrajectoryError(
+                f"the trajectory was recorded on {manifest.num_samples} training samples; the workload's "
+                f"train_set has {workload.num_samples}"
+            )
+        if dtype is not None:
+            model.to(dtype)
+        self.device = next(model.parameters()).device
+        self.model = model
+        self._call = _Call(model)
+        self._modules = dict(model.named_modules())
+        self._evaluation_mode: frozenset[str] | None = None
+
+    def load(self, step: Step) -> list[MicroBatch]:
+        """Draw the step's micro-batches again, under their recorded random state."""
+        loaded = []
+        for position, indices in enumerate(step.indices):
+            state = step.random_states[position]
+            with _replaying(state):
+                batch = self.workload.batch(indices)
+                before_forward = RandomState.capture() if state is not None else None
+            if step.coefficients is not None:
+                coefficients = torch.from_numpy(step.coefficients[position])
+            else:
+                coefficients = self.workload.batch_coefficients(batch, len(indices))
+            loaded.append(
+                MicroBatch(
+                    to_like(batch, self.device, self.dtype), coefficients.to(self.device), before_forward
+                )
+            )
+        return loaded
+
+    def terms(self, step: Step, batches: list[MicroBatch]) -> Iterator[Term]:
+        """The scalars whose gradients add up to ``g_t``: one per micro-batch, then the regularizer.
+
+        Each is yielded under the random state that its forward pass needs; use it before asking for the next.
+        """
+        self.set_modes(step)
+        offset = 0
+        for micro in batches:
+            with _replaying(micro.random_state):
+                yield partial(self._data_term, micro, slice(offset, offset + micro.size))
+            offset += micro.size
+        if self.workload.regularizer is not None:
+            yield self._regularizer_term
+
+    def gradient(
+        self,
+        parameters: Parameters,
+        buffers: Parameters,
+        step: Step,
+        batches: list[MicroBatch],
+        weights: Tensor | None = None,
+        create_graph: bool = False,
+    ) -> dict[str, Tensor]:
+        """``g_t(theta, b, w)`` by parameter name, before clipping.
+
+        Parameters whose recorded gradient was ``None`` are absent. Micro-batches are added in the order in
+        which ``backward()`` accumulates them, so that the sum is the recorded one bit for bit.
+
+        Args:
+            weights: ``w_i`` for all samples of the step in batch order, ``[sum B]``; ``None`` = all 1.
+        """
+        inputs = {
+            name: value
+            for name, value in parameters.items()
+            if value.requires_grad and name not in step.no_gradient
+        }
+        total: dict[str, Tensor] = {}
+        for term in self.terms(step, batches):
+            parts = torch.autograd.grad(
+                term(parameters, buffers, weights),
+                list(inputs.values()),
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+            for name, part in zip(inputs, parts, strict=True):
+                if part is not None:
+                    total[name] = total[name] + part if name in total else part
+        return {
+            name: total[name] if name in total else torch.zeros_like(value) for name, value in inputs.items()
+        }
+
+    def _data_term(
+        self,
+        micro: MicroBatch,
+        part: slice,
+        parameters: Parameters,
+        buffers: Parameters,
+        weights: Tensor | None,
+    ) -> Tensor:
+        losses = self.call(
+            parameters, buffers, lambda model: self.workload.sample_losses(model, micro.batch, micro.size)
+        )
+        terms = micro.coefficients.to(losses.dtype) * losses
+        return terms.sum() if weights is None else (weights[part] * terms).sum()
+
+    def _regularizer_term(self, parameters: Parameters, buffers: Parameters, weights: Tensor | None) -> Tensor:
+        assert self.workload.regularizer is not None
+        return self.call(parameters, buffers, self.workload.regularizer)
+
+    def clip(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The workload's clipping, differentiable; the same arithmetic as ``torch.nn.utils.clip_grad_*``."""
+        clipped = gradients
+        if (limit := self.workload.clip_grad_norm) is not None and gradients:
+            norm = torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(value) for value in gradients.values()])
+            )
+            factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+            clipped = {name: value * factor for name, value in clipped.items()}
+        if (bound := self.workload.clip_grad_value) is not None:
+            clipped = {name: value.clamp(-bound, bound) for name, value in clipped.items()}
+        return clipped
+
+    def call(self, parameters: Parameters, buffers: Parameters, function: Callable[..., Result]) -> Result:
+        """``function(model)`` with the given tensors in place of the model's own."""
+        tensors = {f"model.{name}": value for name, value in {**parameters, **buffers}.items()}
+        return functional_call(self._call, tensors, (function,))  # type: ignore[no-any-return]
+
+    def evaluate(self, parameters: Parameters, buffers: Parameters, function: Callable[..., Result]) -> Result:
+        """``function(model)`` in evaluation mode."""
+        self._evaluation_mode = None
+        self.model.eval()
+        return self.call(parameters, buffers, function)
+
+    def set_modes(self, step: Step) -> None:
+        """Put every module into the mode it was recorded in."""
+        if self._evaluation_mode == step.evaluation_mode:
+            return
+        for name, module in self._modules.items():
+            module.training = name not in step.evaluation_mode
+        self._evaluation_mode = step.evaluation_mode
+
+
+class _Call(nn.Module):
+    """Lets ``functional_call`` run any function of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
+        return function(self.model)
+
+
+@contextmanager
+def _replaying(state: RandomState | None) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    with preserved_random_state():
+        state.restore()
+        yield
+
+
+def _check_model(model: nn.Module, manifest: Manifest) -> None:
+    recorded = {name: layout.shape for name, layout in manifest.model.parameters.items()}
+    given = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    if recorded == given:
+        return
+    name = next(name for name in [*recorded, *given] if recorded.get(name) != given.get(name))
+    raise TrajectoryError(
+        f"the workload's model ({type(model).__name__}) is not the recorded one ({manifest.model.name}): "
+        f"parameter {name!r} has shape {given.get(name, 'none')}, recorded {recorded.get(name, 'none')}"
+    )

@@ -1,0 +1,111 @@
+"""A plain training loop around the recorder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from dit_mlflow.errors import TrainingError, WorkloadError
+from dit_mlflow.trajectory.random_state import preserved_random_state
+from dit_mlflow.trajectory.recorder import TrajectoryRecorder
+from dit_mlflow.trajectory.trajectory import Trajectory
+from dit_mlflow.trajectory.workload import Batch, Workload, to_like
+
+
+def train(
+    workload: Workload,
+    directory: str | Path,
+    init_seed: int = 0,
+    order_seed: int = 0,
+    checkpoint_every: str | int = "sqrt",
+) -> Trajectory:
+    """Train ``workload`` and record it; the caller's random state is left alone.
+
+    Args:
+        workload: with ``optimizer``, ``batch_size`` and ``epochs``.
+        directory: a new folder for the trajectory.
+        init_seed: seed of the weight initialisation.
+        order_seed: seed of the batch order and of the random draws in training.
+        checkpoint_every: see :class:`TrajectoryRecorder`.
+
+    Returns:
+        The trajectory; it replays bit for bit on the same machine. Its last state is the trained model:
+        ``trajectory.checkpoint(trajectory.num_steps).load_into(model)``.
+
+    Raises:
+        WorkloadError: the workload lacks what training needs.
+        TrainingError: a loss is not finite. The steps before are kept, as an incomplete trajectory.
+    """
+    if workload.optimizer is None:
+        raise WorkloadError("Workload.optimizer is needed to train: a function optimizer(model) -> Optimizer")
+    plan = workload.plan
+    with preserved_random_state():
+        torch.manual_seed(init_seed)
+        model = workload.build_model()
+        optimizer = workload.optimizer(model)
+        scheduler = workload.scheduler(optimizer) if workload.scheduler is not None else None
+        loader: DataLoader[Batch] = DataLoader(
+            workload.train_set,
+            batch_size=workload.batch_size,
+            shuffle=True,
+            collate_fn=workload.collate_fn,
+            generator=torch.Generator().manual_seed(order_seed),
+        )
+        torch.manual_seed(order_seed)
+        with (
+            TrajectoryRecorder(model, optimizer, directory, workload, checkpoint_every) as recorder,
+            tqdm(total=plan.num_steps, desc="training", unit="step", disable=None) as progress,
+        ):
+            for epoch in range(len(plan.epoch_ends)):
+                last = len(loader) - 1
+                total = 0.0
+                for position, batch in enumerate(recorder.watch(loader)):
+                    total += _backward(workload, model, batch, position)
+                    if (position + 1) % workload.accumulate and position != last:
+                        continue
+                    total += _finish_gradient(workload, model)
+                    if not math.isfinite(total):
+                        raise TrainingError(
+                            f"the loss is {total} at step {recorder.num_steps} (epoch {epoch}); try a lower "
+                            f"learning rate, or look for infinite inputs. The {recorder.num_steps} steps before "
+                            "are recorded"
+                        )
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    recorder.log(total)
+                    if scheduler is not None:
+                        scheduler.step()
+                    total = 0.0
+                    progress.update()
+    return Trajectory.open(directory)
+
+
+def _backward(workload: Workload, model: nn.Module, batch: Batch, position: int) -> float:
+    """Accumulate the gradient of the epoch's micro-batch number ``position``; returns its objective."""
+    assert workload.batch_size is not None
+    size = min(workload.batch_size, workload.num_samples - position * workload.batch_size)
+    device = next(model.parameters()).device
+    coefficients = workload.batch_coefficients(batch, size).to(device)
+    losses = workload.sample_losses(model, to_like(batch, device, None), size)
+    objective = (coefficients.to(losses.dtype) * losses).sum()
+    objective.backward()  # type: ignore[no-untyped-call]
+    return objective.item()
+
+
+def _finish_gradient(workload: Workload, model: nn.Module) -> float:
+    """Add the regularizer's gradient and clip; returns the regularizer's value."""
+    penalty = 0.0
+    if workload.regularizer is not None:
+        term = workload.regularizer(model)
+        term.backward()  # type: ignore[no-untyped-call]
+        penalty = term.item()
+    if workload.clip_grad_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), workload.clip_grad_norm)
+    if workload.clip_grad_value is not None:
+        nn.utils.clip_grad_value_(model.parameters(), workload.clip_grad_value)
+    return penalty

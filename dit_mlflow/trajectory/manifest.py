@@ -1,0 +1,172 @@
+"""``manifest.json``: what a trajectory consists of. Read as untrusted input, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from dit_mlflow.errors import TrajectoryError
+
+FILE_NAME = "manifest.json"
+
+
+def _plain_name(name: str) -> str:
+    if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
+        raise ValueError(f"{name!r} is not a plain file name")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain_name)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorLayout(_Part):
+    """Shape and dtype (``"float32"``) of a parameter or buffer."""
+
+    shape: tuple[NonNegativeInt, ...]
+    dtype: str
+
+
+class OptimizerLayout(_Part):
+    """Class name in ``torch.optim``, its defaults, and the parameter names of each group."""
+
+    name: str
+    defaults: dict[str, Any]
+    groups: tuple[tuple[str, ...], ...]
+
+
+class ModelLayout(_Part):
+    """The model's class (for messages only) and its tensors by name."""
+
+    name: str
+    parameters: dict[str, TensorLayout]
+    buffers: dict[str, TensorLayout]
+
+
+class StepsFile(_Part):
+    """Rows of the steps ``start … stop - 1``."""
+
+    file: FileName
+    start: NonNegativeInt
+    stop: NonNegativeInt
+
+
+class CheckpointEntry(_Part):
+    """Where ``s_step`` is stored; ``scalars`` are the optimizer's plain numbers by parameter name."""
+
+    step: NonNegativeInt
+    file: FileName
+    scalars: dict[str, dict[str, int | float | bool | None]] = Field(default_factory=dict)
+
+
+class FileEntry(_Part):
+    sha256: str
+    size: NonNegativeInt
+
+
+class WorkloadReference(_Part):
+    reference: str
+    settings: dict[str, Any]
+
+
+class Manifest(_Part):
+    """Everything needed to open a trajectory; see the classes of its fields."""
+
+    format: Literal[1] = 1
+    complete: bool
+    num_steps: NonNegativeInt
+    num_samples: NonNegativeInt | None
+    epoch_ends: tuple[NonNegativeInt, ...]
+    model: ModelLayout
+    optimizer: OptimizerLayout
+    steps: tuple[StepsFile, ...]
+    checkpoints: tuple[CheckpointEntry, ...]
+    files: dict[FileName, FileEntry]
+    workload: WorkloadReference | None
+    dataset: str | None
+    versions: dict[str, str]
+    threads: int
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read and check ``directory/manifest.json``.
+
+        Raises:
+            TrajectoryError: the file is missing, is not a manifest, or contradicts itself.
+        """
+        path = directory / FILE_NAME
+        if not path.is_file():
+            raise TrajectoryError(
+                f"no trajectory in {directory}: {FILE_NAME} is missing; give a folder written by "
+                "TrajectoryRecorder or train()"
+            )
+        try:
+            manifest = cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the whole file"
+            raise TrajectoryError(f"{path} is not a trajectory manifest: {where}: {first['msg']}") from error
+        manifest._check(path)
+        return manifest
+
+    def write(self, directory: Path) -> None:
+        """Replace ``directory/manifest.json`` in one step: readers see the old file or the new one."""
+        content = json.dumps(self.model_dump(mode="json"), indent=1)
+        write_atomically(directory / FILE_NAME, content.encode())
+
+    def digest(self) -> str:
+        """SHA-256 over the hashes of all files: the same trajectory has the same digest anywhere."""
+        listing = "\n".join(f"{name} {entry.sha256}" for name, entry in sorted(self.files.items()))
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+    def _check(self, path: Path) -> None:
+        def need(condition: bool, problem: str) -> None:
+            if not condition:
+                raise TrajectoryError(f"{path} contradicts itself: {problem}")
+
+        covered = 0
+        for part in self.steps:
+            need(part.start == covered < part.stop, f"steps {part.start} … {part.stop} after step {covered}")
+            covered = part.stop
+        need(covered == self.num_steps, f"{covered} steps are stored, {self.num_steps} announced")
+        at = [entry.step for entry in self.checkpoints]
+        need(at == sorted(set(at)), "checkpoints are not in order")
+        need(at[:1] == [0] and at[-1] <= self.num_steps, "checkpoints must start at step 0 and end by the last")
+        named = {part.file for part in self.steps} | {entry.file for entry in self.checkpoints}
+        need(named <= set(self.files), "a file is used but not listed")
+        held = [name for group in self.optimizer.groups for name in group]
+        need(set(held) <= set(self.model.parameters), "the optimizer holds parameters the model lacks")
+        need(len(held) == len(set(held)), "a parameter is in two groups")
+
+
+def write_atomically(path: Path, content: bytes) -> FileEntry:
+    """Write through a temporary file and a rename, synced to disk; returns hash and size."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that decide whether a replay can be bit for bit."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("dit-mlflow", "numpy", "safetensors", "pyarrow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,121 @@
+"""Find a workload by reference, and check its settings before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from dit_mlflow.errors import WorkloadError
+from dit_mlflow.trajectory.workload import Workload
+
+WorkloadFactory = Callable[..., Workload]
+
+
+def load_workload(reference: str, **settings: Any) -> Workload:
+    """Build the workload that ``reference`` names.
+
+    Args:
+        reference: a project folder that exposes ``workload(**settings)``, such as ``"projects/mnist"`` (looked
+            for below the working directory, then beside the installed package), or ``"package.module:factory"``.
+        settings: what the factory takes; strings are converted to the annotated types.
+
+    Returns:
+        The workload, with ``reference`` and the resolved ``settings`` (defaults included) filled in.
+
+    Raises:
+        WorkloadError: the reference or a setting cannot be used.
+    """
+    factory = find_factory(reference)
+    resolved = check_settings(factory, reference, settings)
+    workload = factory(**resolved)
+    if not isinstance(workload, Workload):
+        raise WorkloadError(f"workload {reference!r} returned a {type(workload).__name__}; expected a Workload")
+    return dataclasses.replace(workload, reference=reference, settings={**resolved, **workload.settings})
+
+
+def find_factory(reference: str) -> WorkloadFactory:
+    """The function behind a workload reference; raises :class:`WorkloadError` if there is none."""
+    module_name, colon, name = reference.partition(":")
+    if colon:
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise WorkloadError(f"workload {reference!r}: cannot import {module_name!r}: {error}") from error
+    else:
+        module, name = _load_project(reference), "workload"
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise WorkloadError(f"workload {reference!r}: {module.__name__} has no function {name!r}")
+    return factory  # type: ignore[no-any-return]
+
+
+def check_settings(factory: WorkloadFactory, reference: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` converted to the factory's annotated types, with its defaults added.
+
+    Raises:
+        WorkloadError: an unknown setting, or a value of the wrong type, named with what is allowed.
+    """
+    signature = inspect.signature(factory)
+    hints = get_type_hints(factory)
+    unknown = [name for name in settings if name not in signature.parameters]
+    if unknown:
+        raise WorkloadError(
+            f"workload {reference!r} has no setting {', '.join(map(repr, unknown))}; "
+            f"it takes: {', '.join(signature.parameters)}"
+        )
+    converted = {}
+    for name, value in settings.items():
+        try:
+            converted[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
+        except ValidationError as error:
+            reason = "; ".join(dict.fromkeys(detail["msg"] for detail in error.errors()))
+            raise WorkloadError(f"workload {reference!r}, setting {name}={value!r}: {reason}") from error
+    try:
+        bound = signature.bind(**converted)
+    except TypeError as error:
+        raise WorkloadError(f"workload {reference!r}: {error}") from error
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _load_project(reference: str) -> ModuleType:
+    repository = Path(__file__).parents[2]
+    candidates = [Path.cwd() / reference, repository / reference]
+    for folder in candidates:
+        source = folder / "__init__.py"
+        if source.is_file():
+            return _import_folder(folder.resolve(), source)
+    known = sorted(path.parent.name for path in (repository / "projects").glob("*/__init__.py"))
+    raise WorkloadError(
+        f"workload {reference!r} not found: no __init__.py in {' or '.join(map(str, candidates))}; expected a "
+        f"project folder (here: {', '.join('projects/' + name for name in known) or 'none'}) or "
+        "'package.module:factory'"
+    )
+
+
+def _import_folder(folder: Path, source: Path) -> ModuleType:
+    name = f"dit_mlflow_project_{folder.name}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(source.resolve()):
+        return loaded
+    spec = importlib.util.spec_from_file_location(
+        name, source.resolve(), submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise WorkloadError(f"project {folder} cannot be imported: {error!r}") from error
+    return module

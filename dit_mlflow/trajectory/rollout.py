@@ -1,0 +1,94 @@
+"""Training steps run again from a state: as recorded, or with weights on the samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_mlflow.trajectory.dynamics import Dynamics, MicroBatch, Parameters, Term
+from dit_mlflow.trajectory.manifest import OptimizerLayout
+from dit_mlflow.trajectory.optimizers import build_optimizer, set_hyperparameters
+from dit_mlflow.trajectory.state import State, map_optimizer
+from dit_mlflow.trajectory.step import Step
+
+
+class Rollout:
+    """A model in training, driven by the record through PyTorch's own optimizer.
+
+    Args:
+        dynamics: the gradient of each step.
+        layout: optimizer class and groups.
+        state: where to start; copied.
+        copies: ``None`` for one model; ``K`` for ``K`` models side by side, each with its own weights, whose
+            tensors then carry a leading dimension ``K``. Gradients come from one ``vmap``, random draws are
+            the same for all.
+
+    Cost of a step: one training step, or about ``K`` of them at once. Memory: ``K`` times parameters,
+    gradients, optimizer state and activations.
+    """
+
+    def __init__(
+        self, dynamics: Dynamics, layout: OptimizerLayout, state: State, copies: int | None = None
+    ) -> None:
+        self.dynamics = dynamics
+        self.copies = copies
+
+        def own(value: Tensor) -> Tensor:
+            return value.clone() if copies is None else value.expand(copies, *value.shape).clone()
+
+        self.parameters = {
+            name: own(value).requires_grad_(value.is_floating_point())
+            for name, value in state.parameters.items()
+        }
+        self.buffers = {name: own(value) for name, value in state.buffers.items()}
+        optimizer_state = {
+            name: {
+                key: value.clone() if key == "step" and isinstance(value, Tensor) else value
+                for key, value in entry.items()
+            }
+            for name, entry in state.optimizer.items()
+        }
+        for entry in optimizer_state.values():
+            entry.update({k: own(v) for k, v in entry.items() if k != "step" and isinstance(v, Tensor)})
+        self._optimizer = build_optimizer(layout, self.parameters, State({}, {}, optimizer_state))
+
+    def advance(self, step: Step, batches: list[MicroBatch], weights: Tensor | None = None) -> None:
+        """Make one step. ``weights``: ``w_i``, ``[sum B]`` for one model, ``[K, sum B]`` for copies."""
+        if self.copies is None:
+            gradients = self.dynamics.gradient(self.parameters, self.buffers, step, batches, weights)
+            gradients = self.dynamics.clip(gradients)
+        else:
+            assert weights is not None, "copies differ by their weights"
+            gradients = self._stacked_gradient(step, batches, weights)
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients.get(name)
+        set_hyperparameters(self._optimizer, step.hyperparameters)
+        self._optimizer.step()
+
+    def _stacked_gradient(self, step: Step, batches: list[MicroBatch], weights: Tensor) -> dict[str, Tensor]:
+        values = {name: value.detach() for name, value in self.parameters.items()}
+        rest = {name: values.pop(name) for name in step.no_gradient if name in values}
+
+        def gradient(term: Term) -> dict[str, Tensor]:
+            def objective(trained: Parameters, fixed: Parameters, buffers: Parameters, row: Tensor) -> Tensor:
+                return term({**trained, **fixed}, buffers, row)
+
+            stacked = torch.func.vmap(torch.func.grad(objective), randomness="same")
+            return stacked(values, rest, self.buffers, weights)  # type: ignore[no-any-return]
+
+        parts = [gradient(term) for term in self.dynamics.terms(step, batches)]
+        total = {name: sum(part[name] for part in parts[1:]) + parts[0][name] for name in values}
+        return torch.func.vmap(self.dynamics.clip)(total)  # type: ignore[no-any-return]
+
+    def snapshot(self) -> State:
+        """A copy of the current state (with the leading dimension, if there are copies)."""
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        optimizer = {
+            names[parameter]: {key: value for key, value in entry.items() if value is not None}
+            for parameter, entry in self._optimizer.state.items()
+        }
+        return State(
+            {name: value.detach().clone() for name, value in self.parameters.items()},
+            {name: value.clone() for name, value in self.buffers.items()},
+            map_optimizer(optimizer, torch.clone),
+        )

@@ -1,0 +1,118 @@
+"""State ``s_t = (theta_t, o_t, b_t)``: parameters, optimizer state, buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OptimizerState = Mapping[str, Mapping[str, Any]]
+"""Parameter name -> state key -> tensor, or a plain number."""
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """One point of a training trajectory.
+
+    Attributes:
+        parameters: every parameter of the model by name, whether or not the optimizer holds it.
+        buffers: every persistent or other buffer by name.
+        optimizer: the optimizer's state by parameter name; empty for a parameter that was never stepped.
+    """
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> State:
+        """Detached copies of a model's parameters and buffers."""
+        return cls(
+            {name: value.detach().clone() for name, value in model.named_parameters()},
+            {name: value.detach().clone() for name, value in model.named_buffers()},
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> State:
+        """Apply ``function`` to every tensor."""
+        return State(
+            {name: function(value) for name, value in self.parameters.items()},
+            {name: function(value) for name, value in self.buffers.items()},
+            map_optimizer(self.optimizer, function),
+        )
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> State:
+        """Move to ``device``, floating tensors to ``dtype``. Step counters keep their dtype."""
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, dtype if value.is_floating_point() else None)
+
+        optimizer = {
+            name: {
+                key: value if key == "step" or not isinstance(value, Tensor) else move(value)
+                for key, value in entry.items()
+            }
+            for name, entry in self.optimizer.items()
+        }
+        return State(
+            {name: move(value) for name, value in self.parameters.items()},
+            {name: move(value) for name, value in self.buffers.items()},
+            optimizer,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all tensors."""
+        tensors = [*self.parameters.values(), *self.buffers.values()]
+        tensors += [value for entry in self.optimizer.values() for value in entry.values()]
+        return sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+
+    def load_into(self, model: nn.Module) -> nn.Module:
+        """Copy parameters and buffers into ``model`` (of the same layout) and return it."""
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                value.copy_(self.parameters[name])
+            for name, value in model.named_buffers():
+                value.copy_(self.buffers[name])
+        return model
+
+
+def map_optimizer(state: OptimizerState, function: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Any]]:
+    """Apply ``function`` to every tensor of an optimizer state; plain numbers are kept."""
+    return {
+        name: {key: function(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for name, entry in state.items()
+    }
+
+
+def relative_drift(replayed: State, recorded: State, origin: State) -> float:
+    """How far a replay missed a recorded state, relative to how far training moved.
+
+    ``max |replayed - recorded| / max |recorded - origin|`` over all parameters; 0 means bit for bit,
+    1 that the replay is as wrong as standing still. The denominator is at least the size at which 8 units in
+    the last place of the largest parameter reach :data:`REPLAY_TOLERANCE`, so that a model which hardly moved
+    is not refused for rounding.
+    """
+    miss = moved = scale = 0.0
+    for name, value in recorded.parameters.items():
+        if value.numel() == 0:
+            continue
+        miss = max(miss, _largest(replayed.parameters[name] - value))
+        moved = max(moved, _largest(value - origin.parameters[name]))
+        scale = max(scale, _largest(value) * torch.finfo(value.dtype).eps)
+    if miss == 0.0:
+        return 0.0
+    allowed = max(moved, 8 * scale / REPLAY_TOLERANCE)
+    return miss / allowed if 0.0 < allowed < float("inf") else float("inf")
+
+
+REPLAY_TOLERANCE = 1e-3
+"""Largest :func:`relative_drift` that a replay may have. Another order of summation gives about 1e-6 in
+float32; a wrong loss, coefficient or batch gives 1e-2 to 1."""
+
+
+def _largest(value: Tensor) -> float:
+    largest = value.abs().max().item()
+    return float("inf") if largest != largest else largest

@@ -1,0 +1,174 @@
+"""What a method needs besides the trajectory: model, data, per-sample loss, and what the loop does."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from dit_mlflow.errors import WorkloadError
+
+Batch = Any
+"""Whatever the collate function returns: a tensor, or lists, tuples and dicts of tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """A training job, as far as influence depends on it.
+
+    Attributes:
+        model: a module (copied before use, never changed), or a factory ``() -> module``.
+        loss: ``loss(model, batch) -> [B]``, one value per sample of the batch.
+        train_set: map-style dataset; sample ``i`` is ``train_set[i]``.
+        validation_set: map-style dataset of the default query, the mean validation loss.
+        optimizer: ``optimizer(model) -> torch.optim.Optimizer``; only :func:`train` needs it.
+        batch_size: samples per micro-batch; only :func:`train` needs it.
+        epochs: passes over ``train_set``; only :func:`train` needs it.
+        scheduler: ``scheduler(optimizer)``, stepped after each optimizer step.
+        test_set: judged at the end of training, never used to choose anything.
+        coefficients: ``coefficients(batch) -> [B]``, the factor ``c_i`` with which each sample's loss enters
+            the step; default ``1 / (B * accumulate)``.
+        accumulate: micro-batches per optimizer step.
+        clip_grad_norm, clip_grad_value: gradient clipping before the optimizer step (norm first).
+        regularizer: ``regularizer(model) -> scalar``, a loss term that belongs to no sample.
+        collate_fn: joins samples to a batch; default ``torch.utils.data.default_collate``.
+        corrupted: indices of deliberately damaged training samples, so that detection can be scored.
+        describe: ``describe(index) -> str`` for reports.
+        metrics: ``metrics(model, batch) -> {name: [B]}``, averaged over validation and test set and logged.
+        reference, settings: where the workload came from; set by :func:`load_workload`, recorded with the
+            trajectory, so that a later run can build the same workload.
+    """
+
+    model: nn.Module | Callable[[], nn.Module]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    train_set: Dataset[Any]
+    validation_set: Dataset[Any]
+    optimizer: Callable[[nn.Module], Optimizer] | None = None
+    batch_size: int | None = None
+    epochs: int | None = None
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    test_set: Dataset[Any] | None = None
+    coefficients: Callable[[Batch], Tensor] | None = None
+    accumulate: int = 1
+    clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
+    regularizer: Callable[[nn.Module], Tensor] | None = None
+    collate_fn: Callable[[list[Any]], Batch] | None = None
+    corrupted: Sequence[int] = ()
+    describe: Callable[[int], str] | None = None
+    metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
+    reference: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("train_set", "validation_set"):
+            data = getattr(self, name)
+            if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+                raise WorkloadError(
+                    f"Workload.{name} is a {type(data).__name__}; expected a map-style dataset with "
+                    "__len__ and __getitem__, because samples are known by their index"
+                )
+            if len(data) == 0:
+                raise WorkloadError(f"Workload.{name} is empty; expected at least one sample")
+        for name in ("batch_size", "epochs", "accumulate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise WorkloadError(f"Workload.{name} is {value}; expected 1 or more")
+        outside = [index for index in self.corrupted if not 0 <= index < self.num_samples]
+        if outside:
+            raise WorkloadError(
+                f"Workload.corrupted names samples {outside[:5]} outside 0 … {self.num_samples - 1}"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Number of training samples ``n``."""
+        return len(self.train_set)  # type: ignore[arg-type]
+
+    def build_model(self) -> nn.Module:
+        """A model of the caller's own: a copy of the module, or what the factory makes."""
+        if isinstance(self.model, nn.Module):
+            return copy.deepcopy(self.model)
+        return self.model()
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The collated training samples ``indices``, as the training loop saw them."""
+        return self.collate(self.train_set, indices)
+
+    def collate(self, dataset: Dataset[Any], indices: Sequence[int] | np.ndarray) -> Batch:
+        """Samples ``indices`` of ``dataset`` as one batch."""
+        if self.collate_fn is None and type(dataset) is TensorDataset:
+            picked = torch.as_tensor(indices, dtype=torch.long)
+            return [tensor[picked] for tensor in dataset.tensors]
+        samples = [dataset[int(index)] for index in indices]
+        return (self.collate_fn or default_collate)(samples)
+
+    def batch_coefficients(self, batch: Batch, size: int) -> Tensor:
+        """``c_i`` for a micro-batch of ``size`` samples, shape ``[size]``."""
+        if self.coefficients is None:
+            return torch.full((size,), 1.0 / (size * self.accumulate), dtype=torch.float64)
+        coefficients = self.coefficients(batch)
+        if coefficients.shape != (size,):
+            raise WorkloadError(
+                f"Workload.coefficients returned shape {list(coefficients.shape)} for a batch of {size} "
+                f"samples; expected [{size}], one factor per sample"
+            )
+        return coefficients.detach()
+
+    def sample_losses(self, model: nn.Module, batch: Batch, size: int) -> Tensor:
+        """``loss(model, batch)``, checked to be one value per sample."""
+        losses = self.loss(model, batch)
+        if losses.shape != (size,):
+            raise WorkloadError(
+                f"Workload.loss returned shape {list(losses.shape)} for a batch of {size} samples; expected "
+                f"[{size}], one value per sample (reduction='none'), since influence is asked per sample"
+            )
+        return losses
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The steps that :func:`train` will make, known before it starts."""
+        if self.batch_size is None or self.epochs is None:
+            raise WorkloadError("Workload.batch_size and Workload.epochs are needed to train; give both")
+        micro_batches = math.ceil(self.num_samples / self.batch_size)
+        per_epoch = math.ceil(micro_batches / self.accumulate)
+        return Plan(tuple(per_epoch * epoch for epoch in range(1, self.epochs + 1)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A timeline of steps: all that windows need to be laid out.
+
+    Attributes:
+        epoch_ends: for each epoch, the step after its last one.
+    """
+
+    epoch_ends: tuple[int, ...]
+
+    @property
+    def num_steps(self) -> int:
+        return self.epoch_ends[-1]
+
+
+def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> Batch:
+    """Move every tensor of ``batch`` to ``device``, and floating ones to ``dtype`` if one is given."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, dtype if batch.is_floating_point() else None)
+    if isinstance(batch, Mapping):
+        moved = {key: to_like(value, device, dtype) for key, value in batch.items()}
+        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_like(value, device, dtype) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_like(value, device, dtype) for value in batch)
+    return batch

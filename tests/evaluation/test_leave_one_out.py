@@ -1,0 +1,120 @@
+"""Exact leave-one-out against plain sequential retraining."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import train_again, validation_loss, window_effect
+from torch import nn
+from torch.optim import SGD, AdamW
+from workloads import digits_workload
+
+from dit_mlflow import InputError, Window, leave_one_out, parse_windows, track, train
+from dit_mlflow.evaluation.leave_one_out import _Retraining
+
+OPTIMIZERS: dict[str, Any] = {
+    "nesterov": partial(SGD, lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": partial(AdamW, lr=0.02, weight_decay=0.1),
+}
+
+
+def side_by_side(prefer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the choice away from the stop-watch."""
+    monkeypatch.setattr(_Retraining, "_prefer_side_by_side", lambda *arguments: prefer)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("kind", ["local", "final", "cumulative"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_sequential_retraining(
+    name: str, kind: Any, batched: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = digits_workload(
+        optimizer=lambda model: OPTIMIZERS[name](model.parameters()),
+        clip_grad_norm=0.5,
+        regularizer=lambda model: 0.01 * sum(p.square().sum() for p in model.parameters()),
+    )
+    trajectory = train(workload, tmp_path / "t")
+    windows = [Window(0, 4), Window(3, 8)]
+    samples = [0, 5, 11, 23]
+    side_by_side(batched, monkeypatch)
+    found = leave_one_out(trajectory, workload, windows, kind, samples=samples)
+    assert np.isnan(found.scores).sum() == 2 * (workload.num_samples - len(samples))
+    for window in windows:
+        expected = [window_effect(workload, trajectory, window, kind, j, 0.0) for j in samples]
+        np.testing.assert_allclose(found.of(window)[samples], expected, rtol=1e-7, atol=1e-12)
+
+
+def test_removal_keeps_the_coefficients_of_the_others(tmp_path: Any) -> None:
+    """One step of SGD: removal leaves out the sample's own term, divided by the recorded batch size."""
+    workload = digits_workload(batch_size=8, epochs=1)
+    trajectory = train(workload, tmp_path / "t")
+    step = trajectory.step(0)
+    sample = int(step.samples[3])
+    model = trajectory.checkpoint(0).load_into(workload.build_model()).double()
+    inputs, targets = workload.batch(step.samples)
+    losses = workload.loss(model, (inputs.double(), targets))
+    gradient = torch.autograd.grad(losses.sum() - losses[3], list(model.parameters()))
+    with torch.no_grad():
+        for parameter, part in zip(model.parameters(), gradient, strict=True):
+            parameter -= 0.5 * part / 8
+    recorded = train_again(workload, trajectory, lambda t, i: 1.0, until=1)
+    expected = validation_loss(workload, model) - validation_loss(workload, recorded)
+    found = leave_one_out(trajectory, workload, [Window(0, 1)], samples=[sample]).of(0)[sample]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_chunks_do_not_change_the_numbers(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    side_by_side(True, monkeypatch)
+    windows = parse_windows("3", trajectory)
+    whole = leave_one_out(trajectory, workload, windows, "cumulative")
+    monkeypatch.setattr(_Retraining, "_chunk_size", lambda *arguments: 5)
+    chunked = leave_one_out(trajectory, workload, windows, "cumulative")
+    np.testing.assert_allclose(chunked.scores, whole.scores, rtol=1e-9, atol=1e-14)
+
+
+def test_dropout_follows_the_recorded_masks_or_falls_back(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Batched or not, the numbers are those of the recorded masks."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Dropout(0.4), nn.Linear(6, 3))
+
+    workload = digits_workload(model=model, epochs=2)
+    trajectory = train(workload, tmp_path / "t", order_seed=3)
+    assert trajectory.verify(workload).max_drift == 0
+    windows = [Window(0, trajectory.num_steps)]
+    samples = [1, 7, 20]
+    results = []
+    for batched in (True, False):
+        side_by_side(batched, monkeypatch)
+        results.append(leave_one_out(trajectory, workload, windows, samples=samples).of(0)[samples])
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-7)
+    estimate = track(trajectory, workload, windows, dtype=torch.float64).of(0)[samples]
+    assert np.corrcoef(estimate, results[0])[0, 1] > 0.9
+
+
+def test_samples_outside_a_window_are_exactly_zero(tmp_path: Any) -> None:
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    window = Window(4, 5)
+    met = trajectory.step(4).samples
+    scores = leave_one_out(trajectory, workload, [window]).of(0)
+    missed = np.setdiff1d(np.arange(workload.num_samples), met)
+    assert (scores[missed] == 0).all()
+    assert (scores[met] != 0).all()
+
+
+@pytest.mark.parametrize("samples", [0, 25, [], [24], [-1]])
+def test_samples_that_do_not_exist_are_refused(samples: Any, tmp_path: Any) -> None:
+    workload = digits_workload(epochs=1)
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(InputError, match="expected"):
+        leave_one_out(trajectory, workload, [Window(0, 1)], samples=samples)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+
+from dit_mlflow import InputError, Window, parse_windows
+from dit_mlflow.trajectory import Plan
+
+TIMELINE = Plan((4, 8, 11))
+
+
+@pytest.mark.parametrize(
+    ("text", "bounds"),
+    [
+        ("epochs", [(0, 4), (4, 8), (8, 11)]),
+        ("1", [(0, 11)]),
+        ("3", [(0, 3), (3, 7), (7, 11)]),
+        ("11", [(t, t + 1) for t in range(11)]),
+        ("0:5, 3:11", [(0, 5), (3, 11)]),
+        (" 2:3 ", [(2, 3)]),
+    ],
+)
+def test_windows_are_read(text: str, bounds: list[tuple[int, int]]) -> None:
+    assert [(window.start, window.end) for window in parse_windows(text, TIMELINE)] == bounds
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("abc", "windows='abc' cannot be read"),
+        ("", "cannot be read"),
+        ("0:5,", "cannot be read"),
+        ("0-5", "cannot be read"),
+        ("0:12", "ends past training, which has 11 steps"),
+        ("5:5", "expected 0 <= start < end"),
+        ("-1:5", "expected 0 <= start < end"),
+        ("0", "expected 1 … 11"),
+        ("12", "expected 1 … 11"),
+    ],
+)
+def test_windows_that_cannot_be_used_are_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_windows(text, TIMELINE)
+
+
+def test_membership_is_half_open() -> None:
+    assert [t for t in range(5) if t in Window(1, 3)] == [1, 2]

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dit_mlflow import WorkloadError, load_workload
+
+
+def test_settings_are_converted_and_recorded() -> None:
+    workload = load_workload("projects/mnist", model="logreg", n_train="64", corrupt="0.25", lr="0.5")
+    assert workload.num_samples == 64
+    assert len(workload.corrupted) == 16
+    assert workload.reference == "projects/mnist"
+    assert workload.settings["lr"] == 0.5
+    assert workload.settings["epochs"] == 21
+
+
+def test_recorded_settings_build_the_same_workload() -> None:
+    first = load_workload("projects/mnist", preset="paper", model="logreg")
+    second = load_workload("projects/mnist", **first.settings)
+    assert second.settings == first.settings
+    assert second.settings["lr"] == 0.003
+
+
+def test_module_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = load_workload("workloads:digits_workload", epochs=2)
+    assert workload.plan.num_steps == 6
+
+
+def test_folder_below_the_working_directory_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tmp_path / "projects" / "mnist"
+    project.mkdir(parents=True)
+    (project / "__init__.py").write_text(
+        "from workloads import digits_workload\ndef workload(epochs: int = 5):\n"
+        "    return digits_workload(epochs=epochs)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_workload("projects/mnist", epochs="4").epochs == 4
+
+
+@pytest.mark.parametrize(
+    ("reference", "settings", "message"),
+    [
+        ("projects/nothing", {}, r"not found: no __init__\.py in .*here: .*projects/mnist"),
+        ("no.such.module:f", {}, "cannot import"),
+        ("workloads:nothing", {}, "has no function 'nothing'"),
+        ("workloads:datasets", {}, "returned a tuple; expected a Workload"),
+        ("projects/mnist", {"modle": "dnn"}, "no setting 'modle'; it takes: model, preset"),
+        ("projects/mnist", {"model": "svm"}, "setting model='svm'"),
+        ("projects/mnist", {"epochs": "many"}, "setting epochs='many'"),
+        ("projects/mnist", {"corrupt": "2"}, "corrupt is 2.0"),
+        ("projects/mnist", {"n_train": "5000"}, "5512 samples were asked"),
+    ],
+)
+def test_what_cannot_be_used_is_named(reference: str, settings: dict[str, str], message: str) -> None:
+    with pytest.raises(WorkloadError, match=message):
+        load_workload(reference, **settings)

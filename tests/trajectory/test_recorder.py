@@ -1,0 +1,250 @@
+"""The recorder sees everything and changes nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
+from workloads import SAMPLES, datasets, digits_model, digits_workload, sample_losses
+
+from dit_mlflow import InputError, Trajectory, TrajectoryError, TrajectoryRecorder, UnsupportedError, train
+
+
+class Augmented(Dataset[Any]):
+    """Draws from all three generators for every sample."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = self.data[index]
+        noise = random.random() + float(np.random.rand()) + torch.rand(1)  # noqa: NPY002
+        return inputs + 0.1 * noise, target
+
+
+class Indexed(Dataset[Any]):
+    """Samples that say who they are."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Any:
+        return datasets()[0][index][0], torch.tensor(index)
+
+
+class OddFirst(BatchSampler):
+    def __init__(self) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield [1, 3, 5, 7]
+        yield [0, 2]
+        yield [4, 4, 6]
+
+
+LOADERS: dict[str, dict[str, Any]] = {
+    "in order": {"batch_size": 8},
+    "shuffled": {"batch_size": 8, "shuffle": True},
+    "last batch dropped": {"batch_size": 7, "shuffle": True, "drop_last": True},
+    "sampler with replacement": {"batch_size": 8, "sampler": WeightedRandomSampler([1.0] * SAMPLES, 16)},
+    "batch sampler": {"batch_sampler": OddFirst()},
+    "no batching": {"batch_size": None, "shuffle": True},
+    "two workers": {"batch_size": 8, "shuffle": True, "num_workers": 2},
+    "persistent workers": {"batch_size": 8, "shuffle": True, "num_workers": 1, "persistent_workers": True},
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_watch_knows_the_samples_and_the_loop_sees_the_same(name: str, tmp_path: Path) -> None:
+    def run(directory: Path | None) -> tuple[list[list[int]], torch.Tensor]:
+        torch.manual_seed(5)
+        model = nn.Linear(64, 1)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        loader = DataLoader(Indexed(), **LOADERS[name])
+        recorder = TrajectoryRecorder(model, optimizer, directory) if directory else None
+        if recorder:
+            recorder.__enter__()
+        seen = []
+        for _ in range(2):
+            for inputs, indices in recorder.watch(loader) if recorder else loader:
+                optimizer.zero_grad()
+                model(inputs).mean().backward()
+                optimizer.step()
+                seen.append(np.atleast_1d(indices.numpy()).tolist())
+        if recorder:
+            recorder.__exit__(None, None, None)
+        return seen, torch.get_rng_state()
+
+    plain, plain_random = run(None)
+    watched, watched_random = run(tmp_path / "t")
+    assert watched == plain
+    assert torch.equal(watched_random, plain_random)
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert [trajectory.step(t).samples.tolist() for t in range(trajectory.num_steps)] == plain
+    assert trajectory.num_samples == SAMPLES
+    assert trajectory.epoch_ends == (len(plain) // 2, len(plain))
+
+
+def own_loop(recorder: TrajectoryRecorder | None, model: nn.Module, optimizer: Any, data: Any) -> None:
+    """A user's loop: dropout, augmentation, a scheduler, evaluation between epochs."""
+    loader = DataLoader(data, batch_size=8, shuffle=True)
+    scheduler = OneCycleLR(optimizer, max_lr=0.05, total_steps=9)
+    for _ in range(3):
+        model.train()
+        for inputs, targets in recorder.watch(loader) if recorder else loader:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            if recorder:
+                recorder.log(loss=loss)
+        model.eval()
+        torch.rand(4)
+
+
+def noisy_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 6), nn.ReLU(), nn.Dropout(0.3), nn.Linear(6, 3))
+
+
+def seed_everything() -> None:
+    torch.manual_seed(11)
+    np.random.seed(11)  # noqa: NPY002
+    random.seed(11)
+
+
+def test_recording_changes_no_bit_of_training(tmp_path: Path) -> None:
+    results = []
+    for record in (False, True):
+        seed_everything()
+        model = noisy_model()
+        optimizer = Adam(model.parameters(), lr=0.01)
+        data = Augmented(datasets()[0])
+        if record:
+            with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+                own_loop(recorder, model, optimizer, data)
+        else:
+            own_loop(None, model, optimizer, data)
+        results.append((model.state_dict(), torch.get_rng_state(), random.random(), np.random.rand()))  # noqa: NPY002
+    (plain, *plain_random), (recorded, *recorded_random) = results
+    assert all(torch.equal(plain[name], recorded[name]) for name in plain)
+    assert torch.equal(plain_random[0], recorded_random[0])
+    assert plain_random[1:] == recorded_random[1:]
+
+
+def test_own_loop_with_random_draws_and_a_scheduler_replays_bit_for_bit(tmp_path: Path) -> None:
+    seed_everything()
+    model, data = noisy_model(), Augmented(datasets()[0])
+    optimizer = Adam(model.parameters(), lr=0.01)
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        own_loop(recorder, model, optimizer, data)
+    workload = digits_workload(model=noisy_model, train_set=data)
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert trajectory.complete
+    assert trajectory.verify(workload).max_drift == 0
+    rates = [trajectory.step(t).hyperparameters[0]["lr"] for t in range(9)]
+    assert len(set(rates)) == 9
+    assert all(trajectory.step(t).loss is not None for t in range(9))
+
+
+def test_checkpoints_stand_at_squares_and_at_the_end(tmp_path: Path) -> None:
+    workload = digits_workload(epochs=4)
+    assert train(workload, tmp_path / "a").checkpoint_steps == (0, 1, 4, 9, 12)
+    assert train(workload, tmp_path / "b", checkpoint_every=5).checkpoint_steps == (0, 5, 10, 12)
+    assert train(workload, tmp_path / "c", checkpoint_every=0).checkpoint_steps == (0, 12)
+
+
+def test_modes_frozen_parameters_and_absent_gradients_are_noted(tmp_path: Path) -> None:
+    model = noisy_model()
+    model[0].bias.requires_grad_(False)
+    model[2].eval()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t", checkpoint_every=1) as recorder:
+        for inputs, targets in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+    step = Trajectory.open(tmp_path / "t").step(1)
+    assert step.evaluation_mode == {"2"}
+    assert step.no_gradient == {"0.bias"}
+    workload = digits_workload(model=noisy_model)
+    assert Trajectory.open(tmp_path / "t").verify(workload).max_drift == 0
+
+
+def test_loss_may_be_logged_before_or_after_the_step(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        for number, batch in enumerate(recorder.watch(DataLoader(datasets()[0], batch_size=8))):
+            sample_losses(model, batch).mean().backward()
+            if number == 0:
+                recorder.log(loss=10.0)
+            optimizer.step()
+            if number == 1:
+                recorder.log(loss=torch.tensor(11.0, requires_grad=True))
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert [trajectory.step(t).loss for t in range(3)] == [10.0, 11.0, None]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield torch.zeros(64), 0
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (DataLoader(Stream(), batch_size=2), "iterable dataset"),
+        ([torch.zeros(2)], "expected a torch.utils.data.DataLoader"),
+        (DataLoader(TensorDataset(torch.zeros(3, 64))), "3 samples; the workload's train_set has 24"),
+    ],
+)
+def test_loaders_without_known_samples_are_refused(loader: Any, message: str, tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.raises(InputError, match=message),
+        TrajectoryRecorder(model, optimizer, tmp_path / "t", digits_workload()) as recorder,
+    ):
+        recorder.watch(loader)
+
+
+def test_misuse_is_named(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.raises(TrajectoryError, match=r"without a batch from recorder\.watch"),
+        TrajectoryRecorder(model, optimizer, tmp_path / "a"),
+    ):
+        optimizer.step()
+    with pytest.raises(TrajectoryError, match="already holds a trajectory"):
+        TrajectoryRecorder(model, optimizer, tmp_path / "a")
+    with pytest.raises(InputError, match="checkpoint_every is 'often'"):
+        TrajectoryRecorder(model, optimizer, tmp_path / "b", checkpoint_every="often")
+    with pytest.raises(TrajectoryError, match="not parameters of the recorded model"):
+        TrajectoryRecorder(digits_model(), optimizer, tmp_path / "b")
+    with pytest.raises(UnsupportedError, match=r"Rprop is not supported.*torch\.optim\.AdamW"):
+        TrajectoryRecorder(model, torch.optim.Rprop(model.parameters()), tmp_path / "b")
+    with (
+        pytest.raises(TrajectoryError, match="parameters changed between"),
+        TrajectoryRecorder(model, optimizer, tmp_path / "b") as recorder,
+    ):
+        model[0].weight.data.add_(1)
+        for batch in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
+            sample_losses(model, batch).mean().backward()
+            optimizer.step()
