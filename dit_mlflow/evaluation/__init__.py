@@ -1,5 +1,8 @@
 """Ground truth, correlation and detection."""
 
-from dit_mlflow.evaluation.leave_one_out import leave_one_out
+from dit_mlflow.evaluation.correlation import correlations
+from dit_mlflow.evaluation.detection import detection
+from dit_mlflow.evaluation.ground_truth import leave_one_out
+from dit_mlflow.evaluation.metrics import Metrics
 
-__all__ = ["leave_one_out"]
+__all__ = ["Metrics", "correlations", "detection", "leave_one_out"]

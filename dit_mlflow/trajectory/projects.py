@@ -66,8 +66,9 @@ def check_settings(factory: WorkloadFactory, reference: str, settings: Mapping[s
     """
     signature = inspect.signature(factory)
     hints = get_type_hints(factory)
+    rest = [name for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
     unknown = [name for name in settings if name not in signature.parameters]
-    if unknown:
+    if unknown and not rest:
         raise WorkloadError(
             f"workload {reference!r} has no setting {', '.join(map(repr, unknown))}; "
             f"it takes: {', '.join(signature.parameters)}"
@@ -84,7 +85,10 @@ def check_settings(factory: WorkloadFactory, reference: str, settings: Mapping[s
     except TypeError as error:
         raise WorkloadError(f"workload {reference!r}: {error}") from error
     bound.apply_defaults()
-    return dict(bound.arguments)
+    resolved = dict(bound.arguments)
+    for name in rest:
+        resolved |= resolved.pop(name)
+    return resolved
 
 
 def _load_project(reference: str) -> ModuleType:

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW
 from workloads import digits_workload
 
 from dit_mlflow import InputError, Window, leave_one_out, parse_windows, track, train
-from dit_mlflow.evaluation.leave_one_out import _Retraining
+from dit_mlflow.evaluation.ground_truth import _Retraining
 
 OPTIMIZERS: dict[str, Any] = {
     "nesterov": partial(SGD, lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01),

@@ -1,0 +1,53 @@
+"""How well an estimate agrees with ground truth."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import stats
+
+from dit_mlflow.evaluation.metrics import Metrics
+
+TOP_SHARE = 0.3
+"""Share of samples that the Jaccard index compares (the paper's 30 %)."""
+
+NAMES = ("pearson", "spearman", "kendall", "jaccard_30")
+
+
+def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
+    """``pearson``, ``spearman``, ``kendall`` (tau-b) and ``jaccard_30`` between two score vectors.
+
+    Args:
+        estimate, truth: ``[samples]``; samples where either is NaN are left out.
+
+    Returns:
+        Each in [-1, 1], Jaccard in [0, 1]: the overlap of the two sets of the 30 % highest scores. Undefined, with the
+        reason, for fewer than 2 samples or constant scores.
+    """
+    known = np.isfinite(estimate) & np.isfinite(truth)
+    estimate, truth = estimate[known], truth[known]
+    reason = _why_undefined(estimate, truth)
+    if reason is not None:
+        return Metrics(undefined=dict.fromkeys(NAMES, reason))
+    return Metrics(
+        {
+            "pearson": float(stats.pearsonr(estimate, truth).statistic),
+            "spearman": float(stats.spearmanr(estimate, truth).statistic),
+            "kendall": float(stats.kendalltau(estimate, truth).statistic),
+            "jaccard_30": _jaccard_of_top(estimate, truth),
+        }
+    )
+
+
+def _why_undefined(estimate: np.ndarray, truth: np.ndarray) -> str | None:
+    if len(estimate) < 2:
+        return f"{len(estimate)} samples have both an estimate and ground truth; at least 2 are needed"
+    for name, values in (("estimated", estimate), ("ground truth", truth)):
+        if (values == values[0]).all():
+            return f"all {len(values)} {name} scores are equal"
+    return None
+
+
+def _jaccard_of_top(estimate: np.ndarray, truth: np.ndarray) -> float:
+    count = max(1, round(TOP_SHARE * len(estimate)))
+    first, second = (set(np.argsort(-values, kind="stable")[:count].tolist()) for values in (estimate, truth))
+    return len(first & second) / len(first | second)

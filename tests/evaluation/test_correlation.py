@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dit_mlflow.evaluation import correlations
+
+NAN = np.nan
+
+
+def test_values_by_hand() -> None:
+    """Ranks (1 2 3 4) against (1 3 2 4): rho = 1 - 6*2/60, tau = (5-1)/6; the single highest score is the same."""
+    found = correlations(np.array([1.0, 2.0, 3.0, 4.0]), np.array([10.0, 30.0, 20.0, 40.0])).values
+    assert found == pytest.approx({"pearson": 0.8, "spearman": 0.8, "kendall": 2 / 3, "jaccard_30": 1.0})
+
+
+def test_jaccard_of_the_top_thirty_percent() -> None:
+    """Top 3 of 10: {9, 8, 7} and {9, 8, 0}: 2 shared of 4."""
+    truth = np.arange(10.0)
+    truth[[0, 7]] = truth[[7, 0]]
+    assert correlations(np.arange(10.0), truth).values["jaccard_30"] == pytest.approx(0.5)
+
+
+def test_samples_without_a_score_are_left_out() -> None:
+    estimate = np.array([NAN, 1.0, 2.0, 3.0, 9.0])
+    truth = np.array([5.0, 1.0, 2.0, 3.0, NAN])
+    assert correlations(estimate, truth).values["pearson"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "truth", "reason"),
+    [
+        ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], "all 3 estimated scores are equal"),
+        ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], "all 3 ground truth scores are equal"),
+        ([1.0, NAN], [1.0, 2.0], "1 samples have both"),
+    ],
+)
+def test_undefined_figures_have_a_reason(estimate: list[float], truth: list[float], reason: str) -> None:
+    found = correlations(np.array(estimate), np.array(truth))
+    assert not found.values
+    assert set(found.undefined) == {"pearson", "spearman", "kendall", "jaccard_30"}
+    assert all(why.startswith(reason) for why in found.undefined.values())
