@@ -1,0 +1,112 @@
+"""What MLproject calls: parse, check, hand over to tracking."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from dit_mlflow.errors import DitError, InputError
+
+_TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@click.group(context_settings={"show_default": True})
+def cli() -> None:
+    """Which training samples did this, and when? Results go to MLflow (MLFLOW_TRACKING_URI)."""
+
+
+@cli.command(context_settings=_TAKES_SETTINGS)
+@click.option("--workload", default="", help="Project folder or package.module:factory; empty: projects/mnist.")
+@click.option("--init-seed", default=0, help="Seed of the weight initialisation.")
+@click.option("--order-seed", default=0, help="Seed of batch order and random draws.")
+@click.option("--checkpoint-every", default="sqrt", help="'sqrt', or a number of steps (0: first and last).")
+@click.pass_context
+def train(context: click.Context, workload: str, init_seed: int, order_seed: int, checkpoint_every: str) -> None:
+    """Train a workload and record its trajectory in an MLflow run.
+
+    Further options are settings of the workload: --model dnn --lr 0.1 …
+    """
+
+    def job(project_run_id: str | None) -> str:
+        from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD
+        from dit_mlflow.tracking.training import run_training
+        from dit_mlflow.trajectory import load_workload
+
+        every = int(checkpoint_every) if checkpoint_every.isdecimal() else checkpoint_every
+        chosen = load_workload(workload or DEFAULT_WORKLOAD, **parse_settings(context.args))
+        run_id = run_training(chosen, init_seed, order_seed, every, project_run_id)
+        return (
+            f"\ntraining run   {run_id}\nnext: mlflow run . -e influence --env-manager local "
+            f"-P training_run={run_id}"
+        )
+
+    run_job(job)
+
+
+@cli.command(context_settings=_TAKES_SETTINGS)
+@click.option("--training-run", default="", help="Run with a trajectory; empty: train first.")
+@click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist.")
+@click.option("--windows", default="5", help="'epochs', a number of equal windows, or ranges '0:80,80:160'.")
+@click.option("--kind", default="local", help="local, final or cumulative.")
+@click.option("--ground-truth", default="all", help="Samples checked by exact leave-one-out: all, none, a number.")
+@click.option("--dtype", default="recorded", help="Of the sweep: recorded, float32 or float64.")
+@click.option("--init-seed", default=0, help="As for train.")
+@click.option("--order-seed", default=0, help="As for train.")
+@click.pass_context
+def influence(context: click.Context, **options: Any) -> None:
+    """Compute influence per window; each window is a child run.
+
+    Further options are settings of the workload, if it is to be trained first.
+    """
+
+    def job(project_run_id: str | None) -> str:
+        from dit_mlflow.tracking.main_job import Request, main_job
+
+        return main_job(Request(settings=parse_settings(context.args), **options), project_run_id)
+
+    run_job(job)
+
+
+def parse_settings(arguments: Sequence[str]) -> dict[str, str]:
+    """``["--model", "dnn", "--lr=0.1"]`` as a dict; raises :class:`InputError` for anything else."""
+    settings: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        option = rest.pop(0)
+        name, equals, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or not name or not (equals or rest):
+            raise InputError(f"cannot read {option!r}; expected --setting value")
+        settings[name.replace("-", "_")] = value if equals else rest.pop(0)
+    return settings
+
+
+def run_job(job: Callable[[str | None], str]) -> None:
+    """Run a job and print what it says; if it fails, exit code 1, a clear message and no run left RUNNING."""
+    from mlflow.exceptions import MlflowException
+
+    from dit_mlflow.tracking.runs import fail_project_run, take_project_run
+
+    # As an exception, a termination passes through the runs' context managers, which end them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    project_run_id = take_project_run()
+    try:
+        click.echo(job(project_run_id))
+    except (DitError, MlflowException) as error:
+        fail_project_run(project_run_id, str(error))
+        raise click.ClickException(str(error)) from error
+    except BaseException as error:
+        fail_project_run(project_run_id, repr(error))
+        raise
+
+
+def main() -> None:
+    """The console script ``dit-mlflow``."""
+    cli(prog_name="dit-mlflow")
+
+
+if __name__ == "__main__":
+    main()

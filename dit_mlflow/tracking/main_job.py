@@ -1,0 +1,151 @@
+"""The main job: check everything, train if there is no trajectory yet, compute influence, say what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from dit_mlflow.errors import InputError, WorkloadError
+from dit_mlflow.influence import check_kind, parse_windows
+from dit_mlflow.report import terminal_table, windows_table
+from dit_mlflow.tracking.artifacts import load_trajectory
+from dit_mlflow.tracking.influence import Answer, GroundTruth, run_influence
+from dit_mlflow.tracking.runs import run_link
+from dit_mlflow.tracking.training import run_training
+from dit_mlflow.trajectory import Trajectory, Workload, load_workload
+
+DEFAULT_WORKLOAD = "projects/mnist"
+
+DTYPES: dict[str, torch.dtype | None] = {
+    "recorded": None,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of the main job, as text and numbers from the command line.
+
+    Attributes:
+        training_run: a run with a trajectory; empty = train first.
+        workload: reference; empty = the training run's own, or :data:`DEFAULT_WORKLOAD`.
+        windows: see :func:`dit_mlflow.parse_windows`.
+        kind: ``local``, ``final`` or ``cumulative``.
+        ground_truth: ``all``, ``none`` or a number of samples.
+        dtype: of the sweep, a key of :data:`DTYPES`.
+        init_seed, order_seed: of training.
+        settings: of the workload.
+    """
+
+    training_run: str = ""
+    workload: str = ""
+    windows: str = "5"
+    kind: str = "local"
+    ground_truth: str = "all"
+    dtype: str = "recorded"
+    init_seed: int = 0
+    order_seed: int = 0
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+def main_job(request: Request, project_run_id: str | None = None) -> str:
+    """Run the main job; returns what the terminal shows at the end.
+
+    All of the request is checked before anything is trained or logged.
+
+    Raises:
+        DitError: some part of the request cannot be used, or training or replay fail.
+    """
+    kind = check_kind(request.kind)
+    if request.dtype not in DTYPES:
+        raise InputError(f"dtype={request.dtype!r}; expected one of {', '.join(DTYPES)}")
+    if request.training_run:
+        trajectory = load_trajectory(request.training_run)
+        workload = recorded_workload(request, trajectory)
+        windows = parse_windows(request.windows, trajectory)
+        ground_truth = GroundTruth.parse(request.ground_truth, workload.num_samples)
+        training_run = request.training_run
+    else:
+        workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
+        windows = parse_windows(request.windows, workload.plan)
+        ground_truth = GroundTruth.parse(request.ground_truth, workload.num_samples)
+        training_run = run_training(workload, request.init_seed, request.order_seed)
+        trajectory = load_trajectory(training_run)
+    answer = run_influence(
+        training_run,
+        trajectory,
+        workload,
+        windows,
+        kind,
+        ground_truth,
+        DTYPES[request.dtype],
+        project_run_id,
+    )
+    return summary(answer, training_run)
+
+
+def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:
+    """The workload that a trajectory was recorded with, or the one the request names.
+
+    Raises:
+        WorkloadError: none is known, or the request contradicts the record.
+    """
+    for name in ("init_seed", "order_seed"):
+        if getattr(request, name):
+            raise InputError(
+                f"{name}={getattr(request, name)} belongs to training, which training_run={request.training_run} "
+                "has behind it; leave one of the two out"
+            )
+    recorded = trajectory.manifest.workload
+    if recorded is None:
+        if not request.workload:
+            raise WorkloadError(
+                f"the trajectory of run {request.training_run} was recorded without a workload; name one that has "
+                "its model, data and loss: -P workload=projects/… or package.module:factory"
+            )
+        return load_workload(request.workload, **request.settings)
+    if request.workload not in ("", recorded.reference):
+        raise WorkloadError(
+            f"run {request.training_run} trained {recorded.reference}, not {request.workload}; leave workload out"
+        )
+    workload = load_workload(recorded.reference, **recorded.settings)
+    if request.settings:
+        asked = load_workload(recorded.reference, **{**recorded.settings, **request.settings}).settings
+        changed = [name for name in request.settings if asked[name] != workload.settings[name]]
+        if changed:
+            name = changed[0]
+            raise WorkloadError(
+                f"run {request.training_run} was trained with {name}={workload.settings[name]}; {name}={asked[name]} "
+                "needs a new training: leave training_run out"
+            )
+    return workload
+
+
+def summary(answer: Answer, training_run: str) -> str:
+    """A table with a row per window and one for the whole run, and where to look further."""
+    headings = {
+        "window": "window",
+        "start": "from step",
+        "end": "to step",
+        "most_harmful": "most harmful",
+        "most_helpful": "most helpful",
+        "ground_truth/spearman": "Spearman",
+        "ground_truth/pearson": "Pearson",
+        "detection/recall_at_k": "recall@k",
+        "detection/auroc": "AUROC",
+    }
+    lines = [
+        "",
+        f"Influence ({answer.influence.kind}) on {answer.influence.queries[0]}, per window of training steps:",
+        "",
+        terminal_table(windows_table(answer.influence, answer.per_window), headings),
+        "",
+    ]
+    whole = {name: answer.whole.values.get(key) for key, name in headings.items()}
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in whole.items() if value is not None)
+    lines += [f"Whole run: {figures}", ""] if figures else []
+    lines += [f"training run   {training_run}", f"influence run  {answer.run.info.run_id}", run_link(answer.run)]
+    return "\n".join(lines)

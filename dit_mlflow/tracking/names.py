@@ -1,0 +1,15 @@
+"""Names that users, tests and the MLflow UI rely on (tags, artifact folders)."""
+
+KIND = "dit.kind"
+TRAINING_RUN = "dit.training_run_id"
+METHOD = "dit.method"
+VERSION = "dit.version"
+COMMIT = "dit.commit"
+DIRTY = "dit.dirty"
+ERROR = "dit.error"
+UNDEFINED = "dit.undefined."
+"""Prefix of tags that say why a metric is missing."""
+
+TRAJECTORY = "trajectory"
+INFLUENCE = "influence"
+GROUND_TRUTH = "ground_truth"

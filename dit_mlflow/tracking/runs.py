@@ -1,0 +1,99 @@
+"""Runs and what is written on them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import mlflow
+from mlflow import ActiveRun, MlflowClient
+from mlflow.entities import Metric
+from mlflow.environment_variables import MLFLOW_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
+
+from dit_mlflow.evaluation import Metrics
+from dit_mlflow.tracking.names import ERROR, UNDEFINED
+from dit_mlflow.tracking.plugin import DitRunContext
+
+BATCH = 1000
+"""Metrics per request, the most that MLflow takes."""
+
+
+def take_project_run() -> str | None:
+    """The run that ``mlflow run`` made for this process, if any; later runs no longer attach to it by accident."""
+    run_id = MLFLOW_RUN_ID.get()
+    os.environ.pop(MLFLOW_RUN_ID.name, None)
+    return run_id
+
+
+@contextmanager
+def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Iterator[ActiveRun]:
+    """A run at top level: the one ``mlflow run`` made, or a new one. FAILED if the body raises."""
+    if run_id is None:
+        with mlflow.start_run(run_name=name, tags=dict(tags)) as run:
+            yield run
+        return
+    # MLflow applies context providers only to runs that it creates itself.
+    with mlflow.start_run(run_id=run_id, tags={**DitRunContext().tags(), **tags}) as run:
+        # A name of the form 'adjective-noun-123' was made up by MLflow; any other is the user's.
+        if re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.info.run_name or ""):
+            mlflow.set_tag(MLFLOW_RUN_NAME, name)
+        yield run
+
+
+def fail_project_run(run_id: str | None, message: str) -> None:
+    """Leave the reason on the run that ``mlflow run`` made, and end it as FAILED."""
+    if run_id is None:
+        return
+    client = MlflowClient()
+    client.set_tag(run_id, ERROR, message[:5000])
+    client.set_terminated(run_id, "FAILED")
+
+
+def log_metrics(metrics: Metrics, step: int | None = None) -> None:
+    """Log the values of ``metrics`` on the active run; a missing or infinite value becomes a tag that says why."""
+    finite = {name: value for name, value in metrics.values.items() if math.isfinite(value)}
+    reasons = dict(metrics.undefined)
+    reasons |= {name: f"the value is {v}" for name, v in metrics.values.items() if name not in finite}
+    if finite:
+        mlflow.log_metrics(finite, step=step)
+    if reasons:
+        mlflow.set_tags({UNDEFINED + name: reason for name, reason in reasons.items()})
+
+
+def log_series(name: str, values: Sequence[float | None]) -> None:
+    """Log one value per step ``0, 1, …`` on the active run, in few requests; ``None`` and NaN are left out."""
+    run = mlflow.active_run()
+    assert run is not None
+    now = int(time.time() * 1000)
+    metrics = [
+        Metric(name, float(value), now, step)
+        for step, value in enumerate(values)
+        if value is not None and math.isfinite(value)
+    ]
+    for start in range(0, len(metrics), BATCH):
+        MlflowClient().log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
+
+
+def peak_memory_mb() -> float | None:
+    """Largest resident memory of this process so far, in MiB; ``None`` where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def run_link(run: ActiveRun) -> str:
+    """Where the MLflow UI shows the run; for a store without a server, how to start one."""
+    path = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("http"):
+        return uri.rstrip("/") + path
+    return f"mlflow ui --backend-store-uri {uri!r}   and open http://127.0.0.1:5000{path}"
