@@ -1,7 +1,7 @@
 """Agreement of DIT with exact leave-one-out on projects/mnist, per model, kind, window and seed.
 
-``python benchmarks/fidelity.py`` prints a table for each model; ``--help`` lists the settings. Every seed trains with its own
-weights and batch order. The truth is float64 retraining without each sample (or a seeded choice of samples).
+``python benchmarks/fidelity.py`` prints a table for each model; ``--help`` lists the settings. Every seed trains
+with its own weights and batch order. The truth is float64 retraining without each sample, or a choice.
 """
 
 from __future__ import annotations

@@ -40,8 +40,7 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
         chosen = load_workload(workload or DEFAULT_WORKLOAD, **parse_settings(context.args))
         run_id = run_training(chosen, init_seed, order_seed, every, project_run_id)
         return (
-            f"\ntraining run   {run_id}\nnext: mlflow run . -e influence --env-manager local "
-            f"-P training_run={run_id}"
+            f"\ntraining run   {run_id}\nnext: mlflow run . -e influence --env-manager local -P training_run={run_id}"
         )
 
     run_job(job)
@@ -57,7 +56,7 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
 @click.option("--init-seed", default=0, help="As for train.")
 @click.option("--order-seed", default=0, help="As for train.")
 @click.pass_context
-def influence(context: click.Context, **options: Any) -> None:
+def influence(context: click.Context, /, **options: Any) -> None:
     """Compute influence per window; each window is a child run.
 
     Further options are settings of the workload, if it is to be trained first.

@@ -23,8 +23,8 @@ def detection(scores: np.ndarray, corrupted: Sequence[int]) -> Metrics:
 
     Returns:
         ``accuracy`` over all samples, ``recall_at_k``, ``auroc`` and ``average_precision``, each in [0, 1]. By chance
-        these are ``1 - 2 s (1 - s)``, ``s``, 0.5 and ``s`` for a corrupted share ``s``. Undefined, with the reason, if no
-        sample or every sample is corrupted, or all scores are equal.
+        these are ``1 - 2 s (1 - s)``, ``s``, 0.5 and ``s`` for a corrupted share ``s``. Undefined, with the reason, if
+        no sample or every sample is corrupted, or all scores are equal.
     """
     known = np.isfinite(scores)
     damaged = np.zeros(len(scores), dtype=bool)
@@ -32,9 +32,7 @@ def detection(scores: np.ndarray, corrupted: Sequence[int]) -> Metrics:
     scores, damaged = scores[known], damaged[known]
     k = int(damaged.sum())
     if k in (0, len(scores)) or (scores == scores[0]).all():
-        reason = (
-            f"{k} of {len(scores)} samples are corrupted" if k in (0, len(scores)) else "all scores are equal"
-        )
+        reason = f"{k} of {len(scores)} samples are corrupted" if k in (0, len(scores)) else "all scores are equal"
         return Metrics(undefined=dict.fromkeys(NAMES, reason))
     flagged = np.zeros(len(scores), dtype=bool)
     flagged[np.argsort(scores, kind="stable")[:k]] = True

@@ -177,9 +177,7 @@ class _Retraining:
         assert start is not None
         return _Baseline(start, states)
 
-    def _single_changes(
-        self, course: Course, steps: Sequence[Step], baseline: _Baseline, sample: int
-    ) -> Changes:
+    def _single_changes(self, course: Course, steps: Sequence[Step], baseline: _Baseline, sample: int) -> Changes:
         """One retraining, as the recorded one ran."""
         rollout = Rollout(self.dynamics, self.layout, baseline.start)
         changes: Changes = {}

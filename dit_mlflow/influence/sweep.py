@@ -145,9 +145,7 @@ class _Engine:
         gradients = []
         for query in self.queries:
             value = self.dynamics.evaluate(parameters, state.buffers, query)
-            gradients.append(
-                torch.autograd.grad(value, list(held.values()), allow_unused=True, materialize_grads=True)
-            )
+            gradients.append(torch.autograd.grad(value, list(held.values()), allow_unused=True, materialize_grads=True))
         return Adjoint(
             {name: torch.stack(parts) for name, parts in zip(held, zip(*gradients, strict=True), strict=True)}
         )
@@ -156,8 +154,7 @@ class _Engine:
         """The adjoint at ``t`` from the one at ``t + 1``, and the kicks ``[A, sum B]`` of the step's samples."""
         # Clipping looks at every gradient, also of parameters that the optimizer does not hold.
         theta = {
-            name: value.detach().requires_grad_(value.is_floating_point())
-            for name, value in state.parameters.items()
+            name: value.detach().requires_grad_(value.is_floating_point()) for name, value in state.parameters.items()
         }
         batches = self.dynamics.load(step)
         like = next(iter(theta.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from dit_mlflow.errors import InputError
@@ -59,7 +60,7 @@ def parse_windows(text: str, trajectory: Timeline) -> list[Window]:
     steps = trajectory.num_steps
     if text == "epochs":
         bounds = [0, *trajectory.epoch_ends]
-        return [Window(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [Window(a, b) for a, b in pairwise(bounds)]
     if text.isdecimal():
         return _equal_windows(int(text), steps)
     windows = [_parse_range(part, text) for part in text.split(",")]
@@ -83,7 +84,7 @@ def _equal_windows(count: int, steps: int) -> list[Window]:
     if not 1 <= count <= steps:
         raise InputError(f"{count} windows were asked over {steps} steps; expected 1 … {steps}")
     bounds = [k * steps // count for k in range(count + 1)]
-    return [Window(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [Window(a, b) for a, b in pairwise(bounds)]
 
 
 def _parse_range(part: str, text: str) -> Window:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -105,6 +106,6 @@ def _described(describe: Callable[[int], str] | None, sample: int) -> str:
 
 
 def _note_sign(axes: Axes) -> None:
-    style = {"transform": axes.transAxes, "fontsize": 8, "ha": "left"}
+    style: dict[str, Any] = {"transform": axes.transAxes, "fontsize": 8, "ha": "left"}
     axes.text(0.01, 0.98, "↑ helpful: removal raises the loss", va="top", color=HELPFUL, **style)
     axes.text(0.01, 0.02, "↓ harmful: removal lowers the loss", va="bottom", color=HARMFUL, **style)

@@ -27,7 +27,7 @@ def windows_table(influence: Influence, metrics: Sequence[Metrics]) -> pd.DataFr
         row: dict[str, object] = {"window": index, "start": window.start, "end": window.end}
         for side in ("harmful", "helpful"):
             known = (index, side) in extremes.index
-            row[f"most_{side}"] = int(extremes.loc[(index, side), "sample_index"]) if known else None  # type: ignore[arg-type]
+            row[f"most_{side}"] = int(extremes.loc[(index, side), "sample_index"]) if known else None
         rows.append(row | dict(found.values))
     return pd.DataFrame(rows)
 
@@ -48,7 +48,19 @@ def top_samples_table(
         table["corrupted"] = table["sample_index"].isin(list(corrupted))
     if describe is not None:
         table["sample"] = table["sample_index"].map(lambda index: describe(int(index)))
-    return table
+    first = [
+        "window_start",
+        "window_end",
+        "side",
+        "rank",
+        "sample_index",
+        "sample",
+        "corrupted",
+        "score",
+        "leave_one_out",
+    ]
+    known = [name for name in first if name in table]
+    return table[[*known, *(name for name in table if name not in known)]]
 
 
 def terminal_table(table: pd.DataFrame, names: Mapping[str, str]) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import mlflow
 from mlflow import MlflowClient
@@ -27,7 +31,7 @@ def log_trajectory(trajectory: Trajectory | str | Path, run_id: str | None = Non
 def load_trajectory(run_id: str) -> Trajectory:
     """The trajectory that a training run recorded.
 
-    Read in place from a local artifact store, downloaded from a remote one.
+    Read in place from a local artifact store; from a remote one, downloaded for as long as the trajectory is in use.
 
     Raises:
         InputError: no such run.
@@ -40,7 +44,17 @@ def load_trajectory(run_id: str) -> Trajectory:
             f"run {run_id} ({run.info.run_name}) has no artifact {TRAJECTORY}/; expected a training run of "
             "dit-mlflow" + (f"; it was computed from {hint}" if hint else "")
         )
-    return Trajectory.open(download_artifacts(run_id=run_id, artifact_path=TRAJECTORY))
+    if local_artifacts := _local_path(run.info.artifact_uri):
+        return Trajectory.open(local_artifacts / TRAJECTORY)
+    folder = mkdtemp(prefix="dit-mlflow-")
+    try:
+        download_artifacts(run_id=run_id, artifact_path=TRAJECTORY, dst_path=folder)
+        trajectory = Trajectory.open(Path(folder) / TRAJECTORY)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    weakref.finalize(trajectory, shutil.rmtree, folder, ignore_errors=True)
+    return trajectory
 
 
 def log_influence(influence: Influence, run_id: str | None = None, folder: str = INFLUENCE) -> None:
@@ -58,7 +72,8 @@ def load_influence(run_id: str, folder: str = INFLUENCE) -> Influence:
     run = find_run(run_id)
     if not MlflowClient().list_artifacts(run_id, folder):
         raise InputError(f"run {run_id} ({run.info.run_name}) has no artifact {folder}/; expected an influence run")
-    return Influence.load(download_artifacts(run_id=run_id, artifact_path=folder))
+    with TemporaryDirectory() as temporary:
+        return Influence.load(download_artifacts(run_id=run_id, artifact_path=folder, dst_path=temporary))
 
 
 def find_run(run_id: str) -> Run:
@@ -69,3 +84,12 @@ def find_run(run_id: str) -> Run:
         raise InputError(
             f"no run {run_id!r} at the tracking URI {mlflow.get_tracking_uri()}: {error.message}"
         ) from error
+
+
+def _local_path(uri: str) -> Path | None:
+    """The folder that an artifact URI means on this machine, if it is one."""
+    parsed = urlparse(uri)
+    if parsed.scheme == "file":
+        return Path(url2pathname(parsed.path))
+    # A scheme of one letter is a Windows drive.
+    return Path(uri) if len(parsed.scheme) < 2 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlflow
@@ -18,6 +17,7 @@ from dit_mlflow.tracking.names import GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRA
 from dit_mlflow.tracking.runs import log_metrics, log_series, peak_memory_mb, project_run
 from dit_mlflow.tracking.training import workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload
+
 
 @dataclass(frozen=True)
 class GroundTruth:
@@ -100,9 +100,7 @@ def run_influence(
     return answer
 
 
-def _window_metrics(
-    estimate: Influence, truth: Influence | None, window: Window, workload: Workload
-) -> Metrics:
+def _window_metrics(estimate: Influence, truth: Influence | None, window: Window, workload: Workload) -> Metrics:
     found = detection(estimate.of(window), workload.corrupted).prefixed("detection/")
     if truth is None:
         return found
@@ -133,9 +131,7 @@ def _log_parent(
         mlflow.log_figure(figure, f"{INFLUENCE}/against_leave_one_out.png")
 
 
-def _log_window(
-    answer: Answer, index: int, truth: Influence | None, workload: Workload, training_run_id: str
-) -> None:
+def _log_window(answer: Answer, index: int, truth: Influence | None, workload: Workload, training_run_id: str) -> None:
     influence = answer.influence
     window = influence.windows[index]
     width = len(str(len(influence.windows) - 1))
@@ -155,12 +151,8 @@ def _costs(estimate: Influence, truth: Influence | None, training_run_id: str) -
     costs = {
         "cost/influence_seconds": estimate.metadata["seconds"],
         "cost/ground_truth_seconds": truth.metadata["seconds"] if truth is not None else None,
-        "cost/training_seconds": MlflowClient()
-        .get_run(training_run_id)
-        .data.metrics.get("cost/training_seconds"),
+        "cost/training_seconds": MlflowClient().get_run(training_run_id).data.metrics.get("cost/training_seconds"),
         "cost/peak_memory_mb": peak_memory_mb(),
         "replay/max_drift": estimate.metadata["max_drift"],
     }
     return Metrics({name: value for name, value in costs.items() if value is not None})
-
-

@@ -147,5 +147,9 @@ def summary(answer: Answer, training_run: str) -> str:
     whole = {name: answer.whole.values.get(key) for key, name in headings.items()}
     figures = ", ".join(f"{name} {value:.3f}" for name, value in whole.items() if value is not None)
     lines += [f"Whole run: {figures}", ""] if figures else []
-    lines += [f"training run   {training_run}", f"influence run  {answer.run.info.run_id}", run_link(answer.run)]
+    lines += [
+        f"training run   {training_run}",
+        f"influence run  {answer.run.info.run_id}",
+        run_link(answer.run),
+    ]
     return "\n".join(lines)

@@ -19,11 +19,11 @@ WORKING_MODULE = "dit_mlflow.trajectory"
 """Loaded in every process that records or reads trajectories, and in no other."""
 
 
-class DitRunContext(RunContextProvider):  # type: ignore[misc]
+class DitRunContext(RunContextProvider):
     """Tags runs that are started by a process which uses dit_mlflow.
 
-    ``dit.version`` always; ``dit.commit`` and ``dit.dirty`` (``true`` if tracked or new files differ from the commit) when
-    the package is used from a git checkout.
+    ``dit.version`` always; ``dit.commit`` and ``dit.dirty`` (``true`` if tracked or new files differ from the commit)
+    when the package is used from a git checkout.
     """
 
     def in_context(self) -> bool:

@@ -81,9 +81,7 @@ class Dynamics:
             else:
                 coefficients = self.workload.batch_coefficients(batch, len(indices))
             loaded.append(
-                MicroBatch(
-                    to_like(batch, self.device, self.dtype), coefficients.to(self.device), before_forward
-                )
+                MicroBatch(to_like(batch, self.device, self.dtype), coefficients.to(self.device), before_forward)
             )
         return loaded
 
@@ -119,9 +117,7 @@ class Dynamics:
             weights: ``w_i`` for all samples of the step in batch order, ``[sum B]``; ``None`` = all 1.
         """
         inputs = {
-            name: value
-            for name, value in parameters.items()
-            if value.requires_grad and name not in step.no_gradient
+            name: value for name, value in parameters.items() if value.requires_grad and name not in step.no_gradient
         }
         total: dict[str, Tensor] = {}
         for term in self.terms(step, batches):
@@ -134,9 +130,7 @@ class Dynamics:
             for name, part in zip(inputs, parts, strict=True):
                 if part is not None:
                     total[name] = total[name] + part if name in total else part
-        return {
-            name: total[name] if name in total else torch.zeros_like(value) for name, value in inputs.items()
-        }
+        return {name: total[name] if name in total else torch.zeros_like(value) for name, value in inputs.items()}
 
     def _data_term(
         self,
@@ -172,7 +166,7 @@ class Dynamics:
     def call(self, parameters: Parameters, buffers: Parameters, function: Callable[..., Result]) -> Result:
         """``function(model)`` with the given tensors in place of the model's own."""
         tensors = {f"model.{name}": value for name, value in {**parameters, **buffers}.items()}
-        return functional_call(self._call, tensors, (function,))  # type: ignore[no-any-return]
+        return functional_call(self._call, tensors, (function,))
 
     def evaluate(self, parameters: Parameters, buffers: Parameters, function: Callable[..., Result]) -> Result:
         """``function(model)`` in evaluation mode."""

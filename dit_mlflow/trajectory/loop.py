@@ -93,7 +93,7 @@ def _backward(workload: Workload, model: nn.Module, batch: Batch, position: int)
     coefficients = workload.batch_coefficients(batch, size).to(device)
     losses = workload.sample_losses(model, to_like(batch, device, None), size)
     objective = (coefficients.to(losses.dtype) * losses).sum()
-    objective.backward()  # type: ignore[no-untyped-call]
+    objective.backward()
     return objective.item()
 
 
@@ -102,7 +102,7 @@ def _finish_gradient(workload: Workload, model: nn.Module) -> float:
     penalty = 0.0
     if workload.regularizer is not None:
         term = workload.regularizer(model)
-        term.backward()  # type: ignore[no-untyped-call]
+        term.backward()
         penalty = term.item()
     if workload.clip_grad_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), workload.clip_grad_norm)

@@ -51,20 +51,14 @@ def describe_optimizer(optimizer: Optimizer, model: nn.Module) -> OptimizerLayou
     return OptimizerLayout(
         name=name,
         defaults={key: _plain(value) for key, value in optimizer.defaults.items()},
-        groups=tuple(
-            tuple(names[id(parameter)] for parameter in group["params"]) for group in optimizer.param_groups
-        ),
+        groups=tuple(tuple(names[id(parameter)] for parameter in group["params"]) for group in optimizer.param_groups),
     )
 
 
 def hyperparameters(optimizer: Optimizer) -> tuple[Hyperparameters, ...]:
     """Per group, every setting that a scheduler or the loop can change."""
     return tuple(
-        {
-            key: _plain(value)
-            for key, value in group.items()
-            if key not in ("params", "param_names", "initial_lr")
-        }
+        {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names", "initial_lr")}
         for group in optimizer.param_groups
     )
 
@@ -103,9 +97,7 @@ def build_optimizer(
     return optimizer
 
 
-def set_hyperparameters(
-    optimizer: Optimizer, recorded: Sequence[Hyperparameters], **overrides: Any
-) -> None:
+def set_hyperparameters(optimizer: Optimizer, recorded: Sequence[Hyperparameters], **overrides: Any) -> None:
     """Give each group its recorded settings, as the scheduler had left them."""
     if len(recorded) != len(optimizer.param_groups):
         raise TrajectoryError(

@@ -55,7 +55,7 @@ def find_factory(reference: str) -> WorkloadFactory:
     factory = getattr(module, name, None)
     if not callable(factory):
         raise WorkloadError(f"workload {reference!r}: {module.__name__} has no function {name!r}")
-    return factory  # type: ignore[no-any-return]
+    return factory
 
 
 def check_settings(factory: WorkloadFactory, reference: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def check_settings(factory: WorkloadFactory, reference: str, settings: Mapping[s
 
 def _load_project(reference: str) -> ModuleType:
     repository = Path(__file__).parents[2]
-    candidates = [Path.cwd() / reference, repository / reference]
+    candidates = list(dict.fromkeys([Path.cwd() / reference, repository / reference]))
     for folder in candidates:
         source = folder / "__init__.py"
         if source.is_file():
@@ -111,9 +111,7 @@ def _import_folder(folder: Path, source: Path) -> ModuleType:
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(source.resolve()):
         return loaded
-    spec = importlib.util.spec_from_file_location(
-        name, source.resolve(), submodule_search_locations=[str(folder)]
-    )
+    spec = importlib.util.spec_from_file_location(name, source.resolve(), submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

@@ -176,12 +176,8 @@ class TrajectoryRecorder:
             "hyperparameters": self._settings,
             "loss": self._loss,
             "random_states": tuple(states),
-            "evaluation_mode": frozenset(
-                name for name, module in self._model.named_modules() if not module.training
-            ),
-            "no_gradient": frozenset(
-                name for name, value in self._model.named_parameters() if value.grad is None
-            ),
+            "evaluation_mode": frozenset(name for name, module in self._model.named_modules() if not module.training),
+            "no_gradient": frozenset(name for name, value in self._model.named_parameters() if value.grad is None),
         }
         self._drawn.clear()
         self._loss = None

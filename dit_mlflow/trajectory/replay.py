@@ -31,9 +31,7 @@ class Replay:
         drift: checkpoint step -> relative drift found there so far (recorded dtype only).
     """
 
-    def __init__(
-        self, trajectory: Trajectory, workload: Workload, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, trajectory: Trajectory, workload: Workload, dtype: torch.dtype | None = None) -> None:
         check_dataset(workload.train_set, trajectory.manifest.dataset)
         self.trajectory = trajectory
         self.drift: dict[int, float] = {}
@@ -139,4 +137,4 @@ class Replay:
 
 def _recorded_dtype(trajectory: Trajectory) -> torch.dtype:
     name = next(iter(trajectory.manifest.model.parameters.values())).dtype
-    return getattr(torch, name)  # type: ignore[no-any-return]
+    return getattr(torch, name)

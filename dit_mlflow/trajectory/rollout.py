@@ -27,9 +27,7 @@ class Rollout:
     gradients, optimizer state and activations.
     """
 
-    def __init__(
-        self, dynamics: Dynamics, layout: OptimizerLayout, state: State, copies: int | None = None
-    ) -> None:
+    def __init__(self, dynamics: Dynamics, layout: OptimizerLayout, state: State, copies: int | None = None) -> None:
         self.dynamics = dynamics
         self.copies = copies
 
@@ -37,8 +35,7 @@ class Rollout:
             return value.clone() if copies is None else value.expand(copies, *value.shape).clone()
 
         self.parameters = {
-            name: own(value).requires_grad_(value.is_floating_point())
-            for name, value in state.parameters.items()
+            name: own(value).requires_grad_(value.is_floating_point()) for name, value in state.parameters.items()
         }
         self.buffers = {name: own(value) for name, value in state.buffers.items()}
         optimizer_state = {
@@ -74,11 +71,11 @@ class Rollout:
                 return term({**trained, **fixed}, buffers, row)
 
             stacked = torch.func.vmap(torch.func.grad(objective), randomness="same")
-            return stacked(values, rest, self.buffers, weights)  # type: ignore[no-any-return]
+            return stacked(values, rest, self.buffers, weights)
 
         parts = [gradient(term) for term in self.dynamics.terms(step, batches)]
         total = {name: sum(part[name] for part in parts[1:]) + parts[0][name] for name in values}
-        return torch.func.vmap(self.dynamics.clip)(total)  # type: ignore[no-any-return]
+        return torch.func.vmap(self.dynamics.clip)(total)
 
     def snapshot(self) -> State:
         """A copy of the current state (with the leading dimension, if there are copies)."""

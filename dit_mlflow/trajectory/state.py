@@ -72,10 +72,10 @@ class State:
     def load_into(self, model: nn.Module) -> nn.Module:
         """Copy parameters and buffers into ``model`` (of the same layout) and return it."""
         with torch.no_grad():
-            for name, value in model.named_parameters():
-                value.copy_(self.parameters[name])
-            for name, value in model.named_buffers():
-                value.copy_(self.buffers[name])
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self.parameters[name])
+            for name, buffer in model.named_buffers():
+                buffer.copy_(self.buffers[name])
         return model
 
 

@@ -127,9 +127,7 @@ class Trajectory:
                 raise TrajectoryError(f"{path}, step {t}: parameter {name!r} is missing or has another shape")
         return state
 
-    def states(
-        self, workload: Workload, a: int, b: int, dtype: torch.dtype | None = None
-    ) -> Iterator[State]:
+    def states(self, workload: Workload, a: int, b: int, dtype: torch.dtype | None = None) -> Iterator[State]:
         """Yield ``s_a, …, s_b`` (both ends included), rebuilt by replay from the checkpoint before ``a``.
 
         In the recorded dtype the replay continues from each checkpoint it meets, and the difference to it is

@@ -86,9 +86,7 @@ class Workload:
                 raise WorkloadError(f"Workload.{name} is {value}; expected 1 or more")
         outside = [index for index in self.corrupted if not 0 <= index < self.num_samples]
         if outside:
-            raise WorkloadError(
-                f"Workload.corrupted names samples {outside[:5]} outside 0 … {self.num_samples - 1}"
-            )
+            raise WorkloadError(f"Workload.corrupted names samples {outside[:5]} outside 0 … {self.num_samples - 1}")
 
     @property
     def num_samples(self) -> int:

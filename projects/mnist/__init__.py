@@ -64,8 +64,8 @@ def workload(
         data_seed: seed of the split.
         corrupt: share of training labels to flip.
         corrupt_seed: seed of the choice of flipped samples.
-        standardise: subtract the mean and divide by the standard deviation of all training pixels (``channel``), of each
-            training pixel (``pixel``), or of the image itself (``image``, the paper's).
+        standardise: subtract the mean and divide by the standard deviation of all training pixels (``channel``), of
+            each training pixel (``pixel``), or of the image itself (``image``, the paper's).
         epochs, batch_size: of training.
         optimizer, lr, momentum, weight_decay: of the optimizer; momentum is SGD's.
         decay: ``sqrt`` divides the learning rate by ``sqrt(t + 1)`` at step ``t``.
@@ -84,9 +84,7 @@ def workload(
         standardise = "image" if paper else "pixel"
     standardised = _standardise(images, images[splits[0]], standardise)
 
-    flipped = np.sort(
-        np.random.default_rng(corrupt_seed).choice(n_train, size=round(corrupt * n_train), replace=False)
-    )
+    flipped = np.sort(np.random.default_rng(corrupt_seed).choice(n_train, size=round(corrupt * n_train), replace=False))
     train_labels = labels[splits[0]].copy()
     train_labels[flipped] = 1 - train_labels[flipped]
 
@@ -98,9 +96,7 @@ def workload(
         l2 = _paper_l2(model, standardised[splits[0]], train_labels) if paper else 0.0
 
     def dataset(indices: np.ndarray, targets: np.ndarray) -> TensorDataset:
-        return TensorDataset(
-            torch.from_numpy(standardised[indices]).float(), torch.from_numpy(targets).float()
-        )
+        return TensorDataset(torch.from_numpy(standardised[indices]).float(), torch.from_numpy(targets).float())
 
     def describe(index: int) -> str:
         note = " (flipped)" if index in flipped else ""
@@ -112,9 +108,7 @@ def workload(
         train_set=dataset(splits[0], train_labels),
         validation_set=dataset(splits[1], labels[splits[1]]),
         test_set=dataset(splits[2], labels[splits[2]]),
-        optimizer=partial(
-            build_optimizer, name=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay
-        ),
+        optimizer=partial(build_optimizer, name=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay),
         scheduler=inverse_sqrt if decay == "sqrt" else None,
         batch_size=batch_size,
         epochs=epochs,
@@ -192,8 +186,6 @@ def _standardise(images: np.ndarray, training: np.ndarray, by: Standardise) -> n
 def _paper_l2(model: ModelName, inputs: np.ndarray, labels: np.ndarray) -> float:
     if model != "logreg":
         return 1e-3
-    search = GridSearchCV(
-        LogisticRegression(fit_intercept=False, max_iter=1000), {"C": np.logspace(-4, 4, 10)}, cv=5
-    )
+    search = GridSearchCV(LogisticRegression(fit_intercept=False, max_iter=1000), {"C": np.logspace(-4, 4, 10)}, cv=5)
     best = search.fit(inputs, labels).best_params_["C"]
     return 1 / (float(best) * len(labels))

@@ -1,8 +1,8 @@
 """Print validation accuracy per standardisation and learning rate; the defaults follow from the table.
 
 Run from the repository: ``python projects/mnist/choose_defaults.py``. Eight seeds (weights and batch order), with the
-default label flips in training; validation labels are clean. The standardisation is the one whose best accuracy, averaged
-over the models, is higher; the learning rate is the one of highest mean accuracy; among equals, lowest loss.
+default label flips in training; validation labels are clean. The standardisation is the one whose best accuracy,
+averaged over the models, is higher; the learning rate is the one of highest mean accuracy; among equals, lowest loss.
 """
 
 from __future__ import annotations

@@ -225,9 +225,7 @@ def test_convolutions_give_the_same_for_one_and_many_queries(tmp_path: Any) -> N
     """The loop over rows that convolutions take must equal single sweeps."""
 
     def model() -> nn.Module:
-        return nn.Sequential(
-            nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(72, 3)
-        )
+        return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(72, 3))
 
     workload = digits_workload(model=model)
     trajectory = train(workload, tmp_path / "t")

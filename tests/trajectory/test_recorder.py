@@ -13,7 +13,14 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from workloads import SAMPLES, datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import InputError, Trajectory, TrajectoryError, TrajectoryRecorder, UnsupportedError, train

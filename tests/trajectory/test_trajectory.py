@@ -22,17 +22,13 @@ from dit_mlflow.trajectory import State
 
 
 def adamw_workload(**changes: Any) -> Any:
-    return digits_workload(
-        optimizer=lambda model: AdamW(model.parameters(), lr=0.02), epochs=6, **changes
-    )
+    return digits_workload(optimizer=lambda model: AdamW(model.parameters(), lr=0.02), epochs=6, **changes)
 
 
 def same(first: State, second: State) -> bool:
     pairs = [(first.parameters[name], value) for name, value in second.parameters.items()]
     pairs += [
-        (first.optimizer[name][key], value)
-        for name, entry in second.optimizer.items()
-        for key, value in entry.items()
+        (first.optimizer[name][key], value) for name, entry in second.optimizer.items() for key, value in entry.items()
     ]
     return all(torch.equal(a, b) for a, b in pairs)
 
@@ -103,10 +99,8 @@ def test_float64_replay_runs_from_the_start_without_reanchoring(tmp_path: Path) 
 
 
 def test_incomplete_trajectory_keeps_the_steps_before_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
-    workload = digits_workload(
-        optimizer=lambda model: SGD(model.parameters(), lr=1e38, momentum=0.9), epochs=20
-    )
-    with pytest.raises(TrainingError, match="the loss is (nan|inf) at step"):
+    workload = digits_workload(optimizer=lambda model: SGD(model.parameters(), lr=1e38, momentum=0.9), epochs=20)
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step"):
         train(workload, tmp_path / "t")
     trajectory = Trajectory.open(tmp_path / "t")
     assert not trajectory.complete
@@ -145,16 +139,17 @@ def other_data() -> TensorDataset:
     ("changes", "message"),
     [
         ({"train_set": other_data()}, "train_set is not the recorded one"),
-        ({"model": lambda: nn.Sequential(nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3))}, "'0.weight' has shape"),
+        (
+            {"model": lambda: nn.Sequential(nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3))},
+            "'0.weight' has shape",
+        ),
         ({"model": lambda: nn.Linear(64, 3)}, "is not the recorded one"),
         ({"loss": lambda model, batch: 2 * sample_losses(model, batch)}, "misses the checkpoint"),
         ({"clip_grad_norm": 1e-3}, "misses the checkpoint"),
         ({"regularizer": lambda model: sum(p.square().sum() for p in model.parameters())}, "misses"),
     ],
 )
-def test_another_workload_is_refused_before_the_sweep(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_another_workload_is_refused_before_the_sweep(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     trajectory = train(digits_workload(), tmp_path / "t")
     with pytest.raises(TrajectoryError, match=message):
         track(trajectory, digits_workload(**changes), [Window(0, 9)])

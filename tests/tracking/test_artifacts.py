@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from workloads import digits_workload
+
+from dit_mlflow import InputError, TrainingError, TrajectoryError, Window, track, train
+from dit_mlflow.tracking import load_influence, load_trajectory, log_influence, log_trajectory, run_training
+
+
+def test_trajectory_comes_back_and_gives_the_same_scores(store: str, tmp_path: Path) -> None:
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    with mlflow.start_run() as run:
+        log_trajectory(trajectory)
+        influence = track(trajectory, workload, [Window(0, 4), Window(4, 9)])
+        log_influence(influence)
+    loaded = load_trajectory(run.info.run_id)
+    assert loaded.directory != trajectory.directory
+    again = track(loaded, workload, [Window(0, 4), Window(4, 9)])
+    np.testing.assert_array_equal(again.scores, influence.scores)
+    np.testing.assert_array_equal(load_influence(run.info.run_id).scores, influence.scores)
+
+
+def test_what_is_not_there_is_named(store: str, tmp_path: Path) -> None:
+    with mlflow.start_run() as run:
+        pass
+    with pytest.raises(InputError, match=r"no run '123' at the tracking URI sqlite"):
+        load_trajectory("123")
+    with pytest.raises(TrajectoryError, match="has no artifact trajectory/"):
+        load_trajectory(run.info.run_id)
+    with pytest.raises(InputError, match="has no artifact influence/"):
+        load_influence(run.info.run_id)
+    with pytest.raises(TrajectoryError, match=r"manifest\.json is missing"):
+        log_trajectory(tmp_path)
+
+
+def test_training_that_fails_keeps_its_trajectory_on_a_failed_run(store: str) -> None:
+    from torch.optim import SGD
+
+    workload = digits_workload(optimizer=lambda model: SGD(model.parameters(), lr=1e38, momentum=0.9), epochs=20)
+    with pytest.raises(TrainingError):
+        run_training(workload)
+    (run,) = mlflow.search_runs(output_format="list")
+    assert run.info.status == "FAILED"
+    trajectory = load_trajectory(run.info.run_id)
+    assert not trajectory.complete
+    assert trajectory.num_steps > 0
+
+
+def test_training_run_holds_settings_losses_and_scores(store: str) -> None:
+    workload = digits_workload(test_set=digits_workload().validation_set)
+    run = mlflow.get_run(run_training(workload, init_seed=3))
+    assert run.info.status == "FINISHED"
+    assert "mlflow.parentRunId" not in run.data.tags
+    assert run.data.tags["dit.kind"] == "training"
+    assert run.data.params["resolved.init_seed"] == "3"
+    assert run.data.metrics["validation/loss"] == pytest.approx(run.data.metrics["test/loss"])
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "training/loss")
+    assert [metric.step for metric in history] == list(range(9))
+    trajectory = load_trajectory(run.info.run_id)
+    assert [metric.value for metric in history] == [trajectory.step(t).loss for t in range(9)]
