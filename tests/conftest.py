@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+# One thread: the tests' models are small, and their subprocesses must replay with the same number.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(2)
+torch.set_num_threads(1)

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.influence import Influence, Kind, Query, Window, check_kind, check_windows
+from dit_mlflow.influence import Influence, Kind, Query, Window
 from dit_mlflow.influence.kind import Course, courses
-from dit_mlflow.influence.query import resolve_queries
+from dit_mlflow.influence.question import Question
 from dit_mlflow.trajectory import State, Trajectory, Workload
 from dit_mlflow.trajectory.dynamics import MicroBatch
 from dit_mlflow.trajectory.random_state import preserved_random_state
@@ -67,34 +67,17 @@ def leave_one_out(
     side under ``torch.func.vmap`` in chunks that fit ``memory_budget``, or one after the other, whichever a timed
     step shows to be faster.
     """
-    started = time.perf_counter()
-    chosen = check_kind(kind)
-    windows = list(windows)
-    check_windows(windows, trajectory.num_steps)
-    asked = resolve_queries(queries, workload)
+    question = Question.of(trajectory, workload, windows, kind, queries)
     removed = _choose_samples(samples, workload.num_samples, sample_seed)
-    scores = np.full((len(windows), len(asked), workload.num_samples), np.nan)
+    scores = np.full(question.shape, np.nan)
     scores[:, :, removed] = 0.0
     with preserved_random_state():
-        retraining = _Retraining(trajectory.replay(workload, dtype), asked, memory_budget)
-        for course in courses(chosen, windows, trajectory.num_steps):
+        retraining = _Retraining(trajectory.replay(workload, dtype), question.queries, memory_budget)
+        for course in courses(question.kind, question.windows, trajectory.num_steps):
             changes = retraining.run(course, removed)
             for step, window, sign in course.measures:
                 scores[window][:, removed] += sign * changes[step]
-    return Influence(
-        scores=scores,
-        windows=tuple(windows),
-        queries=tuple(query.name for query in asked),
-        samples=np.arange(workload.num_samples),
-        kind=chosen,
-        method="leave_one_out",
-        metadata={
-            "trajectory_digest": trajectory.manifest.digest(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "num_removed": len(removed),
-            "seconds": time.perf_counter() - started,
-        },
-    )
+    return question.answer(scores, "leave_one_out", str(dtype), num_removed=len(removed))
 
 
 def _choose_samples(samples: Sequence[int] | int | None, total: int, seed: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dit_mlflow.errors import UnsupportedError
-from dit_mlflow.influence.kind import Kind, Sweep, check_kind, sweeps
-from dit_mlflow.influence.query import Query, resolve_queries
+from dit_mlflow.influence.kind import Kind, Sweep, sweeps
+from dit_mlflow.influence.query import Query
+from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.result import Influence
 from dit_mlflow.influence.update import Adjoint, UpdateAdjoint, vector_jacobian
-from dit_mlflow.influence.window import Window, check_windows
+from dit_mlflow.influence.window import Window
 from dit_mlflow.trajectory import State, Trajectory, Workload
 from dit_mlflow.trajectory.random_state import preserved_random_state
 from dit_mlflow.trajectory.replay import Replay
@@ -67,28 +67,11 @@ def track(
     ``local`` windows or of ``final`` windows; each ``cumulative`` window and each query adds an adjoint, that is one
     backward pass per step of the shared graph. Memory: about ``2 sqrt(T)`` states beside one training step.
     """
-    started = time.perf_counter()
-    chosen = check_kind(kind)
-    windows = list(windows)
-    check_windows(windows, trajectory.num_steps)
-    asked = resolve_queries(queries, workload)
+    question = Question.of(trajectory, workload, windows, kind, queries)
     with preserved_random_state():
-        engine = _Engine(trajectory.replay(workload, dtype), asked)
-        scores = engine.run(sweeps(chosen, windows, trajectory.num_steps), len(windows))
-    return Influence(
-        scores=scores,
-        windows=tuple(windows),
-        queries=tuple(query.name for query in asked),
-        samples=np.arange(workload.num_samples),
-        kind=chosen,
-        method="dit",
-        metadata={
-            "trajectory_digest": trajectory.manifest.digest(),
-            "dtype": str(dtype or "recorded").removeprefix("torch."),
-            "max_drift": engine.replay.max_drift,
-            "seconds": time.perf_counter() - started,
-        },
-    )
+        engine = _Engine(trajectory.replay(workload, dtype), question.queries)
+        scores = engine.run(sweeps(question.kind, question.windows, trajectory.num_steps), len(question.windows))
+    return question.answer(scores, "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -68,7 +69,7 @@ def parse_windows(text: str, trajectory: Timeline) -> list[Window]:
     return windows
 
 
-def check_windows(windows: list[Window], num_steps: int) -> None:
+def check_windows(windows: Sequence[Window], num_steps: int) -> None:
     """Raise :class:`InputError` unless there is a window and all end within training."""
     if not windows:
         raise InputError("no window was given; expected at least one")

@@ -68,7 +68,6 @@ def test_replay_is_bit_for_bit_in_another_process(tmp_path: Path) -> None:
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
         "from test_trajectory import adamw_workload\n"
         "from dit_mlflow import Trajectory\n"
-        "import torch; torch.set_num_threads(2)\n"
         "print(Trajectory.open(sys.argv[3]).verify(adamw_workload()).drift)"
     )
     here = Path(__file__).parent
