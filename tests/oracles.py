@@ -20,27 +20,19 @@ def train_again(
     trajectory: Trajectory,
     weight_of: WeightOf,
     until: int,
-    start: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> nn.Module:
-    """Plain PyTorch training in ``dtype`` on the recorded batches, each sample's loss times its weight.
-
-    Starts at step 0, or at the state that training without weights has at ``start``.
-    """
-
-    def weight(t: int, sample: int) -> float:
-        return 1.0 if t < start else weight_of(t, sample)
-
+    """Plain PyTorch training in ``dtype`` on the recorded batches, each sample's loss times its weight."""
     assert workload.optimizer is not None
     model = trajectory.checkpoint(0).load_into(workload.build_model()).to(dtype)
     optimizer = workload.optimizer(model)
     scheduler = workload.scheduler(optimizer) if workload.scheduler else None
     model.train()
     for t in range(until):
-        optimizer.zero_grad()
+        model.zero_grad()
         for indices in trajectory.step(t).indices:
             batch = to_like(workload.batch(indices), torch.device("cpu"), dtype)
-            weights = torch.tensor([weight(t, int(i)) for i in indices], dtype=dtype)
+            weights = torch.tensor([weight_of(t, int(i)) for i in indices], dtype=dtype)
             if workload.coefficients is None:
                 factor: Tensor | float = 1 / (len(indices) * workload.accumulate)
             else:

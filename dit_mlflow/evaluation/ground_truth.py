@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from dit_mlflow.influence import Influence, Kind, Query, Window
 from dit_mlflow.influence.kind import Course, courses
 from dit_mlflow.influence.question import Question
 from dit_mlflow.trajectory import State, Trajectory, Workload
-from dit_mlflow.trajectory.dynamics import MicroBatch
 from dit_mlflow.trajectory.random_state import preserved_random_state
 from dit_mlflow.trajectory.replay import Replay
 from dit_mlflow.trajectory.rollout import Rollout
@@ -77,19 +77,22 @@ def leave_one_out(
             changes = retraining.run(course, removed)
             for step, window, sign in course.measures:
                 scores[window][:, removed] += sign * changes[step]
-    return question.answer(scores, "leave_one_out", str(dtype), num_removed=len(removed))
+        drift = retraining.replay.max_drift
+    return question.answer(scores, "leave_one_out", str(dtype), num_removed=len(removed), max_drift=drift)
 
 
 def _choose_samples(samples: Sequence[int] | int | None, total: int, seed: int) -> np.ndarray:
     if samples is None:
         return np.arange(total)
-    if isinstance(samples, int):
-        if not 1 <= samples <= total:
-            raise InputError(f"samples={samples}; expected 1 … {total}, or None for all of them")
-        return np.sort(np.random.default_rng(seed).choice(total, size=samples, replace=False))
-    indices = np.unique(np.asarray(samples, dtype=np.int64))
-    if len(indices) == 0 or indices[0] < 0 or indices[-1] >= total:
-        raise InputError(f"samples={list(samples)[:5]}…: expected indices within 0 … {total - 1}")
+    if isinstance(samples, Integral):
+        count = int(samples)
+        if not 1 <= count <= total:
+            raise InputError(f"samples={count}; expected 1 … {total}, or None for all of them")
+        return np.sort(np.random.default_rng(seed).choice(total, size=count, replace=False))
+    given = np.atleast_1d(np.asarray(samples))
+    indices = np.unique(given)
+    if len(indices) == 0 or given.dtype.kind not in "iu" or indices[0] < 0 or indices[-1] >= total:
+        raise InputError(f"samples={given[:5].tolist()}…: expected indices within 0 … {total - 1}")
     return indices
 
 
@@ -99,10 +102,11 @@ Changes = dict[int, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class _Baseline:
-    """The recorded run along a course: its steps, drawn again, its states where queries are asked."""
+    """The recorded run along a course: where it starts, and its states and query values ``[queries]`` at measures."""
 
     start: State
     states: dict[int, State]
+    values: dict[int, Tensor]
 
 
 class _Retraining:
@@ -158,7 +162,8 @@ class _Retraining:
             if t in asked:
                 states[t] = state
         assert start is not None
-        return _Baseline(start, states)
+        values = {t: self._ask(state.parameters, state.buffers) for t, state in states.items()}
+        return _Baseline(start, states, values)
 
     def _single_changes(self, course: Course, steps: Sequence[Step], baseline: _Baseline, sample: int) -> Changes:
         """One retraining, as the recorded one ran."""
@@ -168,8 +173,7 @@ class _Retraining:
             batches = self.dynamics.load(step)
             weights = _weights(step, course, np.array([sample]), self._like(rollout))[0]
             rollout.advance(step, batches, weights)
-            if (state := baseline.states.get(step.index + 1)) is not None:
-                before = self._ask(state.parameters, state.buffers)
+            if (before := baseline.values.get(step.index + 1)) is not None:
                 after = self._ask(rollout.parameters, rollout.buffers)
                 changes[step.index + 1] = (after - before)[:, None].cpu().numpy()
         return changes
@@ -207,26 +211,28 @@ class _Retraining:
         """Time one step of each way and compare what ``count`` samples would take."""
         if self._side_by_side is None:
             size = min(self._chunk_size(start, step), count)
-            batches = self.dynamics.load(step)
             try:
-                together = self._time_step(start, step, batches, size + 1)
+                together = self._time_step(start, step, size + 1)
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 _log.warning("batched leave-one-out is not possible here (%s); one sample at a time", error)
                 self._side_by_side = False
             else:
-                single = self._time_step(start, step, batches, None)
+                single = self._time_step(start, step, None)
                 self._side_by_side = together * math.ceil(count / size) < single * count
         return self._side_by_side
 
-    def _time_step(self, start: State, step: Step, batches: list[MicroBatch], copies: int | None) -> float:
+    def _time_step(self, start: State, step: Step, copies: int | None) -> float:
         rollout = Rollout(self.dynamics, self.layout, start, copies)
         shape = (len(step.samples),) if copies is None else (copies, len(step.samples))
         weights = self._like(rollout).new_ones(shape)
         times = []
         for _ in range(3):
-            begun = time.process_time()
+            batches = self.dynamics.load(step)
+            begun = time.perf_counter()
             rollout.advance(step, batches, weights)
-            times.append(time.process_time() - begun)
+            if self.dynamics.device.type == "cuda":
+                torch.cuda.synchronize(self.dynamics.device)
+            times.append(time.perf_counter() - begun)
         if copies is not None:
             self._ask_all(rollout)
         return min(times)

@@ -49,7 +49,7 @@ def mean_validation_loss(workload: Workload) -> Query:
     def function(model: nn.Module) -> Tensor:
         like = next(model.parameters())
         losses = [
-            workload.sample_losses(model, to_like(batch, like.device, like.dtype), len(part))
+            workload.sample_losses(model, to_like(batch, like.device, like.dtype, fresh=True), len(part))
             for batch, part in zip(batches, parts, strict=True)
         ]
         return torch.cat(losses).mean()

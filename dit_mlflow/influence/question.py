@@ -14,6 +14,7 @@ from dit_mlflow.influence.query import Query, resolve_queries
 from dit_mlflow.influence.result import Influence
 from dit_mlflow.influence.window import Window, check_windows
 from dit_mlflow.trajectory import Trajectory, Workload
+from dit_mlflow.trajectory.manifest import library_versions
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class Question:
         return len(self.windows), len(self.queries), self.workload.num_samples
 
     def answer(self, scores: np.ndarray, method: str, dtype: str, **metadata: Any) -> Influence:
-        """The result, with the trajectory's digest and the seconds since the question was asked."""
+        """The result, with trajectory digest, library versions, and the seconds since the question was asked."""
         return Influence(
             scores=scores,
             windows=self.windows,
@@ -58,6 +59,7 @@ class Question:
             metadata={
                 "trajectory_digest": self.trajectory.manifest.digest(),
                 "dtype": dtype.removeprefix("torch."),
+                "versions": library_versions(),
                 "seconds": time.perf_counter() - self.asked_at,
                 **metadata,
             },

@@ -23,7 +23,7 @@ SCORES_FILE = "scores.parquet"
 METADATA_FILE = "metadata.json"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Influence:
     """Scores of every training sample, per window and query.
 
@@ -54,6 +54,10 @@ class Influence:
             raise InputError(
                 f"scores have shape {self.scores.shape}; expected [windows, queries, samples] = {expected}"
             )
+
+    def __repr__(self) -> str:
+        windows, queries, samples = self.scores.shape
+        return f"<Influence by {self.method} ({self.kind}): {windows} windows, {queries} queries, {samples} samples>"
 
     def of(self, window: Window | int, query: str | None = None) -> np.ndarray:
         """Scores ``[samples]`` of one window (itself or its position) and query (default: the first)."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.kind import Kind, Sweep, sweeps
 from dit_mlflow.influence.query import Query
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.result import Influence
-from dit_mlflow.influence.update import Adjoint, UpdateAdjoint, vector_jacobian
+from dit_mlflow.influence.update import Adjoint, Pulled, UpdateAdjoint, vector_jacobian
 from dit_mlflow.influence.window import Window
 from dit_mlflow.trajectory import State, Trajectory, Workload
 from dit_mlflow.trajectory.random_state import preserved_random_state
@@ -89,7 +91,8 @@ class _Engine:
         self.replay = replay
         self.dynamics = replay.dynamics
         self.queries = queries
-        _refuse_moving_buffers(self.dynamics.model)
+        _refuse_moving_buffers(replay)
+        self._warned = False
         # Batching a backward pass over rows unrolls convolutions into a slow fallback.
         self._batched = not any(isinstance(module, _CONVOLUTIONS) for module in self.dynamics.model.modules())
         layout = replay.trajectory.manifest.optimizer
@@ -104,7 +107,11 @@ class _Engine:
         rows: list[_Row] = []
         adjoint: Adjoint | None = None
         with tqdm(total=last - first, desc="influence", unit="step", disable=None) as progress:
+            later: State | None = None
             for t, state in self.replay.backward(first, last):
+                if later is not None:
+                    _refuse_change_of_buffers(state, later, t)
+                later = state
                 if adjoint is not None:
                     step = self.replay.trajectory.step(t)
                     adjoint, kicks = self._pull_back(state, step, adjoint)
@@ -128,6 +135,11 @@ class _Engine:
         gradients = []
         for query in self.queries:
             value = self.dynamics.evaluate(parameters, state.buffers, query)
+            if not value.requires_grad:
+                raise InputError(
+                    f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
+                    "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
+                )
             gradients.append(torch.autograd.grad(value, list(held.values()), allow_unused=True, materialize_grads=True))
         return Adjoint(
             {name: torch.stack(parts) for name, parts in zip(held, zip(*gradients, strict=True), strict=True)}
@@ -142,17 +154,43 @@ class _Engine:
         batches = self.dynamics.load(step)
         like = next(iter(theta.values()))
         weights = like.new_ones(sum(micro.size for micro in batches)).requires_grad_()
-        gradients = self.dynamics.gradient(theta, state.buffers, step, batches, weights, create_graph=True)
-        previous, upstream = self._update(theta, state.optimizer, gradients, step, adjoint)
+        # The forward pass may work in place on buffers, and the state is still needed; and of the attention kernels,
+        # only the plain one can be differentiated twice.
+        buffers = {name: value.clone() for name, value in state.buffers.items()}
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients = self.dynamics.gradient(theta, buffers, step, batches, weights, create_graph=True)
+        pulled = self._update(theta, state.optimizer, gradients, step, adjoint)
         by_weight, *by_theta = vector_jacobian(
             list(gradients.values()),
             [weights, *(theta[name] for name in self._held)],
-            [upstream[name] for name in gradients],
+            [pulled.gradients[name] for name in gradients],
             self._batched,
         )
+        if pulled.undefined and not self._warned:
+            self._warn_if_undefined(step, gradients, weights, pulled)
         for name, part in zip(self._held, by_theta, strict=True):
-            previous.parameters[name] = previous.parameters[name] + part
-        return previous, -by_weight
+            pulled.adjoint.parameters[name] = pulled.adjoint.parameters[name] + part
+        return pulled.adjoint, -by_weight
+
+    def _warn_if_undefined(self, step: Step, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled) -> None:
+        """Warn once if a sample has a gradient where the total has been 0 so far, and the step has no derivative."""
+        names = list(pulled.undefined)
+        (by_weight,) = vector_jacobian(
+            [gradients[name] for name in names],
+            [weights],
+            [pulled.undefined[name].to(weights.dtype)[None] * pulled.gradients[name] for name in names],
+            self._batched,
+        )
+        row, place = divmod(int(by_weight.abs().argmax()), by_weight.shape[1])
+        if by_weight[row, place] != 0:
+            self._warned = True
+            warnings.warn(
+                f"at step {step.index}, sample {step.samples[place]} has a gradient in elements of {names} where the "
+                "batches' gradients have cancelled to exactly 0 in every step so far; the optimizer's step is not "
+                "differentiable there (it divides by eps), so scores of such samples can be far too large. Check them "
+                "with leave_one_out(samples=[...])",
+                stacklevel=5,
+            )
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -166,11 +204,24 @@ def _credit(scores: Tensor, rows: Sequence[_Row], t: int, samples: Tensor, kicks
                 scores[share.window, row.query].index_add_(0, samples, kick, alpha=share.sign)
 
 
-def _refuse_moving_buffers(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def _refuse_moving_buffers(replay: Replay) -> None:
+    """Refuse before the sweep what the model's layers or the first two checkpoints show."""
+    for name, module in replay.dynamics.model.named_modules():
         if getattr(module, "running_mean", None) is not None:
             raise UnsupportedError(
                 f"module {name!r} ({type(module).__name__}) keeps running statistics, through which a sample's "
                 "influence travels; the sweep does not follow them yet. Use LayerNorm or GroupNorm, or "
                 "track_running_stats=False"
+            )
+    first, *rest = replay.trajectory.checkpoint_steps
+    for t in rest[:1]:
+        _refuse_change_of_buffers(replay.trajectory.checkpoint(first), replay.trajectory.checkpoint(t), first)
+
+
+def _refuse_change_of_buffers(before: State, after: State, t: int) -> None:
+    for name, value in before.buffers.items():
+        if value.is_floating_point() and not torch.equal(value, after.buffers[name]):
+            raise UnsupportedError(
+                f"buffer {name!r} changes in training (after step {t}); a sample's influence travels through it, and "
+                "the sweep does not follow it yet. leave_one_out does"
             )

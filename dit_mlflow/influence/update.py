@@ -60,6 +60,25 @@ class Adjoint:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Pulled:
+    """What :class:`UpdateAdjoint` gives.
+
+    Attributes:
+        adjoint: at ``t``, without the Hessian term.
+        gradients: ``lambda_g``, ``[A, *shape]`` by parameter name.
+        undefined: by parameter name, the elements at which the step has no derivative, because every gradient there
+            was 0 up to and including this step (Adam's ``v = 0``); parameters without any are absent.
+    """
+
+    adjoint: Adjoint
+    gradients: dict[str, Tensor]
+    undefined: dict[str, Tensor]
+
+
+_SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq"}
+
+
 class UpdateAdjoint:
     """Pulls adjoints back through ``(theta, o)_{t+1} = U_t((theta, o)_t, g_t)``.
 
@@ -86,16 +105,13 @@ class UpdateAdjoint:
         gradients: dict[str, Tensor],
         step: Step,
         adjoint: Adjoint,
-    ) -> tuple[Adjoint, dict[str, Tensor]]:
+    ) -> Pulled:
         """``(lambda_theta, lambda_o), lambda_g`` from ``lambda`` at step ``t + 1``.
 
         Args:
             parameters, state, gradients: ``theta_t``, ``o_t`` and ``g_t`` (before clipping).
             step: the recorded hyperparameters.
             adjoint: at ``t + 1``.
-
-        Returns:
-            The adjoint at ``t`` without the Hessian term, and ``lambda_g`` ``[A, *shape]`` by name.
 
         Cost: a few elementwise passes over parameters and state, per row.
         """
@@ -112,14 +128,19 @@ class UpdateAdjoint:
         outputs = [stepped[name] for name in theta]
         cotangents = [adjoint.parameters[name] for name in theta]
         for key, value in adjoint.optimizer.items():
-            if key in stepped_slots and stepped_slots[key].requires_grad:
+            if key in stepped_slots:
                 outputs.append(stepped_slots[key])
                 cotangents.append(value)
         inputs = [*theta.values(), *slots.values(), *g.values()]
         pulled = iter(vector_jacobian(outputs, inputs, cotangents, self._batched))
-        return (
+        return Pulled(
             Adjoint({name: next(pulled) for name in theta}, {key: next(pulled) for key in slots}),
             {name: next(pulled) for name in g},
+            {
+                name: (value == 0).detach()
+                for (name, key), value in stepped_slots.items()
+                if key in _SECOND_MOMENTS and name in g and bool((value == 0).any())
+            },
         )
 
     @property
@@ -191,10 +212,14 @@ def vector_jacobian(
 ) -> list[Tensor]:
     """``cotangents^T d outputs / d inputs``, ``[A, *input shape]`` each, for cotangents ``[A, *output shape]``.
 
-    The graph is kept. Inputs that no output depends on get zeros. Cost: ``A`` backward passes, in one vectorised
-    pass if ``batched``.
+    The graph is kept. Inputs that no output depends on get zeros; so do all inputs for an output that is constant.
+    Cost: ``A`` backward passes, in one vectorised pass if ``batched``.
     """
     rows = len(cotangents[0])
+    moving = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
+    if not moving:
+        return [value.new_zeros((rows, *value.shape)) for value in inputs]
+    outputs, cotangents = zip(*moving, strict=True)
     if rows > 1 and batched:
         found = torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True

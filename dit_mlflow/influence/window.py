@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +23,8 @@ class Window:
     end: int
 
     def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            object.__setattr__(self, name, operator.index(getattr(self, name)))
         if not 0 <= self.start < self.end:
             raise InputError(f"window {self.start}:{self.end}: expected 0 <= start < end, in steps")
 
@@ -59,6 +62,8 @@ def parse_windows(text: str, trajectory: Timeline) -> list[Window]:
     """
     text = text.strip()
     steps = trajectory.num_steps
+    if steps == 0:
+        raise InputError("training has no steps, so there are no windows")
     if text == "epochs":
         bounds = [0, *trajectory.epoch_ends]
         return [Window(a, b) for a, b in pairwise(bounds)]

@@ -23,8 +23,8 @@ MAX_PANELS = 12
 def plot_top_samples(influence: Influence, k: int = 4, describe: Callable[[int], str] | None = None) -> Figure:
     """Influence of the ``k`` most harmful and ``k`` most helpful samples, window by window.
 
-    Samples are chosen by their largest score in any window, for the first query; other samples are drawn in grey as
-    the range that holds 90 % of them.
+    Samples are chosen by their mean over the windows, for the first query; other samples are drawn in grey as the range
+    that holds 90 % of them.
     """
     scores = influence.scores[:, 0, :]
     harmful, helpful = _extreme_samples(scores, k)
@@ -35,7 +35,7 @@ def plot_top_samples(influence: Influence, k: int = 4, describe: Callable[[int],
     axes.fill_between(places, low, high, color=NEUTRAL, alpha=0.25, lw=0, label="90 % of all samples")
     axes.axhline(0, color="black", lw=0.8)
     for samples, colour in ((helpful, HELPFUL), (harmful, HARMFUL)):
-        for marker, sample in zip("osD^v<>P", samples, strict=False):
+        for marker, sample in zip("osD^v<>P"[:k], samples, strict=False):
             label = f"{influence.samples[sample]}" + _described(describe, int(influence.samples[sample]))
             axes.plot(places, scores[:, sample], color=colour, marker=marker, ms=5, lw=1.3, label=label)
     axes.set_xticks(places, [str(window) for window in influence.windows])
@@ -43,9 +43,9 @@ def plot_top_samples(influence: Influence, k: int = 4, describe: Callable[[int],
         axes.tick_params(axis="x", rotation=45)
     axes.set_xlabel("window (training steps)")
     axes.set_ylabel(f"influence: change of {influence.queries[0]}\nif the sample is removed")
-    axes.set_title(f"Most helpful and harmful samples over training ({influence.kind})")
+    axes.set_title(f"Samples that helped and harmed most on average ({influence.kind} influence)")
     _note_sign(axes)
-    figure.legend(loc="outside right upper", fontsize=8, title="sample", frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, title="training sample", frameon=False)
     return figure
 
 
@@ -90,9 +90,9 @@ def _scatter(axes: Axes, estimate: np.ndarray, truth: np.ndarray, marked: np.nda
 
 
 def _extreme_samples(scores: np.ndarray, k: int) -> tuple[list[int], list[int]]:
-    lowest, highest = np.nanmin(scores, axis=0), np.nanmax(scores, axis=0)
-    harmful = [int(i) for i in np.argsort(lowest, kind="stable")[:k] if lowest[i] < 0]
-    helpful = [int(i) for i in np.argsort(-highest, kind="stable") if highest[i] > 0 and i not in harmful][:k]
+    mean = scores.mean(axis=0)
+    harmful = [int(i) for i in np.argsort(mean, kind="stable")[:k] if mean[i] < 0]
+    helpful = [int(i) for i in np.argsort(-mean, kind="stable")[:k] if mean[i] > 0]
     return harmful, helpful
 
 

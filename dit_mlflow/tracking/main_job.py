@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from dit_mlflow.errors import InputError, WorkloadError
+from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence import check_kind, parse_windows
 from dit_mlflow.report import terminal_table, windows_table
 from dit_mlflow.tracking.artifacts import load_trajectory
 from dit_mlflow.tracking.influence import Answer, GroundTruth, run_influence
-from dit_mlflow.tracking.runs import run_link
+from dit_mlflow.tracking.runs import where_to_look
 from dit_mlflow.tracking.training import run_training
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
 
@@ -139,7 +140,8 @@ def summary(answer: Answer, training_run: str) -> str:
     }
     lines = [
         "",
-        f"Influence ({answer.influence.kind}) on {answer.influence.queries[0]}, per window of training steps:",
+        f"Influence ({answer.influence.kind}) on {answer.influence.queries[0]}, per window of steps, end excluded",
+        *_legend(answer.whole),
         "",
         terminal_table(windows_table(answer.influence, answer.per_window), headings),
         "",
@@ -150,6 +152,15 @@ def summary(answer: Answer, training_run: str) -> str:
     lines += [
         f"training run   {training_run}",
         f"influence run  {answer.run.info.run_id}",
-        run_link(answer.run),
+        where_to_look(answer.run),
     ]
     return "\n".join(lines)
+
+
+def _legend(metrics: Metrics) -> list[str]:
+    lines = ["most harmful, most helpful: the training samples whose removal lowers it most, raises it most"]
+    if any(name.startswith("ground_truth/") for name in metrics.values):
+        lines.append("Spearman, Pearson: agreement of the estimate with exact retraining without each sample")
+    if any(name.startswith("detection/") for name in metrics.values):
+        lines.append("recall@k, AUROC: how well the lowest scores find the corrupted samples")
+    return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from dit_mlflow.evaluation import Metrics
-from dit_mlflow.tracking.names import ERROR, UNDEFINED
+from dit_mlflow.tracking.names import ERROR, KIND, UNDEFINED
 from dit_mlflow.tracking.plugin import DitRunContext
 
 BATCH = 1000
@@ -46,12 +47,13 @@ def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Itera
         yield run
 
 
-def fail_project_run(run_id: str | None, message: str) -> None:
+def fail_project_run(run_id: str | None, kind: str, message: str) -> None:
     """Leave the reason on the run that ``mlflow run`` made, and end it as FAILED."""
     if run_id is None:
         return
     client = MlflowClient()
-    client.set_tag(run_id, ERROR, message[:5000])
+    for name, value in {**DitRunContext().tags(), KIND: kind, ERROR: message[:5000]}.items():
+        client.set_tag(run_id, name, value)
     client.set_terminated(run_id, "FAILED")
 
 
@@ -90,10 +92,12 @@ def peak_memory_mb() -> float | None:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def run_link(run: ActiveRun) -> str:
-    """Where the MLflow UI shows the run; for a store without a server, how to start one."""
+def where_to_look(run: ActiveRun) -> str:
+    """Where the MLflow UI shows the run; for a store without a server, how to start one first."""
     path = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):
-        return uri.rstrip("/") + path
-    return f"mlflow ui --backend-store-uri {uri!r}   and open http://127.0.0.1:5000{path}"
+        return f"open           {uri.rstrip('/')}{path}"
+    return (
+        f"start          mlflow ui --backend-store-uri {shlex.quote(uri)}\nthen open      http://127.0.0.1:5000{path}"
+    )

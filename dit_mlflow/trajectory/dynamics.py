@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +14,8 @@ from torch.func import functional_call
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.manifest import Manifest
-from dit_mlflow.trajectory.random_state import RandomState, preserved_random_state
+from dit_mlflow.trajectory.optimizers import describe_optimizer
+from dit_mlflow.trajectory.random_state import DrawsOf, RandomState, preserved_random_state
 from dit_mlflow.trajectory.step import Step
 from dit_mlflow.trajectory.workload import Batch, Workload, to_like
 
@@ -55,6 +56,7 @@ class Dynamics:
         self.dtype = dtype
         model = workload.build_model()
         _check_model(model, manifest)
+        _check_optimizer(workload, model, manifest)
         if manifest.num_samples not in (None, workload.num_samples):
             raise TrajectoryError(
                 f"the trajectory was recorded on {manifest.num_samples} training samples; the workload's "
@@ -62,6 +64,9 @@ class Dynamics:
             )
         if dtype is not None:
             model.to(dtype)
+        # Random numbers of another dtype would be other numbers.
+        recorded = next(iter(manifest.model.parameters.values())).dtype
+        self._draws = DrawsOf(getattr(torch, recorded)) if dtype is not None else None
         self.device = next(model.parameters()).device
         self.model = model
         self._call = _Call(model)
@@ -93,7 +98,7 @@ class Dynamics:
         self.set_modes(step)
         offset = 0
         for micro in batches:
-            with _replaying(micro.random_state):
+            with _replaying(micro.random_state, self._draws):
                 yield partial(self._data_term, micro, slice(offset, offset + micro.size))
             offset += micro.size
         if self.workload.regularizer is not None:
@@ -195,11 +200,11 @@ class _Call(nn.Module):
 
 
 @contextmanager
-def _replaying(state: RandomState | None) -> Iterator[None]:
+def _replaying(state: RandomState | None, draws: DrawsOf | None = None) -> Iterator[None]:
     if state is None:
         yield
         return
-    with preserved_random_state():
+    with preserved_random_state(), draws or nullcontext():
         state.restore()
         yield
 
@@ -214,3 +219,18 @@ def _check_model(model: nn.Module, manifest: Manifest) -> None:
         f"the workload's model ({type(model).__name__}) is not the recorded one ({manifest.model.name}): "
         f"parameter {name!r} has shape {given.get(name, 'none')}, recorded {recorded.get(name, 'none')}"
     )
+
+
+def _check_optimizer(workload: Workload, model: nn.Module, manifest: Manifest) -> None:
+    if workload.optimizer is None:
+        return
+    given, recorded = describe_optimizer(workload.optimizer(model), model), manifest.optimizer
+    if given.name != recorded.name:
+        raise TrajectoryError(
+            f"the workload's optimizer is {given.name}; the trajectory was recorded with {recorded.name}"
+        )
+    if [set(group) for group in given.groups] != [set(group) for group in recorded.groups]:
+        raise TrajectoryError(
+            f"the workload's optimizer has other parameter groups than the recorded one: "
+            f"{[len(group) for group in given.groups]} parameters, recorded {[len(group) for group in recorded.groups]}"
+        )

@@ -41,13 +41,15 @@ def train(
         WorkloadError: the workload lacks what training needs.
         TrainingError: a loss is not finite. The steps before are kept, as an incomplete trajectory.
     """
-    if workload.optimizer is None:
-        raise WorkloadError("Workload.optimizer is needed to train: a function optimizer(model) -> Optimizer")
     plan = workload.plan
+    assert workload.optimizer is not None
     with preserved_random_state():
         torch.manual_seed(init_seed)
-        model = workload.build_model()
-        optimizer = workload.optimizer(model)
+        model = workload.build_model().train()
+        try:
+            optimizer = workload.optimizer(model)
+        except (TypeError, ValueError) as error:
+            raise WorkloadError(f"Workload.optimizer cannot be built: {error}") from error
         scheduler = workload.scheduler(optimizer) if workload.scheduler is not None else None
         loader: DataLoader[Batch] = DataLoader(
             workload.train_set,
@@ -76,7 +78,8 @@ def train(
                             "are recorded"
                         )
                     optimizer.step()
-                    optimizer.zero_grad()
+                    # The model's, not the optimizer's: clipping looks at every gradient.
+                    model.zero_grad()
                     recorder.log(total)
                     if scheduler is not None:
                         scheduler.step()

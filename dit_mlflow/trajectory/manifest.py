@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic_core import PydanticSerializationError
 
-from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.errors import TrajectoryError, WorkloadError
 
 FILE_NAME = "manifest.json"
 
@@ -28,7 +29,7 @@ FileName = Annotated[str, AfterValidator(_plain_name)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class TensorLayout(_Part):
@@ -122,7 +123,13 @@ class Manifest(_Part):
 
     def write(self, directory: Path) -> None:
         """Replace ``directory/manifest.json`` in one step: readers see the old file or the new one."""
-        content = json.dumps(self.model_dump(mode="json"), indent=1)
+        try:
+            content = json.dumps(self.model_dump(mode="json"), indent=1)
+        except (PydanticSerializationError, TypeError) as error:
+            raise WorkloadError(
+                f"a setting of the workload or the optimizer cannot be stored as JSON: {error}; use numbers, strings, "
+                "lists and dicts as settings"
+            ) from error
         write_atomically(directory / FILE_NAME, content.encode())
 
     def digest(self) -> str:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -110,4 +111,7 @@ def set_hyperparameters(optimizer: Optimizer, recorded: Sequence[Hyperparameters
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
+    """Numbers as Python has them, also inside tuples."""
+    if isinstance(value, (Tensor, np.generic)):
+        return value.item()
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from dit_mlflow.errors import WorkloadError
+from dit_mlflow.errors import DitError, WorkloadError
 from dit_mlflow.trajectory.workload import Workload
 
 WorkloadFactory = Callable[..., Workload]
@@ -36,7 +36,12 @@ def load_workload(reference: str, **settings: Any) -> Workload:
     """
     factory = find_factory(reference)
     resolved = check_settings(factory, reference, settings)
-    workload = factory(**resolved)
+    try:
+        workload = factory(**resolved)
+    except DitError:
+        raise
+    except Exception as error:
+        raise WorkloadError(f"workload {reference!r} cannot be built with {dict(settings)}: {error}") from error
     if not isinstance(workload, Workload):
         raise WorkloadError(f"workload {reference!r} returned a {type(workload).__name__}; expected a Workload")
     return dataclasses.replace(workload, reference=reference, settings={**resolved, **workload.settings})
@@ -46,10 +51,15 @@ def find_factory(reference: str) -> WorkloadFactory:
     """The function behind a workload reference; raises :class:`WorkloadError` if there is none."""
     module_name, colon, name = reference.partition(":")
     if colon:
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
-            raise WorkloadError(f"workload {reference!r}: cannot import {module_name!r}: {error}") from error
+            raise WorkloadError(
+                f"workload {reference!r}: cannot import {module_name!r}: {error}; modules are looked for in the "
+                "working directory (under mlflow run: the project's) and in PYTHONPATH; add its folder there"
+            ) from error
     else:
         module, name = _load_project(reference), "workload"
     factory = getattr(module, name, None)

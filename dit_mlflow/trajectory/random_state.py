@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,34 @@ def preserved_random_state() -> Iterator[None]:
 
 def _byte_tensor(state: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+class DrawsOf(TorchFunctionMode):
+    """Inside it, random numbers for tensors of another floating dtype are drawn in ``dtype`` and then cast.
+
+    A generator gives other numbers for float64 than for float32; a replay in float64 needs those of the record. Dropout
+    draws the same mask in every dtype, and factories such as ``torch.randn(3)`` do not depend on the model's dtype.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS_LIKE and kwargs.get("dtype") is None and args[0].is_floating_point():
+            return func(*args, **{**kwargs, "dtype": self.dtype}).to(args[0].dtype)
+        if func in _DRAWS_INTO and args[0].is_floating_point():
+            return args[0].copy_(func(torch.empty_like(args[0], dtype=self.dtype), *args[1:], **kwargs))
+        return func(*args, **kwargs)
+
+
+_DRAWS_LIKE = {torch.rand_like, torch.randn_like}
+_DRAWS_INTO = {
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+    torch.Tensor.exponential_,
+    torch.Tensor.log_normal_,
+    torch.Tensor.cauchy_,
+    torch.Tensor.geometric_,
+}

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from dit_mlflow.errors import InputError, TrajectoryError
-from dit_mlflow.trajectory.dataset import dataset_digest
+from dit_mlflow.errors import InputError, TrajectoryError, UnsupportedError
+from dit_mlflow.trajectory.dataset import dataset_digest, is_inert
 from dit_mlflow.trajectory.manifest import ModelLayout, TensorLayout, WorkloadReference
 from dit_mlflow.trajectory.optimizers import describe_optimizer, hyperparameters, optimizer_state
 from dit_mlflow.trajectory.random_state import RandomState
@@ -77,6 +77,8 @@ class TrajectoryRecorder:
         self._writer = TrajectoryWriter(
             Path(directory), _describe_model(model), describe_optimizer(optimizer, model), reference
         )
+        self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._dataset: Dataset[Any] | None = None
         self._drawn: list[Drawn] = []
         self._settings: tuple[Hyperparameters, ...] = ()
         self._loss: float | None = None
@@ -96,6 +98,9 @@ class TrajectoryRecorder:
 
     def __enter__(self) -> TrajectoryRecorder:
         self._initial = self._snapshot()
+        # Written now, so that what cannot be stored is refused before training, and a killed run leaves its start.
+        self._writer.add_checkpoint(0, self._initial)
+        self._writer.flush()
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
@@ -107,11 +112,11 @@ class TrajectoryRecorder:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
-        if self._writer.num_steps == 0 and self._row is None:
-            self._writer.add_checkpoint(0, self._initial)
-        elif kind is None and self._due is None:
+        if kind is None and self._due is None and self.num_steps > 0:
             self._due = self._snapshot()
         self._commit()
+        if self._writer.dataset is None and self._dataset is not None:
+            self._writer.dataset = dataset_digest(self._dataset)
         self._writer.flush(complete=kind is None)
 
     def watch(self, loader: DataLoader[Any]) -> WatchedLoader:
@@ -143,10 +148,10 @@ class TrajectoryRecorder:
                 f"watch() was given a loader over {size} samples; the workload's train_set has "
                 f"{self._workload.num_samples}, and sample indices must mean the same in both"
             )
-        digest = dataset_digest(dataset)
-        if self._writer.dataset not in (None, digest):
+        digest = dataset_digest(dataset) if is_inert(dataset) else None
+        if self._dataset not in (None, dataset) and (digest is None or digest != self._writer.dataset):
             raise InputError("watch() was given a second dataset; a trajectory has one training set")
-        self._writer.dataset, self._writer.num_samples = digest, size
+        self._dataset, self._writer.num_samples, self._writer.dataset = dataset, size, digest
 
     def _begin_epoch(self) -> int:
         self._epoch += 1
@@ -160,8 +165,12 @@ class TrajectoryRecorder:
             )
         if self.num_steps == 0:
             self._check_untouched()
-            self._due = self._initial
         self._commit()
+        if [len(group["params"]) for group in optimizer.param_groups] != self._group_sizes:
+            raise UnsupportedError(
+                "the optimizer's parameter groups changed during recording (add_param_group); begin a new "
+                "recorder after the change"
+            )
         self._settings = hyperparameters(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

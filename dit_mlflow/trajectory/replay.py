@@ -24,7 +24,8 @@ class Replay:
     """Walks a trajectory in the recorded dtype, or in another from ``s_0``.
 
     Construction replays the steps before the first checkpoint after ``s_0`` (one step, by default) and compares,
-    so that a workload which is not the recorded one is refused before any long work.
+    so that a workload which is not the recorded one is refused before any long work. In another dtype nothing later can
+    be compared, so all checkpoints are met first, in the recorded dtype, at the cost of one training.
 
     Attributes:
         dynamics: the step's gradient, for callers that need more than states.
@@ -38,8 +39,9 @@ class Replay:
         self.dynamics = Dynamics(workload, trajectory.manifest)
         self._anchors = trajectory.checkpoint_steps
         if len(self._anchors) > 1:
-            self._check_first_segment()
+            self._meet(self._anchors[1])
         if dtype is not None and dtype != _recorded_dtype(trajectory):
+            self._meet(self._anchors[-1])
             self.dynamics = Dynamics(workload, trajectory.manifest, dtype)
             self._anchors = (0,)
 
@@ -53,13 +55,13 @@ class Replay:
         if not 0 <= a <= b <= self.trajectory.num_steps:
             raise InputError(f"states {a} … {b} were asked; the trajectory has 0 … {self.trajectory.num_steps}")
         anchor = max(step for step in self._anchors if step <= a)
-        stops = [anchor, *(step for step in self._anchors if anchor < step < b), b]
         if anchor == b:
             yield self._anchor(b)
             return
-        for lo, hi in pairwise(stops):
+        end = self._next_anchor(b)
+        for lo, hi in pairwise([anchor, *(step for step in self._anchors if anchor < step < end), end]):
             for t, state in enumerate(self._segment(self._anchor(lo), lo, hi), start=lo):
-                if a <= t and (t < hi or t == b):
+                if a <= t <= b and (t < hi or t == end):
                     yield state
 
     def backward(self, a: int, b: int) -> Iterator[tuple[int, State]]:
@@ -70,12 +72,12 @@ class Replay:
         it is walked in ``sqrt`` pieces, at the cost of one more replay.
         """
         anchors = [step for step in self._anchors if step < b]
-        hi, first = b, True
+        hi, first = self._next_anchor(b), True
         for lo in reversed(anchors):
             for t, state in self._backward_segment(self._anchor(lo), lo, hi):
                 if t < a:
                     return
-                if t < hi or first:
+                if t <= b and (t < hi or first):
                     yield t, state
             hi, first = lo, False
         if b == 0:
@@ -117,9 +119,14 @@ class Replay:
             state = recorded
         yield state
 
-    def _check_first_segment(self) -> None:
-        for _ in self._segment(self._anchor(0), 0, self._anchors[1]):
+    def _meet(self, checkpoint: int) -> None:
+        """Replay up to a checkpoint for the sake of the comparison."""
+        for _ in self.forward(0, checkpoint):
             pass
+
+    def _next_anchor(self, t: int) -> int:
+        """The first anchor at ``t`` or later, or ``t`` if there is none: a stretch should end in a comparison."""
+        return min((step for step in self._anchors if step >= t), default=t)
 
     def _compare(self, t: int, replayed: State, recorded: State, origin: State) -> None:
         drift = self.drift[t] = relative_drift(replayed, recorded, origin)
@@ -128,7 +135,7 @@ class Replay:
                 f"replaying up to step {t} misses the checkpoint there by {drift:.2g} of the distance that "
                 f"training moved (allowed {REPLAY_TOLERANCE:g}): the workload does not do what the recorded "
                 "loop did. Compare its loss (one value per sample), coefficients, accumulate, clipping, "
-                "regularizer and data with the loop's"
+                "regularizer and data with the loop's, and look for batches that the loop drew but did not use"
             )
 
     def _anchor(self, t: int) -> State:

@@ -90,18 +90,19 @@ def map_optimizer(state: OptimizerState, function: Callable[[Tensor], Tensor]) -
 def relative_drift(replayed: State, recorded: State, origin: State) -> float:
     """How far a replay missed a recorded state, relative to how far training moved.
 
-    ``max |replayed - recorded| / max |recorded - origin|`` over all parameters; 0 means bit for bit,
+    ``max |replayed - recorded| / max |recorded - origin|`` over all parameters and buffers; 0 means bit for bit,
     1 that the replay is as wrong as standing still. The denominator is at least the size at which 8 units in
     the last place of the largest parameter reach :data:`REPLAY_TOLERANCE`, so that a model which hardly moved
     is not refused for rounding.
     """
     miss = moved = scale = 0.0
-    for name, value in recorded.parameters.items():
-        if value.numel() == 0:
-            continue
-        miss = max(miss, _largest(replayed.parameters[name] - value))
-        moved = max(moved, _largest(value - origin.parameters[name]))
-        scale = max(scale, _largest(value) * torch.finfo(value.dtype).eps)
+    for part in ("parameters", "buffers"):
+        for name, value in getattr(recorded, part).items():
+            if value.numel() == 0 or not value.is_floating_point():
+                continue
+            miss = max(miss, _largest(getattr(replayed, part)[name] - value))
+            moved = max(moved, _largest(value - getattr(origin, part)[name]))
+            scale = max(scale, _largest(value) * torch.finfo(value.dtype).eps)
     if miss == 0.0:
         return 0.0
     allowed = max(moved, 8 * scale / REPLAY_TOLERANCE)

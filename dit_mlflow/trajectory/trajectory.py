@@ -55,6 +55,10 @@ class Trajectory:
         self._verified: set[str] = set()
         self._read_steps = lru_cache(maxsize=8)(self._read_steps_file)
 
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else "incomplete"
+        return f"<Trajectory of {self.num_steps} steps, {self.num_samples} samples, {state}, in {self.directory}>"
+
     @classmethod
     def open(cls, directory: str | Path) -> Trajectory:
         """Open a folder written by :class:`TrajectoryRecorder` or :func:`train`.

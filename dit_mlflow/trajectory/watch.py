@@ -25,6 +25,10 @@ class Drawn:
     batch: Any
 
 
+Notes = deque[tuple[np.ndarray, RandomState | None]]
+"""Indices that a sampler has yielded and the loader has not handed out yet."""
+
+
 class WatchedLoader:
     """Iterates like the loader it was made from, and reports each batch before the loop gets it.
 
@@ -51,40 +55,45 @@ class WatchedLoader:
             raise InputError("watch() needs batches in the order of the sampler; use in_order=True")
         self._next_epoch = next_epoch
         self._on_batch = on_batch
-        self._pending: deque[tuple[np.ndarray, RandomState | None]] = deque()
         self._loader = copy.copy(loader)
         sampler = "sampler" if loader.batch_sampler is None else "batch_sampler"
         # DataLoader refuses to have its samplers set; the copy is ours.
-        vars(self._loader)[sampler] = _NotingSampler(getattr(loader, sampler), self._note)
+        self._sampler = _NotingSampler(getattr(loader, sampler), in_main_process=loader.num_workers == 0)
+        vars(self._loader)[sampler] = self._sampler
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        epoch = self._next_epoch()
-        self._pending.clear()
-        for batch in self._loader:
-            indices, state = self._pending.popleft()
+        batches = iter(self._loader)
+        return self._reporting(batches, self._sampler.latest, self._next_epoch())
+
+    def _reporting(self, batches: Iterator[Any], noted: Notes, epoch: int) -> Iterator[Any]:
+        for batch in batches:
+            indices, state = noted.popleft()
             self._on_batch(Drawn(indices, epoch, state or RandomState.capture(), batch))
             yield batch
 
-    def _note(self, drawn: Any) -> None:
-        indices = np.atleast_1d(np.asarray(drawn, dtype=np.int64))
-        in_main_process = self._loader.num_workers == 0
-        self._pending.append((indices, RandomState.capture() if in_main_process else None))
-
 
 class _NotingSampler:
-    def __init__(self, sampler: Iterable[Any], note: Callable[[Any], None]) -> None:
+    """Yields what ``sampler`` yields, and notes it before: in ``latest``, new for every iteration."""
+
+    def __init__(self, sampler: Iterable[Any], in_main_process: bool) -> None:
         self._sampler = sampler
-        self._note = note
+        self._in_main_process = in_main_process
+        self.latest: Notes = deque()
 
     def __len__(self) -> int:
         return len(self._sampler)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
+        self.latest = deque()
+        return self._noting(self.latest)
+
+    def _noting(self, notes: Notes) -> Iterator[Any]:
         for drawn in self._sampler:
-            self._note(drawn)
+            indices = np.atleast_1d(np.asarray(drawn, dtype=np.int64))
+            notes.append((indices, RandomState.capture() if self._in_main_process else None))
             yield drawn
 
     def __getattr__(self, name: str) -> Any:

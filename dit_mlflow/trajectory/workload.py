@@ -94,10 +94,8 @@ class Workload:
         return len(self.train_set)  # type: ignore[arg-type]
 
     def build_model(self) -> nn.Module:
-        """A model of the caller's own: a copy of the module, or what the factory makes."""
-        if isinstance(self.model, nn.Module):
-            return copy.deepcopy(self.model)
-        return self.model()
+        """A model of the caller's own: a copy of the module, or of what the factory makes (it may hand out one)."""
+        return copy.deepcopy(self.model if isinstance(self.model, nn.Module) else self.model())
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """The collated training samples ``indices``, as the training loop saw them."""
@@ -136,8 +134,9 @@ class Workload:
     @cached_property
     def plan(self) -> Plan:
         """The steps that :func:`train` will make, known before it starts."""
-        if self.batch_size is None or self.epochs is None:
-            raise WorkloadError("Workload.batch_size and Workload.epochs are needed to train; give both")
+        missing = [name for name in ("optimizer", "batch_size", "epochs") if getattr(self, name) is None]
+        if missing or self.batch_size is None or self.epochs is None:
+            raise WorkloadError(f"Workload.{', Workload.'.join(missing)} must be given to train")
         micro_batches = math.ceil(self.num_samples / self.batch_size)
         per_epoch = math.ceil(micro_batches / self.accumulate)
         return Plan(tuple(per_epoch * epoch for epoch in range(1, self.epochs + 1)))
@@ -158,15 +157,19 @@ class Plan:
         return self.epoch_ends[-1]
 
 
-def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> Batch:
-    """Move every tensor of ``batch`` to ``device``, and floating ones to ``dtype`` if one is given."""
+def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh: bool = False) -> Batch:
+    """Move every tensor of ``batch`` to ``device``, and floating ones to ``dtype`` if one is given.
+
+    Containers are rebuilt; with ``fresh``, tensors are copied even if they need not move, so that a function that
+    works in place on its inputs cannot change the batch.
+    """
     if isinstance(batch, Tensor):
-        return batch.to(device, dtype if batch.is_floating_point() else None)
+        return batch.to(device, dtype if batch.is_floating_point() else batch.dtype, copy=fresh)
     if isinstance(batch, Mapping):
-        moved = {key: to_like(value, device, dtype) for key, value in batch.items()}
+        moved = {key: to_like(value, device, dtype, fresh) for key, value in batch.items()}
         return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_like(value, device, dtype) for value in batch))
+        return type(batch)(*(to_like(value, device, dtype, fresh) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(to_like(value, device, dtype) for value in batch)
+        return type(batch)(to_like(value, device, dtype, fresh) for value in batch)
     return batch

@@ -39,9 +39,9 @@ FLUSH_SECONDS = 10.0
 class TrajectoryWriter:
     """Writes one trajectory; not for several processes at once.
 
-    A segment is the steps between two checkpoints. Segments are gathered into one checkpoint shard and one
-    ``steps-NNNNN.parquet``; the manifest is replaced after both are on disk, so that at any moment the folder
-    holds a trajectory that opens.
+    A segment is the steps between two checkpoints. Segments, and the steps of an unfinished one, are gathered into one
+    checkpoint shard and one ``steps-NNNNN.parquet``; the manifest is replaced after both are on disk, so that at any
+    moment the folder holds a trajectory that opens.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class TrajectoryWriter:
         return len(self._epochs)
 
     def add_step(self, step: Step) -> None:
+        """Keep the record of the next step; written when what is held back is old."""
         self._rows.append(step)
         self._epochs.append(step.epoch)
+        self._flush_if_due()
 
     def add_checkpoint(self, step: int, state: State) -> None:
         """Keep ``s_step`` (the caller gives it away); written when the segments held back are large or old."""
         self._states[step] = state
-        held_back = sum(state.nbytes for state in self._states.values())
-        if held_back >= FLUSH_BYTES or time.monotonic() - self._last_flush >= FLUSH_SECONDS:
-            self.flush()
+        self._flush_if_due()
 
     def flush(self, complete: bool = False) -> None:
         """Write what is held back, then the manifest."""
@@ -92,6 +92,11 @@ class TrajectoryWriter:
             self._write_steps(f"steps-{number:05d}.parquet")
         self._manifest(complete).write(self.directory)
         self._last_flush = time.monotonic()
+
+    def _flush_if_due(self) -> None:
+        held_back = sum(state.nbytes for state in self._states.values())
+        if held_back >= FLUSH_BYTES or time.monotonic() - self._last_flush >= FLUSH_SECONDS:
+            self.flush()
 
     def _write_checkpoints(self, name: str) -> None:
         tensors: dict[str, Tensor] = {}

@@ -155,6 +155,7 @@ def test_bad_input_ends_before_any_work(name: str, store: str, monkeypatch: pyte
     (run,) = runs()
     assert run.info.status == "FAILED"
     assert message in run.data.tags["dit.error"]
+    assert run.data.tags["dit.kind"] == "influence"
 
 
 def test_loss_that_is_not_a_number_fails_both_runs_and_keeps_the_record(

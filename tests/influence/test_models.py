@@ -1,0 +1,301 @@
+"""Models and loops off the beaten track: exact, or refused with the reason."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import finite_difference
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, Adam
+from torch.utils.data import DataLoader, Dataset
+from workloads import datasets, digits_model, digits_workload, sample_losses
+
+from dit_mlflow import (
+    InputError,
+    Query,
+    Trajectory,
+    TrajectoryError,
+    TrajectoryRecorder,
+    UnsupportedError,
+    Window,
+    Workload,
+    leave_one_out,
+    track,
+    train,
+)
+
+
+class Tied(nn.Module):
+    """One weight used twice, and a parameter that the loss never sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 3, bias=False)
+        self.outer = nn.Linear(64, 3, bias=False)
+        self.outer.weight = self.inner.weight
+        self.unused = nn.Parameter(torch.ones(2))
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.tanh(self.inner(inputs)) + self.scale * self.outer(inputs)
+
+
+class Attention(nn.Module):
+    """The image's rows as a sequence of eight tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.encoder(inputs.view(-1, 8, 8)).mean(dim=1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(8, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.cell(inputs.view(-1, 8, 8))[0][:, -1])
+
+
+def only_the_head(model: nn.Module) -> torch.optim.Optimizer:
+    return SGD(model[2].parameters(), lr=0.5)  # type: ignore[index]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "tied, unused and scalar parameters": {"model": Tied},
+    "attention": {"model": Attention, "optimizer": lambda model: Adam(model.parameters(), lr=0.01)},
+    "LSTM": {"model": Recurrent},
+    "part of the model trained, clipped over all of it": {"optimizer": only_the_head, "clip_grad_norm": 0.3},
+    "regularizer linear in the parameters": {"regularizer": lambda model: sum(p.sum() for p in model.parameters())},
+    "one step": {"batch_size": 24, "epochs": 1},
+    "last accumulation cut short": {"batch_size": 7, "accumulate": 3},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_finite_differences(name: str, tmp_path: Path) -> None:
+    workload = digits_workload(**CASES[name])
+    trajectory = train(workload, tmp_path / "t")
+    assert trajectory.verify(workload).max_drift == 0
+    whole = Window(0, trajectory.num_steps)
+    samples = range(0, workload.num_samples, 4)
+    found = track(trajectory, workload, [whole], dtype=torch.float64).of(0)[list(samples)]
+    for step in (1e-5, 1e-6):
+        expected = finite_difference(workload, trajectory, whole, "local", samples, step)
+        assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+class Records(Dataset[Any]):
+    """Dictionaries, as tokenizers make them."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        inputs, target = self.data[index]
+        return {"inputs": inputs, "labels": np.int64(target)}
+
+
+def popping_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Takes its batch apart and works in place on it, as many loops do."""
+    labels = batch.pop("labels")
+    return cross_entropy(model(batch["inputs"].mul_(2)), labels, reduction="none")
+
+
+def test_loss_that_changes_its_batch(tmp_path: Path) -> None:
+    train_set, validation_set = datasets()
+    workload = digits_workload(train_set=Records(train_set), validation_set=Records(validation_set), loss=popping_loss)
+    trajectory = train(workload, tmp_path / "t")
+    windows = [Window(0, 4), Window(4, 9)]
+    samples = [0, 7, 13]
+    found = track(trajectory, workload, windows, dtype=torch.float64)
+    exact = leave_one_out(trajectory, workload, windows, samples=samples)
+
+    def doubled(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model(2 * batch[0]), batch[1], reduction="none")
+
+    plain = digits_workload(loss=doubled)
+    for window in windows:
+        expected = finite_difference(plain, trajectory, window, "local", samples, 1e-5)
+        assert np.abs(found.of(window)[samples] - expected).max() < 1e-6 * np.abs(expected).max()
+    expected_exact = leave_one_out(train(plain, tmp_path / "plain"), plain, windows, samples=samples)
+    np.testing.assert_allclose(exact.scores, expected_exact.scores, rtol=1e-9)
+
+
+class Noisy(nn.Module):
+    """Dropout and Gaussian noise in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 6), nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = nn.functional.dropout(torch.tanh(self.first(inputs)), 0.3, self.training)
+        if self.training:
+            hidden = hidden + 0.3 * torch.randn_like(hidden) + torch.empty_like(hidden).uniform_(-0.1, 0.1)
+        return self.last(hidden)
+
+
+def test_random_draws_in_the_model_are_the_recorded_ones_in_every_dtype(tmp_path: Path) -> None:
+    workload = digits_workload(model=Noisy)
+    trajectory = train(workload, tmp_path / "t", order_seed=4)
+    assert trajectory.verify(workload).max_drift == 0
+    *_, last = trajectory.states(workload, 0, 9, dtype=torch.float64)
+    recorded = trajectory.checkpoint(9)
+    for name, value in recorded.parameters.items():
+        torch.testing.assert_close(last.parameters[name].float(), value, rtol=1e-4, atol=1e-6)
+    single = track(trajectory, workload, [Window(0, 9)]).of(0)
+    double = track(trajectory, workload, [Window(0, 9)], dtype=torch.float64).of(0)
+    assert np.abs(single - double).max() < 1e-4 * np.abs(double).max()
+
+
+class Averaged(nn.Module):
+    """Keeps a running mean of its inputs by hand, and uses it in evaluation."""
+
+    def __init__(self, reassign: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 3)
+        self.reassign = reassign
+        self.register_buffer("mean", torch.zeros(64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            mean = 0.9 * self.mean + 0.1 * inputs.detach().mean(dim=0)
+            if self.reassign:
+                self.mean = mean
+            else:
+                self.mean.copy_(mean)
+            return self.linear(inputs)
+        return self.linear(inputs - self.mean)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(64, 3), nn.BatchNorm1d(3)), "'1' \\(BatchNorm1d\\) keeps running statistics"),
+        (lambda: Averaged(reassign=False), "buffer 'mean' changes in training"),
+        (lambda: Averaged(reassign=True), "misses the checkpoint"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(64, 3)), "changes in training"),
+    ],
+)
+def test_moving_buffers_are_refused(model: Any, message: str, tmp_path: Path) -> None:
+    workload = digits_workload(model=model)
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises((UnsupportedError, TrajectoryError), match=message):
+        track(trajectory, workload, [Window(0, 9)])
+
+
+def test_counters_that_move_in_training_do_not_reach_the_query(tmp_path: Path) -> None:
+    """A query between two windows must see the buffers of its own step."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 3)
+            self.register_buffer("count", torch.tensor(1))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            if self.training:
+                self.count += 1
+            return self.linear(inputs) / self.count
+
+    workload = digits_workload(model=Counting)
+    trajectory = train(workload, tmp_path / "t")
+    windows = [Window(0, 4), Window(4, 9)]
+    together = track(trajectory, workload, windows)
+    for window in windows:
+        np.testing.assert_array_equal(track(trajectory, workload, [window]).of(0), together.of(window))
+
+
+def record(tmp_path: Path, skip: int | None = None, clip_from: int = 99) -> Trajectory:
+    """A loop of one's own, which may leave out a batch, or begin to clip."""
+    torch.manual_seed(0)
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.5)
+    loader = DataLoader(datasets()[0], batch_size=8)
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        for number, batch in enumerate(batch for _ in range(3) for batch in recorder.watch(loader)):
+            optimizer.zero_grad()
+            sample_losses(model, batch).mean().backward()
+            if number == skip:
+                continue
+            if number >= clip_from:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+    return Trajectory.open(tmp_path / "t")
+
+
+@pytest.mark.parametrize("loop", [{"skip": 5}, {"clip_from": 6}])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_loop_that_departs_from_the_workload_late_is_refused(loop: Any, dtype: Any, tmp_path: Path) -> None:
+    trajectory = record(tmp_path, **loop)
+    workload = digits_workload(optimizer=None)
+    with pytest.raises(TrajectoryError, match="misses the checkpoint"):
+        track(trajectory, workload, [Window(2, trajectory.num_steps - 1)], dtype=dtype)
+    with pytest.raises(TrajectoryError, match="misses the checkpoint"):
+        leave_one_out(trajectory, workload, [Window(2, 6)], samples=2)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda model: Adam(model.parameters()), "optimizer is Adam; the trajectory was recorded with SGD"),
+        (only_the_head, "other parameter groups"),
+    ],
+)
+def test_another_optimizer_is_refused(optimizer: Any, message: str, tmp_path: Path) -> None:
+    trajectory = train(digits_workload(), tmp_path / "t")
+    with pytest.raises(TrajectoryError, match=message):
+        track(trajectory, digits_workload(optimizer=optimizer), [Window(0, 9)])
+
+
+def test_query_without_derivative_is_named(tmp_path: Path) -> None:
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(InputError, match="query 'steps' does not depend on the trained parameters"):
+        track(trajectory, workload, [Window(0, 9)], queries=[Query("steps", lambda model: torch.tensor(3.0))])
+    with pytest.raises(InputError, match=r"query 'row' returned \[3\]; expected a tensor with one element"):
+        track(trajectory, workload, [Window(0, 9)], queries=[Query("row", lambda model: model[2].bias)])
+
+
+def test_cancelled_gradients_under_adam_warn_and_blank_inputs_do_not(tmp_path: Path) -> None:
+    """Two samples that pull a parameter exactly against each other leave ``v = 0`` with gradients that are not 0."""
+
+    class Pull(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.theta = nn.Parameter(torch.zeros(2))
+
+    data: Any = torch.utils.data.TensorDataset(torch.tensor([1.0, -1.0]))
+    workload = Workload(
+        Pull,
+        lambda model, batch: batch[0] * model.theta[0] + (model.theta[1] - 1) ** 2,
+        data,
+        data,
+        optimizer=lambda model: Adam(model.parameters(), lr=0.1),
+        batch_size=2,
+        epochs=2,
+    )
+    query = [Query("theta 0", lambda model: model.theta[0])]
+    trajectory = train(workload, tmp_path / "cancelled")
+    with pytest.warns(UserWarning, match=r"at step 1, sample \d has a gradient in elements of \['theta'\]"):
+        track(trajectory, workload, [Window(0, 2)], queries=query)
+    blank = digits_workload(optimizer=lambda model: Adam(model.parameters(), lr=0.01))
+    trajectory = train(blank, tmp_path / "blank")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        track(trajectory, blank, [Window(0, 9)])
