@@ -112,7 +112,7 @@ def test_samples_outside_a_window_are_exactly_zero(tmp_path: Any) -> None:
     assert (scores[met] != 0).all()
 
 
-@pytest.mark.parametrize("samples", [0, 25, [], [24], [-1]])
+@pytest.mark.parametrize("samples", [0, 25, [], [24], [-1], [True, False], [0.5]])
 def test_samples_that_do_not_exist_are_refused(samples: Any, tmp_path: Any) -> None:
     workload = digits_workload(epochs=1)
     trajectory = train(workload, tmp_path / "t")

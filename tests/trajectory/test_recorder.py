@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,15 @@ from torch.utils.data import (
 )
 from workloads import SAMPLES, datasets, digits_model, digits_workload, sample_losses
 
-from dit_mlflow import InputError, Trajectory, TrajectoryError, TrajectoryRecorder, UnsupportedError, train
+from dit_mlflow import (
+    InputError,
+    Trajectory,
+    TrajectoryError,
+    TrajectoryRecorder,
+    UnsupportedError,
+    WorkloadError,
+    train,
+)
 
 
 class Augmented(Dataset[Any]):
@@ -255,3 +265,124 @@ def test_misuse_is_named(tmp_path: Path) -> None:
         for batch in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
             sample_losses(model, batch).mean().backward()
             optimizer.step()
+
+
+class OwnGenerator(Dataset[Any]):
+    """Augmentation from a generator that nobody else knows."""
+
+    def __init__(self) -> None:
+        self.random = np.random.default_rng(3)
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = datasets()[0][index]
+        return inputs + 0.1 * float(self.random.standard_normal()), target
+
+
+def test_data_with_a_generator_of_its_own_is_not_disturbed(tmp_path: Path) -> None:
+    results = []
+    for directory in (None, tmp_path / "t"):
+        torch.manual_seed(0)
+        model = digits_model()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        loader = DataLoader(OwnGenerator(), batch_size=8)
+        recorder = TrajectoryRecorder(model, optimizer, directory) if directory else None
+        if recorder:
+            recorder.__enter__()
+        for batch in recorder.watch(loader) if recorder else loader:
+            optimizer.zero_grad()
+            sample_losses(model, batch).mean().backward()
+            optimizer.step()
+        if recorder:
+            recorder.__exit__(None, None, None)
+        results.append(model.state_dict())
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+    assert Trajectory.open(tmp_path / "t").manifest.dataset is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_iterations_over_one_loader_at_a_time(workers: int, tmp_path: Path) -> None:
+    model = nn.Linear(64, 1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(Indexed(), batch_size=8, shuffle=True, num_workers=workers)
+    seen = []
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        for (first, one), (second, two) in zip(recorder.watch(loader), recorder.watch(loader), strict=True):
+            (model(first).mean() + model(second).mean()).backward()
+            optimizer.step()
+            seen.append([one.tolist(), two.tolist()])
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert [[part.tolist() for part in trajectory.step(t).indices] for t in range(3)] == seen
+
+
+def test_numbers_of_other_libraries_are_stored_as_numbers(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = Adam(model.parameters(), lr=torch.tensor(0.01), betas=(0.9, 0.99))
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        for number, batch in enumerate(recorder.watch(DataLoader(datasets()[0], batch_size=8))):
+            sample_losses(model, batch).mean().backward()
+            optimizer.param_groups[0]["lr"] = np.float32(0.5) / (number + 1)
+            optimizer.step()
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert [trajectory.step(t).hyperparameters[0]["lr"] for t in range(2)] == [0.5, 0.25]
+    assert trajectory.step(0).hyperparameters[0]["betas"] == (0.9, 0.99)
+
+
+def test_settings_that_cannot_be_stored_are_refused_before_training(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    workload = digits_workload(reference="some:where", settings={"activation": nn.Tanh})
+    with (
+        pytest.raises(WorkloadError, match="cannot be stored as JSON"),
+        TrajectoryRecorder(model, optimizer, tmp_path / "t", workload),
+    ):
+        raise AssertionError("training was reached")
+    endless = digits_workload(reference="some:where", settings={"clip": float("inf")})
+    with TrajectoryRecorder(model, optimizer, tmp_path / "u", endless):
+        pass
+    stored = Trajectory.open(tmp_path / "u").manifest.workload
+    assert stored is not None
+    assert stored.settings == {"clip": float("inf")}
+
+
+def test_groups_added_in_training_are_refused_and_the_record_is_kept(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = SGD(model[0].parameters(), lr=0.1)
+    with (
+        pytest.raises(UnsupportedError, match="add_param_group"),
+        TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder,
+    ):
+        for number, batch in enumerate(recorder.watch(DataLoader(datasets()[0], batch_size=8))):
+            model.zero_grad()
+            sample_losses(model, batch).mean().backward()
+            if number == 2:
+                optimizer.add_param_group({"params": model[2].parameters()})
+            optimizer.step()
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert (trajectory.num_steps, trajectory.complete) == (2, False)
+
+
+@pytest.mark.parametrize("every", ["sqrt", 0])
+def test_killed_process_leaves_a_trajectory_that_verifies(every: Any, tmp_path: Path) -> None:
+    code = (
+        "import os, sys; sys.path[:0] = [sys.argv[1]]\n"
+        "import dit_mlflow.trajectory.writer as writer\n"
+        "from dit_mlflow import train\n"
+        "from workloads import digits_workload\n"
+        "writer.FLUSH_SECONDS = 0.0\n"
+        "from torch.optim.lr_scheduler import LambdaLR\n"
+        "kill = lambda t: os._exit(9) if t == 20 else 1.0\n"
+        "train(digits_workload(epochs=50, scheduler=lambda o: LambdaLR(o, kill)), sys.argv[2], checkpoint_every="
+        f"{every!r})"
+    )
+    here = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", code, here, str(tmp_path / "t")]
+    assert subprocess.run(command, check=False).returncode == 9
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert not trajectory.complete
+    assert trajectory.num_steps == 19
+    trajectory.verify(digits_workload())
+    states = list(trajectory.states(digits_workload(), 0, 19))
+    assert len(states) == 20
