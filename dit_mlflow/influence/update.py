@@ -173,8 +173,9 @@ class UpdateAdjoint:
                 ({**settings, "dampening": 0.0}, fresh),
             ]
             for group, members in groups:
-                if members:
-                    optimizer.param_groups.append({**group, "params": [work[name] for name in members]})
+                stepped = [work[name] for name in members if name in clipped]
+                if stepped:
+                    optimizer.param_groups.append({**group, "params": stepped})
             for name in fresh:
                 optimizer.state[work[name]]["momentum_buffer"] = torch.zeros_like(work[name])
         for name, entry in state.items():
