@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -130,26 +130,14 @@ class _Retraining:
         changes = {c: np.zeros((len(self.queries), len(samples))) for c in baseline.states}
         if len(affected) == 0:
             return changes
-        side_by_side = self._prefer_side_by_side(baseline.start, steps[0], len(affected))
-        size = self._chunk_size(baseline.start, steps[0]) if side_by_side else 1
-        title = f"leave-one-out {course.start}-{course.until}"
-        with tqdm(total=len(affected), desc=title, unit="sample", disable=None) as progress:
-            position = 0
-            while position < len(affected):
-                chunk = affected[position : position + size]
-                found = None
-                if side_by_side:
-                    found = self._side_by_side_changes(course, steps, baseline, samples[chunk])
-                    if found is None:
-                        side_by_side = self._side_by_side = False
-                        size = 1
-                        continue
-                else:
-                    found = self._single_changes(course, steps, baseline, int(samples[chunk[0]]))
-                for c, change in found.items():
-                    changes[c][:, chunk] = change
-                position += len(chunk)
-                progress.update(len(chunk))
+        found = None
+        if self._prefer_side_by_side(baseline.start, steps[0], len(affected)):
+            found = self._side_by_side_changes(course, steps, baseline, samples[affected])
+        if found is None:
+            self._side_by_side = False
+            found = self._single_changes(course, steps, baseline, samples[affected])
+        for c, change in found.items():
+            changes[c][:, affected] = change
         return changes
 
     def _baseline(self, course: Course) -> _Baseline:
@@ -165,38 +153,49 @@ class _Retraining:
         values = {t: self._ask(state.parameters, state.buffers) for t, state in states.items()}
         return _Baseline(start, states, values)
 
-    def _single_changes(self, course: Course, steps: Sequence[Step], baseline: _Baseline, sample: int) -> Changes:
-        """One retraining, as the recorded one ran."""
-        rollout = Rollout(self.dynamics, self.layout, baseline.start)
-        changes: Changes = {}
-        for step in steps:
-            batches = self.dynamics.load(step)
-            weights = _weights(step, course, np.array([sample]), self._like(rollout))[0]
-            rollout.advance(step, batches, weights)
-            if (before := baseline.values.get(step.index + 1)) is not None:
-                after = self._ask(rollout.parameters, rollout.buffers)
-                changes[step.index + 1] = (after - before)[:, None].cpu().numpy()
+    def _single_changes(
+        self, course: Course, steps: Sequence[Step], baseline: _Baseline, samples: np.ndarray
+    ) -> Changes:
+        """One retraining after the other, each as the recorded one ran."""
+        changes: Changes = {c: np.zeros((len(self.queries), len(samples))) for c in baseline.values}
+        for column, sample in enumerate(_progress(samples, course)):
+            rollout = Rollout(self.dynamics, self.layout, baseline.start)
+            for step in steps:
+                weights = _weights(step, course, np.array([sample]), self._like(rollout))[0]
+                rollout.advance(step, self.dynamics.load(step), weights)
+                if (before := baseline.values.get(step.index + 1)) is not None:
+                    after = self._ask(rollout.parameters, rollout.buffers)
+                    changes[step.index + 1][:, column] = (after - before).cpu().numpy()
         return changes
 
     def _side_by_side_changes(
         self, course: Course, steps: Sequence[Step], baseline: _Baseline, samples: np.ndarray
     ) -> Changes | None:
-        """Retrainings under one ``vmap``; row 0 removes nothing. ``None`` if that row misses the recorded run."""
-        rollout = Rollout(self.dynamics, self.layout, baseline.start, copies=len(samples) + 1)
-        removed = np.concatenate([[-1], samples])
-        changes: Changes = {}
-        for step in steps:
-            batches = self.dynamics.load(step)
-            rollout.advance(step, batches, _weights(step, course, removed, self._like(rollout)))
-            if (state := baseline.states.get(step.index + 1)) is not None:
-                if not self._control_holds(rollout, state, baseline.start):
-                    return None
-                values = self._ask_all(rollout)
-                changes[step.index + 1] = (values[:, 1:] - values[:, :1]).cpu().numpy()
+        """Retrainings under one ``vmap``, in chunks; row 0 of each removes nothing.
+
+        ``None`` if that row misses the recorded run.
+        """
+        size = self._chunk_size(baseline.start, steps[0])
+        changes: Changes = {c: np.zeros((len(self.queries), len(samples))) for c in baseline.values}
+        for first in _progress(range(0, len(samples), size), course):
+            chunk = slice(first, first + size)
+            removed = np.concatenate([[-1], samples[chunk]])
+            rollout = Rollout(self.dynamics, self.layout, baseline.start, copies=len(removed))
+            for step in steps:
+                weights = _weights(step, course, removed, self._like(rollout))
+                rollout.advance(step, self.dynamics.load(step), weights)
+                if (state := baseline.states.get(step.index + 1)) is not None:
+                    if not self._control_holds(rollout, state, baseline.start):
+                        return None
+                    values = self._ask_all(rollout)
+                    changes[step.index + 1][:, chunk] = (values[:, 1:] - values[:, :1]).cpu().numpy()
         return changes
 
     def _control_holds(self, rollout: Rollout, recorded: State, origin: State) -> bool:
-        control = State({name: value.detach()[0] for name, value in rollout.parameters.items()})
+        control = State(
+            {name: value.detach()[0] for name, value in rollout.parameters.items()},
+            {name: value[0] for name, value in rollout.buffers.items()},
+        )
         drift = relative_drift(control, recorded, origin)
         if drift <= CONTROL_TOLERANCE.get(self._like(rollout).dtype, 1e-3):
             return True
@@ -268,6 +267,10 @@ class _Retraining:
     @staticmethod
     def _like(rollout: Rollout) -> Tensor:
         return next(iter(rollout.parameters.values())).detach()
+
+
+def _progress(items: Sequence[int] | np.ndarray, course: Course) -> Iterable[int]:
+    return tqdm(items, desc=f"leave-one-out {course.start}-{course.until}", disable=None)
 
 
 def _weights(step: Step, course: Course, removed: np.ndarray, like: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class WatchedLoader:
                 f"watch() was given a loader over {type(loader.dataset).__name__}, an iterable dataset: its "
                 "samples have no indices, so they cannot be drawn again; use a map-style dataset"
             )
-        if loader.num_workers > 0 and not loader.in_order:
+        if loader.num_workers > 0 and not getattr(loader, "in_order", True):
             raise InputError("watch() needs batches in the order of the sampler; use in_order=True")
         self._next_epoch = next_epoch
         self._on_batch = on_batch

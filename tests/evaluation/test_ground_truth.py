@@ -118,3 +118,22 @@ def test_samples_that_do_not_exist_are_refused(samples: Any, tmp_path: Any) -> N
     trajectory = train(workload, tmp_path / "t")
     with pytest.raises(InputError, match="expected"):
         leave_one_out(trajectory, workload, [Window(0, 1)], samples=samples)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_running_statistics_follow_the_counterfactual(
+    batched: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removed from the loss, a sample still counts in batch statistics; what training makes of the weights differs."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+    workload = digits_workload(model=model)
+    trajectory = train(workload, tmp_path / "t")
+    side_by_side(batched, monkeypatch)
+    samples = [2, 19]
+    window = Window(2, 8)
+    found = leave_one_out(trajectory, workload, [window], "final", samples=samples).of(0)[samples]
+    expected = [window_effect(workload, trajectory, window, "final", j, 0.0) for j in samples]
+    np.testing.assert_allclose(found, expected, rtol=1e-7)
