@@ -89,6 +89,8 @@ def run_influence(
         whole = Window(0, trajectory.num_steps)
         asked = windows if whole in windows else [*windows, whole]
         estimate = track(trajectory, workload, asked, kind, dtype=dtype)
+        # Before the ground truth, which takes longest, so that nothing is lost if it is broken off.
+        log_influence(estimate.select(windows))
         truth = None
         if ground_truth.samples != 0:
             truth = leave_one_out(trajectory, workload, asked, kind, samples=ground_truth.samples)
@@ -116,7 +118,6 @@ def _log_parent(
     for name in dict.fromkeys(name for metrics in answer.per_window for name in metrics.values):
         log_series(f"by_window/{name}", [metrics.values.get(name) for metrics in answer.per_window])
     influence = answer.influence
-    log_influence(influence)
     windows = list(influence.windows)
     exact = truth.select(windows) if truth is not None else None
     mlflow.log_table(windows_table(influence, answer.per_window), f"{INFLUENCE}/windows.json")

@@ -57,13 +57,13 @@ def fail_project_run(run_id: str | None, kind: str, message: str) -> None:
     client.set_terminated(run_id, "FAILED")
 
 
-def log_metrics(metrics: Metrics, step: int | None = None) -> None:
+def log_metrics(metrics: Metrics) -> None:
     """Log the values of ``metrics`` on the active run; a missing or infinite value becomes a tag that says why."""
     finite = {name: value for name, value in metrics.values.items() if math.isfinite(value)}
     reasons = dict(metrics.undefined)
     reasons |= {name: f"the value is {v}" for name, v in metrics.values.items() if name not in finite}
     if finite:
-        mlflow.log_metrics(finite, step=step)
+        mlflow.log_metrics(finite)
     if reasons:
         mlflow.set_tags({UNDEFINED + name: reason for name, reason in reasons.items()})
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from dit_mlflow.errors import DitError
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence.query import CHUNK
 from dit_mlflow.tracking.artifacts import log_trajectory
@@ -57,7 +56,8 @@ def run_training(
         started = time.perf_counter()
         try:
             trajectory = train(workload, folder, init_seed, order_seed, checkpoint_every)
-        except DitError:
+        except BaseException:
+            # Whatever ended it, a termination too: the steps until then are worth keeping.
             if (folder / FILE_NAME).is_file():
                 _log_recorded(Trajectory.open(folder))
             raise

@@ -149,7 +149,8 @@ class TrajectoryRecorder:
                 f"{self._workload.num_samples}, and sample indices must mean the same in both"
             )
         digest = dataset_digest(dataset) if is_inert(dataset) else None
-        if self._dataset not in (None, dataset) and (digest is None or digest != self._writer.dataset):
+        another = self._dataset is not None and self._dataset is not dataset
+        if another and (digest is None or digest != self._writer.dataset):
             raise InputError("watch() was given a second dataset; a trajectory has one training set")
         self._dataset, self._writer.num_samples, self._writer.dataset = dataset, size, digest
 

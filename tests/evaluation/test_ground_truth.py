@@ -137,3 +137,11 @@ def test_running_statistics_follow_the_counterfactual(
     found = leave_one_out(trajectory, workload, [window], "final", samples=samples).of(0)[samples]
     expected = [window_effect(workload, trajectory, window, "final", j, 0.0) for j in samples]
     np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+
+def test_cumulative_windows_add_up_to_the_whole_run(tmp_path: Any) -> None:
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    parts = leave_one_out(trajectory, workload, parse_windows("4", trajectory), "cumulative", samples=5)
+    whole = leave_one_out(trajectory, workload, parse_windows("1", trajectory), "local", samples=5)
+    np.testing.assert_allclose(parts.scores.sum(axis=0), whole.scores[0], rtol=1e-9, atol=1e-14)

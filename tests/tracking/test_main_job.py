@@ -215,8 +215,13 @@ def test_termination_leaves_no_run_running(store: str) -> None:
         deadline = time.monotonic() + 60
         while not runs("training") and time.monotonic() < deadline:
             time.sleep(0.2)
+        time.sleep(3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143
     finally:
         process.kill()
     assert {run.info.status for run in runs()} == {"FAILED"}
+    (training,) = runs("training")
+    trajectory = load_trajectory(training.info.run_id)
+    assert trajectory.num_steps > 0
+    assert not trajectory.complete
