@@ -51,13 +51,10 @@ def train_again(
 
 
 def validation_loss(workload: Workload, model: nn.Module) -> float:
-    """Mean validation loss, one sample at a time."""
+    """Mean validation loss."""
     dtype = next(model.parameters()).dtype
-    losses = [
-        workload.loss(model, to_like(workload.collate(workload.validation_set, [i]), torch.device("cpu"), dtype))
-        for i in range(len(workload.validation_set))
-    ]
-    return float(torch.cat(losses).detach().double().mean())
+    batch = workload.collate(workload.validation_set, range(len(workload.validation_set)))
+    return float(workload.loss(model, to_like(batch, torch.device("cpu"), dtype)).detach().double().mean())
 
 
 def window_effect(

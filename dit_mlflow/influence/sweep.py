@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +13,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from dit_mlflow.errors import InputError, UnsupportedError
+from dit_mlflow.errors import InputError
+from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
+from dit_mlflow.influence.buffers import BuffersApart
 from dit_mlflow.influence.kind import Kind, Sweep, sweeps
+from dit_mlflow.influence.ledger import Ledger, Row
 from dit_mlflow.influence.query import Query
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.result import Influence
-from dit_mlflow.influence.update import Adjoint, Pulled, UpdateAdjoint, vector_jacobian
+from dit_mlflow.influence.update import Pulled, UpdateAdjoint
 from dit_mlflow.influence.window import Window
 from dit_mlflow.trajectory import State, Trajectory, Workload
 from dit_mlflow.trajectory.random_state import preserved_random_state
 from dit_mlflow.trajectory.replay import Replay
+from dit_mlflow.trajectory.statistics import DifferentiableStatistics, running_statistics
 from dit_mlflow.trajectory.step import Step
 
 
@@ -76,14 +81,6 @@ def track(
     return question.answer(scores, "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of the live adjoint: a sweep and the query it began with."""
-
-    sweep: Sweep
-    query: int
-
-
 class _Engine:
     """Walks the trajectory backwards and carries all live adjoints along."""
 
@@ -91,31 +88,35 @@ class _Engine:
         self.replay = replay
         self.dynamics = replay.dynamics
         self.queries = queries
-        _refuse_moving_buffers(replay)
         self._warned = False
         # Batching a backward pass over rows unrolls convolutions into a slow fallback.
         self._batched = not any(isinstance(module, _CONVOLUTIONS) for module in self.dynamics.model.modules())
-        layout = replay.trajectory.manifest.optimizer
-        self._held = [name for group in layout.groups for name in group]
-        self._update = UpdateAdjoint(self.dynamics, layout, self._batched)
+        manifest = replay.trajectory.manifest
+        shapes = {name: torch.Size(layout.shape) for name, layout in manifest.model.parameters.items()}
+        self._held = Flat({name: shapes[name] for group in manifest.optimizer.groups for name in group})
+        self._update = UpdateAdjoint(self.dynamics, manifest.optimizer, self._held)
+        statistics = running_statistics(self.dynamics.model)
+        self._moving = Flat(
+            {name: torch.Size(layout.shape) for name, layout in manifest.model.buffers.items() if name in statistics}
+        )
+        self._unmoved = BuffersApart(self.dynamics, self._moving.shapes)
 
     def run(self, planned: Sequence[Sweep], num_windows: int) -> np.ndarray:
         """Scores ``[windows, queries, samples]``, float64."""
-        samples = self.dynamics.workload.num_samples
-        scores = torch.zeros((num_windows, len(self.queries), samples), dtype=torch.float64)
+        ledger = Ledger(num_windows, len(self.queries), self.dynamics.workload.num_samples, planned)
         first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
-        rows: list[_Row] = []
+        rows: list[Row] = []
         adjoint: Adjoint | None = None
         with tqdm(total=last - first, desc="influence", unit="step", disable=None) as progress:
             later: State | None = None
             for t, state in self.replay.backward(first, last):
                 if later is not None:
-                    _refuse_change_of_buffers(state, later, t)
+                    self._unmoved.check(state, later, self.replay.trajectory.step(t))
                 later = state
                 if adjoint is not None:
                     step = self.replay.trajectory.step(t)
                     adjoint, kicks = self._pull_back(state, step, adjoint)
-                    _credit(scores, rows, t, torch.from_numpy(step.samples), kicks)
+                    ledger.add(rows, t, torch.from_numpy(step.samples), kicks)
                     alive = [position for position, row in enumerate(rows) if row.sweep.stop < t]
                     if len(alive) < len(rows):
                         rows = [rows[position] for position in alive]
@@ -125,68 +126,83 @@ class _Engine:
                     if sweep.start == t:
                         started = self._start(state)
                         adjoint = started if adjoint is None else adjoint.append(started)
-                        rows += [_Row(sweep, query) for query in range(len(self.queries))]
-        return scores.numpy()
+                        rows += [Row(sweep, query) for query in range(len(self.queries))]
+        return ledger.scores.numpy()
 
     def _start(self, state: State) -> Adjoint:
         """``lambda = grad q`` at ``state``, one row per query; 0 for the optimizer's state."""
-        held = {name: state.parameters[name].detach().requires_grad_() for name in self._held}
-        parameters = {**state.parameters, **held}
-        gradients = []
+        held = {name: state.parameters[name].detach().requires_grad_() for name in self._held.shapes}
+        moving = {name: state.buffers[name].detach().requires_grad_() for name in self._moving.shapes}
+        parameters, buffers = {**state.parameters, **held}, {**state.buffers, **moving}
+        by_parameters, by_buffers = [], []
         for query in self.queries:
-            value = self.dynamics.evaluate(parameters, state.buffers, query)
+            with self._following_statistics():
+                value = self.dynamics.evaluate(parameters, buffers, query)
             if not value.requires_grad:
                 raise InputError(
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
                     "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
                 )
-            gradients.append(torch.autograd.grad(value, list(held.values()), allow_unused=True, materialize_grads=True))
-        return Adjoint(
-            {name: torch.stack(parts) for name, parts in zip(held, zip(*gradients, strict=True), strict=True)}
-        )
+            found = torch.autograd.grad(
+                value, [*held.values(), *moving.values()], allow_unused=True, materialize_grads=True
+            )
+            by_parameters.append(self._held.join(found[: len(held)]))
+            by_buffers.append(torch.cat([value.new_zeros(0), *(part.reshape(-1) for part in found[len(held) :])]))
+        return Adjoint(torch.stack(by_parameters), torch.stack(by_buffers))
 
     def _pull_back(self, state: State, step: Step, adjoint: Adjoint) -> tuple[Adjoint, Tensor]:
         """The adjoint at ``t`` from the one at ``t + 1``, and the kicks ``[A, sum B]`` of the step's samples."""
         # Clipping looks at every gradient, also of parameters that the optimizer does not hold.
-        theta = {
-            name: value.detach().requires_grad_(value.is_floating_point()) for name, value in state.parameters.items()
+        held = self._held.shapes
+        theta = {name: state.parameters[name].detach().requires_grad_() for name in held} | {
+            name: value.detach().requires_grad_(value.is_floating_point())
+            for name, value in state.parameters.items()
+            if name not in held
         }
         batches = self.dynamics.load(step)
         like = next(iter(theta.values()))
-        weights = like.new_ones(sum(micro.size for micro in batches)).requires_grad_()
-        # The forward pass may work in place on buffers, and the state is still needed; and of the attention kernels,
-        # only the plain one can be differentiated twice.
-        buffers = {name: value.clone() for name, value in state.buffers.items()}
-        with sdpa_kernel(SDPBackend.MATH):
+        weights = like.new_ones(len(step.samples)).requires_grad_()
+        moving = {name: state.buffers[name].detach().requires_grad_() for name in self._moving.shapes}
+        # The forward pass works in place on buffers, and the state is still needed; and of the attention kernels, only
+        # the plain one can be differentiated twice.
+        buffers = {name: value.clone() for name, value in {**state.buffers, **moving}.items()}
+        with sdpa_kernel(SDPBackend.MATH), self._following_statistics():
             gradients = self.dynamics.gradient(theta, buffers, step, batches, weights, create_graph=True)
-        pulled = self._update(theta, state.optimizer, gradients, step, adjoint)
-        by_weight, *by_theta = vector_jacobian(
-            list(gradients.values()),
-            [weights, *(theta[name] for name in self._held)],
-            [pulled.gradients[name] for name in gradients],
+        pulled = self._update(state, gradients, step, adjoint)
+        flat = Flat({name: value.shape for name, value in gradients.items()})
+        by_weight, *rest = vector_jacobian(
+            [*gradients.values(), *(buffers[name] for name in moving)],
+            [weights, *(theta[name] for name in held), *moving.values()],
+            [*flat.split_rows(pulled.gradients), *self._moving.split_rows(adjoint.buffers)],
+            adjoint.rows,
             self._batched,
         )
-        if pulled.undefined and not self._warned:
+        if pulled.undefined is not None and not self._warned:
             self._warn_if_undefined(step, gradients, weights, pulled, largest=float(by_weight.abs().max()))
-        for name, part in zip(self._held, by_theta, strict=True):
-            pulled.adjoint.parameters[name] = pulled.adjoint.parameters[name] + part
+        by_theta, by_buffer = rest[: len(held)], rest[len(held) :]
+        pulled.adjoint.parameters = self._held.join_rows(by_theta, adjoint.rows).add_(pulled.adjoint.parameters)
+        if by_buffer:
+            pulled.adjoint.buffers = self._moving.join_rows(by_buffer, adjoint.rows)
         return pulled.adjoint, -by_weight
+
+    def _following_statistics(self) -> AbstractContextManager[Any]:
+        return DifferentiableStatistics() if self._moving.shapes else nullcontext()
 
     def _warn_if_undefined(
         self, step: Step, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float
     ) -> None:
         """Warn once if a sample has a gradient where the total has been 0 so far, and the step has no derivative."""
-        names = list(pulled.undefined)
+        assert pulled.undefined is not None
+        flat = Flat({name: value.shape for name, value in gradients.items()})
+        cotangents = flat.split_rows(pulled.undefined * pulled.gradients)
         (by_weight,) = vector_jacobian(
-            [gradients[name] for name in names],
-            [weights],
-            [pulled.undefined[name].to(weights.dtype)[None] * pulled.gradients[name] for name in names],
-            self._batched,
+            list(gradients.values()), [weights], cotangents, len(pulled.gradients), self._batched
         )
         row, place = divmod(int(by_weight.abs().argmax()), by_weight.shape[1])
         # Below that it is rounding, as in elements whose gradient is 0 by symmetry (the bias of attention's keys).
         if by_weight[row, place].abs() > 1e-6 * largest:
             self._warned = True
+            names = [name for name, part in flat.slices.items() if bool(pulled.undefined[part].any())]
             warnings.warn(
                 f"at step {step.index}, sample {step.samples[place]} has a gradient in elements of {names} where the "
                 "batches' gradients have cancelled to exactly 0 in every step so far; the optimizer's step is not "
@@ -197,34 +213,3 @@ class _Engine:
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def _credit(scores: Tensor, rows: Sequence[_Row], t: int, samples: Tensor, kicks: Tensor) -> None:
-    """Add the kicks of step ``t`` to every window that counts them; repeated samples add up."""
-    for row, kick in zip(rows, kicks.detach().double().cpu(), strict=True):
-        for share in row.sweep.shares:
-            if share.lo <= t < share.hi:
-                scores[share.window, row.query].index_add_(0, samples, kick, alpha=share.sign)
-
-
-def _refuse_moving_buffers(replay: Replay) -> None:
-    """Refuse before the sweep what the model's layers or the first two checkpoints show."""
-    for name, module in replay.dynamics.model.named_modules():
-        if getattr(module, "running_mean", None) is not None:
-            raise UnsupportedError(
-                f"module {name!r} ({type(module).__name__}) keeps running statistics, through which a sample's "
-                "influence travels; the sweep does not follow them yet. Use LayerNorm or GroupNorm, or "
-                "track_running_stats=False"
-            )
-    first, *rest = replay.trajectory.checkpoint_steps
-    for t in rest[:1]:
-        _refuse_change_of_buffers(replay.trajectory.checkpoint(first), replay.trajectory.checkpoint(t), first)
-
-
-def _refuse_change_of_buffers(before: State, after: State, t: int) -> None:
-    for name, value in before.buffers.items():
-        if value.is_floating_point() and not torch.equal(value, after.buffers[name]):
-            raise UnsupportedError(
-                f"buffer {name!r} changes in training (after step {t}); a sample's influence travels through it, and "
-                "the sweep does not follow it yet. leave_one_out does"
-            )

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.manifest import Manifest
 from dit_mlflow.trajectory.optimizers import describe_optimizer
 from dit_mlflow.trajectory.random_state import DrawsOf, RandomState, preserved_random_state
 from dit_mlflow.trajectory.step import Step
+from dit_mlflow.trajectory.tensors import Substitution
 from dit_mlflow.trajectory.workload import Batch, Workload, to_like
 
 Parameters = Mapping[str, Tensor]
-Term = Callable[[Parameters, Parameters, Tensor | None], Tensor]
+Buffers = MutableMapping[str, Tensor]
+"""Every call leaves here what the model made of them, in place or anew."""
+Term = Callable[[Parameters, Buffers, Tensor | None], Tensor]
 """``(parameters, buffers, weights [sum B]) -> scalar``: a part of the objective of a step."""
 Result = TypeVar("Result")
 
@@ -69,7 +71,7 @@ class Dynamics:
         self._draws = DrawsOf(getattr(torch, recorded)) if dtype is not None else None
         self.device = next(model.parameters()).device
         self.model = model
-        self._call = _Call(model)
+        self._substituted = Substitution(model)
         self._modules = dict(model.named_modules())
         self._evaluation_mode: frozenset[str] | None = None
 
@@ -107,7 +109,7 @@ class Dynamics:
     def gradient(
         self,
         parameters: Parameters,
-        buffers: Parameters,
+        buffers: Buffers,
         step: Step,
         batches: list[MicroBatch],
         weights: Tensor | None = None,
@@ -142,7 +144,7 @@ class Dynamics:
         micro: MicroBatch,
         part: slice,
         parameters: Parameters,
-        buffers: Parameters,
+        buffers: Buffers,
         weights: Tensor | None,
     ) -> Tensor:
         losses = self.call(
@@ -151,13 +153,13 @@ class Dynamics:
         terms = micro.coefficients.to(losses.dtype) * losses
         return terms.sum() if weights is None else (weights[part] * terms).sum()
 
-    def _regularizer_term(self, parameters: Parameters, buffers: Parameters, weights: Tensor | None) -> Tensor:
+    def _regularizer_term(self, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
         assert self.workload.regularizer is not None
         return self.call(parameters, buffers, self.workload.regularizer)
 
-    def clip(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def clip(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The workload's clipping, differentiable; the same arithmetic as ``torch.nn.utils.clip_grad_*``."""
-        clipped = gradients
+        clipped = dict(gradients)
         if (limit := self.workload.clip_grad_norm) is not None and gradients:
             norm = torch.linalg.vector_norm(
                 torch.stack([torch.linalg.vector_norm(value) for value in gradients.values()])
@@ -168,16 +170,15 @@ class Dynamics:
             clipped = {name: value.clamp(-bound, bound) for name, value in clipped.items()}
         return clipped
 
-    def call(self, parameters: Parameters, buffers: Parameters, function: Callable[..., Result]) -> Result:
+    def call(self, parameters: Parameters, buffers: Buffers, function: Callable[..., Result]) -> Result:
         """``function(model)`` with the given tensors in place of the model's own."""
-        tensors = {f"model.{name}": value for name, value in {**parameters, **buffers}.items()}
-        return functional_call(self._call, tensors, (function,))
+        return self._substituted(parameters, buffers, function)
 
     def evaluate(self, parameters: Parameters, buffers: Parameters, function: Callable[..., Result]) -> Result:
-        """``function(model)`` in evaluation mode."""
+        """``function(model)`` in evaluation mode; ``buffers`` are left alone."""
         self._evaluation_mode = None
         self.model.eval()
-        return self.call(parameters, buffers, function)
+        return self.call(parameters, {name: value.clone() for name, value in buffers.items()}, function)
 
     def set_modes(self, step: Step) -> None:
         """Put every module into the mode it was recorded in."""
@@ -186,17 +187,6 @@ class Dynamics:
         for name, module in self._modules.items():
             module.training = name not in step.evaluation_mode
         self._evaluation_mode = step.evaluation_mode
-
-
-class _Call(nn.Module):
-    """Lets ``functional_call`` run any function of a model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
-        return function(self.model)
 
 
 @contextmanager

@@ -17,16 +17,38 @@ from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import Hyperparameters
 
 SUPPORTED: dict[str, type[Optimizer]] = {
-    cls.__name__: cls for cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    cls.__name__: cls
+    for cls in (
+        torch.optim.SGD,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.Adamax,
+        torch.optim.Adagrad,
+        torch.optim.Adadelta,
+        torch.optim.RMSprop,
+        torch.optim.ASGD,
+    )
 }
-"""Optimizers whose step the sweep has been checked to differentiate, against finite differences."""
+"""Optimizers whose step the sweep has been checked to differentiate, against finite differences: all of
+``torch.optim`` that accept ``differentiable=True``, except Rprop."""
+
+_REFUSED = {
+    "Rprop": "its step depends on the gradient's sign alone, so that every influence would be 0 or undefined",
+    "Muon": "torch.optim.Muon has no differentiable=True",
+    "LBFGS": "it evaluates the loss several times per step, and its line search is not differentiable",
+    "Adafactor": "torch.optim.Adafactor has no differentiable=True",
+    "SparseAdam": "torch.optim.SparseAdam has no differentiable=True; use dense gradients with Adam",
+}
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
     """The class named by a manifest or an optimizer; raises :class:`UnsupportedError` for any other."""
     if name not in SUPPORTED:
+        reason = _REFUSED.get(name, "influence needs the derivative of its step")
         raise UnsupportedError(
-            f"optimizer {name} is not supported: influence needs the derivative of its step; supported are "
+            f"optimizer {name} is not supported: {reason}. Supported are "
             f"{', '.join('torch.optim.' + known for known in SUPPORTED)}"
         )
     return SUPPORTED[name]

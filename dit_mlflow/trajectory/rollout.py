@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dit_mlflow.trajectory.dynamics import Dynamics, MicroBatch, Parameters, Term
+from dit_mlflow.trajectory.dynamics import Buffers, Dynamics, MicroBatch, Parameters, Term
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.optimizers import build_optimizer, set_hyperparameters
-from dit_mlflow.trajectory.state import State, map_optimizer
+from dit_mlflow.trajectory.state import COUNTERS, State, map_optimizer
 from dit_mlflow.trajectory.step import Step
 
 
@@ -38,15 +40,15 @@ class Rollout:
             name: own(value).requires_grad_(value.is_floating_point()) for name, value in state.parameters.items()
         }
         self.buffers = {name: own(value) for name, value in state.buffers.items()}
+
+        def copied(key: str, value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.clone() if key in COUNTERS else own(value)
+
         optimizer_state = {
-            name: {
-                key: value.clone() if key == "step" and isinstance(value, Tensor) else value
-                for key, value in entry.items()
-            }
-            for name, entry in state.optimizer.items()
+            name: {key: copied(key, value) for key, value in entry.items()} for name, entry in state.optimizer.items()
         }
-        for entry in optimizer_state.values():
-            entry.update({k: own(v) for k, v in entry.items() if k != "step" and isinstance(v, Tensor)})
         self._optimizer = build_optimizer(layout, self.parameters, State({}, {}, optimizer_state))
 
     def advance(self, step: Step, batches: list[MicroBatch], weights: Tensor | None = None) -> None:
@@ -57,6 +59,7 @@ class Rollout:
         else:
             assert weights is not None, "copies differ by their weights"
             gradients = self._stacked_gradient(step, batches, weights)
+        self.buffers = {name: value.detach() for name, value in self.buffers.items()}
         for name, parameter in self.parameters.items():
             parameter.grad = gradients.get(name)
         set_hyperparameters(self._optimizer, step.hyperparameters)
@@ -67,8 +70,12 @@ class Rollout:
         rest = {name: values.pop(name) for name in step.no_gradient if name in values}
 
         def gradient(term: Term) -> dict[str, Tensor]:
-            def objective(trained: Parameters, fixed: Parameters, buffers: Parameters, row: Tensor) -> Tensor:
-                return term({**trained, **fixed}, buffers, row)
+            def objective(trained: Parameters, fixed: Parameters, buffers: Buffers, row: Tensor) -> Tensor:
+                given = dict(buffers)
+                value = term({**trained, **fixed}, buffers, row)
+                if any(buffers[name] is not given[name] for name in given):
+                    raise NotImplementedError("the model assigns buffers anew; copies side by side would lose them")
+                return value
 
             stacked = torch.func.vmap(torch.func.grad(objective), randomness="same")
             return stacked(values, rest, self.buffers, weights)

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 OptimizerState = Mapping[str, Mapping[str, Any]]
 """Parameter name -> state key -> tensor, or a plain number."""
 
+COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
+"""Optimizer state that follows from the hyperparameters and the number of steps alone, one number per parameter:
+it carries no influence, keeps its dtype, and is the same for copies of a model side by side."""
+
 
 @dataclass(frozen=True, eq=False)
 class State:
@@ -44,14 +48,14 @@ class State:
         )
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> State:
-        """Move to ``device``, floating tensors to ``dtype``. Step counters keep their dtype."""
+        """Move to ``device``, floating tensors to ``dtype``, except :data:`COUNTERS`."""
 
         def move(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.is_floating_point() else None)
 
         optimizer = {
             name: {
-                key: value if key == "step" or not isinstance(value, Tensor) else move(value)
+                key: value if key in COUNTERS or not isinstance(value, Tensor) else move(value)
                 for key, value in entry.items()
             }
             for name, entry in self.optimizer.items()

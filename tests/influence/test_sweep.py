@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracles import finite_difference, quadratic_influence
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 from workloads import digits_workload
@@ -31,6 +31,23 @@ OPTIMIZERS: dict[str, Any] = {
     "adam amsgrad": partial(Adam, lr=0.02, amsgrad=True),
     "adamw": partial(AdamW, lr=0.02, weight_decay=0.1),
     "adamw amsgrad": partial(AdamW, lr=0.02, weight_decay=0.1, amsgrad=True),
+    "adam maximize decoupled": partial(Adam, lr=0.005, weight_decay=0.1, decoupled_weight_decay=True, maximize=True),
+    "nadam": partial(NAdam, lr=0.02),
+    "nadam weight decay": partial(NAdam, lr=0.02, weight_decay=0.05, momentum_decay=0.01),
+    "nadam decoupled": partial(NAdam, lr=0.02, weight_decay=0.05, decoupled_weight_decay=True),
+    "radam": partial(RAdam, lr=0.02, betas=(0.9, 0.99)),
+    "radam decoupled": partial(RAdam, lr=0.02, weight_decay=0.05, decoupled_weight_decay=True),
+    "adamax": partial(Adamax, lr=0.02),
+    "adamax weight decay": partial(Adamax, lr=0.02, weight_decay=0.05),
+    "adagrad": partial(Adagrad, lr=0.05),
+    "adagrad decays": partial(Adagrad, lr=0.05, lr_decay=0.1, weight_decay=0.05, initial_accumulator_value=0.1),
+    "adadelta": partial(Adadelta, lr=1.0),
+    "adadelta weight decay": partial(Adadelta, lr=1.0, rho=0.8, weight_decay=0.05),
+    "rmsprop": partial(RMSprop, lr=0.01),
+    "rmsprop momentum": partial(RMSprop, lr=0.01, momentum=0.8, weight_decay=0.05),
+    "rmsprop centered": partial(RMSprop, lr=0.01, centered=True, momentum=0.5),
+    "asgd": partial(ASGD, lr=0.5),
+    "asgd decays": partial(ASGD, lr=0.5, lambd=0.05, alpha=0.5, t0=3, weight_decay=0.05),
 }
 
 

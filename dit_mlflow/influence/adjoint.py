@@ -1,0 +1,131 @@
+"""Derivatives of scalars with respect to a training state, as flat vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """Named tensors one after the other in one vector of :attr:`size` elements.
+
+    Elementwise work on it costs one call, however many tensors there are.
+
+    Attributes:
+        shapes: shape by name, in order.
+    """
+
+    shapes: Mapping[str, torch.Size]
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each tensor stands."""
+        slices, start = {}, 0
+        for name, shape in self.shapes.items():
+            slices[name] = slice(start, start + shape.numel())
+            start += shape.numel()
+        return slices
+
+    @property
+    def size(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [shape.numel() for shape in self.shapes.values()]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """``[*shape]`` each, in order, to ``[size]``."""
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+    def join_rows(self, tensors: Sequence[Tensor], rows: int) -> Tensor:
+        """``[rows, *shape]`` each, in order, to ``[rows, size]``."""
+        return torch.cat([tensor.reshape(rows, -1) for tensor in tensors], dim=1)
+
+    def split_rows(self, flat: Tensor) -> list[Tensor]:
+        """``[rows, size]`` to views ``[rows, *shape]``, in order."""
+        parts = flat.split(self.lengths, dim=1)
+        return [part.view(len(flat), *shape) for part, shape in zip(parts, self.shapes.values(), strict=True)]
+
+
+@dataclass(eq=False)
+class Adjoint:
+    """``lambda``: derivatives of ``A`` scalars with respect to ``s_t``.
+
+    Attributes:
+        parameters: ``[A, N]``, of the parameters that the optimizer holds.
+        buffers: ``[A, M]``, of the running statistics.
+        optimizer: ``[A, N]`` by key of the optimizer's state; absent = 0.
+    """
+
+    parameters: Tensor
+    buffers: Tensor
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return len(self.parameters)
+
+    def append(self, other: Adjoint) -> Adjoint:
+        """Both adjoints' rows, this one's first."""
+        keys = dict.fromkeys([*self.optimizer, *other.optimizer])
+        return Adjoint(
+            torch.cat([self.parameters, other.parameters]),
+            torch.cat([self.buffers, other.buffers]),
+            {key: torch.cat([self.slot(key), other.slot(key)]) for key in keys},
+        )
+
+    def slot(self, key: str) -> Tensor:
+        """``optimizer[key]``, or its zeros ``[A, N]``."""
+        value = self.optimizer.get(key)
+        return torch.zeros_like(self.parameters) if value is None else value
+
+    def keep(self, rows: Sequence[int]) -> Adjoint:
+        """Only the given rows."""
+        picked = list(rows)
+        return Adjoint(
+            self.parameters[picked],
+            self.buffers[picked],
+            {key: value[picked] for key, value in self.optimizer.items()},
+        )
+
+
+def vector_jacobian(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], rows: int, batched: bool
+) -> list[Tensor]:
+    """``cotangents^T d outputs / d inputs``, ``[A, *input shape]`` each, for ``A = rows`` cotangents ``[A, *shape]``.
+
+    Inputs that no output depends on get zeros; so do all inputs for an output that is constant.
+    Cost: ``A`` backward passes, in one vectorised pass if ``batched``.
+    """
+    moving = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
+    if not moving:
+        return [value.new_zeros((rows, *value.shape)) for value in inputs]
+    outputs, cotangents = zip(*moving, strict=True)
+    if rows > 1 and batched:
+        found = torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        return [
+            value.new_zeros((rows, *value.shape)) if part is None else part
+            for value, part in zip(inputs, found, strict=True)
+        ]
+    each = [
+        torch.autograd.grad(
+            outputs,
+            inputs,
+            [cotangent[row] for cotangent in cotangents],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for row in range(rows)
+    ]
+    if rows == 1:
+        return [part.unsqueeze(0) for part in each[0]]
+    return [torch.stack(parts) for parts in zip(*each, strict=True)]
