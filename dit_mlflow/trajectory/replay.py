@@ -135,7 +135,8 @@ class Replay:
                 f"replaying up to step {t} misses the checkpoint there by {drift:.2g} of the distance that "
                 f"training moved (allowed {REPLAY_TOLERANCE:g}): the workload does not do what the recorded "
                 "loop did. Compare its loss (one value per sample), coefficients, accumulate, clipping, "
-                "regularizer and data with the loop's, and look for batches that the loop drew but did not use"
+                "regularizer and data with the loop's. Batches that the loop drew but did not use (continue, a step "
+                "that a GradScaler skipped) need recorder.discard() there; a loss scaled by hand needs coefficients"
             )
 
     def _anchor(self, t: int) -> State:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -25,13 +25,29 @@ SCHEMA = pa.schema(
         pa.field("loss", pa.float64()),
         pa.field(
             "random_state",
-            pa.list_(pa.struct([pa.field(field.name, pa.binary()) for field in fields(RandomState)])),
+            pa.list_(pa.struct([pa.field(name, pa.binary()) for name in RandomState._fields])),
         ),
         pa.field("evaluation_mode", pa.list_(pa.string()), nullable=False),
         pa.field("no_gradient", pa.list_(pa.string()), nullable=False),
+        pa.field("zero_gradient", pa.list_(pa.string())),
     ]
 )
 """Columns of ``steps-NNNNN.parquet``; ``hyperparameters`` is JSON, one object per parameter group."""
+
+
+class StepFields(TypedDict):
+    """The fields of a :class:`Step`, as plain as they come: building values takes time from every training step."""
+
+    index: int
+    epoch: int
+    indices: list[Sequence[int] | np.ndarray]
+    coefficients: list[np.ndarray] | None
+    hyperparameters: tuple[Hyperparameters, ...]
+    loss: float | None
+    random_states: list[RandomState | None]
+    evaluation_mode: list[str]
+    no_gradient: list[str]
+    zero_gradient: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +61,12 @@ class Step:
         coefficients: ``c_i`` per micro-batch; ``None`` = the workload's.
         hyperparameters: per parameter group, everything but ``params``.
         loss: what the loop logged, if anything.
-        random_states: per micro-batch, the generators that the step drew from, before the draw;
-            ``None`` where nothing was drawn.
+        random_states: per micro-batch, the generators that moved until the next batch was drawn, as they were before
+            this one was; ``None`` where none moved.
         evaluation_mode: names of the modules that were in evaluation mode (``""`` is the whole model).
-        no_gradient: names of the optimizer's parameters whose gradient was ``None``.
+        no_gradient: names of the parameters whose gradient was ``None``: the optimizer leaves them alone.
+        zero_gradient: names of the frozen parameters (``requires_grad=False``) whose gradient was there, and counts as
+            0: the optimizer steps them by momentum and weight decay.
     """
 
     index: int
@@ -60,26 +78,12 @@ class Step:
     random_states: tuple[RandomState | None, ...]
     evaluation_mode: frozenset[str]
     no_gradient: frozenset[str]
+    zero_gradient: frozenset[str] = frozenset()
 
     @property
     def samples(self) -> np.ndarray:
         """All sample indices of the step, repeated ones included, in batch order."""
         return np.concatenate(self.indices)
-
-    def to_row(self) -> dict[str, Any]:
-        """The step as a row of :data:`SCHEMA`."""
-        states = [{} if state is None else state.encode() for state in self.random_states]
-        return {
-            "step": self.index,
-            "epoch": self.epoch,
-            "indices": list(self.indices),
-            "coefficients": None if self.coefficients is None else list(self.coefficients),
-            "hyperparameters": json.dumps(self.hyperparameters),
-            "loss": self.loss,
-            "random_state": states if any(states) else None,
-            "evaluation_mode": sorted(self.evaluation_mode),
-            "no_gradient": sorted(self.no_gradient),
-        }
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Step:
@@ -101,7 +105,35 @@ class Step:
             random_states=(None,) * len(indices) if states is None else tuple(map(_random_state, states)),
             evaluation_mode=frozenset(row["evaluation_mode"]),
             no_gradient=frozenset(row["no_gradient"]),
+            zero_gradient=frozenset(row["zero_gradient"] or ()),
         )
+
+
+def to_table(steps: Iterable[StepFields]) -> pa.Table:
+    """The steps as rows of :data:`SCHEMA`, in order."""
+    rows: list[dict[str, Any]] = []
+    settings: tuple[Hyperparameters, ...] | None = None
+    encoded = ""
+    for step in steps:
+        if step["hyperparameters"] is not settings:
+            settings = step["hyperparameters"]
+            encoded = json.dumps(settings)
+        states = [{} if state is None else state.encode() for state in step["random_states"]]
+        rows.append(
+            {
+                "step": step["index"],
+                "epoch": step["epoch"],
+                "indices": step["indices"],
+                "coefficients": step["coefficients"],
+                "hyperparameters": encoded,
+                "loss": step["loss"],
+                "random_state": states if any(states) else None,
+                "evaluation_mode": step["evaluation_mode"],
+                "no_gradient": step["no_gradient"],
+                "zero_gradient": step["zero_gradient"] or None,
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def _arrays(parts: Sequence[Sequence[float]] | None) -> tuple[np.ndarray, ...] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dit_mlflow.errors import WorkloadError
+from dit_mlflow.trajectory.wrappers import plain_copy
 
 Batch = Any
 """Whatever the collate function returns: a tensor, or lists, tuples and dicts of tensors."""
@@ -94,8 +94,11 @@ class Workload:
         return len(self.train_set)  # type: ignore[arg-type]
 
     def build_model(self) -> nn.Module:
-        """A model of the caller's own: a copy of the module, or of what the factory makes (it may hand out one)."""
-        return copy.deepcopy(self.model if isinstance(self.model, nn.Module) else self.model())
+        """A model of the caller's own: a copy of the module, or of what the factory makes (it may hand out one).
+
+        Of a compiled or parallel model, a copy of what it wraps.
+        """
+        return plain_copy(self.model if isinstance(self.model, nn.Module) else self.model())
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """The collated training samples ``indices``, as the training loop saw them."""

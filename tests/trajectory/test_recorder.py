@@ -222,6 +222,22 @@ def test_numbers_of_other_libraries_are_stored_as_numbers(tmp_path: Path) -> Non
     assert trajectory.step(0).hyperparameters[0]["betas"] == (0.9, 0.99)
 
 
+def test_settings_changed_in_place_are_noted(tmp_path: Path) -> None:
+    model = digits_model()
+    rate, betas = torch.tensor(0.5), [0.9, 0.99]
+    optimizer = Adam(model.parameters(), lr=rate)
+    optimizer.param_groups[0]["betas"] = betas
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        for batch in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
+            sample_losses(model, batch).mean().backward()
+            optimizer.step()
+            rate.mul_(0.5)
+            betas[0] /= 2
+    steps = [Trajectory.open(tmp_path / "t").step(t).hyperparameters[0] for t in range(3)]
+    assert [step["lr"] for step in steps] == [0.5, 0.25, 0.125]
+    assert [step["betas"] for step in steps] == [(0.9, 0.99), (0.45, 0.99), (0.225, 0.99)]
+
+
 def test_settings_that_cannot_be_stored_are_refused_before_training(tmp_path: Path) -> None:
     model = digits_model()
     optimizer = SGD(model.parameters(), lr=0.1)

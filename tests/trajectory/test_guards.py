@@ -1,0 +1,273 @@
+"""Loops out of the ordinary are recorded truthfully, or refused by name before long work."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import finite_difference
+from plain_loop import assert_replays, record, whole
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrize
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from workloads import datasets, digits_model, digits_workload, sample_losses
+
+from dit_mlflow import Trajectory, TrajectoryError, TrajectoryRecorder, UnsupportedError, track
+from dit_mlflow.trajectory import REPLAY_TOLERANCE
+
+# Batches that are not used
+
+
+@pytest.mark.parametrize("discards", [True, False])
+def test_skipped_batches(discards: bool, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3))
+
+    model = make()
+    optimizer = SGD(model.parameters(), lr=0.5, momentum=0.9)
+    used = []
+    torch.manual_seed(1)
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        for _ in range(3):
+            for number, batch in enumerate(recorder.watch(DataLoader(datasets()[0], batch_size=4, shuffle=True))):
+                optimizer.zero_grad()
+                loss = sample_losses(model, batch).mean()
+                if number % 3 == 0:
+                    recorder.log(loss)
+                    if discards:
+                        recorder.discard()
+                    continue
+                loss.backward()
+                optimizer.step()
+                used.append(batch[1].tolist())
+    trajectory = Trajectory.open(tmp_path / "t")
+    workload = digits_workload(model=make, optimizer=None)
+    if not discards:
+        with pytest.raises(TrajectoryError, match=r"did not use \(continue,.*need recorder\.discard\(\)"):
+            trajectory.verify(workload)
+        return
+    assert_replays(trajectory, workload, model)
+    targets = datasets()[0].tensors[1]
+    assert [targets[trajectory.step(t).samples].tolist() for t in range(trajectory.num_steps)] == used
+    assert all(len(trajectory.step(t).random_states) == 1 for t in range(trajectory.num_steps))
+    assert all(trajectory.step(t).loss is None for t in range(trajectory.num_steps))
+
+
+def test_a_step_on_discarded_batches_is_refused(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.5)
+    with (
+        pytest.raises(TrajectoryError, match=r"without a batch from recorder\.watch"),
+        TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder,
+    ):
+        for _ in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
+            recorder.discard()
+            optimizer.step()
+
+
+# Averages of the model
+
+
+def test_training_beside_an_average_is_recorded(tmp_path: Path) -> None:
+    model = digits_model()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    trajectory = record(
+        tmp_path / "t", model, SGD(model.parameters(), lr=0.5), after=lambda: average.update_parameters(model)
+    )
+    assert_replays(trajectory, digits_workload(), model)
+
+
+def test_the_average_itself_is_refused(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.5)
+    with pytest.raises(TrajectoryError, match="AveragedModel, which no optimizer steps: record the trained model"):
+        TrajectoryRecorder(AveragedModel(model), optimizer, tmp_path / "t")
+    with pytest.raises(TrajectoryError, match="not parameters of the recorded model"):
+        TrajectoryRecorder(copy.deepcopy(model), optimizer, tmp_path / "t")
+
+
+def test_averaged_weights_put_in_for_evaluation_and_taken_out_again(tmp_path: Path) -> None:
+    model = digits_model()
+    average = AveragedModel(model)
+
+    def evaluate() -> None:
+        kept = [parameter.data for parameter in model.parameters()]
+        for parameter, other in zip(model.parameters(), average.module.parameters(), strict=True):
+            parameter.data = other.data
+        for parameter, value in zip(model.parameters(), kept, strict=True):
+            parameter.data = value
+
+    trajectory = record(tmp_path / "t", model, SGD(model.parameters(), lr=0.5), after=evaluate)
+    assert_replays(trajectory, digits_workload(), model)
+
+
+# Adapters
+
+
+class Adapter(nn.Module):
+    """A frozen layer plus a trained one of low rank."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Parameter(0.3 * torch.randn(rank, base.in_features))
+        self.up = nn.Parameter(0.3 * torch.randn(base.out_features, rank))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.base(inputs) + inputs @ self.down.T @ self.up.T
+
+
+class LowRank(nn.Module):
+    def __init__(self, rows: int, columns: int, rank: int = 2) -> None:
+        super().__init__()
+        self.down = nn.Parameter(0.3 * torch.randn(rank, columns))
+        self.up = nn.Parameter(0.3 * torch.randn(rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def adapted() -> nn.Module:
+    return nn.Sequential(Adapter(nn.Linear(64, 6)), nn.Tanh(), Adapter(nn.Linear(6, 3)))
+
+
+def parametrized() -> nn.Module:
+    model = digits_model().requires_grad_(False)
+    for layer in (model[0], model[2]):
+        parametrize.register_parametrization(layer, "weight", LowRank(*layer.weight.shape))
+    return model
+
+
+@pytest.mark.parametrize("make", [adapted, parametrized])
+def test_adapters_alone_are_trained_and_swept(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    def optimizer(model: nn.Module) -> Optimizer:
+        return Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+
+    model = make()
+    trajectory = record(tmp_path / "t", model, optimizer(model))
+    workload = digits_workload(model=make, optimizer=optimizer)
+    assert_replays(trajectory, workload, model)
+    assert {name.rsplit(".", 1)[1] for group in trajectory.manifest.optimizer.groups for name in group} == {
+        "down",
+        "up",
+    }
+    found = track(trajectory, workload, whole(trajectory), dtype=torch.float64).of(0)[::4]
+    expected = finite_difference(workload, trajectory, whole(trajectory)[0], "local", range(0, 24, 4), 1e-5)
+    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+# Layers frozen in training
+
+
+def freeze_late(directory: Path, zero: Callable[[Optimizer], None]) -> Trajectory:
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01)
+    with TrajectoryRecorder(model, optimizer, directory, checkpoint_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch(DataLoader(datasets()[0], batch_size=8))):
+            model[0].requires_grad_(number == 0)
+            zero(optimizer)
+            sample_losses(model, batch).mean().backward()
+            optimizer.step()
+    return Trajectory.open(directory)
+
+
+def test_gradients_left_at_zero_are_told_from_those_that_are_absent(tmp_path: Path) -> None:
+    zeroed = freeze_late(tmp_path / "zeroed", lambda optimizer: optimizer.zero_grad(set_to_none=False))
+    absent = freeze_late(tmp_path / "absent", lambda optimizer: optimizer.zero_grad())
+    frozen = {"0.weight", "0.bias"}
+    for trajectory, zero, none in ((zeroed, frozen, set()), (absent, set(), frozen)):
+        assert [trajectory.step(t).zero_gradient for t in range(3)] == [set(), zero, zero]
+        assert [trajectory.step(t).no_gradient for t in range(3)] == [set(), none, none]
+    states = [trajectory.checkpoint(t).parameters["0.weight"] for trajectory in (zeroed, absent) for t in (1, 2)]
+    assert not torch.equal(states[0], states[1])
+    assert torch.equal(states[2], states[3])
+
+
+def test_frozen_parameters_stepped_by_an_old_gradient_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"'0.weight' is frozen.*by an old gradient.*zero_grad\(\)"):
+        freeze_late(tmp_path / "t", lambda optimizer: None)
+    assert Trajectory.open(tmp_path / "t").num_steps == 1
+
+
+# Changes beside the optimizer
+
+
+def clamp(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.clamp_(-0.05, 0.05)
+
+
+def clamp_data(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data.clamp_(-0.05, 0.05)
+
+
+def another_optimizer(fused: bool) -> Callable[[nn.Module], None]:
+    return lambda model: SGD(model[2].parameters(), lr=0.1, fused=fused).step()  # type: ignore[index]
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Module], None], str]] = {
+    "clamping": (clamp, "0.weight"),
+    "clamping .data": (clamp_data, "0.weight"),
+    "second optimizer": (another_optimizer(fused=False), "2.weight"),
+    "second optimizer, fused": (another_optimizer(fused=True), "2.weight"),
+    "weights loaded": (lambda model: model.load_state_dict(digits_model().state_dict()) and None, "0.weight"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_parameters_changed_between_steps_are_named(name: str, tmp_path: Path) -> None:
+    change, first = CHANGES[name]
+    model = digits_model()
+    with pytest.raises(TrajectoryError, match=rf"'{first}' changed between step 0 and step 1, and not by"):
+        record(tmp_path / "t", model, SGD(model.parameters(), lr=0.5), after=lambda: change(model))
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert (trajectory.num_steps, trajectory.complete) == (1, False)
+
+
+def test_parameters_changed_late_are_named(tmp_path: Path) -> None:
+    model = digits_model()
+    steps = iter(range(100))
+    with pytest.raises(TrajectoryError, match=r"'0.weight' changed between step 2 and step 3"):
+        record(tmp_path / "t", model, SGD(model.parameters(), lr=0.5), after=lambda: next(steps) == 2 and clamp(model))
+
+
+def test_weights_renormalised_in_the_forward_pass_are_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.EmbeddingBag(17, 5, max_norm=0.1), nn.Linear(5, 3))
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model((16 * batch[0]).long()), batch[1], reduction="none")
+
+    with pytest.raises(TrajectoryError, match=r"'0.weight'.*Embedding\(max_norm"):
+        record(tmp_path / "t", model, SGD(model.parameters(), lr=0.5), loss=loss)
+
+
+def test_weights_loaded_as_they_were_are_no_change(tmp_path: Path) -> None:
+    model = digits_model()
+    trajectory = record(
+        tmp_path / "t",
+        model,
+        SGD(model.parameters(), lr=0.5),
+        after=lambda: model.load_state_dict(copy.deepcopy(model.state_dict())) and None,
+        checkpoint_every=1,
+    )
+    assert_replays(trajectory, digits_workload(), model)
+
+
+@pytest.mark.parametrize("kind", [{"foreach": True}, {"foreach": False}, {"fused": True}])
+@pytest.mark.parametrize("cls", [SGD, Adam])
+def test_the_recorded_optimizers_own_steps_are_not_mistaken(
+    cls: type[Optimizer], kind: dict[str, bool], tmp_path: Path
+) -> None:
+    model = digits_model()
+    trajectory = record(tmp_path / "t", model, cls(model.parameters(), lr=0.02, **kind))
+    assert trajectory.verify(digits_workload(optimizer=None)).max_drift <= REPLAY_TOLERANCE

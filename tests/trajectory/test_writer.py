@@ -1,0 +1,69 @@
+"""Checkpoint shards are safetensors files, whatever they hold."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from plain_loop import record
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim import SGD
+from workloads import digits_model, digits_workload
+
+from dit_mlflow import Trajectory, TrajectoryRecorder, UnsupportedError, train
+from dit_mlflow.trajectory.step import SCHEMA, Step
+from dit_mlflow.trajectory.writer import _DTYPES, _write_tensors
+
+
+def test_shards_are_read_by_safetensors(tmp_path: Path) -> None:
+    tensors = {
+        f"0/buffers/{name}{shape}": (100 * torch.rand(shape)).to(dtype)
+        for dtype, name in _DTYPES.items()
+        for shape in ((3, 5), (), (0,), (1, 7))
+    }
+    tensors['0/buffers/a "name" é'] = torch.arange(3, dtype=torch.uint8)
+    path = tmp_path / "x.safetensors"
+    entry = _write_tensors(path, tensors)
+    content = path.read_bytes()
+    assert (entry.size, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert list(tmp_path.iterdir()) == [path]
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+
+
+def test_tensors_that_shards_cannot_hold_are_named_before_training(tmp_path: Path) -> None:
+    model = digits_model()
+    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+    with (
+        pytest.raises(UnsupportedError, match="buffers/phase has dtype complex128"),
+        TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t"),
+    ):
+        raise AssertionError("training was reached")
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_random_states_are_stored_only_where_a_step_draws(draws: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 3), nn.Dropout(0.2 if draws else 0.0))
+    model[1].train(draws)
+    trajectory = record(tmp_path / "t", model, SGD(model.parameters(), lr=0.1))
+    stored = [trajectory.step(t).random_states for t in range(trajectory.num_steps)]
+    assert [len(states) for states in stored] == [1] * 6
+    assert [states[0] is not None for states in stored] == [draws] * 6
+    assert not draws or all(states[0].numpy is None and states[0].python is None for states in stored if states[0])
+
+
+def test_records_without_the_later_columns_are_read(tmp_path: Path) -> None:
+    trajectory = train(digits_workload(epochs=1), tmp_path / "t")
+    name = trajectory.manifest.steps[0].file
+    old = tmp_path / "old.parquet"
+    pq.write_table(pq.read_table(tmp_path / "t" / name).drop_columns("zero_gradient"), old)
+    rows = pq.read_table(old, schema=SCHEMA).to_pylist()
+    assert [Step.from_row(row).zero_gradient for row in rows] == [frozenset()] * 3
+    assert Trajectory.open(tmp_path / "t").step(0).zero_gradient == frozenset()
