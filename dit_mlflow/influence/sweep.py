@@ -169,11 +169,10 @@ class _Engine:
         with sdpa_kernel(SDPBackend.MATH), self._following_statistics():
             gradients = self.dynamics.gradient(theta, buffers, step, batches, weights, create_graph=True)
         pulled = self._update(state, gradients, step, adjoint)
-        flat = Flat({name: value.shape for name, value in gradients.items()})
         by_weight, *rest = vector_jacobian(
             [*gradients.values(), *(buffers[name] for name in moving)],
             [weights, *(theta[name] for name in held), *moving.values()],
-            [*flat.split_rows(pulled.gradients), *self._moving.split_rows(adjoint.buffers)],
+            [*pulled.gradients, *self._moving.split_rows(adjoint.buffers)],
             adjoint.rows,
             self._batched,
         )
@@ -193,16 +192,15 @@ class _Engine:
     ) -> None:
         """Warn once if a sample has a gradient where the total has been 0 so far, and the step has no derivative."""
         assert pulled.undefined is not None
-        flat = Flat({name: value.shape for name, value in gradients.items()})
-        cotangents = flat.split_rows(pulled.undefined * pulled.gradients)
+        cotangents = [mask * part for mask, part in zip(pulled.undefined, pulled.gradients, strict=True)]
         (by_weight,) = vector_jacobian(
-            list(gradients.values()), [weights], cotangents, len(pulled.gradients), self._batched
+            list(gradients.values()), [weights], cotangents, len(cotangents[0]), self._batched
         )
         row, place = divmod(int(by_weight.abs().argmax()), by_weight.shape[1])
         # Below that it is rounding, as in elements whose gradient is 0 by symmetry (the bias of attention's keys).
         if by_weight[row, place].abs() > 1e-6 * largest:
             self._warned = True
-            names = [name for name, part in flat.slices.items() if bool(pulled.undefined[part].any())]
+            names = [name for name, mask in zip(gradients, pulled.undefined, strict=True) if bool(mask.any())]
             warnings.warn(
                 f"at step {step.index}, sample {step.samples[place]} has a gradient in elements of {names} where the "
                 "batches' gradients have cancelled to exactly 0 in every step so far; the optimizer's step is not "

@@ -157,6 +157,11 @@ class Dynamics:
         assert self.workload.regularizer is not None
         return self.call(parameters, buffers, self.workload.regularizer)
 
+    @property
+    def clips(self) -> bool:
+        """Whether the workload clips gradients."""
+        return self.workload.clip_grad_norm is not None or self.workload.clip_grad_value is not None
+
     def clip(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The workload's clipping, differentiable; the same arithmetic as ``torch.nn.utils.clip_grad_*``."""
         clipped = dict(gradients)
