@@ -22,7 +22,8 @@ class PulledRun:
     """Adjoints of one run before the step: of its parameters, gradients and optimizer state.
 
     Attributes:
-        parameters, gradients: ``[A, size]``.
+        parameters: ``[A, size]``; may be the adjoint's own part, which is not needed any more.
+        gradients: ``[A, size]``.
         optimizer: ``[A, size]`` by key of the state.
         undefined: bool ``[size]``: where the step has no derivative, because every gradient there was 0 up to and
             including this step (Adam's ``v = 0``); ``None`` = nowhere.
@@ -72,22 +73,20 @@ class SgdStep:
 
     def _pull(self, run: Run, adjoint: Adjoint) -> PulledRun:
         settings = run.settings
-        momentum = settings["momentum"]
+        rate, momentum = settings["lr"], settings["momentum"]
         parameters = adjoint.parameters[:, run.part]
-        by_h = parameters * -settings["lr"]
-        optimizer = {}
-        if momentum:
-            by_buffer = by_h
-            if settings["nesterov"]:
-                by_buffer = by_h * momentum
-            if "momentum_buffer" in adjoint.optimizer:
-                by_buffer = by_buffer + adjoint.optimizer["momentum_buffer"][:, run.part]
+        if not momentum:
+            by_h, optimizer = parameters * -rate, {}
+        else:
+            through = -rate * momentum if settings["nesterov"] else -rate
+            later = adjoint.optimizer.get("momentum_buffer")
+            by_buffer = parameters * through if later is None else later[:, run.part].add(parameters, alpha=through)
             # The first buffer is the gradient itself, whatever the dampening.
             share = 1.0 if run.starts_momentum else 1.0 - settings["dampening"]
-            through_buffer = by_buffer if share == 1.0 else by_buffer * share
-            by_h = by_h + through_buffer if settings["nesterov"] else through_buffer
-            if not run.starts_momentum:
-                optimizer["momentum_buffer"] = by_buffer * momentum
+            by_h = by_buffer if share == 1.0 else by_buffer * share
+            if settings["nesterov"]:
+                by_h = by_h.add(parameters, alpha=-rate)
+            optimizer = {} if run.starts_momentum else {"momentum_buffer": by_buffer * momentum}
         if settings["weight_decay"]:
             parameters = torch.add(parameters, by_h, alpha=settings["weight_decay"])
         return PulledRun(parameters, -by_h if settings["maximize"] else by_h, optimizer)
@@ -135,7 +134,7 @@ class AutogradStep:
             # Adamax adds eps before it takes the maximum, the others after the root.
             at_zero = moved_slots[self._denominator] <= (run.settings["eps"] if self._denominator == "exp_inf" else 0)
             undefined = at_zero if bool(at_zero.any()) else None
-        return PulledRun(by_theta, by_g, dict(zip(slots, by_slots, strict=True)), undefined)
+        return PulledRun(by_theta.clone(), by_g, dict(zip(slots, by_slots, strict=True)), undefined)
 
     def _step(
         self, run: Run, theta: Tensor, stored: dict[str, Any], gradient: Tensor

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from dit_mlflow.errors import InputError
@@ -89,6 +91,7 @@ class _Engine:
         self.dynamics = replay.dynamics
         self.queries = queries
         self._warned = False
+        self._attends: bool | None = None
         # Batching a backward pass over rows unrolls convolutions into a slow fallback.
         self._batched = not any(isinstance(module, _CONVOLUTIONS) for module in self.dynamics.model.modules())
         manifest = replay.trajectory.manifest
@@ -136,7 +139,7 @@ class _Engine:
         parameters, buffers = {**state.parameters, **held}, {**state.buffers, **moving}
         by_parameters, by_buffers = [], []
         for query in self.queries:
-            with self._following_statistics():
+            with self._statistics():
                 value = self.dynamics.evaluate(parameters, buffers, query)
             if not value.requires_grad:
                 raise InputError(
@@ -163,10 +166,9 @@ class _Engine:
         like = next(iter(theta.values()))
         weights = like.new_ones(len(step.samples)).requires_grad_()
         moving = {name: state.buffers[name].detach().requires_grad_() for name in self._moving.shapes}
-        # The forward pass works in place on buffers, and the state is still needed; and of the attention kernels, only
-        # the plain one can be differentiated twice.
+        # The forward pass works in place on buffers, and the state is still needed.
         buffers = {name: value.clone() for name, value in {**state.buffers, **moving}.items()}
-        with sdpa_kernel(SDPBackend.MATH), self._following_statistics():
+        with self._statistics(), self._plain_attention():
             gradients = self.dynamics.gradient(theta, buffers, step, batches, weights, create_graph=True)
         pulled = self._update(state, gradients, step, adjoint)
         by_weight, *rest = vector_jacobian(
@@ -179,13 +181,27 @@ class _Engine:
         if pulled.undefined is not None and not self._warned:
             self._warn_if_undefined(step, gradients, weights, pulled, largest=float(by_weight.abs().max()))
         by_theta, by_buffer = rest[: len(held)], rest[len(held) :]
-        pulled.adjoint.parameters = self._held.join_rows(by_theta, adjoint.rows).add_(pulled.adjoint.parameters)
+        for total, part in zip(self._held.split_rows(pulled.adjoint.parameters), by_theta, strict=True):
+            total += part
         if by_buffer:
             pulled.adjoint.buffers = self._moving.join_rows(by_buffer, adjoint.rows)
         return pulled.adjoint, -by_weight
 
-    def _following_statistics(self) -> AbstractContextManager[Any]:
+    def _statistics(self) -> AbstractContextManager[Any]:
         return DifferentiableStatistics() if self._moving.shapes else nullcontext()
+
+    @contextmanager
+    def _plain_attention(self) -> Iterator[None]:
+        """Of the attention kernels, only the plain one can be differentiated twice.
+
+        Choosing it takes a tenth of a small model's step, so the first step shows whether there is attention at all.
+        """
+        if self._attends is False:
+            yield
+            return
+        with sdpa_kernel(SDPBackend.MATH), _Calls() as calls:
+            yield
+        self._attends = not calls.seen.isdisjoint(_ATTENTION)
 
     def _warn_if_undefined(
         self, step: Step, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float
@@ -210,4 +226,17 @@ class _Engine:
             )
 
 
+class _Calls(TorchFunctionMode):
+    """Notes which functions are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

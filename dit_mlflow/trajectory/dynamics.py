@@ -150,8 +150,10 @@ class Dynamics:
         losses = self.call(
             parameters, buffers, lambda model: self.workload.sample_losses(model, micro.batch, micro.size)
         )
-        terms = micro.coefficients.to(losses.dtype) * losses
-        return terms.sum() if weights is None else (weights[part] * terms).sum()
+        coefficients = micro.coefficients.to(losses.dtype)
+        if weights is None:
+            return (coefficients * losses).sum()
+        return torch.dot(weights[part] * coefficients, losses)
 
     def _regularizer_term(self, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
         assert self.workload.regularizer is not None

@@ -99,6 +99,12 @@ def relative_drift(replayed: State, recorded: State, origin: State) -> float:
     the last place of the largest parameter reach :data:`REPLAY_TOLERANCE`, so that a model which hardly moved
     is not refused for rounding.
     """
+    if all(
+        torch.equal(getattr(replayed, part)[name], value)
+        for part in ("parameters", "buffers")
+        for name, value in getattr(recorded, part).items()
+    ):
+        return 0.0
     miss = moved = scale = 0.0
     for part in ("parameters", "buffers"):
         for name, value in getattr(recorded, part).items():
@@ -107,8 +113,6 @@ def relative_drift(replayed: State, recorded: State, origin: State) -> float:
             miss = max(miss, _largest(getattr(replayed, part)[name] - value))
             moved = max(moved, _largest(value - getattr(origin, part)[name]))
             scale = max(scale, _largest(value) * torch.finfo(value.dtype).eps)
-    if miss == 0.0:
-        return 0.0
     allowed = max(moved, 8 * scale / REPLAY_TOLERANCE)
     return miss / allowed if 0.0 < allowed < float("inf") else float("inf")
 

@@ -105,7 +105,7 @@ class Workload:
         """Samples ``indices`` of ``dataset`` as one batch."""
         if self.collate_fn is None and type(dataset) is TensorDataset:
             picked = torch.as_tensor(indices, dtype=torch.long)
-            return [tensor[picked] for tensor in dataset.tensors]
+            return [tensor.index_select(0, picked.to(tensor.device)) for tensor in dataset.tensors]
         samples = [dataset[int(index)] for index in indices]
         return (self.collate_fn or default_collate)(samples)
 
