@@ -36,7 +36,14 @@ class PulledRun:
 
 
 class StepAdjoint(Protocol):
-    """How adjoints travel back through one step of an optimizer, run by run."""
+    """How adjoints travel back through one step of an optimizer, run by run.
+
+    Attributes:
+        needs_values: whether the optimizer's state must have its values, or only its keys.
+    """
+
+    @property
+    def needs_values(self) -> bool: ...
 
     def __call__(
         self, state: State, runs: Sequence[Run], gradients: Callable[[], Tensor], adjoint: Adjoint
@@ -66,6 +73,8 @@ class SgdStep:
     Cost: three or four elementwise passes per row, a third of :class:`AutogradStep`'s.
     """
 
+    needs_values = False
+
     def __call__(
         self, state: State, runs: Sequence[Run], gradients: Callable[[], Tensor], adjoint: Adjoint
     ) -> list[PulledRun]:
@@ -80,7 +89,8 @@ class SgdStep:
         else:
             through = -rate * momentum if settings["nesterov"] else -rate
             later = adjoint.optimizer.get("momentum_buffer")
-            by_buffer = parameters * through if later is None else later[:, run.part].add(parameters, alpha=through)
+            # In place: the adjoint after the step is not needed any more.
+            by_buffer = parameters * through if later is None else later[:, run.part].add_(parameters, alpha=through)
             # The first buffer is the gradient itself, whatever the dampening.
             share = 1.0 if run.starts_momentum else 1.0 - settings["dampening"]
             by_h = by_buffer if share == 1.0 else by_buffer * share
@@ -102,6 +112,8 @@ class AutogradStep:
 
     Cost: one step of the optimizer, and a backward pass through it for all rows together.
     """
+
+    needs_values = True
 
     def __init__(self, name: str) -> None:
         self._denominator = _DENOMINATORS.get(name)

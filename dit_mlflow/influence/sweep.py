@@ -39,6 +39,7 @@ def track(
     kind: Kind = "local",
     queries: Sequence[Query] | None = None,
     dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
 ) -> Influence:
     r"""Influence of every training sample, for each window and query, by Dynamic Influence Tracking.
 
@@ -78,7 +79,7 @@ def track(
     """
     question = Question.of(trajectory, workload, windows, kind, queries)
     with preserved_random_state():
-        engine = _Engine(trajectory.replay(workload, dtype), question.queries)
+        engine = _Engine(trajectory.replay(workload, dtype), question.queries, memory_budget)
         scores = engine.run(sweeps(question.kind, question.windows, trajectory.num_steps), len(question.windows))
     return question.answer(scores, "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift)
 
@@ -86,8 +87,9 @@ def track(
 class _Engine:
     """Walks the trajectory backwards and carries all live adjoints along."""
 
-    def __init__(self, replay: Replay, queries: Sequence[Query]) -> None:
+    def __init__(self, replay: Replay, queries: Sequence[Query], memory_budget: int | None) -> None:
         self.replay = replay
+        self.memory_budget = memory_budget
         self.dynamics = replay.dynamics
         self.queries = queries
         self._warned = False
@@ -112,7 +114,7 @@ class _Engine:
         adjoint: Adjoint | None = None
         with tqdm(total=last - first, desc="influence", unit="step", disable=None) as progress:
             later: State | None = None
-            for t, state in self.replay.backward(first, last):
+            for t, state in self.replay.backward(first, last, self.memory_budget, self._update.needs_values):
                 if later is not None:
                     self._unmoved.check(state, later, self.replay.trajectory.step(t))
                 later = state

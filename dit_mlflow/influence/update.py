@@ -48,6 +48,11 @@ class UpdateAdjoint:
         self._held = held
         self._step = step_adjoint(layout.name)
 
+    @property
+    def needs_values(self) -> bool:
+        """Whether the optimizer's state must have its values, or only its keys."""
+        return self._step.needs_values
+
     def __call__(self, state: State, gradients: Mapping[str, Tensor], step: Step, adjoint: Adjoint) -> Pulled:
         """``(lambda_theta, lambda_o), lambda_g`` from ``lambda`` at step ``t + 1``.
 

@@ -66,12 +66,32 @@ class State:
             optimizer,
         )
 
+    def copy_(self, other: State) -> bool:
+        """Write ``other``'s values over this state's, if it is laid out alike; says whether it is."""
+        mine, theirs = self._tensors(), other._tensors()
+        if mine.keys() != theirs.keys():
+            return False
+        with torch.no_grad():
+            for path, value in mine.items():
+                value.copy_(theirs[path])
+        return True
+
+    def _tensors(self) -> dict[tuple[str, ...], Tensor]:
+        tensors: dict[tuple[str, ...], Tensor] = {("parameters", key): v for key, v in self.parameters.items()}
+        tensors |= {("buffers", key): value for key, value in self.buffers.items()}
+        for name, entry in self.optimizer.items():
+            tensors |= {(name, key): value for key, value in entry.items() if isinstance(value, Tensor)}
+        return tensors
+
+    def without_optimizer_values(self) -> State:
+        """The same tensors, with ``None`` for every value of the optimizer's state."""
+        optimizer: dict[str, dict[str, Any]] = {name: dict.fromkeys(entry) for name, entry in self.optimizer.items()}
+        return State(self.parameters, self.buffers, optimizer)
+
     @property
     def nbytes(self) -> int:
         """Bytes held by all tensors."""
-        tensors = [*self.parameters.values(), *self.buffers.values()]
-        tensors += [value for entry in self.optimizer.values() for value in entry.values()]
-        return sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+        return sum(value.nbytes for value in self._tensors().values())
 
     def load_into(self, model: nn.Module) -> nn.Module:
         """Copy parameters and buffers into ``model`` (of the same layout) and return it."""

@@ -118,7 +118,8 @@ class Trajectory:
         path = self._checked(entry.file)
         try:
             file, keys = self._open_shard(path)
-            tensors = {key: file.get_tensor(f"{t}/{key}") for key in keys.get(t, ())}
+            # What an open shard hands out twice is the same memory.
+            tensors = {key: file.get_tensor(f"{t}/{key}").clone() for key in keys.get(t, ())}
         except SafetensorError as error:
             raise TrajectoryError(f"{path} is not a readable checkpoint shard: {error}") from error
         state = unflatten(tensors, entry.scalars)
