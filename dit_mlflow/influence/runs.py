@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dit_mlflow.influence.adjoint import Flat
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.state import COUNTERS, State
@@ -30,6 +33,14 @@ class Run:
     gradient: slice
     settings: Mapping[str, Any]
     entry: Mapping[str, Any]
+
+    def parameters(self, state: State) -> Tensor:
+        """Their values in ``state``, ``[size]``."""
+        return torch.cat([state.parameters[name].detach().reshape(-1) for name in self.names])
+
+    def slot(self, state: State, key: str) -> Tensor:
+        """Their optimizer state ``key`` in ``state``, ``[size]``."""
+        return torch.cat([state.optimizer[name][key].detach().reshape(-1) for name in self.names])
 
     @property
     def starts_momentum(self) -> bool:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
+from dit_mlflow.influence.autograd_step import AutogradStep
+from dit_mlflow.influence.closed_forms import AdamStep, SgdStep
 from dit_mlflow.influence.runs import Run, runs_of
-from dit_mlflow.influence.step_adjoint import PulledRun, step_adjoint
+from dit_mlflow.influence.step_adjoint import PulledRun, StepAdjoint
 from dit_mlflow.trajectory.dynamics import Dynamics
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.state import State
@@ -46,7 +48,7 @@ class UpdateAdjoint:
         self._dynamics = dynamics
         self._layout = layout
         self._held = held
-        self._step = step_adjoint(layout.name)
+        self._step = _step_adjoint(layout)
 
     @property
     def needs_values(self) -> bool:
@@ -114,3 +116,11 @@ def _undefined(runs: Sequence[Run], pulled: Sequence[PulledRun], flat: Flat) -> 
             found = part.undefined.new_zeros((1, flat.size)) if found is None else found
             found[:, run.gradient] = part.undefined
     return None if found is None else [part[0] for part in flat.split_rows(found)]
+
+
+def _step_adjoint(layout: OptimizerLayout) -> StepAdjoint:
+    if layout.name == "SGD":
+        return SgdStep()
+    if layout.name in ("Adam", "AdamW"):
+        return AdamStep(layout.name)
+    return AutogradStep(layout.name)
