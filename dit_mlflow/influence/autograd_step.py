@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,9 +67,10 @@ class AutogradStep:
         )
         undefined = None
         if self._denominator is not None:
+            divisor = moved_slots[self._denominator].detach()
             # Adamax adds eps before it takes the maximum, the others after the root.
-            at_zero = moved_slots[self._denominator] <= (run.settings["eps"] if self._denominator == "exp_inf" else 0)
-            undefined = at_zero if bool(at_zero.any()) else None
+            smallest = run.settings["eps"] if self._denominator == "exp_inf" else 0.0
+            undefined = partial(torch.le, divisor, smallest)
         return PulledRun(by_theta.clone(), by_g, dict(zip(slots, by_slots, strict=True)), undefined)
 
     def _step(

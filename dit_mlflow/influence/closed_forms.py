@@ -101,11 +101,11 @@ class AdamStep:
         if run.entry:
             mean.add_(run.slot(state, "exp_avg"), alpha=beta1)
             square.add_(run.slot(state, "exp_avg_sq"), alpha=beta2)
-        root = square.sqrt()
+        # Where v' is 0, so is m', and 0 over the smallest number is the 0 that is meant.
+        root = square.sqrt().clamp_min_(torch.finfo(square.dtype).tiny)
         divisor = (root / root2).add_(settings["eps"])
-        at_zero = square == 0
         # What a unit of v' takes from theta', over what a unit of m' takes: -(m' / d) * d(d)/d(v').
-        by_square = mean.div_(divisor).div_(root.mul_(2 * root2)).masked_fill_(at_zero, 0.0)
+        by_square = mean.div_(divisor).div_(root.mul_(2 * root2))
 
         parameters = adjoint.parameters[:, run.part]
         through = parameters / divisor.mul_(-correction1 / rate) if rate else torch.zeros_like(parameters)
@@ -119,5 +119,5 @@ class AdamStep:
             parameters,
             -by_h if settings["maximize"] else by_h,
             {"exp_avg": by_mean.mul_(beta1), "exp_avg_sq": through.mul_(beta2)} if run.entry else {},
-            at_zero if bool(at_zero.any()) else None,
+            lambda: square == 0,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -45,6 +46,7 @@ class Engine:
         self.memory_budget = memory_budget
         self.dynamics = replay.dynamics
         self._warned = False
+        self._largest: list[float] = []
         self._attends: bool | None = None
         # Batching a backward pass over rows unrolls convolutions into a slow fallback.
         self._batched = not any(isinstance(module, _CONVOLUTIONS) for module in self.dynamics.model.modules())
@@ -151,8 +153,7 @@ class Engine:
             adjoint.rows,
             self._batched,
         )
-        if pulled.undefined is not None and not self._warned:
-            self._warn_if_undefined(step, gradients, weights, pulled, largest=float(by_weight.abs().max()))
+        self._watch(step, gradients, weights, pulled, largest=float(by_weight.abs().max()))
         by_theta, by_buffer = rest[: len(held)], rest[len(held) :]
         for total, part in zip(self._held.split_rows(pulled.adjoint.parameters), by_theta, strict=True):
             total += part
@@ -176,12 +177,18 @@ class Engine:
             yield
         self._attends = not calls.seen.isdisjoint(_ATTENTION)
 
-    def _warn_if_undefined(
-        self, step: Step, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float
-    ) -> None:
-        """Warn once if a sample has a gradient where the total has been 0 so far, and the step has no derivative."""
-        assert pulled.undefined is not None
-        cotangents = [mask * part for mask, part in zip(pulled.undefined, pulled.gradients, strict=True)]
+    def _watch(self, step: Step, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float) -> None:
+        """Warn once if a sample has a gradient where the total has been 0 so far, and the step has no derivative.
+
+        Such a kick carries ``1 / eps``; looked at are steps whose largest one stands out, and the first few.
+        """
+        if self._warned or not gradients:
+            return
+        self._largest.append(largest)
+        if len(self._largest) > 4 and largest < 10 * statistics.median(self._largest[-99:]):
+            return
+        undefined = pulled.undefined()
+        cotangents = [mask * part for mask, part in zip(undefined, pulled.gradients, strict=True)]
         (by_weight,) = vector_jacobian(
             list(gradients.values()), [weights], cotangents, len(cotangents[0]), self._batched
         )
@@ -189,7 +196,7 @@ class Engine:
         # Below that it is rounding, as in elements whose gradient is 0 by symmetry (the bias of attention's keys).
         if by_weight[row, place].abs() > 1e-6 * largest:
             self._warned = True
-            names = [name for name, mask in zip(gradients, pulled.undefined, strict=True) if bool(mask.any())]
+            names = [name for name, mask in zip(gradients, undefined, strict=True) if bool(mask.any())]
             warnings.warn(
                 f"at step {step.index}, sample {step.samples[place]} has a gradient in elements of {names} where the "
                 "batches' gradients have cancelled to exactly 0 in every step so far; the optimizer's step is not "

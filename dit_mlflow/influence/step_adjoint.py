@@ -21,14 +21,14 @@ class PulledRun:
         parameters: ``[A, size]``; may be the adjoint's own part, which is not needed any more.
         gradients: ``[A, size]``.
         optimizer: ``[A, size]`` by key of the state.
-        undefined: bool ``[size]``: where the step has no derivative, because every gradient there was 0 up to and
+        undefined: gives bool ``[size]``: where the step has no derivative, because every gradient there was 0 up to and
             including this step (Adam's ``v = 0``); ``None`` = nowhere.
     """
 
     parameters: Tensor
     gradients: Tensor
     optimizer: dict[str, Tensor]
-    undefined: Tensor | None = None
+    undefined: Callable[[], Tensor] | None = None
 
 
 class StepAdjoint(Protocol):

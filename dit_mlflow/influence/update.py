@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,13 +27,13 @@ class Pulled:
     Attributes:
         adjoint: at ``t``, without the Hessian term.
         gradients: ``lambda_g``, ``[A, *shape]`` each, in the order of the gradients given.
-        undefined: bool, ``[*shape]`` each: where the step has no derivative, because every gradient there was 0 up to
-            and including this step; ``None`` = nowhere.
+        undefined: gives bool, ``[*shape]`` each: where the step has no derivative, because every gradient there was 0
+            up to and including this step.
     """
 
     adjoint: Adjoint
     gradients: list[Tensor]
-    undefined: list[Tensor] | None
+    undefined: Callable[[], list[Tensor]]
 
 
 class UpdateAdjoint:
@@ -82,9 +83,8 @@ class UpdateAdjoint:
         else:
             pulled = self._step(state, runs, joined, adjoint)
             by_gradient = self._by_gradient(runs, pulled, adjoint, flat.size)
-        return Pulled(
-            self._replaced(adjoint, runs, pulled), flat.split_rows(by_gradient), _undefined(runs, pulled, flat)
-        )
+        undefined = partial(_undefined, runs, pulled, flat)
+        return Pulled(self._replaced(adjoint, runs, pulled), flat.split_rows(by_gradient), undefined)
 
     def _by_gradient(self, runs: Sequence[Run], pulled: Sequence[PulledRun], adjoint: Adjoint, size: int) -> Tensor:
         if len(runs) == 1 and runs[0].gradient == slice(0, size):
@@ -109,13 +109,12 @@ class UpdateAdjoint:
         return Adjoint(parameters, adjoint.buffers, optimizer)
 
 
-def _undefined(runs: Sequence[Run], pulled: Sequence[PulledRun], flat: Flat) -> list[Tensor] | None:
-    found = None
+def _undefined(runs: Sequence[Run], pulled: Sequence[PulledRun], flat: Flat) -> list[Tensor]:
+    found = torch.zeros((1, flat.size), dtype=torch.bool, device=pulled[0].gradients.device if pulled else None)
     for run, part in zip(runs, pulled, strict=True):
         if part.undefined is not None:
-            found = part.undefined.new_zeros((1, flat.size)) if found is None else found
-            found[:, run.gradient] = part.undefined
-    return None if found is None else [part[0] for part in flat.split_rows(found)]
+            found[:, run.gradient] = part.undefined()
+    return [part[0] for part in flat.split_rows(found)]
 
 
 def _step_adjoint(layout: OptimizerLayout) -> StepAdjoint:
