@@ -10,37 +10,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
+from measure import Work, cpu_seconds, medians, plain_training
 
-from dit_mlflow import Trajectory, Workload, leave_one_out, load_workload, parse_windows, track, train
-
-
-def plain_training(workload: Workload, trajectory: Trajectory) -> Callable[[], None]:
-    """The recorded training as a plain loop."""
-    batches = [workload.batch(trajectory.step(t).samples) for t in range(trajectory.num_steps)]
-    assert workload.optimizer is not None
-    make_optimizer = workload.optimizer
-
-    def run() -> None:
-        model = workload.build_model()
-        optimizer = make_optimizer(model)
-        for batch in batches:
-            optimizer.zero_grad()
-            workload.loss(model, batch).mean().backward()
-            optimizer.step()
-
-    return run
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
+from dit_mlflow import leave_one_out, load_workload, parse_windows, track, train
 
 
 def measure(model: str, repetitions: int, ground_truth: bool) -> dict[str, float]:
@@ -49,7 +25,7 @@ def measure(model: str, repetitions: int, ground_truth: bool) -> dict[str, float
     with tempfile.TemporaryDirectory() as folder:
         trajectory = train(workload, Path(folder) / "t")
         one, five, many = (parse_windows(text, trajectory) for text in ("1", "5", "epochs"))
-        work: dict[str, Callable[[], object]] = {
+        work: dict[str, Work] = {
             "plain training": plain_training(workload, trajectory),
             "replay": lambda: sum(1 for _ in trajectory.states(workload, 0, trajectory.num_steps)),
             "1 window": lambda: track(trajectory, workload, one),
@@ -61,18 +37,13 @@ def measure(model: str, repetitions: int, ground_truth: bool) -> dict[str, float
         }
         if ground_truth:
             work["256 leave-one-out"] = lambda: leave_one_out(trajectory, workload, one)
-        times: dict[str, list[float]] = {name: [] for name in work}
-        for repetition in range(repetitions + 1):
-            for name, run in work.items():
-                seconds = cpu_seconds(run)
-                if repetition > 0:
-                    times[name].append(seconds)
+        seconds = medians(work, repetitions)
         recorded = []
         for repetition in range(repetitions):
             target = Path(folder) / f"recorded-{repetition}"
             recorded.append(cpu_seconds(lambda target=target: train(workload, target)))  # type: ignore[misc]
     return {
-        **{name: statistics.median(values) for name, values in times.items()},
+        **seconds,
         "train() with loader and record": statistics.median(recorded),
     }
 

@@ -239,18 +239,7 @@ class _Retraining:
     def _chunk_size(self, start: State, step: Step) -> int:
         """Retrainings that fit the budget: states, gradients, and what one forward pass keeps for backward."""
         if self._chunk is None:
-            rollout = Rollout(self.dynamics, self.layout, start)
-            kept = 0
-
-            def pack(tensor: Tensor) -> Tensor:
-                nonlocal kept
-                kept += tensor.nbytes
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                for term in self.dynamics.terms(step, self.dynamics.load(step)):
-                    term(rollout.parameters, rollout.buffers, None)
-            each = 3 * start.nbytes + 2 * kept
+            each = 3 * start.nbytes + 2 * self.dynamics.bytes_kept(start, step)
             self._chunk = max(1, self.memory_budget // max(each, 1))
         return self._chunk
 

@@ -1,9 +1,17 @@
 """Windows, queries, the sweep, and the result."""
 
 from dit_mlflow.influence.kind import Kind, check_kind
-from dit_mlflow.influence.query import Query, mean_validation_loss
+from dit_mlflow.influence.query import (
+    Query,
+    logits,
+    margins,
+    mean_validation_loss,
+    parameter_value,
+    probabilities,
+    sample_losses,
+)
 from dit_mlflow.influence.result import SIGN_CONVENTION, Influence
-from dit_mlflow.influence.sweep import track
+from dit_mlflow.influence.sweep import self_influence, track
 from dit_mlflow.influence.window import Timeline, Window, check_windows, parse_windows
 
 __all__ = [
@@ -15,7 +23,13 @@ __all__ = [
     "Window",
     "check_kind",
     "check_windows",
+    "logits",
+    "margins",
     "mean_validation_loss",
+    "parameter_value",
     "parse_windows",
+    "probabilities",
+    "sample_losses",
+    "self_influence",
     "track",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.trajectory import Workload, to_like
+from dit_mlflow.trajectory.workload import Batch
 
+Dataset = Literal["validation", "training", "test"]
 CHUNK = 1024
 """Validation samples per forward pass."""
 
@@ -47,14 +50,136 @@ def mean_validation_loss(workload: Workload) -> Query:
     batches = [workload.collate(workload.validation_set, part) for part in parts]
 
     def function(model: nn.Module) -> Tensor:
-        like = next(model.parameters())
         losses = [
-            workload.sample_losses(model, to_like(batch, like.device, like.dtype, fresh=True), len(part))
+            workload.sample_losses(model, _moved(batch, model), len(part))
             for batch, part in zip(batches, parts, strict=True)
         ]
         return torch.cat(losses).mean()
 
     return Query("mean_validation_loss", function)
+
+
+def sample_losses(workload: Workload, samples: Sequence[int] | None = None, of: Dataset = "validation") -> list[Query]:
+    """The loss of single samples, one query each, named ``loss of validation sample 3``.
+
+    With all samples of the validation set, :func:`dit_mlflow.track` gives the influence of every training sample on
+    every validation sample.
+
+    Args:
+        workload: with the data set.
+        samples: indices; default: all.
+        of: ``validation``, ``training`` or ``test``.
+
+    Raises:
+        InputError: there is no such data set or sample.
+    """
+
+    def loss(batch: Batch) -> Callable[[nn.Module], Tensor]:
+        return lambda model: workload.sample_losses(model, _moved(batch, model), 1)
+
+    return [
+        Query(f"loss of {of} sample {index}", loss(batch)) for index, batch in _single_samples(workload, samples, of)
+    ]
+
+
+def logits(
+    workload: Workload, label: int, samples: Sequence[int] | None = None, of: Dataset = "validation"
+) -> list[Query]:
+    """The model's logit for class ``label`` on single samples, named ``logit 7 of validation sample 3``.
+
+    Args:
+        workload: with :attr:`Workload.outputs`, unless ``model(batch[0])`` are the logits. A single output ``z`` per
+            sample stands for the logits ``(-z / 2, z / 2)`` of classes 0 and 1.
+        label: class.
+        samples, of: as for :func:`sample_losses`.
+
+    Raises:
+        InputError: there is no such data set or sample.
+    """
+    return _output_queries(workload, f"logit {label}", lambda z, y: z[label], samples, of)
+
+
+def margins(workload: Workload, samples: Sequence[int] | None = None, of: Dataset = "validation") -> list[Query]:
+    """The logit of a sample's own class minus the largest other one, named ``margin of validation sample 3``.
+
+    Arguments and errors as for :func:`logits`; labels are ``batch[1]`` or ``batch["labels"]``.
+    """
+
+    def margin(z: Tensor, y: int) -> Tensor:
+        others = torch.cat([z[:y], z[y + 1 :]])
+        return z[y] - others.max()
+
+    return _output_queries(workload, "margin", margin, samples, of)
+
+
+def probabilities(workload: Workload, samples: Sequence[int] | None = None, of: Dataset = "validation") -> list[Query]:
+    """The probability (softmax, sigmoid) of a sample's own class, named ``probability of validation sample 3``.
+
+    Arguments and errors as for :func:`margins`.
+    """
+    return _output_queries(workload, "probability", lambda z, y: z.softmax(dim=0)[y], samples, of)
+
+
+def parameter_value(name: str, *position: int) -> Query:
+    """One coordinate of a parameter, named ``fc.weight[2, 5]``.
+
+    Raises:
+        InputError: when asked, if the model has no such parameter or coordinate.
+    """
+
+    def function(model: nn.Module) -> Tensor:
+        parameters = dict(model.named_parameters())
+        if name not in parameters:
+            raise InputError(f"query for parameter {name!r}: the model has {sorted(parameters)}")
+        shape = parameters[name].shape
+        if len(position) != len(shape) or any(not 0 <= at < size for at, size in zip(position, shape, strict=True)):
+            raise InputError(f"query for {name}{list(position)}: the parameter has shape {list(shape)}")
+        return parameters[name][position]
+
+    return Query(f"{name}{list(position)}", function)
+
+
+def _output_queries(
+    workload: Workload,
+    name: str,
+    measure: Callable[[Tensor, int], Tensor],
+    samples: Sequence[int] | None,
+    of: Dataset,
+) -> list[Query]:
+    def value(batch: Batch) -> Callable[[nn.Module], Tensor]:
+        def function(model: nn.Module) -> Tensor:
+            found = workload.class_logits(model, _moved(batch, model), 1)
+            return measure(found[0], _label(batch))
+
+        return function
+
+    return [
+        Query(f"{name} of {of} sample {index}", value(batch)) for index, batch in _single_samples(workload, samples, of)
+    ]
+
+
+def _single_samples(workload: Workload, samples: Sequence[int] | None, of: Dataset) -> list[tuple[int, Batch]]:
+    sets = {"validation": workload.validation_set, "training": workload.train_set, "test": workload.test_set}
+    dataset = sets.get(of)
+    if dataset is None:
+        known = ", ".join(name for name, given in sets.items() if given is not None)
+        raise InputError(f"queries on the {of!r} set: the workload has {known}")
+    size = len(dataset)  # type: ignore[arg-type]
+    indices = range(size) if samples is None else [int(index) for index in samples]
+    outside = [index for index in indices if not 0 <= index < size]
+    if outside:
+        raise InputError(f"queries on {of} samples {outside[:5]}: expected indices within 0 … {size - 1}")
+    return [(index, workload.collate(dataset, [index])) for index in indices]
+
+
+def _moved(batch: Batch, model: nn.Module) -> Batch:
+    like = next(model.parameters())
+    return to_like(batch, like.device, like.dtype, fresh=True)
+
+
+def _label(batch: Batch) -> int:
+    labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    return int(labels.reshape(-1)[0])
 
 
 def resolve_queries(queries: Sequence[Query] | None, workload: Workload) -> list[Query]:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm.auto import tqdm
 
-from dit_mlflow.errors import InputError
-from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
-from dit_mlflow.influence.buffers import BuffersApart
-from dit_mlflow.influence.kind import Kind, Sweep, sweeps
-from dit_mlflow.influence.ledger import Ledger, Row
-from dit_mlflow.influence.query import Query
+from dit_mlflow.influence.engine import Engine
+from dit_mlflow.influence.kind import Kind, sweeps
+from dit_mlflow.influence.query import Query, sample_losses
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.result import Influence
-from dit_mlflow.influence.update import Pulled, UpdateAdjoint
 from dit_mlflow.influence.window import Window
-from dit_mlflow.trajectory import State, Trajectory, Workload
+from dit_mlflow.trajectory import Trajectory, Workload
 from dit_mlflow.trajectory.random_state import preserved_random_state
-from dit_mlflow.trajectory.replay import Replay
-from dit_mlflow.trajectory.statistics import DifferentiableStatistics, running_statistics
-from dit_mlflow.trajectory.step import Step
 
 
 def track(
@@ -37,6 +25,7 @@ def track(
     kind: Kind = "local",
     queries: Sequence[Query] | None = None,
     dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
 ) -> Influence:
     r"""Influence of every training sample, for each window and query, by Dynamic Influence Tracking.
 
@@ -59,6 +48,10 @@ def track(
             training) or ``cumulative`` (absent from step 0, change over the window).
         queries: default: the mean validation loss.
         dtype: ``None`` = as recorded; ``torch.float64`` replays one float64 trajectory from ``s_0``.
+        memory_budget: bytes for the states held on the way, and as many again for adjoints. Less memory takes more
+            replays (binomial checkpointing, :meth:`Replay.backward`) and, for many queries, more sweeps; scores are
+            the same bit for bit but for the rounding of queries that are pulled back together. Default: about
+            ``2 sqrt(T)`` states or 1 GiB, whichever is more, and 1 GiB of adjoints.
 
     Returns:
         Scores ``[windows, queries, training samples]`` in units of the query. **Sign**: change of the query caused by
@@ -72,144 +65,58 @@ def track(
 
     Cost: the replay (one training) and two to three more trainings for the sweep, whatever the number of disjoint
     ``local`` windows or of ``final`` windows; each ``cumulative`` window and each query adds an adjoint, that is one
-    backward pass per step of the shared graph. Memory: about ``2 sqrt(T)`` states beside one training step.
+    backward pass per step of the shared graph.
     """
     question = Question.of(trajectory, workload, windows, kind, queries)
     with preserved_random_state():
-        engine = _Engine(trajectory.replay(workload, dtype), question.queries)
-        scores = engine.run(sweeps(question.kind, question.windows, trajectory.num_steps), len(question.windows))
-    return question.answer(scores, "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift)
+        engine = Engine(trajectory.replay(workload, dtype), memory_budget)
+        parts = [scores for _, scores in _in_parts(engine, question)]
+    return question.answer(
+        np.concatenate(parts, axis=1), "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift
+    )
 
 
-class _Engine:
-    """Walks the trajectory backwards and carries all live adjoints along."""
+def self_influence(
+    trajectory: Trajectory,
+    workload: Workload,
+    windows: Sequence[Window],
+    kind: Kind = "local",
+    dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> Influence:
+    """Influence of every training sample on its own loss: how much the model had to memorise it.
 
-    def __init__(self, replay: Replay, queries: Sequence[Query]) -> None:
-        self.replay = replay
-        self.dynamics = replay.dynamics
-        self.queries = queries
-        self._warned = False
-        # Batching a backward pass over rows unrolls convolutions into a slow fallback.
-        self._batched = not any(isinstance(module, _CONVOLUTIONS) for module in self.dynamics.model.modules())
-        manifest = replay.trajectory.manifest
-        shapes = {name: torch.Size(layout.shape) for name, layout in manifest.model.parameters.items()}
-        self._held = Flat({name: shapes[name] for group in manifest.optimizer.groups for name in group})
-        self._update = UpdateAdjoint(self.dynamics, manifest.optimizer, self._held)
-        statistics = running_statistics(self.dynamics.model)
-        self._moving = Flat(
-            {name: torch.Size(layout.shape) for name, layout in manifest.model.buffers.items() if name in statistics}
-        )
-        self._unmoved = BuffersApart(self.dynamics, self._moving.shapes)
+    Args:
+        trajectory, workload, windows, kind, dtype, memory_budget: as for :func:`track`.
 
-    def run(self, planned: Sequence[Sweep], num_windows: int) -> np.ndarray:
-        """Scores ``[windows, queries, samples]``, float64."""
-        ledger = Ledger(num_windows, len(self.queries), self.dynamics.workload.num_samples, planned)
-        first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
-        rows: list[Row] = []
-        adjoint: Adjoint | None = None
-        with tqdm(total=last - first, desc="influence", unit="step", disable=None) as progress:
-            later: State | None = None
-            for t, state in self.replay.backward(first, last):
-                if later is not None:
-                    self._unmoved.check(state, later, self.replay.trajectory.step(t))
-                later = state
-                if adjoint is not None:
-                    step = self.replay.trajectory.step(t)
-                    adjoint, kicks = self._pull_back(state, step, adjoint)
-                    ledger.add(rows, t, torch.from_numpy(step.samples), kicks)
-                    alive = [position for position, row in enumerate(rows) if row.sweep.stop < t]
-                    if len(alive) < len(rows):
-                        rows = [rows[position] for position in alive]
-                        adjoint = adjoint.keep(alive) if alive else None
-                    progress.update()
-                for sweep in planned:
-                    if sweep.start == t:
-                        started = self._start(state)
-                        adjoint = started if adjoint is None else adjoint.append(started)
-                        rows += [Row(sweep, query) for query in range(len(self.queries))]
-        return ledger.scores.numpy()
+    Returns:
+        Scores ``[windows, 1, training samples]`` for the query ``own loss``, each sample's in evaluation mode.
+        Positive = the sample's loss would be higher had it been left out, which is the rule.
 
-    def _start(self, state: State) -> Adjoint:
-        """``lambda = grad q`` at ``state``, one row per query; 0 for the optimizer's state."""
-        held = {name: state.parameters[name].detach().requires_grad_() for name in self._held.shapes}
-        moving = {name: state.buffers[name].detach().requires_grad_() for name in self._moving.shapes}
-        parameters, buffers = {**state.parameters, **held}, {**state.buffers, **moving}
-        by_parameters, by_buffers = [], []
-        for query in self.queries:
-            with self._following_statistics():
-                value = self.dynamics.evaluate(parameters, buffers, query)
-            if not value.requires_grad:
-                raise InputError(
-                    f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
-                    "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
-                )
-            found = torch.autograd.grad(
-                value, [*held.values(), *moving.values()], allow_unused=True, materialize_grads=True
-            )
-            by_parameters.append(self._held.join(found[: len(held)]))
-            by_buffers.append(torch.cat([value.new_zeros(0), *(part.reshape(-1) for part in found[len(held) :])]))
-        return Adjoint(torch.stack(by_parameters), torch.stack(by_buffers))
+    Raises:
+        As :func:`track`.
 
-    def _pull_back(self, state: State, step: Step, adjoint: Adjoint) -> tuple[Adjoint, Tensor]:
-        """The adjoint at ``t`` from the one at ``t + 1``, and the kicks ``[A, sum B]`` of the step's samples."""
-        # Clipping looks at every gradient, also of parameters that the optimizer does not hold.
-        held = self._held.shapes
-        theta = {name: state.parameters[name].detach().requires_grad_() for name in held} | {
-            name: value.detach().requires_grad_(value.is_floating_point())
-            for name, value in state.parameters.items()
-            if name not in held
-        }
-        batches = self.dynamics.load(step)
-        like = next(iter(theta.values()))
-        weights = like.new_ones(len(step.samples)).requires_grad_()
-        moving = {name: state.buffers[name].detach().requires_grad_() for name in self._moving.shapes}
-        # The forward pass works in place on buffers, and the state is still needed; and of the attention kernels, only
-        # the plain one can be differentiated twice.
-        buffers = {name: value.clone() for name, value in {**state.buffers, **moving}.items()}
-        with sdpa_kernel(SDPBackend.MATH), self._following_statistics():
-            gradients = self.dynamics.gradient(theta, buffers, step, batches, weights, create_graph=True)
-        pulled = self._update(state, gradients, step, adjoint)
-        flat = Flat({name: value.shape for name, value in gradients.items()})
-        by_weight, *rest = vector_jacobian(
-            [*gradients.values(), *(buffers[name] for name in moving)],
-            [weights, *(theta[name] for name in held), *moving.values()],
-            [*flat.split_rows(pulled.gradients), *self._moving.split_rows(adjoint.buffers)],
-            adjoint.rows,
-            self._batched,
-        )
-        if pulled.undefined is not None and not self._warned:
-            self._warn_if_undefined(step, gradients, weights, pulled, largest=float(by_weight.abs().max()))
-        by_theta, by_buffer = rest[: len(held)], rest[len(held) :]
-        pulled.adjoint.parameters = self._held.join_rows(by_theta, adjoint.rows).add_(pulled.adjoint.parameters)
-        if by_buffer:
-            pulled.adjoint.buffers = self._moving.join_rows(by_buffer, adjoint.rows)
-        return pulled.adjoint, -by_weight
-
-    def _following_statistics(self) -> AbstractContextManager[Any]:
-        return DifferentiableStatistics() if self._moving.shapes else nullcontext()
-
-    def _warn_if_undefined(
-        self, step: Step, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float
-    ) -> None:
-        """Warn once if a sample has a gradient where the total has been 0 so far, and the step has no derivative."""
-        assert pulled.undefined is not None
-        flat = Flat({name: value.shape for name, value in gradients.items()})
-        cotangents = flat.split_rows(pulled.undefined * pulled.gradients)
-        (by_weight,) = vector_jacobian(
-            list(gradients.values()), [weights], cotangents, len(pulled.gradients), self._batched
-        )
-        row, place = divmod(int(by_weight.abs().argmax()), by_weight.shape[1])
-        # Below that it is rounding, as in elements whose gradient is 0 by symmetry (the bias of attention's keys).
-        if by_weight[row, place].abs() > 1e-6 * largest:
-            self._warned = True
-            names = [name for name, part in flat.slices.items() if bool(pulled.undefined[part].any())]
-            warnings.warn(
-                f"at step {step.index}, sample {step.samples[place]} has a gradient in elements of {names} where the "
-                "batches' gradients have cancelled to exactly 0 in every step so far; the optimizer's step is not "
-                "differentiable there (it divides by eps), so scores of such samples can be far too large. Check them "
-                "with leave_one_out(samples=[...])",
-                stacklevel=5,
-            )
+    Cost: one adjoint per training sample and start of a sweep, as many at once as ``memory_budget`` allows.
+    """
+    with preserved_random_state():
+        queries = sample_losses(workload, of="training")
+    question = Question.of(trajectory, workload, windows, kind, queries)
+    own = np.zeros((len(question.windows), 1, workload.num_samples))
+    with preserved_random_state():
+        engine = Engine(trajectory.replay(workload, dtype), memory_budget)
+        for first, scores in _in_parts(engine, question):
+            samples = np.arange(first, first + scores.shape[1])
+            own[:, 0, samples] = scores[:, samples - first, samples]
+    return replace(question, queries=(Query("own loss", queries[0].function),)).answer(
+        own, "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift
+    )
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _in_parts(engine: Engine, question: Question) -> Iterator[tuple[int, np.ndarray]]:
+    """Number of the first query, and scores ``[windows, some queries, samples]``: as many queries as memory allows."""
+    planned = sweeps(question.kind, question.windows, question.trajectory.num_steps)
+    size = len(question.queries)
+    if size > 1:
+        size = min(size, engine.queries_at_once(planned, len(question.windows)))
+    for first in range(0, len(question.queries), size):
+        yield first, engine.run(question.queries[first : first + size], planned, len(question.windows))

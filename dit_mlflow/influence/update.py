@@ -1,22 +1,22 @@
-"""The vector-Jacobian product of an optimizer step, through PyTorch's own optimizer code."""
+"""The vector-Jacobian product of what stands between a gradient and the next state: clipping and optimizer."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
+from dit_mlflow.influence.autograd_step import AutogradStep
+from dit_mlflow.influence.closed_forms import AdamStep, SgdStep
+from dit_mlflow.influence.runs import Run, runs_of
+from dit_mlflow.influence.step_adjoint import PulledRun, StepAdjoint
 from dit_mlflow.trajectory.dynamics import Dynamics
 from dit_mlflow.trajectory.manifest import OptimizerLayout
-from dit_mlflow.trajectory.optimizers import optimizer_class
-from dit_mlflow.trajectory.state import COUNTERS, State
+from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import Step
 
 
@@ -26,47 +26,18 @@ class Pulled:
 
     Attributes:
         adjoint: at ``t``, without the Hessian term.
-        gradients: ``lambda_g``, ``[A, sum of sizes]``, in the order of the gradients given.
-        undefined: bool ``[sum of sizes]``: where the step has no derivative, because every gradient there was 0 up to
-            and including this step (Adam's ``v = 0``); ``None`` = nowhere.
+        gradients: ``lambda_g``, ``[A, *shape]`` each, in the order of the gradients given.
+        undefined: gives bool, ``[*shape]`` each: where the step has no derivative, because every gradient there was 0
+            up to and including this step.
     """
 
     adjoint: Adjoint
-    gradients: Tensor
-    undefined: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """Neighbouring parameters that the optimizer treats alike: stepped as one vector.
-
-    Attributes:
-        part: where they stand among the parameters that the optimizer holds.
-        gradient: where their gradients stand among the gradients.
-        theta: their values ``[size]``, a leaf.
-        settings: hyperparameters of their group.
-        state: their optimizer state: vectors ``[size]``, counters, plain numbers.
-        fresh: SGD's momentum starts at this step.
-    """
-
-    part: slice
-    gradient: slice
-    theta: Tensor
-    settings: Mapping[str, Any]
-    state: dict[str, Any]
-    fresh: bool
-
-    @property
-    def slots(self) -> dict[str, Tensor]:
-        """The vectors among the state, leaves."""
-        return {key: value for key, value in self.state.items() if _is_slot(key, value)}
+    gradients: list[Tensor]
+    undefined: Callable[[], list[Tensor]]
 
 
 class UpdateAdjoint:
-    """Pulls adjoints back through ``(theta, o)_{t+1} = U_t((theta, o)_t, g_t)``.
-
-    ``U_t`` is gradient clipping and one step of PyTorch's own optimizer with ``differentiable=True``, whose parameters
-    and state are non-leaf clones of the recorded ones, joined to one vector per group: optimizers work elementwise.
+    """Pulls adjoints back through ``(theta, o)_{t+1} = U_t((theta, o)_t, g_t)``: gradient clipping, then one step.
 
     Args:
         dynamics: for the clipping.
@@ -78,8 +49,12 @@ class UpdateAdjoint:
         self._dynamics = dynamics
         self._layout = layout
         self._held = held
-        placeholder = torch.zeros(1, requires_grad=True)
-        self._optimizer = optimizer_class(layout.name)([placeholder], differentiable=True)  # type: ignore[call-arg]
+        self._step = _step_adjoint(layout)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the optimizer's state must have its values, or only its keys."""
+        return self._step.needs_values
 
     def __call__(self, state: State, gradients: Mapping[str, Tensor], step: Step, adjoint: Adjoint) -> Pulled:
         """``(lambda_theta, lambda_o), lambda_g`` from ``lambda`` at step ``t + 1``.
@@ -92,163 +67,59 @@ class UpdateAdjoint:
 
         Cost: a few elementwise passes over parameters and state, per row.
         """
-        joined = Flat({name: value.shape for name, value in gradients.items()})
-        runs = self._runs(state, step, joined)
-        if not runs:
-            return Pulled(adjoint, adjoint.parameters.new_zeros((adjoint.rows, joined.size)), None)
-        g = joined.join([value.detach() for value in gradients.values()]).requires_grad_()
-        with torch.enable_grad(), _DifferentiableArithmetic():
-            (clipped,) = self._dynamics.clip({"all": g}).values()
-            stepped = self._step(runs, clipped)
+        flat = Flat({name: value.shape for name, value in gradients.items()})
+        runs = runs_of(self._layout, self._held, state, step, flat)
 
-        outputs, cotangents = [], []
-        for run, (moved, moved_slots) in zip(runs, stepped, strict=True):
-            outputs.append(moved)
-            cotangents.append(adjoint.parameters[:, run.part])
-            for key in adjoint.optimizer.keys() & moved_slots.keys():
-                outputs.append(moved_slots[key])
-                cotangents.append(adjoint.optimizer[key][:, run.part])
-        inputs = [g, *(run.theta for run in runs), *(value for run in runs for value in run.slots.values())]
-        by_g, *rest = vector_jacobian(outputs, inputs, cotangents, adjoint.rows, batched=True)
-        return Pulled(self._replaced(adjoint, runs, rest), by_g, self._undefined(runs, stepped, joined.size))
+        def joined() -> Tensor:
+            return flat.join([value.detach() for value in gradients.values()])
 
-    def _runs(self, state: State, step: Step, gradients: Flat) -> list[_Run]:
-        """The parameters with a gradient, as long as neighbours share group, counters and keys of state."""
+        if self._dynamics.clips and runs:
+            unclipped = joined().requires_grad_()
+            with torch.enable_grad():
+                (clipped,) = self._dynamics.clip({"all": unclipped}).values()
+            pulled = self._step(state, runs, clipped.detach, adjoint)
+            by_clipped = self._by_gradient(runs, pulled, adjoint, flat.size)
+            (by_gradient,) = vector_jacobian([clipped], [unclipped], [by_clipped], adjoint.rows, batched=True)
+        else:
+            pulled = self._step(state, runs, joined, adjoint)
+            by_gradient = self._by_gradient(runs, pulled, adjoint, flat.size)
+        undefined = partial(_undefined, runs, pulled, flat)
+        return Pulled(self._replaced(adjoint, runs, pulled), flat.split_rows(by_gradient), undefined)
 
-        def kind(name: str) -> Any:
-            entry = state.optimizer.get(name, {})
-            counters = [(k, float(v) if k in COUNTERS else None) for k, v in entry.items()]
-            return name in gradients.shapes, counters
+    def _by_gradient(self, runs: Sequence[Run], pulled: Sequence[PulledRun], adjoint: Adjoint, size: int) -> Tensor:
+        if len(runs) == 1 and runs[0].gradient == slice(0, size):
+            return pulled[0].gradients
+        by_gradient = adjoint.parameters.new_zeros((adjoint.rows, size))
+        for run, part in zip(runs, pulled, strict=True):
+            by_gradient[:, run.gradient] = part.gradients
+        return by_gradient
 
-        runs = []
-        for names, settings in zip(self._layout.groups, step.hyperparameters, strict=True):
-            for (active, _), members in groupby(names, key=kind):
-                if active:
-                    runs.append(self._run(list(members), settings, state, gradients))
-        return runs
-
-    def _run(self, names: Sequence[str], settings: Mapping[str, Any], state: State, gradients: Flat) -> _Run:
-        def joined(tensors: Iterable[Tensor]) -> Tensor:
-            return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-        def stored(key: str, value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if key in COUNTERS:
-                return value.to(torch.float64, copy=True)
-            return joined(state.optimizer[name][key] for name in names).requires_grad_(_is_slot(key, value))
-
-        first = state.optimizer.get(names[0], {})
-        return _Run(
-            part=_span(self._held, names),
-            gradient=_span(gradients, names),
-            theta=joined(state.parameters[name] for name in names).requires_grad_(),
-            settings=settings,
-            state={key: stored(key, value) for key, value in first.items()},
-            fresh=_starts_momentum(settings, first),
-        )
-
-    def _step(self, runs: Sequence[_Run], clipped: Tensor) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Parameters and state vectors after the step, per run, as functions of those before and of the gradients."""
-        optimizer = self._optimizer
-        optimizer.param_groups = []
-        optimizer.state = defaultdict(dict)
-        work = [run.theta.clone() for run in runs]
-        for run, moved in zip(runs, work, strict=True):
-            moved.grad = clipped[run.gradient]
-            settings = {**run.settings, "differentiable": True, "foreach": False, "fused": False, "capturable": False}
-            entry = run.state | {key: value.clone() for key, value in run.slots.items()}
-            if run.fresh:
-                # PyTorch takes SGD's first momentum buffer from a detached gradient; zeros, with dampening 0 for this
-                # step, give the same value and keep the derivative.
-                settings["dampening"] = 0.0
-                entry["momentum_buffer"] = torch.zeros_like(moved)
-            optimizer.param_groups.append({**settings, "params": [moved]})
-            if entry:
-                optimizer.state[moved] = entry
-        optimizer.step()
-        return [
-            (moved, {key: value for key, value in optimizer.state.get(moved, {}).items() if _is_slot(key, value)})
-            for moved in work
-        ]
-
-    def _replaced(self, adjoint: Adjoint, runs: Sequence[_Run], pulled: Sequence[Tensor]) -> Adjoint:
+    def _replaced(self, adjoint: Adjoint, runs: Sequence[Run], pulled: Sequence[PulledRun]) -> Adjoint:
         """``adjoint`` with the runs' parts replaced by what was pulled back; the rest passes a step unchanged."""
-        by_theta, by_slot = pulled[: len(runs)], iter(pulled[len(runs) :])
         if len(runs) == 1 and runs[0].part == slice(0, self._held.size):
-            return Adjoint(by_theta[0], adjoint.buffers, dict(zip(runs[0].slots, by_slot, strict=True)))
+            return Adjoint(pulled[0].parameters, adjoint.buffers, pulled[0].optimizer)
         parameters = adjoint.parameters.clone()
         optimizer = {key: value.clone() for key, value in adjoint.optimizer.items()}
-        for run, part in zip(runs, by_theta, strict=True):
-            parameters[:, run.part] = part
+        for run, part in zip(runs, pulled, strict=True):
+            parameters[:, run.part] = part.parameters
             for value in optimizer.values():
                 value[:, run.part] = 0
-            for key in run.slots:
-                optimizer.setdefault(key, torch.zeros_like(parameters))[:, run.part] = next(by_slot)
+            for key, value in part.optimizer.items():
+                optimizer.setdefault(key, torch.zeros_like(parameters))[:, run.part] = value
         return Adjoint(parameters, adjoint.buffers, optimizer)
 
-    def _undefined(
-        self, runs: Sequence[_Run], stepped: Sequence[tuple[Tensor, Mapping[str, Tensor]]], size: int
-    ) -> Tensor | None:
-        key = _DENOMINATORS.get(self._layout.name)
-        if key is None:
-            return None
-        found = None
-        for run, (_, slots) in zip(runs, stepped, strict=True):
-            # Adamax adds eps before it takes the maximum, the others after the root.
-            at_zero = slots[key].detach() <= (run.settings["eps"] if key == "exp_inf" else 0)
-            if bool(at_zero.any()):
-                found = at_zero.new_zeros(size) if found is None else found
-                found[run.gradient] = at_zero
-        return found
+
+def _undefined(runs: Sequence[Run], pulled: Sequence[PulledRun], flat: Flat) -> list[Tensor]:
+    found = torch.zeros((1, flat.size), dtype=torch.bool, device=pulled[0].gradients.device if pulled else None)
+    for run, part in zip(runs, pulled, strict=True):
+        if part.undefined is not None:
+            found[:, run.gradient] = part.undefined()
+    return [part[0] for part in flat.split_rows(found)]
 
 
-_DENOMINATORS = {
-    "Adam": "exp_avg_sq",
-    "AdamW": "exp_avg_sq",
-    "NAdam": "exp_avg_sq",
-    "RAdam": "exp_avg_sq",
-    "Adamax": "exp_inf",
-    "Adagrad": "sum",
-    "RMSprop": "square_avg",
-}
-"""Optimizers that divide by something which has no derivative at 0, and the state it is made from."""
-
-
-class _DifferentiableArithmetic(TorchFunctionMode):
-    """Two corrections to what an optimizer computes when it is differentiated.
-
-    The square root gets the derivative 0 at 0, where it is infinite. Adam-like optimizers divide by
-    ``sqrt(v) + eps``; an element whose gradient was always 0 has ``v = 0`` and does not move, whatever the adjoint, but
-    ``0 * inf`` would turn every score into NaN.
-
-    Step counters are float64. As tensors in float32, which the optimizers make for themselves, the bias correction
-    ``1 - beta ** step`` would be off by 6e-5 at ``beta = 0.999``; without ``differentiable`` it is in double precision.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _SQUARE_ROOTS and not kwargs:
-            (value,) = args
-            zero = value == 0
-            return torch.where(zero, 0.0, torch.where(zero, 1.0, value).sqrt())
-        if func is torch.tensor and kwargs.get("dtype") == torch.float32:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
-
-
-# In place only on temporaries, whose result is used.
-_SQUARE_ROOTS = (torch.sqrt, Tensor.sqrt, Tensor.sqrt_)
-
-
-def _span(flat: Flat, names: Sequence[str]) -> slice:
-    return slice(flat.slices[names[0]].start, flat.slices[names[-1]].stop)
-
-
-def _is_slot(key: str, value: Any) -> bool:
-    # ASGD's average "ax" never reaches the parameters.
-    return key not in COUNTERS and key != "ax" and isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _starts_momentum(settings: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    return bool(settings.get("momentum")) and "nesterov" in settings and "momentum_buffer" not in entry
+def _step_adjoint(layout: OptimizerLayout) -> StepAdjoint:
+    if layout.name == "SGD":
+        return SgdStep()
+    if layout.name in ("Adam", "AdamW"):
+        return AdamStep(layout.name)
+    return AutogradStep(layout.name)

@@ -15,6 +15,7 @@ from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.manifest import Manifest
 from dit_mlflow.trajectory.optimizers import describe_optimizer
 from dit_mlflow.trajectory.random_state import DrawsOf, RandomState, preserved_random_state
+from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import Step
 from dit_mlflow.trajectory.tensors import Substitution
 from dit_mlflow.trajectory.workload import Batch, Workload, to_like
@@ -150,12 +151,19 @@ class Dynamics:
         losses = self.call(
             parameters, buffers, lambda model: self.workload.sample_losses(model, micro.batch, micro.size)
         )
-        terms = micro.coefficients.to(losses.dtype) * losses
-        return terms.sum() if weights is None else (weights[part] * terms).sum()
+        coefficients = micro.coefficients.to(losses.dtype)
+        if weights is None:
+            return (coefficients * losses).sum()
+        return torch.dot(weights[part] * coefficients, losses)
 
     def _regularizer_term(self, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
         assert self.workload.regularizer is not None
         return self.call(parameters, buffers, self.workload.regularizer)
+
+    @property
+    def clips(self) -> bool:
+        """Whether the workload clips gradients."""
+        return self.workload.clip_grad_norm is not None or self.workload.clip_grad_value is not None
 
     def clip(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The workload's clipping, differentiable; the same arithmetic as ``torch.nn.utils.clip_grad_*``."""
@@ -173,6 +181,24 @@ class Dynamics:
     def call(self, parameters: Parameters, buffers: Buffers, function: Callable[..., Result]) -> Result:
         """``function(model)`` with the given tensors in place of the model's own."""
         return self._substituted(parameters, buffers, function)
+
+    def bytes_kept(self, state: State, step: Step) -> int:
+        """What the forward passes of a step keep for the backward pass, in bytes."""
+        kept = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        theta = {
+            name: value.detach().requires_grad_(value.is_floating_point()) for name, value in state.parameters.items()
+        }
+        buffers = {name: value.clone() for name, value in state.buffers.items()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            for term in self.terms(step, self.load(step)):
+                term(theta, buffers, None)
+        return kept
 
     def evaluate(self, parameters: Parameters, buffers: Parameters, function: Callable[..., Result]) -> Result:
         """``function(model)`` in evaluation mode; ``buffers`` are left alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -17,7 +18,19 @@ from dit_mlflow.trajectory.trajectory import Trajectory
 from dit_mlflow.trajectory.workload import Workload
 
 STATES_IN_MEMORY = 2**30
-"""Bytes that a backward walk may spend on states before it replays a stretch twice instead."""
+"""Bytes that a backward walk may spend on states, unless told otherwise, before it replays a stretch twice instead."""
+
+FEWEST_STATES = 4
+"""States that a backward walk needs room for at the least."""
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """How a backward walk holds states: in how many bytes, with which parts, over which that it is done with."""
+
+    budget: int = 0
+    optimizer_values: bool = True
+    recycled: list[State] = field(default_factory=list)
 
 
 class Replay:
@@ -64,58 +77,91 @@ class Replay:
                 if a <= t <= b and (t < hi or t == end):
                     yield state
 
-    def backward(self, a: int, b: int) -> Iterator[tuple[int, State]]:
+    def backward(
+        self, a: int, b: int, memory_budget: int | None = None, optimizer_values: bool = True
+    ) -> Iterator[tuple[int, State]]:
         """Yield ``(b, s_b), (b - 1, s_{b-1}), …, (a, s_a)``.
 
-        Memory: the states of one stretch between checkpoints, about ``2 sqrt(T)`` of them by default. A longer
-        stretch (few checkpoints, or another dtype) is held whole if it fits in :data:`STATES_IN_MEMORY`, else
-        it is walked in ``sqrt`` pieces, at the cost of one more replay.
+        A state keeps its values until the next but one is asked for; then its memory is used again.
+
+        Args:
+            a, b: ``0 <= a <= b <= T``.
+            memory_budget: bytes that the states held at one time may take. Default: enough for every stretch between
+                checkpoints (about ``2 sqrt(T)`` states as recorded by default), and up to :data:`STATES_IN_MEMORY`.
+            optimizer_values: ``False`` = between checkpoints, the optimizer's state has its keys only (values
+                ``None``), for less memory.
+
+        A stretch that does not fit is walked in pieces, from states placed as in binomial checkpointing (Griewank and
+        Walther 2000, doi 10.1145/347837.347846): with room for ``c`` states, ``C(c + r, r)`` steps are walked at the
+        cost of at most ``r`` replays. The states are the same bit for bit.
+
+        Raises:
+            InputError: the budget does not hold :data:`FEWEST_STATES` states.
         """
+        walk = _Walk(self._budget(memory_budget), optimizer_values)
         anchors = [step for step in self._anchors if step < b]
         hi, first = self._next_anchor(b), True
+        previous: State | None = None
         for lo in reversed(anchors):
-            for t, state in self._backward_segment(self._anchor(lo), lo, hi):
+            for t, state in self._backward_segment(self._anchor(lo), lo, hi, walk):
                 if t < a:
                     return
                 if t <= b and (t < hi or first):
                     yield t, state
+                if previous is not None:
+                    walk.recycled.append(previous)
+                previous = state
             hi, first = lo, False
         if b == 0:
             yield 0, self._anchor(0)
 
-    def _backward_segment(self, start: State, lo: int, hi: int) -> Iterator[tuple[int, State]]:
+    def _budget(self, asked: int | None) -> int:
+        each = self._anchor(0).nbytes
+        if asked is None:
+            return max(STATES_IN_MEMORY, (2 * math.isqrt(self.trajectory.num_steps) + 2) * each)
+        if asked < FEWEST_STATES * each:
+            raise InputError(
+                f"memory_budget={asked} bytes; one state takes {each}, and at least {FEWEST_STATES} must fit "
+                f"({FEWEST_STATES * each} bytes)"
+            )
+        return asked
+
+    def _backward_segment(self, start: State, lo: int, hi: int, walk: _Walk) -> Iterator[tuple[int, State]]:
+        """``(hi, s_hi) … (lo, s_lo)``, by replay from ``start = s_lo``."""
         length = hi - lo
-        held = max(2 * math.isqrt(self.trajectory.num_steps) + 1, STATES_IN_MEMORY // max(start.nbytes, 1))
-        if length <= held:
-            states = list(self._segment(start, lo, hi))
+        each = start.nbytes if walk.optimizer_values else start.without_optimizer_values().nbytes
+        if length * each <= walk.budget or length <= 2:
+            states = list(self._segment(start, lo, hi, walk))
             while states:
                 yield lo + len(states) - 1, states.pop()
             return
-        stride = max(held // 2, math.isqrt(length))
-        anchors = {
-            t: state
-            for t, state in enumerate(self._segment(start, lo, hi), start=lo)
-            if t < hi and (t - lo) % stride == 0
-        }
-        stop = hi
-        for at in reversed(list(anchors)):
-            for t, state in self._backward_segment(anchors.pop(at), at, stop):
-                if t < stop or stop == hi:
-                    yield t, state
-            stop = at
+        mid = lo + _first_piece(length, max(1, walk.budget // start.nbytes))
+        middle = self._state_at(mid, start, lo, walk)
+        rest = replace(walk, budget=walk.budget - middle.nbytes)
+        yield from self._backward_segment(middle, mid, hi, rest)
+        yield from self._backward_segment(start, lo, mid - 1, walk)
 
-    def _segment(self, start: State, lo: int, hi: int) -> Iterator[State]:
+    def _state_at(self, t: int, start: State, lo: int, walk: _Walk) -> State:
+        """``s_t``, whole, by replay from ``start = s_lo``."""
+        rollout = Rollout(self.dynamics, self.trajectory.manifest.optimizer, start)
+        for step in map(self.trajectory.step, range(lo, t)):
+            rollout.advance(step, self.dynamics.load(step))
+        return rollout.snapshot(recycled=walk.recycled)
+
+    def _segment(self, start: State, lo: int, hi: int, walk: _Walk | None = None) -> Iterator[State]:
         """Replay ``s_lo … s_hi`` from ``start``; a checkpoint at ``hi`` is compared, and yielded instead."""
         rollout = Rollout(self.dynamics, self.trajectory.manifest.optimizer, start)
+        walk = walk or _Walk()
         state = start
         for t in range(lo, hi):
             yield state
             step = self.trajectory.step(t)
             rollout.advance(step, self.dynamics.load(step))
-            state = rollout.snapshot()
+            state = rollout.snapshot(walk.optimizer_values, walk.recycled)
         if hi in self._anchors:
             recorded = self._anchor(hi)
-            self._compare(hi, state, recorded, start)
+            if hi > lo:
+                self._compare(hi, state, recorded, start)
             state = recorded
         yield state
 
@@ -146,3 +192,11 @@ class Replay:
 def _recorded_dtype(trajectory: Trajectory) -> torch.dtype:
     name = next(iter(trajectory.manifest.model.parameters.values())).dtype
     return getattr(torch, name)
+
+
+def _first_piece(length: int, room: int) -> int:
+    """Where to hold a state within ``length`` steps, if ``room`` states fit: ``1 <= piece < length``."""
+    repeats = 1
+    while math.comb(room + repeats, repeats) < length:
+        repeats += 1
+    return min(math.comb(room + repeats - 1, room), length - 1)

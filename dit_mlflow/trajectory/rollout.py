@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_mlflow.trajectory.dynamics import Buffers, Dynamics, MicroBatch, Parameters, Term
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.optimizers import build_optimizer, set_hyperparameters
-from dit_mlflow.trajectory.state import COUNTERS, State, map_optimizer
+from dit_mlflow.trajectory.state import COUNTERS, State
 from dit_mlflow.trajectory.step import Step
 
 
@@ -84,15 +84,21 @@ class Rollout:
         total = {name: sum(part[name] for part in parts[1:]) + parts[0][name] for name in values}
         return torch.func.vmap(self.dynamics.clip)(total)
 
-    def snapshot(self) -> State:
-        """A copy of the current state (with the leading dimension, if there are copies)."""
+    def snapshot(self, optimizer_values: bool = True, recycled: list[State] | None = None) -> State:
+        """A copy of the current state (with the leading dimension, if there are copies).
+
+        Args:
+            optimizer_values: ``False`` = the optimizer's state has its keys only, each with ``None``.
+            recycled: states that nobody needs any more; the copy may be written over one of them, which is taken away.
+        """
         names = {parameter: name for name, parameter in self.parameters.items()}
         optimizer = {
             names[parameter]: {key: value for key, value in entry.items() if value is not None}
             for parameter, entry in self._optimizer.state.items()
         }
-        return State(
-            {name: value.detach().clone() for name, value in self.parameters.items()},
-            {name: value.clone() for name, value in self.buffers.items()},
-            map_optimizer(optimizer, torch.clone),
-        )
+        state = State(self.parameters, self.buffers, optimizer)
+        state = state if optimizer_values else state.without_optimizer_values()
+        over = recycled.pop() if recycled else None
+        if over is not None and over.copy_(state):
+            return over
+        return state.map(lambda value: value.detach().clone())

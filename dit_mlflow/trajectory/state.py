@@ -66,12 +66,32 @@ class State:
             optimizer,
         )
 
+    def copy_(self, other: State) -> bool:
+        """Write ``other``'s values over this state's, if it is laid out alike; says whether it is."""
+        mine, theirs = self._tensors(), other._tensors()
+        if mine.keys() != theirs.keys():
+            return False
+        with torch.no_grad():
+            for path, value in mine.items():
+                value.copy_(theirs[path])
+        return True
+
+    def _tensors(self) -> dict[tuple[str, ...], Tensor]:
+        tensors: dict[tuple[str, ...], Tensor] = {("parameters", key): v for key, v in self.parameters.items()}
+        tensors |= {("buffers", key): value for key, value in self.buffers.items()}
+        for name, entry in self.optimizer.items():
+            tensors |= {(name, key): value for key, value in entry.items() if isinstance(value, Tensor)}
+        return tensors
+
+    def without_optimizer_values(self) -> State:
+        """The same tensors, with ``None`` for every value of the optimizer's state."""
+        optimizer: dict[str, dict[str, Any]] = {name: dict.fromkeys(entry) for name, entry in self.optimizer.items()}
+        return State(self.parameters, self.buffers, optimizer)
+
     @property
     def nbytes(self) -> int:
         """Bytes held by all tensors."""
-        tensors = [*self.parameters.values(), *self.buffers.values()]
-        tensors += [value for entry in self.optimizer.values() for value in entry.values()]
-        return sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+        return sum(value.nbytes for value in self._tensors().values())
 
     def load_into(self, model: nn.Module) -> nn.Module:
         """Copy parameters and buffers into ``model`` (of the same layout) and return it."""
@@ -99,6 +119,12 @@ def relative_drift(replayed: State, recorded: State, origin: State) -> float:
     the last place of the largest parameter reach :data:`REPLAY_TOLERANCE`, so that a model which hardly moved
     is not refused for rounding.
     """
+    if all(
+        torch.equal(getattr(replayed, part)[name], value)
+        for part in ("parameters", "buffers")
+        for name, value in getattr(recorded, part).items()
+    ):
+        return 0.0
     miss = moved = scale = 0.0
     for part in ("parameters", "buffers"):
         for name, value in getattr(recorded, part).items():
@@ -107,8 +133,6 @@ def relative_drift(replayed: State, recorded: State, origin: State) -> float:
             miss = max(miss, _largest(getattr(replayed, part)[name] - value))
             moved = max(moved, _largest(value - getattr(origin, part)[name]))
             scale = max(scale, _largest(value) * torch.finfo(value.dtype).eps)
-    if miss == 0.0:
-        return 0.0
     allowed = max(moved, 8 * scale / REPLAY_TOLERANCE)
     return miss / allowed if 0.0 < allowed < float("inf") else float("inf")
 

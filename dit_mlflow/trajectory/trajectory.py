@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,6 +54,7 @@ class Trajectory:
         self.manifest = manifest
         self._verified: set[str] = set()
         self._read_steps = lru_cache(maxsize=8)(self._read_steps_file)
+        self._open_shard = lru_cache(maxsize=4)(_open_shard)
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "incomplete"
@@ -115,14 +116,10 @@ class Trajectory:
         """The stored state ``s_t``; ``t`` is one of :attr:`checkpoint_steps`."""
         entry = self._checkpoints[t]
         path = self._checked(entry.file)
-        prefix = f"{t}/"
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {
-                    key.removeprefix(prefix): file.get_tensor(key)
-                    for key in file.keys()  # noqa: SIM118  (not a dict)
-                    if key.startswith(prefix)
-                }
+            file, keys = self._open_shard(path)
+            # What an open shard hands out twice is the same memory.
+            tensors = {key: file.get_tensor(f"{t}/{key}").clone() for key in keys.get(t, ())}
         except SafetensorError as error:
             raise TrajectoryError(f"{path} is not a readable checkpoint shard: {error}") from error
         state = unflatten(tensors, entry.scalars)
@@ -193,3 +190,13 @@ class Trajectory:
                 )
             self._verified.add(name)
         return path
+
+
+def _open_shard(path: Path) -> tuple[Any, dict[int, list[str]]]:
+    """A checkpoint shard, opened, and the names of its tensors by step."""
+    file = safe_open(path, framework="pt")
+    names: dict[int, list[str]] = {}
+    for key in file.keys():  # noqa: SIM118  (not a dict)
+        step, _, name = key.partition("/")
+        names.setdefault(int(step), []).append(name)
+    return file, names

@@ -44,6 +44,8 @@ class Workload:
         collate_fn: joins samples to a batch; default ``torch.utils.data.default_collate``.
         corrupted: indices of deliberately damaged training samples, so that detection can be scored.
         describe: ``describe(index) -> str`` for reports.
+        outputs: ``outputs(model, batch) -> [B, classes]`` logits (or ``[B]``, ``[B, 1]``: of class 1 against 0), for
+            queries on them; default ``model(batch[0])``.
         metrics: ``metrics(model, batch) -> {name: [B]}``, averaged over validation and test set and logged.
         reference, settings: where the workload came from; set by :func:`load_workload`, recorded with the
             trajectory, so that a later run can build the same workload.
@@ -66,6 +68,7 @@ class Workload:
     collate_fn: Callable[[list[Any]], Batch] | None = None
     corrupted: Sequence[int] = ()
     describe: Callable[[int], str] | None = None
+    outputs: Callable[[nn.Module, Batch], Tensor] | None = None
     metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
     reference: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -108,7 +111,7 @@ class Workload:
         """Samples ``indices`` of ``dataset`` as one batch."""
         if self.collate_fn is None and type(dataset) is TensorDataset:
             picked = torch.as_tensor(indices, dtype=torch.long)
-            return [tensor[picked] for tensor in dataset.tensors]
+            return [tensor.index_select(0, picked.to(tensor.device)) for tensor in dataset.tensors]
         samples = [dataset[int(index)] for index in indices]
         return (self.collate_fn or default_collate)(samples)
 
@@ -133,6 +136,21 @@ class Workload:
                 f"[{size}], one value per sample (reduction='none'), since influence is asked per sample"
             )
         return losses
+
+    def class_logits(self, model: nn.Module, batch: Batch, size: int) -> Tensor:
+        """Logits ``[size, classes]``; a single output ``z`` per sample becomes ``(-z / 2, z / 2)``."""
+        if self.outputs is None and isinstance(batch, Mapping):
+            raise WorkloadError(
+                f"Workload.outputs is needed to read logits from batches of type {type(batch).__name__}; "
+                "give outputs(model, batch) -> [B, classes]"
+            )
+        found = model(batch[0]) if self.outputs is None else self.outputs(model, batch)
+        if not isinstance(found, Tensor) or found.shape[:1] != (size,) or found.dim() > 2:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise WorkloadError(f"Workload.outputs gave {shape} for {size} samples; expected [{size}, classes] logits")
+        if found.numel() == size:
+            return torch.stack([-found.reshape(size) / 2, found.reshape(size) / 2], dim=1)
+        return found
 
     @cached_property
     def plan(self) -> Plan:

@@ -189,6 +189,11 @@ def cyclic(optimizer: torch.optim.Optimizer) -> LambdaLR:
     return _MovesAll(optimizer, lambda t: 1 / (1 + 0.1 * t))
 
 
+def warm_up(optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """The first two steps have learning rate 0."""
+    return LambdaLR(optimizer, lambda t: max(0, t - 1) / 4)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "tied, unused and scalar parameters": {"model": Tied},
     "attention": {"model": Attention, "optimizer": lambda model: Adam(model.parameters(), lr=0.01)},
@@ -237,6 +242,14 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer": lambda model: SGD(model.parameters(), lr=0.02, momentum=0.9),
     },
     "class weights": {"loss": class_weighted},
+    "warm-up from 0, Adam": {
+        "optimizer": lambda model: Adam(model.parameters(), lr=0.02, weight_decay=0.1),
+        "scheduler": warm_up,
+    },
+    "warm-up from 0, decoupled amsgrad": {
+        "optimizer": lambda model: AdamW(model.parameters(), lr=0.02, amsgrad=True),
+        "scheduler": warm_up,
+    },
     "momentum and weight decay schedule": {
         "optimizer": lambda model: SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01),
         "scheduler": cyclic,

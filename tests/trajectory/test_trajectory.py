@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -46,20 +47,45 @@ def test_every_state_is_rebuilt_bit_for_bit_from_few_checkpoints(tmp_path: Path)
             assert all(same(state, expected[t]) for t, state in enumerate(states, start=a))
 
 
-@pytest.mark.parametrize("memory", [0, 2**30])
+@pytest.mark.parametrize("states", [4, 5, 8, None])
 @pytest.mark.parametrize("every", [0, 7, "sqrt", 1])
 @pytest.mark.parametrize(("a", "b"), [(0, 18), (2, 17), (9, 10), (0, 1)])
-def test_backward_walk_meets_every_state_once(
-    every: Any, memory: int, a: int, b: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(replay_module, "STATES_IN_MEMORY", memory)
-    monkeypatch.setattr(replay_module.math, "isqrt", lambda value: 2)
+def test_backward_walk_meets_every_state_once(every: Any, states: int | None, a: int, b: int, tmp_path: Path) -> None:
     workload = adamw_workload()
     trajectory = train(workload, tmp_path / "t", checkpoint_every=every)
     expected = dict(enumerate(trajectory.states(workload, 0, 18)))
-    walked = list(trajectory.replay(workload).backward(a, b))
+    budget = None if states is None else states * expected[1].nbytes
+    walk = trajectory.replay(workload).backward(a, b, budget)
+    walked = [(t, state.map(torch.clone)) for t, state in walk]
     assert [t for t, _ in walked] == list(range(b, a - 1, -1))
     assert all(same(state, expected[t]) for t, state in walked)
+
+
+@pytest.mark.parametrize(("states", "replays"), [(4, 3.2), (8, 2.2), (20, 2.0), (50, 1.0)])
+def test_memory_budget_trades_states_for_replay(
+    states: int, replays: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forty-five steps between two checkpoints: few states alive at a time, each step made a few times."""
+    workload = digits_workload(epochs=15)
+    trajectory = train(workload, tmp_path / "t", checkpoint_every=0)
+    replay = trajectory.replay(workload)
+    steps = []
+    advance = replay_module.Rollout.advance
+    monkeypatch.setattr(replay_module.Rollout, "advance", lambda *args: (steps.append(1), advance(*args)))
+    already = sum(isinstance(thing, State) for thing in gc.get_objects())
+    most = 0
+    for _ in replay.backward(0, 45, states * trajectory.checkpoint(0).nbytes):
+        most = max(most, sum(isinstance(thing, State) for thing in gc.get_objects()) - already)
+    # Beside the budget: both ends, the state in training, and the two that the caller may look at.
+    assert most <= states + 5
+    assert len(steps) <= replays * 45
+
+
+def test_memory_budget_that_holds_too_few_states_is_refused(tmp_path: Path) -> None:
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(InputError, match=r"memory_budget=100 bytes; one state takes \d+, and at least 4 must fit"):
+        track(trajectory, workload, [Window(0, 9)], memory_budget=100)
 
 
 def test_replay_is_bit_for_bit_in_another_process(tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""The vector-Jacobian product of an optimizer's step, through PyTorch's own optimizer code."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dit_mlflow.influence.adjoint import Adjoint, vector_jacobian
+from dit_mlflow.influence.runs import Run
+from dit_mlflow.influence.step_adjoint import PulledRun
+from dit_mlflow.trajectory.optimizers import optimizer_class
+from dit_mlflow.trajectory.state import COUNTERS, State
+
+
+class AutogradStep:
+    """Any optimizer that works elementwise: one step of PyTorch's own code with ``differentiable=True``.
+
+    A run's parameters and state are non-leaf clones of the recorded ones, joined to one vector each.
+
+    Args:
+        name: of the class in ``torch.optim``.
+
+    Cost: one step of the optimizer, and a backward pass through it for all rows together.
+    """
+
+    needs_values = True
+
+    def __init__(self, name: str) -> None:
+        self._denominator = _DENOMINATORS.get(name)
+        self._divides_by_rate = name in ("Adam", "AdamW")
+        placeholder = torch.zeros(1, requires_grad=True)
+        self._optimizer = optimizer_class(name)([placeholder], differentiable=True)  # type: ignore[call-arg]
+
+    def __call__(
+        self, state: State, runs: Sequence[Run], gradients: Callable[[], Tensor], adjoint: Adjoint
+    ) -> list[PulledRun]:
+        clipped = gradients()
+        return [self.pull(state, run, clipped[run.gradient], adjoint) for run in runs]
+
+    def pull(self, state: State, run: Run, gradient: Tensor, adjoint: Adjoint) -> PulledRun:
+        """One run's part, from its gradient ``[size]``."""
+        if run.settings["lr"] == 0.0 and self._divides_by_rate:
+            # At the start of a warm-up only the state moves, as it does at any other rate.
+            still = Adjoint(torch.zeros_like(adjoint.parameters), adjoint.buffers, adjoint.optimizer)
+            moving = self.pull(state, replace(run, settings={**run.settings, "lr": 1.0}), gradient, still)
+            return replace(moving, parameters=moving.parameters + adjoint.parameters[:, run.part])
+        theta = run.parameters(state).requires_grad_()
+        stored = {key: _stored(state, run, key, value) for key, value in run.entry.items()}
+        slots = {key: value.requires_grad_() for key, value in stored.items() if _is_slot(key, value)}
+        g = gradient.detach().requires_grad_()
+        with torch.enable_grad(), _DifferentiableArithmetic():
+            moved, moved_slots = self._step(run, theta, stored, g)
+        followed = [key for key in moved_slots if key in adjoint.optimizer]
+        by_theta, by_g, *by_slots = vector_jacobian(
+            [moved, *(moved_slots[key] for key in followed)],
+            [theta, g, *slots.values()],
+            [adjoint.parameters[:, run.part], *(adjoint.optimizer[key][:, run.part] for key in followed)],
+            adjoint.rows,
+            batched=True,
+        )
+        undefined = None
+        if self._denominator is not None:
+            divisor = moved_slots[self._denominator].detach()
+            # Adamax adds eps before it takes the maximum, the others after the root.
+            smallest = run.settings["eps"] if self._denominator == "exp_inf" else 0.0
+            undefined = partial(torch.le, divisor, smallest)
+        return PulledRun(by_theta.clone(), by_g, dict(zip(slots, by_slots, strict=True)), undefined)
+
+    def _step(
+        self, run: Run, theta: Tensor, stored: dict[str, Any], gradient: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Parameters and state vectors after the step, as functions of those before and of the gradients."""
+        optimizer, moved = self._optimizer, theta.clone()
+        moved.grad = gradient
+        flags = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
+        optimizer.param_groups = [{**run.settings, **flags, "params": [moved]}]
+        optimizer.state = defaultdict(dict)
+        if stored:
+            optimizer.state[moved] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in stored.items()}
+        optimizer.step()
+        return moved, {key: value for key, value in optimizer.state[moved].items() if _is_slot(key, value)}
+
+
+_DENOMINATORS = {
+    "Adam": "exp_avg_sq",
+    "AdamW": "exp_avg_sq",
+    "NAdam": "exp_avg_sq",
+    "RAdam": "exp_avg_sq",
+    "Adamax": "exp_inf",
+    "Adagrad": "sum",
+    "RMSprop": "square_avg",
+}
+"""Optimizers that divide by something which has no derivative at 0, and the state it is made from."""
+
+
+class _DifferentiableArithmetic(TorchFunctionMode):
+    """Two corrections to what an optimizer computes when it is differentiated.
+
+    The square root gets the derivative 0 at 0, where it is infinite. Adam-like optimizers divide by
+    ``sqrt(v) + eps``; an element whose gradient was always 0 has ``v = 0`` and does not move, whatever the adjoint, but
+    ``0 * inf`` would turn every score into NaN.
+
+    Step counters are float64. As tensors in float32, which the optimizers make for themselves, the bias correction
+    ``1 - beta ** step`` would be off by 6e-5 at ``beta = 0.999``; without ``differentiable`` it is in double precision.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SQUARE_ROOTS and not kwargs:
+            (value,) = args
+            zero = value == 0
+            return torch.where(zero, 0.0, torch.where(zero, 1.0, value).sqrt())
+        if func is torch.tensor and kwargs.get("dtype") == torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+# In place only on temporaries, whose result is used.
+_SQUARE_ROOTS = (torch.sqrt, Tensor.sqrt, Tensor.sqrt_)
+
+
+def _stored(state: State, run: Run, key: str, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if key in COUNTERS:
+        return value.double()
+    return run.slot(state, key)
+
+
+def _is_slot(key: str, value: Any) -> bool:
+    # ASGD's average "ax" never reaches the parameters.
+    return key not in COUNTERS and key != "ax" and isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,222 @@
+"""The backward walk over a trajectory, with all live adjoints along."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
+from dit_mlflow.influence.buffers import BuffersApart
+from dit_mlflow.influence.kind import Sweep
+from dit_mlflow.influence.ledger import Ledger, Row
+from dit_mlflow.influence.query import Query
+from dit_mlflow.influence.update import Pulled, UpdateAdjoint
+from dit_mlflow.trajectory import State
+from dit_mlflow.trajectory.replay import Replay
+from dit_mlflow.trajectory.statistics import DifferentiableStatistics, running_statistics
+from dit_mlflow.trajectory.step import Step
+
+ADJOINTS_IN_MEMORY = 2**30
+"""Bytes that adjoints may take, unless told otherwise, before queries are answered in several walks."""
+
+
+class Engine:
+    """Walks the trajectory backwards and carries all live adjoints along.
+
+    Args:
+        replay: of the trajectory; its drift is known afterwards.
+        memory_budget: bytes for the states that the walk holds, and as many again for adjoints; ``None`` =
+            what :meth:`Replay.backward` takes, and :data:`ADJOINTS_IN_MEMORY`.
+    """
+
+    def __init__(self, replay: Replay, memory_budget: int | None = None) -> None:
+        self.replay = replay
+        self.memory_budget = memory_budget
+        self.dynamics = replay.dynamics
+        self._warned = False
+        self._largest: list[float] = []
+        self._attends: bool | None = None
+        # Batching a backward pass over rows unrolls convolutions into a slow fallback.
+        self._batched = not any(isinstance(module, _CONVOLUTIONS) for module in self.dynamics.model.modules())
+        manifest = replay.trajectory.manifest
+        shapes = {name: torch.Size(layout.shape) for name, layout in manifest.model.parameters.items()}
+        self._held = Flat({name: shapes[name] for group in manifest.optimizer.groups for name in group})
+        self._update = UpdateAdjoint(self.dynamics, manifest.optimizer, self._held)
+        statistics = running_statistics(self.dynamics.model)
+        self._moving = Flat(
+            {name: torch.Size(layout.shape) for name, layout in manifest.model.buffers.items() if name in statistics}
+        )
+        self._unmoved = BuffersApart(self.dynamics, self._moving.shapes)
+
+    def queries_at_once(self, planned: Sequence[Sweep], num_windows: int) -> int:
+        """How many queries the memory budget allows in one walk.
+
+        A row of the adjoint takes its parameters and optimizer state, before and after a step, what a step's backward
+        pass keeps, and two lines of scores.
+        """
+        at_once = max(sum(other.stop < sweep.start <= other.start for other in planned) for sweep in planned)
+        first = self.replay.trajectory.step(0)
+        state = self.replay.trajectory.checkpoint(0).to(self.dynamics.device, self.dynamics.dtype)
+        kept = self.dynamics.bytes_kept(state, first) if self._batched else 0
+        scores = 8 * self.dynamics.workload.num_samples * (num_windows + at_once)
+        each = at_once * (4 * self._state_bytes + 2 * kept) + scores
+        return max(1, (self.memory_budget or ADJOINTS_IN_MEMORY) // each)
+
+    @property
+    def _state_bytes(self) -> int:
+        last = self.replay.trajectory.checkpoint_steps[-1]
+        return self.replay.trajectory.checkpoint(last).nbytes
+
+    def run(self, queries: Sequence[Query], planned: Sequence[Sweep], num_windows: int) -> np.ndarray:
+        """Scores ``[windows, queries, samples]``, float64."""
+        ledger = Ledger(num_windows, len(queries), self.dynamics.workload.num_samples, planned)
+        first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
+        rows: list[Row] = []
+        adjoint: Adjoint | None = None
+        with tqdm(total=last - first, desc="influence", unit="step", disable=None) as progress:
+            later: State | None = None
+            for t, state in self.replay.backward(first, last, self.memory_budget, self._update.needs_values):
+                if later is not None:
+                    self._unmoved.check(state, later, self.replay.trajectory.step(t))
+                later = state
+                if adjoint is not None:
+                    step = self.replay.trajectory.step(t)
+                    adjoint, kicks = self._pull_back(state, step, adjoint)
+                    ledger.add(rows, t, torch.from_numpy(step.samples), kicks)
+                    alive = [position for position, row in enumerate(rows) if row.sweep.stop < t]
+                    if len(alive) < len(rows):
+                        rows = [rows[position] for position in alive]
+                        adjoint = adjoint.keep(alive) if alive else None
+                    progress.update()
+                for sweep in planned:
+                    if sweep.start == t:
+                        started = self._start(state, queries)
+                        adjoint = started if adjoint is None else adjoint.append(started)
+                        rows += [Row(sweep, query) for query in range(len(queries))]
+        return ledger.scores.numpy()
+
+    def _start(self, state: State, queries: Sequence[Query]) -> Adjoint:
+        """``lambda = grad q`` at ``state``, one row per query; 0 for the optimizer's state."""
+        held = {name: state.parameters[name].detach().requires_grad_() for name in self._held.shapes}
+        moving = {name: state.buffers[name].detach().requires_grad_() for name in self._moving.shapes}
+        parameters, buffers = {**state.parameters, **held}, {**state.buffers, **moving}
+        by_parameters, by_buffers = [], []
+        for query in queries:
+            with self._statistics():
+                value = self.dynamics.evaluate(parameters, buffers, query)
+            if not value.requires_grad:
+                raise InputError(
+                    f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
+                    "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
+                )
+            found = torch.autograd.grad(
+                value, [*held.values(), *moving.values()], allow_unused=True, materialize_grads=True
+            )
+            by_parameters.append(self._held.join(found[: len(held)]))
+            by_buffers.append(torch.cat([value.new_zeros(0), *(part.reshape(-1) for part in found[len(held) :])]))
+        return Adjoint(torch.stack(by_parameters), torch.stack(by_buffers))
+
+    def _pull_back(self, state: State, step: Step, adjoint: Adjoint) -> tuple[Adjoint, Tensor]:
+        """The adjoint at ``t`` from the one at ``t + 1``, and the kicks ``[A, sum B]`` of the step's samples."""
+        # Clipping looks at every gradient, also of parameters that the optimizer does not hold.
+        held = self._held.shapes
+        theta = {name: state.parameters[name].detach().requires_grad_() for name in held} | {
+            name: value.detach().requires_grad_(value.is_floating_point())
+            for name, value in state.parameters.items()
+            if name not in held
+        }
+        batches = self.dynamics.load(step)
+        like = next(iter(theta.values()))
+        weights = like.new_ones(len(step.samples)).requires_grad_()
+        moving = {name: state.buffers[name].detach().requires_grad_() for name in self._moving.shapes}
+        # The forward pass works in place on buffers, and the state is still needed.
+        buffers = {name: value.clone() for name, value in {**state.buffers, **moving}.items()}
+        with self._statistics(), self._plain_attention():
+            gradients = self.dynamics.gradient(theta, buffers, step, batches, weights, create_graph=True)
+        pulled = self._update(state, gradients, step, adjoint)
+        by_weight, *rest = vector_jacobian(
+            [*gradients.values(), *(buffers[name] for name in moving)],
+            [weights, *(theta[name] for name in held), *moving.values()],
+            [*pulled.gradients, *self._moving.split_rows(adjoint.buffers)],
+            adjoint.rows,
+            self._batched,
+        )
+        self._watch(step, gradients, weights, pulled, largest=float(by_weight.abs().max()))
+        by_theta, by_buffer = rest[: len(held)], rest[len(held) :]
+        for total, part in zip(self._held.split_rows(pulled.adjoint.parameters), by_theta, strict=True):
+            total += part
+        if by_buffer:
+            pulled.adjoint.buffers = self._moving.join_rows(by_buffer, adjoint.rows)
+        return pulled.adjoint, -by_weight
+
+    def _statistics(self) -> AbstractContextManager[Any]:
+        return DifferentiableStatistics() if self._moving.shapes else nullcontext()
+
+    @contextmanager
+    def _plain_attention(self) -> Iterator[None]:
+        """Of the attention kernels, only the plain one can be differentiated twice.
+
+        Choosing it takes a tenth of a small model's step, so the first step shows whether there is attention at all.
+        """
+        if self._attends is False:
+            yield
+            return
+        with sdpa_kernel(SDPBackend.MATH), _Calls() as calls:
+            yield
+        self._attends = not calls.seen.isdisjoint(_ATTENTION)
+
+    def _watch(self, step: Step, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float) -> None:
+        """Warn once if a sample has a gradient where the total has been 0 so far, and the step has no derivative.
+
+        Such a kick carries ``1 / eps``; looked at are steps whose largest one stands out, and the first few.
+        """
+        if self._warned or not gradients:
+            return
+        self._largest.append(largest)
+        if len(self._largest) > 4 and largest < 10 * statistics.median(self._largest[-99:]):
+            return
+        undefined = pulled.undefined()
+        cotangents = [mask * part for mask, part in zip(undefined, pulled.gradients, strict=True)]
+        (by_weight,) = vector_jacobian(
+            list(gradients.values()), [weights], cotangents, len(cotangents[0]), self._batched
+        )
+        row, place = divmod(int(by_weight.abs().argmax()), by_weight.shape[1])
+        # Below that it is rounding, as in elements whose gradient is 0 by symmetry (the bias of attention's keys).
+        if by_weight[row, place].abs() > 1e-6 * largest:
+            self._warned = True
+            names = [name for name, mask in zip(gradients, undefined, strict=True) if bool(mask.any())]
+            warnings.warn(
+                f"at step {step.index}, sample {step.samples[place]} has a gradient in elements of {names} where the "
+                "batches' gradients have cancelled to exactly 0 in every step so far; the optimizer's step is not "
+                "differentiable there (it divides by eps), so scores of such samples can be far too large. Check them "
+                "with leave_one_out(samples=[...])",
+                stacklevel=5,
+            )
+
+
+class _Calls(TorchFunctionMode):
+    """Notes which functions are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
