@@ -10,6 +10,7 @@ import torch
 from dit_mlflow.errors import InputError, WorkloadError
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence import check_kind, parse_windows
+from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.report import terminal_table, windows_table
 from dit_mlflow.tracking.artifacts import load_trajectory
 from dit_mlflow.tracking.influence import Answer, GroundTruth, run_influence
@@ -55,7 +56,7 @@ class Request:
 def main_job(request: Request, project_run_id: str | None = None) -> str:
     """Run the main job; returns what the terminal shows at the end.
 
-    All of the request is checked before anything is trained or logged.
+    All of the request is checked, and two steps are rehearsed, before anything is trained for long or logged.
 
     Raises:
         DitError: some part of the request cannot be used, or training or replay fail.
@@ -73,6 +74,7 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
         workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
         windows = parse_windows(request.windows, workload.plan)
         ground_truth = GroundTruth.parse(request.ground_truth, workload.num_samples)
+        rehearse(workload)
         training_run = run_training(workload, request.init_seed, request.order_seed)
         trajectory = load_trajectory(training_run)
     answer = run_influence(

@@ -118,14 +118,17 @@ class Dynamics:
     ) -> dict[str, Tensor]:
         """``g_t(theta, b, w)`` by parameter name, before clipping.
 
-        Parameters whose recorded gradient was ``None`` are absent. Micro-batches are added in the order in
-        which ``backward()`` accumulates them, so that the sum is the recorded one bit for bit.
+        Parameters whose recorded gradient was ``None`` are absent; frozen ones that were stepped all the same have 0.
+        Micro-batches are added in the order in which ``backward()`` accumulates them, so that the sum is the recorded
+        one bit for bit.
 
         Args:
             weights: ``w_i`` for all samples of the step in batch order, ``[sum B]``; ``None`` = all 1.
         """
         inputs = {
-            name: value for name, value in parameters.items() if value.requires_grad and name not in step.no_gradient
+            name: value
+            for name, value in parameters.items()
+            if value.requires_grad and name not in step.no_gradient and name not in step.zero_gradient
         }
         total: dict[str, Tensor] = {}
         for term in self.terms(step, batches):
@@ -138,7 +141,11 @@ class Dynamics:
             for name, part in zip(inputs, parts, strict=True):
                 if part is not None:
                     total[name] = total[name] + part if name in total else part
-        return {name: total[name] if name in total else torch.zeros_like(value) for name, value in inputs.items()}
+        return {
+            name: total[name] if name in total else torch.zeros_like(value)
+            for name, value in parameters.items()
+            if name in inputs or name in step.zero_gradient
+        }
 
     def _data_term(
         self,

@@ -23,6 +23,7 @@ def train(
     init_seed: int = 0,
     order_seed: int = 0,
     checkpoint_every: str | int = "sqrt",
+    max_steps: int | None = None,
 ) -> Trajectory:
     """Train ``workload`` and record it; the caller's random state is left alone.
 
@@ -32,6 +33,7 @@ def train(
         init_seed: seed of the weight initialisation.
         order_seed: seed of the batch order and of the random draws in training.
         checkpoint_every: see :class:`TrajectoryRecorder`.
+        max_steps: stop after so many; default: all that the workload plans.
 
     Returns:
         The trajectory; it replays bit for bit on the same machine. Its last state is the trained model:
@@ -64,6 +66,8 @@ def train(
             tqdm(total=plan.num_steps, desc="training", unit="step", disable=None) as progress,
         ):
             for epoch in range(len(plan.epoch_ends)):
+                if recorder.num_steps == max_steps:
+                    break
                 last = len(loader) - 1
                 total = 0.0
                 for position, batch in enumerate(recorder.watch(loader)):
@@ -85,6 +89,8 @@ def train(
                         scheduler.step()
                     total = 0.0
                     progress.update()
+                    if recorder.num_steps == max_steps:
+                        break
     return Trajectory.open(directory)
 
 

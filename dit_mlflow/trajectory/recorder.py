@@ -28,9 +28,10 @@ from dit_mlflow.trajectory.guards import (
 )
 from dit_mlflow.trajectory.manifest import ModelLayout, OptimizerLayout, TensorLayout, WorkloadReference
 from dit_mlflow.trajectory.optimizers import describe_optimizer, optimizer_state
-from dit_mlflow.trajectory.random_state import RandomState
+from dit_mlflow.trajectory.random_state import RandomState, preserved_random_state
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import Hyperparameters, StepFields
+from dit_mlflow.trajectory.trajectory import Trajectory
 from dit_mlflow.trajectory.watch import Drawn, WatchedLoader
 from dit_mlflow.trajectory.workload import Workload
 from dit_mlflow.trajectory.wrappers import plain_name, unwrapped
@@ -58,7 +59,8 @@ class TrajectoryRecorder:
             ``DistributedDataParallel`` are recorded as what they wrap.
         optimizer: one of the supported ``torch.optim`` classes, over parameters of ``model``.
         directory: a new folder.
-        workload: what the loop does, if at hand; its reference and coefficients are then recorded too.
+        workload: what the loop does, if at hand; its reference and coefficients are then recorded too, and the first
+            step is replayed from it before the second is made.
         checkpoint_every: ``"sqrt"`` stores ``s_t`` at ``t = 0, 1, 4, 9, … k*k …`` and at the end, about
             ``sqrt(T)`` states without knowing ``T``; ``n > 0`` stores every ``n``-th; ``0`` first and last only.
         low_precision: record parameters in float16 or bfloat16, ``torch.autocast`` and ``GradScaler`` all the same.
@@ -71,7 +73,8 @@ class TrajectoryRecorder:
     Raises:
         InputError: ``checkpoint_every`` is none of these.
         TrajectoryError: the folder already holds a trajectory, or the optimizer is over another model. From a step in
-            training: its samples are not known, or something else than the optimizer changed parameters.
+            training: its samples are not known, something else than the optimizer changed parameters, or the workload
+            does not replay the first step.
         UnsupportedError: the optimizer's step cannot be differentiated, several processes train, or, without
             ``low_precision``, training is in low precision (autocast and ``GradScaler`` are noticed at the first step).
 
@@ -211,9 +214,17 @@ class TrajectoryRecorder:
             check_scaler()
         self._changes.check(self._num_steps)
         self._commit()
+        if self._num_steps == 1 and self._workload is not None:
+            self._try_replay(self._workload)
         if self._low_precision and is_skipped(optimizer):
             self.discard()
         self._settings = self._groups.settings()
+
+    def _try_replay(self, workload: Workload) -> None:
+        """Replay the first step now: a workload that is not what the loop does is refused before a long run."""
+        self._writer.flush()
+        with preserved_random_state():
+            Trajectory.open(self.directory).replay(workload)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         drawn = self._drawn

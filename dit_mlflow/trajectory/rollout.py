@@ -67,7 +67,7 @@ class Rollout:
 
     def _stacked_gradient(self, step: Step, batches: list[MicroBatch], weights: Tensor) -> dict[str, Tensor]:
         values = {name: value.detach() for name, value in self.parameters.items()}
-        rest = {name: values.pop(name) for name in step.no_gradient if name in values}
+        rest = {name: values.pop(name) for name in step.no_gradient | step.zero_gradient if name in values}
 
         def gradient(term: Term) -> dict[str, Tensor]:
             def objective(trained: Parameters, fixed: Parameters, buffers: Buffers, row: Tensor) -> Tensor:
@@ -82,6 +82,7 @@ class Rollout:
 
         parts = [gradient(term) for term in self.dynamics.terms(step, batches)]
         total = {name: sum(part[name] for part in parts[1:]) + parts[0][name] for name in values}
+        total |= {name: torch.zeros_like(rest[name]) for name in step.zero_gradient}
         return torch.func.vmap(self.dynamics.clip)(total)
 
     def snapshot(self, optimizer_values: bool = True, recycled: list[State] | None = None) -> State:
