@@ -18,13 +18,14 @@ from dit_mlflow.trajectory.random_state import DrawsOf, RandomState, preserved_r
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import Step
 from dit_mlflow.trajectory.tensors import Substitution
-from dit_mlflow.trajectory.workload import Batch, Workload, to_like
+from dit_mlflow.trajectory.workload import Batch, Workload, to_like, with_tensors
 
 Parameters = Mapping[str, Tensor]
 Buffers = MutableMapping[str, Tensor]
 """Every call leaves here what the model made of them, in place or anew."""
 Term = Callable[[Parameters, Buffers, Tensor | None], Tensor]
 """``(parameters, buffers, weights [sum B]) -> scalar``: a part of the objective of a step."""
+Stored = Callable[[int], list[list[Tensor]] | None]
 Result = TypeVar("Result")
 
 
@@ -49,13 +50,17 @@ class Dynamics:
         manifest: what was recorded; the model's tensors must match it by name and shape.
         dtype: floating dtype of all computation; ``None`` = as recorded. Random numbers are drawn in the
             recorded dtype and then cast.
+        stored: the recorded tensors of a step's micro-batches, if there are any.
 
     Raises:
         TrajectoryError: model or data are not those of the trajectory.
     """
 
-    def __init__(self, workload: Workload, manifest: Manifest, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, workload: Workload, manifest: Manifest, dtype: torch.dtype | None = None, stored: Stored | None = None
+    ) -> None:
         self.workload = workload
+        self._stored = stored or (lambda t: None)
         self.dtype = dtype
         model = workload.build_model()
         _check_model(model, manifest)
@@ -77,13 +82,17 @@ class Dynamics:
         self._evaluation_mode: frozenset[str] | None = None
 
     def load(self, step: Step) -> list[MicroBatch]:
-        """Draw the step's micro-batches again, under their recorded random state."""
+        """The step's micro-batches, drawn again under their recorded random state, or as stored."""
+        stored = self._stored(step.index)
         loaded = []
         for position, indices in enumerate(step.indices):
             state = step.random_states[position]
             with _replaying(state):
                 batch = self.workload.batch(indices)
                 before_forward = RandomState.capture() if state is not None else None
+            if stored is not None:
+                # Drawn for its containers alone; the recorded state is that after the draw.
+                batch, before_forward = with_tensors(batch, stored[position]), state
             if step.coefficients is not None:
                 coefficients = torch.from_numpy(step.coefficients[position])
             else:

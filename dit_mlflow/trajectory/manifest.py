@@ -82,7 +82,11 @@ class WorkloadReference(_Part):
 
 
 class Manifest(_Part):
-    """Everything needed to open a trajectory; see the classes of its fields."""
+    """Everything needed to open a trajectory; see the classes of its fields.
+
+    ``batches``: where each step's batches are stored, if they are: tensors ``step/micro-batch/place``, the places in
+    the order of :func:`dit_mlflow.trajectory.workload.tensors_of`.
+    """
 
     format: Literal[1] = 1
     complete: bool
@@ -93,6 +97,7 @@ class Manifest(_Part):
     optimizer: OptimizerLayout
     steps: tuple[StepsFile, ...]
     checkpoints: tuple[CheckpointEntry, ...]
+    batches: tuple[StepsFile, ...] | None = None
     files: dict[FileName, FileEntry]
     workload: WorkloadReference | None
     dataset: str | None
@@ -150,7 +155,14 @@ class Manifest(_Part):
         at = [entry.step for entry in self.checkpoints]
         need(at == sorted(set(at)), "checkpoints are not in order")
         need(at[:1] == [0] and at[-1] <= self.num_steps, "checkpoints must start at step 0 and end by the last")
-        named = {part.file for part in self.steps} | {entry.file for entry in self.checkpoints}
+        stored = 0
+        for part in self.batches or ():
+            need(part.start == stored < part.stop, f"batches {part.start} … {part.stop} after step {stored}")
+            stored = part.stop
+        need(self.batches is None or stored == self.num_steps, f"batches of {stored} steps are stored")
+        named = {part.file for part in (*self.steps, *(self.batches or ()))} | {
+            entry.file for entry in self.checkpoints
+        }
         need(named <= set(self.files), "a file is used but not listed")
         held = [name for group in self.optimizer.groups for name in group]
         need(set(held) <= set(self.model.parameters), "the optimizer holds parameters the model lacks")

@@ -49,13 +49,13 @@ class Replay:
         check_dataset(workload.train_set, trajectory.manifest.dataset)
         self.trajectory = trajectory
         self.drift: dict[int, float] = {}
-        self.dynamics = Dynamics(workload, trajectory.manifest)
+        self.dynamics = Dynamics(workload, trajectory.manifest, stored=trajectory.batches)
         self._anchors = trajectory.checkpoint_steps
         if len(self._anchors) > 1:
             self._meet(self._anchors[1])
         if dtype is not None and dtype != _recorded_dtype(trajectory):
             self._meet(self._anchors[-1])
-            self.dynamics = Dynamics(workload, trajectory.manifest, dtype)
+            self.dynamics = Dynamics(workload, trajectory.manifest, dtype, trajectory.batches)
             self._anchors = (0,)
 
     @property

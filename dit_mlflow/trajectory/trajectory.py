@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.manifest import CheckpointEntry, Manifest
@@ -127,6 +128,22 @@ class Trajectory:
             if name not in state.parameters or tuple(state.parameters[name].shape) != layout.shape:
                 raise TrajectoryError(f"{path}, step {t}: parameter {name!r} is missing or has another shape")
         return state
+
+    def batches(self, t: int) -> list[list[Tensor]] | None:
+        """The stored tensors of step ``t``'s micro-batches; ``None`` if batches were not stored."""
+        if self.manifest.batches is None:
+            return None
+        part = next(part for part in self.manifest.batches if part.start <= t < part.stop)
+        path = self._checked(part.file)
+        try:
+            file, keys = self._open_shard(path)
+            tensors = {key: file.get_tensor(f"{t}/{key}").clone() for key in keys.get(t, ())}
+        except SafetensorError as error:
+            raise TrajectoryError(f"{path} is not a readable shard of batches: {error}") from error
+        batches: list[list[Tensor]] = [[] for _ in self.step(t).indices]
+        for key in sorted(tensors, key=lambda key: tuple(map(int, key.split("/")))):
+            batches[int(key.partition("/")[0])].append(tensors[key])
+        return batches
 
     def states(self, workload: Workload, a: int, b: int, dtype: torch.dtype | None = None) -> Iterator[State]:
         """Yield ``s_a, …, s_b`` (both ends included), rebuilt by replay from the checkpoint before ``a``.

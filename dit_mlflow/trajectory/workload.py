@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from dit_mlflow.errors import WorkloadError
+from dit_mlflow.errors import TrajectoryError, WorkloadError
 from dit_mlflow.trajectory.wrappers import plain_copy
 
 Batch = Any
@@ -184,13 +184,50 @@ def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh
     Containers are rebuilt; with ``fresh``, tensors are copied even if they need not move, so that a function that
     works in place on its inputs cannot change the batch.
     """
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=fresh)
+
+    return _map_tensors(batch, move)
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """The tensors in ``batch``, in the order of its containers."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map_tensors(batch, note)
+    return found
+
+
+def with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
+    """``batch`` with other tensors in place of its own, in the order of :func:`tensors_of`.
+
+    Raises:
+        TrajectoryError: there are not as many.
+    """
+    expected = len(tensors_of(batch))
+    if expected != len(tensors):
+        raise TrajectoryError(
+            f"a stored batch has {len(tensors)} tensors; the workload's have {expected}. It was recorded with "
+            "another dataset or collate_fn"
+        )
+    given = iter(tensors)
+    return _map_tensors(batch, lambda _: next(given))
+
+
+def _map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """The containers built anew around what ``function`` makes of their tensors."""
     if isinstance(batch, Tensor):
-        return batch.to(device, dtype if batch.is_floating_point() else batch.dtype, copy=fresh)
+        return function(batch)
     if isinstance(batch, Mapping):
-        moved = {key: to_like(value, device, dtype, fresh) for key, value in batch.items()}
-        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
+        mapped = {key: _map_tensors(value, function) for key, value in batch.items()}
+        return mapped if type(batch) is dict else type(batch)(mapped)  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_like(value, device, dtype, fresh) for value in batch))
+        return type(batch)(*(_map_tensors(value, function) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(to_like(value, device, dtype, fresh) for value in batch)
+        return type(batch)(_map_tensors(value, function) for value in batch)
     return batch

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from dit_mlflow.errors import TrajectoryError, UnsupportedError
+from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.manifest import (
     FILE_NAME,
     CheckpointEntry,
@@ -67,12 +65,17 @@ class TrajectoryWriter:
         self._epochs: list[int] = []
         self._rows: list[StepFields] = []
         self._states: dict[int, State] = {}
+        self._batches: dict[int, Sequence[Sequence[Tensor]]] = {}
+        self._batch_files: list[StepsFile] = []
         self._held_back = 0
         self._versions = library_versions()
         self._last_flush = time.monotonic()
 
-    def add_step(self, step: StepFields) -> None:
-        """Keep the record of the next step; written when what is held back is old."""
+    def add_step(self, step: StepFields, batches: Sequence[Sequence[Tensor]] = ()) -> None:
+        """Keep the record of the next step, and the tensors of its micro-batches if they are to be stored."""
+        if batches:
+            self._batches[len(self._epochs)] = batches
+            self._held_back += sum(tensor.nbytes for batch in batches for tensor in batch)
         self._rows.append(step)
         self._epochs.append(step["epoch"])
         self._flush_if_due()
@@ -88,8 +91,11 @@ class TrajectoryWriter:
         number = len(self._files)
         if self._states:
             self._write_checkpoints(f"checkpoints-{number:05d}.safetensors")
+        if self._batches:
+            self._write_batches(f"batches-{number:05d}.safetensors")
         if self._rows:
             self._write_steps(f"steps-{number:05d}.parquet")
+        self._held_back = 0
         self._manifest(complete).write(self.directory)
         self._last_flush = time.monotonic()
 
@@ -103,9 +109,20 @@ class TrajectoryWriter:
             stored, scalars = _flatten(state)
             tensors |= {f"{step}/{key}": value for key, value in stored.items()}
             self._checkpoints.append(CheckpointEntry(step=step, file=name, scalars=scalars))
-        self._files[name] = _write_tensors(self.directory / name, tensors)
+        self._files[name] = write_atomically(self.directory / name, save(tensors))
         self._states = {}
-        self._held_back = 0
+
+    def _write_batches(self, name: str) -> None:
+        tensors = {
+            f"{step}/{position}/{place}": tensor.contiguous()
+            for step, batches in self._batches.items()
+            for position, batch in enumerate(batches)
+            for place, tensor in enumerate(batch)
+        }
+        self._files[name] = write_atomically(self.directory / name, save(tensors))
+        first, last = min(self._batches), max(self._batches)
+        self._batch_files.append(StepsFile(file=name, start=first, stop=last + 1))
+        self._batches = {}
 
     def _write_steps(self, name: str) -> None:
         sink = io.BytesIO()
@@ -127,69 +144,13 @@ class TrajectoryWriter:
             optimizer=self._optimizer,
             steps=tuple(self._steps),
             checkpoints=tuple(self._checkpoints),
+            batches=tuple(self._batch_files) or None,
             files=self._files,
             workload=self._workload,
             dataset=self.dataset,
             versions=self._versions,
             threads=torch.get_num_threads(),
         )
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write contiguous tensors in memory as a safetensors file, synced, under its name when complete.
-
-    What ``safetensors.torch.save_file`` writes, but hashed on the way and without copies of the tensors: half the cost.
-    """
-    # Large elements first: whatever stands before them, they are aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
-    end = 0
-    for name in order:
-        value, start = tensors[name], end
-        end += value.nbytes
-        header[name] = {"dtype": _dtype(name, value), "shape": list(value.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    parts: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
-    parts += [tensors[name].reshape(-1).view(torch.uint8).numpy().data for name in order]
-    digest = hashlib.sha256()
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        for part in parts:
-            digest.update(part)
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return FileEntry(sha256=digest.hexdigest(), size=8 + len(encoded) + end)
-
-
-def _dtype(name: str, value: Tensor) -> str:
-    if value.dtype not in _DTYPES:
-        raise UnsupportedError(
-            f"{name.split('/', 1)[1]} has dtype {str(value.dtype).removeprefix('torch.')}, which checkpoints cannot "
-            "hold; record a model without it"
-        )
-    return _DTYPES[value.dtype]
-
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""Names in the safetensors format."""
 
 
 def _flatten(state: State) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
