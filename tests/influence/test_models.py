@@ -278,3 +278,49 @@ def test_cancelled_gradients_under_adam_warn_and_blank_inputs_do_not(tmp_path: P
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         track(trajectory, blank, [Window(0, 9)])
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_layer_frozen_late_and_unfrozen(to_none: bool, tmp_path: Path) -> None:
+    """Its gradient is absent, or 0 with momentum and weight decay going on; differences by a plain loop."""
+    train_set, validation_set = datasets()
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Any, weight: float = 1.0) -> None:
+        like = next(model.parameters())
+        for number, (inputs, targets) in enumerate(batches):
+            model[0].requires_grad_(number not in (2, 3, 4))  # type: ignore[index]
+            optimizer.zero_grad(set_to_none=to_none)
+            weights = torch.ones(len(inputs), dtype=like.dtype)
+            # Sample 5 is in the first batch of every epoch.
+            weights[5] = weight if number % 3 == 0 else 1.0
+            (weights * sample_losses(model, (inputs.to(like.dtype), targets))).mean().backward()
+            optimizer.step()
+
+    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=0.01)
+
+    loader = DataLoader(train_set, batch_size=8)
+    torch.manual_seed(0)
+    model = digits_model()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = make_optimizer(model)
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        run(model, optimizer, (batch for _ in range(3) for batch in recorder.watch(loader)))
+    trajectory = Trajectory.open(tmp_path / "t")
+    workload = digits_workload(optimizer=None)
+    assert trajectory.verify(workload).max_drift == 0
+
+    def loss(weight: float) -> float:
+        other = digits_model()
+        other.load_state_dict(start)
+        other.double()
+        run(other, make_optimizer(other), (batch for _ in range(3) for batch in loader), weight)
+        with torch.no_grad():
+            inputs, targets = validation_set.tensors
+            return float(sample_losses(other, (inputs.double(), targets)).mean())
+
+    window = [Window(0, 9)]
+    found = track(trajectory, workload, window, dtype=torch.float64).of(0)[5]
+    assert found == pytest.approx((loss(1 - 1e-5) - loss(1 + 1e-5)) / 2e-5, rel=1e-6)
+    exact = leave_one_out(trajectory, workload, window, samples=[5, 6, 7]).of(0)[5]
+    assert exact == pytest.approx(loss(0.0) - loss(1.0), rel=1e-8)
