@@ -54,6 +54,7 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
 @click.option("--kind", default="local", help="local, final or cumulative.")
 @click.option("--ground-truth", default="all", help="Samples checked by exact leave-one-out: all, none, a number.")
 @click.option("--dtype", default="recorded", help="Of the sweep: recorded, float32 or float64.")
+@click.option("--memory-mb", default=0, help="MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
 @click.option("--init-seed", default=0, help="As for train.")
 @click.option("--order-seed", default=0, help="As for train.")
 @click.pass_context

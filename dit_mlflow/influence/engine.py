@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from dit_mlflow.errors import InputError
+from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
 from dit_mlflow.influence.buffers import BuffersApart
 from dit_mlflow.influence.kind import Sweep
@@ -45,6 +45,7 @@ class Engine:
         self.replay = replay
         self.memory_budget = memory_budget
         self.dynamics = replay.dynamics
+        self._looked_for_dead_ends = False
         self._warned = False
         self._largest: list[float] = []
         self._attends: bool | None = None
@@ -143,16 +144,20 @@ class Engine:
         moving = {name: state.buffers[name].detach().requires_grad_() for name in self._moving.shapes}
         # The forward pass works in place on buffers, and the state is still needed.
         buffers = {name: value.clone() for name, value in {**state.buffers, **moving}.items()}
-        with self._statistics(), self._plain_attention():
-            gradients = self.dynamics.gradient(theta, buffers, step, batches, weights, create_graph=True)
-        pulled = self._update(state, gradients, step, adjoint)
-        by_weight, *rest = vector_jacobian(
-            [*gradients.values(), *(buffers[name] for name in moving)],
-            [weights, *(theta[name] for name in held), *moving.values()],
-            [*pulled.gradients, *self._moving.split_rows(adjoint.buffers)],
-            adjoint.rows,
-            self._batched,
-        )
+        with _naming_missing_derivatives():
+            with self._statistics(), self._plain_attention():
+                gradients = self.dynamics.gradient(theta, buffers, step, batches, weights, create_graph=True)
+            if not self._looked_for_dead_ends:
+                _refuse_dead_ends(gradients.values())
+                self._looked_for_dead_ends = True
+            pulled = self._update(state, gradients, step, adjoint)
+            by_weight, *rest = vector_jacobian(
+                [*gradients.values(), *(buffers[name] for name in moving)],
+                [weights, *(theta[name] for name in held), *moving.values()],
+                [*pulled.gradients, *self._moving.split_rows(adjoint.buffers)],
+                adjoint.rows,
+                self._batched,
+            )
         self._watch(step, gradients, weights, pulled, largest=float(by_weight.abs().max()))
         by_theta, by_buffer = rest[: len(held)], rest[len(held) :]
         for total, part in zip(self._held.split_rows(pulled.adjoint.parameters), by_theta, strict=True):
@@ -204,6 +209,33 @@ class Engine:
                 "with leave_one_out(samples=[...])",
                 stacklevel=5,
             )
+
+
+def _refuse_dead_ends(gradients: Iterable[Tensor]) -> None:
+    """Refuse gradients that autograd would take for constants: it does not run into the error that it planted there."""
+    seen: set[Any] = set()
+    left = [gradient.grad_fn for gradient in gradients]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        left += [following for following, _ in node.next_functions]
+
+
+@contextmanager
+def _naming_missing_derivatives() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if not any(sign in str(error) for sign in ("derivative for", "differentiate twice", "double backward")):
+            raise
+        raise UnsupportedError(
+            f"the model or its loss cannot be differentiated twice, which influence needs: {error}. Use another "
+            "implementation of that operation, one made of ordinary PyTorch operations"
+        ) from error
 
 
 class _Calls(TorchFunctionMode):

@@ -60,6 +60,7 @@ def run_influence(
     kind: Kind,
     ground_truth: GroundTruth,
     dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
     project_run_id: str | None = None,
 ) -> Answer:
     """Compute influence per window and log it: a parent run, and a nested child per window.
@@ -69,7 +70,7 @@ def run_influence(
 
     Args:
         training_run_id: the run that recorded ``trajectory``.
-        trajectory, workload, windows, kind, dtype: see :func:`dit_mlflow.track`.
+        trajectory, workload, windows, kind, dtype, memory_budget: see :func:`dit_mlflow.track`.
         ground_truth: samples to check against exact leave-one-out.
         project_run_id: the run that ``mlflow run`` made for this job; ``None`` = start one.
     """
@@ -88,7 +89,7 @@ def run_influence(
         )
         whole = Window(0, trajectory.num_steps)
         asked = windows if whole in windows else [*windows, whole]
-        estimate = track(trajectory, workload, asked, kind, dtype=dtype)
+        estimate = track(trajectory, workload, asked, kind, dtype=dtype, memory_budget=memory_budget)
         # Before the ground truth, which takes longest, so that nothing is lost if it is broken off.
         log_influence(estimate.select(windows))
         truth = None

@@ -38,6 +38,8 @@ class Request:
         kind: ``local``, ``final`` or ``cumulative``.
         ground_truth: ``all``, ``none`` or a number of samples.
         dtype: of the sweep, a key of :data:`DTYPES`.
+        memory_mb: MiB for the states that the sweep holds, and as much for its adjoints; 0 = the default of
+            :func:`dit_mlflow.track`.
         init_seed, order_seed: of training.
         settings: of the workload.
     """
@@ -48,6 +50,7 @@ class Request:
     kind: str = "local"
     ground_truth: str = "all"
     dtype: str = "recorded"
+    memory_mb: int = 0
     init_seed: int = 0
     order_seed: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -64,6 +67,8 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
     kind = check_kind(request.kind)
     if request.dtype not in DTYPES:
         raise InputError(f"dtype={request.dtype!r}; expected one of {', '.join(DTYPES)}")
+    if request.memory_mb < 0:
+        raise InputError(f"memory_mb={request.memory_mb}; expected MiB, or 0 for the default")
     if request.training_run:
         trajectory = load_trajectory(request.training_run)
         workload = recorded_workload(request, trajectory)
@@ -85,6 +90,7 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
         kind,
         ground_truth,
         DTYPES[request.dtype],
+        request.memory_mb * 2**20 or None,
         project_run_id,
     )
     return summary(answer, training_run)

@@ -139,6 +139,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "kind": (["--kind", "foo"], "kind='foo'; expected 'local'"),
     "ground truth": (["--ground-truth", "41"], "ground_truth='41'; expected 'all', 'none' or a number"),
     "dtype": (["--dtype", "int8"], "dtype='int8'"),
+    "memory": (["--memory-mb", "-1"], "memory_mb=-1; expected MiB"),
     "setting": (["--modell", "dnn"], "no setting 'modell'"),
     "stray word": (["dnn"], "cannot read 'dnn'"),
 }
