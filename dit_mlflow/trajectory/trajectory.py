@@ -116,17 +116,11 @@ class Trajectory:
     def checkpoint(self, t: int) -> State:
         """The stored state ``s_t``; ``t`` is one of :attr:`checkpoint_steps`."""
         entry = self._checkpoints[t]
-        path = self._checked(entry.file)
-        try:
-            file, keys = self._open_shard(path)
-            # What an open shard hands out twice is the same memory.
-            tensors = {key: file.get_tensor(f"{t}/{key}").clone() for key in keys.get(t, ())}
-        except SafetensorError as error:
-            raise TrajectoryError(f"{path} is not a readable checkpoint shard: {error}") from error
+        tensors = self._stored_at(t, entry.file)
         state = unflatten(tensors, entry.scalars)
         for name, layout in self.manifest.model.parameters.items():
             if name not in state.parameters or tuple(state.parameters[name].shape) != layout.shape:
-                raise TrajectoryError(f"{path}, step {t}: parameter {name!r} is missing or has another shape")
+                raise TrajectoryError(f"{entry.file}, step {t}: parameter {name!r} is missing or has another shape")
         return state
 
     def batches(self, t: int) -> list[list[Tensor]] | None:
@@ -134,16 +128,21 @@ class Trajectory:
         if self.manifest.batches is None:
             return None
         part = next(part for part in self.manifest.batches if part.start <= t < part.stop)
-        path = self._checked(part.file)
-        try:
-            file, keys = self._open_shard(path)
-            tensors = {key: file.get_tensor(f"{t}/{key}").clone() for key in keys.get(t, ())}
-        except SafetensorError as error:
-            raise TrajectoryError(f"{path} is not a readable shard of batches: {error}") from error
+        tensors = self._stored_at(t, part.file)
         batches: list[list[Tensor]] = [[] for _ in self.step(t).indices]
         for key in sorted(tensors, key=lambda key: tuple(map(int, key.split("/")))):
             batches[int(key.partition("/")[0])].append(tensors[key])
         return batches
+
+    def _stored_at(self, t: int, name: str) -> dict[str, Tensor]:
+        """What a shard holds of step ``t``."""
+        path = self._checked(name)
+        try:
+            file, keys = self._open_shard(path)
+            # What an open shard hands out twice is the same memory.
+            return {key: file.get_tensor(f"{t}/{key}").clone() for key in keys.get(t, ())}
+        except SafetensorError as error:
+            raise TrajectoryError(f"{path} is not a readable shard: {error}") from error
 
     def states(self, workload: Workload, a: int, b: int, dtype: torch.dtype | None = None) -> Iterator[State]:
         """Yield ``s_a, …, s_b`` (both ends included), rebuilt by replay from the checkpoint before ``a``.
