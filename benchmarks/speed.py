@@ -84,7 +84,7 @@ def digits_workload(model: Any, samples: int, epochs: int, optimizer: Any = mome
         return cross_entropy(model(batch[0]), batch[1], reduction="none")
 
     def two(model: nn.Module, batch: Any) -> Tensor:
-        return binary_cross_entropy_with_logits(model(batch[0]), (batch[1] > 4).float(), reduction="none")
+        return binary_cross_entropy_with_logits(model(batch[0]), (batch[1] > 4).to(batch[0].dtype), reduction="none")
 
     return Workload(
         model,

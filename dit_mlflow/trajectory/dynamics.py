@@ -170,7 +170,8 @@ class Dynamics:
         coefficients = micro.coefficients.to(losses.dtype)
         if weights is None:
             return (coefficients * losses).sum()
-        return torch.dot(weights[part] * coefficients, losses)
+        # A loss may come out in another dtype than the parameters, by its targets.
+        return torch.dot(weights[part] * coefficients.to(weights.dtype), losses.to(weights.dtype))
 
     def _regularizer_term(self, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
         assert self.workload.regularizer is not None

@@ -10,10 +10,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.errors import TrajectoryError, UnsupportedError
 from dit_mlflow.trajectory.manifest import (
     FILE_NAME,
     CheckpointEntry,
@@ -109,7 +110,7 @@ class TrajectoryWriter:
             stored, scalars = _flatten(state)
             tensors |= {f"{step}/{key}": value for key, value in stored.items()}
             self._checkpoints.append(CheckpointEntry(step=step, file=name, scalars=scalars))
-        self._files[name] = write_atomically(self.directory / name, save(tensors))
+        self._files[name] = write_atomically(self.directory / name, _encoded(tensors))
         self._states = {}
 
     def _write_batches(self, name: str) -> None:
@@ -119,7 +120,7 @@ class TrajectoryWriter:
             for position, batch in enumerate(batches)
             for place, tensor in enumerate(batch)
         }
-        self._files[name] = write_atomically(self.directory / name, save(tensors))
+        self._files[name] = write_atomically(self.directory / name, _encoded(tensors))
         first, last = min(self._batches), max(self._batches)
         self._batch_files.append(StepsFile(file=name, start=first, stop=last + 1))
         self._batches = {}
@@ -151,6 +152,17 @@ class TrajectoryWriter:
             versions=self._versions,
             threads=torch.get_num_threads(),
         )
+
+
+def _encoded(tensors: Mapping[str, Tensor]) -> bytes:
+    """As a safetensors file; raises :class:`UnsupportedError` for a dtype that has no place in one."""
+    try:
+        return save(dict(tensors))
+    except (KeyError, SafetensorError) as error:
+        dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items()}
+        name = next((name for name, dtype in dtypes.items() if dtype.removeprefix("torch.") in str(error)), None)
+        what = f"{name.partition('/')[2]} has dtype {dtypes[name]}" if name else str(error)
+        raise UnsupportedError(f"{what}, which safetensors cannot hold; record a model without it") from error
 
 
 def _flatten(state: State) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:

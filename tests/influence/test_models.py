@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracles import finite_difference, window_effect
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, Dataset
 from workloads import datasets, digits_model, digits_workload, sample_losses
@@ -69,6 +69,21 @@ def test_loss_that_changes_its_batch(tmp_path: Path) -> None:
         assert np.abs(found.of(window)[samples] - expected).max() < 1e-6 * np.abs(expected).max()
     expected_exact = leave_one_out(train(plain, tmp_path / "plain"), plain, windows, samples=samples)
     np.testing.assert_allclose(exact.scores, expected_exact.scores, rtol=1e-9)
+
+
+def test_loss_in_another_dtype_than_the_parameters(tmp_path: Path) -> None:
+    """Targets made inside the loss are float32 also when the rest is float64."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        targets = (batch[1] > 0).float()
+        return binary_cross_entropy_with_logits(model(batch[0])[:, 0], targets, reduction="none")
+
+    workload = digits_workload(loss=loss)
+    trajectory = train(workload, tmp_path / "t")
+    single = track(trajectory, workload, [Window(0, 9)]).of(0)
+    double = track(trajectory, workload, [Window(0, 9)], dtype=torch.float64).of(0)
+    assert np.abs(single - double).max() < 1e-4 * np.abs(double).max()
+    assert np.isfinite(leave_one_out(trajectory, workload, [Window(0, 9)]).scores).all()
 
 
 class Noisy(nn.Module):

@@ -1,48 +1,26 @@
-"""Checkpoint shards are safetensors files, whatever they hold."""
+"""What is written, and what cannot be."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from plain_loop import record
-from safetensors.torch import load_file
 from torch import nn
 from torch.optim import SGD
 from workloads import digits_model, digits_workload
 
 from dit_mlflow import Trajectory, TrajectoryRecorder, UnsupportedError, train
 from dit_mlflow.trajectory.step import SCHEMA, Step
-from dit_mlflow.trajectory.writer import _DTYPES, _write_tensors
-
-
-def test_shards_are_read_by_safetensors(tmp_path: Path) -> None:
-    tensors = {
-        f"0/buffers/{name}{shape}": (100 * torch.rand(shape)).to(dtype)
-        for dtype, name in _DTYPES.items()
-        for shape in ((3, 5), (), (0,), (1, 7))
-    }
-    tensors['0/buffers/a "name" é'] = torch.arange(3, dtype=torch.uint8)
-    path = tmp_path / "x.safetensors"
-    entry = _write_tensors(path, tensors)
-    content = path.read_bytes()
-    assert (entry.size, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-    assert list(tmp_path.iterdir()) == [path]
-    found = load_file(path)
-    assert found.keys() == tensors.keys()
-    for name, value in tensors.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value)
 
 
 def test_tensors_that_shards_cannot_hold_are_named_before_training(tmp_path: Path) -> None:
     model = digits_model()
     model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
     with (
-        pytest.raises(UnsupportedError, match="buffers/phase has dtype complex128"),
+        pytest.raises(UnsupportedError, match=r"buffers/phase has dtype torch\.complex128"),
         TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t"),
     ):
         raise AssertionError("training was reached")
