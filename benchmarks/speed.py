@@ -207,7 +207,7 @@ def memory(repetitions: int) -> pd.DataFrame:
                 "budget MiB": states * state / 2**20,
                 "peak MiB": peak.bytes / 2**20,
                 "times training": seconds / training,
-                "same bit for bit": same,
+                "same bit for bit": str(same),
             }
     return pd.DataFrame(rows).T
 
@@ -253,7 +253,7 @@ def main() -> None:
     }
     for name, table in tables.items():
         if options.only in (None, name):
-            print(f"\n{name}\n{table().to_string(float_format='%.2f')}", flush=True)
+            print(f"\n{name}\n{table().to_string(float_format='{:.2f}'.format)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -171,13 +171,22 @@ class Manifest(_Part):
 
 def write_atomically(path: Path, content: bytes) -> FileEntry:
     """Write through a temporary file and a rename, synced to disk; returns hash and size."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
+    temporary = temporary_path(path)
+    temporary.write_bytes(content)
+    put_in_place(temporary, path)
+    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+
+
+def temporary_path(path: Path) -> Path:
+    """Where ``path`` is written before it is complete."""
+    return path.with_name(path.name + ".part")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Sync a complete file to disk and give it its name, in one step."""
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
-    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
 
 
 def library_versions() -> dict[str, str]:

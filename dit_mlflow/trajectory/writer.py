@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
@@ -25,6 +26,8 @@ from dit_mlflow.trajectory.manifest import (
     StepsFile,
     WorkloadReference,
     library_versions,
+    put_in_place,
+    temporary_path,
     write_atomically,
 )
 from dit_mlflow.trajectory.state import State
@@ -110,7 +113,7 @@ class TrajectoryWriter:
             stored, scalars = _flatten(state)
             tensors |= {f"{step}/{key}": value for key, value in stored.items()}
             self._checkpoints.append(CheckpointEntry(step=step, file=name, scalars=scalars))
-        self._files[name] = write_atomically(self.directory / name, _encoded(tensors))
+        self._files[name] = _write_tensors(self.directory / name, tensors)
         self._states = {}
 
     def _write_batches(self, name: str) -> None:
@@ -120,7 +123,7 @@ class TrajectoryWriter:
             for position, batch in enumerate(batches)
             for place, tensor in enumerate(batch)
         }
-        self._files[name] = write_atomically(self.directory / name, _encoded(tensors))
+        self._files[name] = _write_tensors(self.directory / name, tensors)
         first, last = min(self._batches), max(self._batches)
         self._batch_files.append(StepsFile(file=name, start=first, stop=last + 1))
         self._batches = {}
@@ -154,15 +157,19 @@ class TrajectoryWriter:
         )
 
 
-def _encoded(tensors: Mapping[str, Tensor]) -> bytes:
-    """As a safetensors file; raises :class:`UnsupportedError` for a dtype that has no place in one."""
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """A safetensors file; raises :class:`UnsupportedError` for a dtype that has no place in one."""
+    temporary = temporary_path(path)
     try:
-        return save(dict(tensors))
+        save_file(dict(tensors), temporary)
     except (KeyError, SafetensorError) as error:
         dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items()}
         name = next((name for name, dtype in dtypes.items() if dtype.removeprefix("torch.") in str(error)), None)
         what = f"{name.partition('/')[2]} has dtype {dtypes[name]}" if name else str(error)
         raise UnsupportedError(f"{what}, which safetensors cannot hold; record a model without it") from error
+    content = temporary.read_bytes()
+    put_in_place(temporary, path)
+    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
 
 
 def _flatten(state: State) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
