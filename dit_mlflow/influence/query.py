@@ -96,7 +96,7 @@ def logits(
     Raises:
         InputError: there is no such data set or sample.
     """
-    return _output_queries(workload, f"logit {label}", lambda z, y: z[label], samples, of)
+    return _output_queries(workload, f"logit {label}", lambda z, y: z[y], samples, of, label)
 
 
 def margins(workload: Workload, samples: Sequence[int] | None = None, of: Dataset = "validation") -> list[Query]:
@@ -145,11 +145,15 @@ def _output_queries(
     measure: Callable[[Tensor, int], Tensor],
     samples: Sequence[int] | None,
     of: Dataset,
+    label: int | None = None,
 ) -> list[Query]:
     def value(batch: Batch) -> Callable[[nn.Module], Tensor]:
         def function(model: nn.Module) -> Tensor:
-            found = workload.class_logits(model, _moved(batch, model), 1)
-            return measure(found[0], _label(batch))
+            found = workload.class_logits(model, _moved(batch, model), 1)[0]
+            of_class = _label(batch) if label is None else label
+            if not 0 <= of_class < len(found):
+                raise InputError(f"query {name!r} on class {of_class}: the model has classes 0 … {len(found) - 1}")
+            return measure(found, of_class)
 
         return function
 

@@ -14,8 +14,12 @@ from dit_mlflow.trajectory import Workload, train
 STEPS = 2
 
 
-def rehearse(workload: Workload) -> None:
+def rehearse(workload: Workload, memory_budget: int | None = None) -> None:
     """Train :data:`STEPS` steps into a temporary folder, replay them and sweep them, for the sake of the errors.
+
+    Args:
+        workload: to be trained.
+        memory_budget: as for :func:`dit_mlflow.track`; one that holds too few states is refused here.
 
     Raises:
         DitError: what :func:`dit_mlflow.train` and :func:`dit_mlflow.track` raise: the training does not replay, an
@@ -29,4 +33,4 @@ def rehearse(workload: Workload) -> None:
             trajectory = train(workload, Path(folder) / "trajectory", max_steps=STEPS)
         except TrainingError:
             return  # Training itself will say so, and keep its record.
-        track(trajectory, workload, [Window(0, trajectory.num_steps)])
+        track(trajectory, workload, [Window(0, trajectory.num_steps)], memory_budget=memory_budget)

@@ -79,7 +79,7 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
         workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
         windows = parse_windows(request.windows, workload.plan)
         ground_truth = GroundTruth.parse(request.ground_truth, workload.num_samples)
-        rehearse(workload)
+        rehearse(workload, request.memory_mb * 2**20 or None)
         training_run = run_training(workload, request.init_seed, request.order_seed)
         trajectory = load_trajectory(training_run)
     answer = run_influence(

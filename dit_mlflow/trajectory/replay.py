@@ -110,7 +110,8 @@ class Replay:
                     yield t, state
                 if previous is not None:
                     walk.recycled.append(previous)
-                previous = state
+                # Checkpoints come on top of what is held; kept, they would pile up.
+                previous = state if lo < t < hi else None
             hi, first = lo, False
         if b == 0:
             yield 0, self._anchor(0)
