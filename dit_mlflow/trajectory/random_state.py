@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import _random
-import ctypes
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +30,14 @@ class RandomState(NamedTuple):
 
     @classmethod
     def capture(cls) -> RandomState:
-        """Read all generators without drawing from them. Cost: a few microseconds, if Python's and NumPy's rest."""
-        cuda = _bytes(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else None
-        return cls(_bytes(torch.default_generator.get_state()), cuda, *_SLOW.read())
+        """Read all generators without drawing from them."""
+        name, key, *rest = np.random.get_state()  # noqa: NPY002
+        return cls(
+            torch=torch.get_rng_state().numpy().tobytes(),
+            cuda=torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else None,
+            python=random.getstate(),
+            numpy=(name, np.asarray(key).tobytes(), *rest),
+        )
 
     def used_since(self, later: RandomState) -> RandomState | None:
         """Keep only the generators whose state differs in ``later``; ``None`` if there are none."""
@@ -86,57 +88,6 @@ def preserved_random_state() -> Iterator[None]:
     finally:
         if (moved := before.used_since(RandomState.capture())) is not None:
             moved.restore()
-
-
-class _Slow:
-    """Python's and NumPy's global generators, read in full only when something in them has moved.
-
-    Reading them number by number takes 10 and 40 microseconds of every training step; few loops draw from them.
-    """
-
-    def __init__(self) -> None:
-        self._python: Any = random.getstate.__self__  # type: ignore[attr-defined]
-        legacy: Any = np.random.get_state.__self__  # type: ignore[attr-defined]
-        self._bits = _numpy_bits()
-        # Others may keep their state behind a pointer.
-        self._is_known = type(self._bits) is np.random.MT19937
-        self._python_fields = _fields(self._python, _random.Random)
-        self._numpy_fields = (*_fields(legacy, np.random.RandomState), *_fields(self._bits, type(self._bits)))
-        self._python_seen: list[Any] = []
-        self._numpy_seen: list[Any] = []
-        self._states: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
-
-    def read(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """``random.getstate()``, and the tuple that :class:`RandomState` keeps for NumPy."""
-        python = [self._python.gauss_next, *map(_RAW, self._python_fields)]
-        if python != self._python_seen:
-            self._python_seen, self._states = python, (random.getstate(), self._states[1])
-        numpy = [*map(_RAW, self._numpy_fields)] if self._is_known else []
-        if numpy != self._numpy_seen or _numpy_bits() is not self._bits or not self._is_known:
-            name, key, *rest = np.random.get_state()  # noqa: NPY002
-            self._numpy_seen, self._states = numpy, (self._states[0], (name, np.asarray(key).tobytes(), *rest))
-        return self._states
-
-
-def _fields(instance: object, cls: type) -> tuple[Any, Any]:
-    """First and last fields that the C type ``cls`` keeps in ``instance``; their bytes are the attribute ``raw``.
-
-    Of a Mersenne twister, these are the position in its 624 words and the first of them. Draws move the position, and
-    all words change when it comes round, or with a new seed.
-    """
-    start, end = id(instance) + object.__basicsize__, id(instance) + cls.__basicsize__
-    length = min(128, end - start)
-    view = ctypes.c_char * length
-    return view.from_address(start), view.from_address(end - length)
-
-
-_RAW = attrgetter("raw")
-_numpy_bits: Callable[[], object] = np.random.get_bit_generator  # type: ignore[attr-defined]
-_SLOW = _Slow()
-
-
-def _bytes(state: torch.Tensor) -> bytes:
-    return (ctypes.c_char * state.nbytes).from_address(state.data_ptr()).raw
 
 
 def _byte_tensor(state: bytes) -> torch.Tensor:
