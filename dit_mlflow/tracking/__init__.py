@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         log_trajectory,
     )
     from dit_mlflow.tracking.influence import run_influence
+    from dit_mlflow.tracking.recording import record_trajectory
     from dit_mlflow.tracking.training import run_training
 
 _HOME_OF = {
@@ -21,6 +22,7 @@ _HOME_OF = {
     "load_trajectory": "artifacts",
     "log_influence": "artifacts",
     "log_trajectory": "artifacts",
+    "record_trajectory": "recording",
     "run_influence": "influence",
     "run_training": "training",
 }
@@ -30,6 +32,7 @@ __all__ = [
     "load_trajectory",
     "log_influence",
     "log_trajectory",
+    "record_trajectory",
     "run_influence",
     "run_training",
 ]
