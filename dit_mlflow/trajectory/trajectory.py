@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.trajectory.manifest import CheckpointEntry, Manifest
+from tqdm.auto import tqdm
+
+from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.trajectory.checkpoint_layout import check_layouts
+from dit_mlflow.trajectory.manifest import CheckpointEntry, Manifest, StepsFile
 from dit_mlflow.trajectory.shards import Shard, sha256, unflatten
 from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step import SCHEMA, Step
+from dit_mlflow.trajectory.step import Step
+from dit_mlflow.trajectory.steps_file import read_steps
 from dit_mlflow.trajectory.workload import Workload
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ class Trajectory:
         self.directory = directory
         self.manifest = manifest
         self._verified: set[str] = set()
-        self._read_steps = lru_cache(maxsize=8)(self._read_steps_file)
+        self._read_steps = lru_cache(maxsize=8)(self._read_steps_part)
         self._open_shard = lru_cache(maxsize=4)(Shard)
 
     def __repr__(self) -> str:
@@ -108,35 +111,63 @@ class Trajectory:
 
     def step(self, t: int) -> Step:
         """The record of step ``t``, ``0 <= t < num_steps``."""
-        part = next(part for part in self.manifest.steps if part.start <= t < part.stop)
-        return self._read_steps(part.file)[t - part.start]
+        part = self._part(self.manifest.steps, t)
+        return self._read_steps(part)[t - part.start]
 
     def checkpoint(self, t: int) -> State:
         """The stored state ``s_t``; ``t`` is one of :attr:`checkpoint_steps`."""
+        if t not in self._checkpoints:
+            raise InputError(f"the state of step {t} is not stored; those of {self.checkpoint_steps} are")
         entry = self._checkpoints[t]
-        tensors: dict[str, Tensor] = {}
+        places = self._places(entry)
+        found = {key: (shard.path, shard.layout(home, key)) for key, (shard, home) in places.items()}
+        check_layouts(found, entry.scalars, self.manifest, t)
+        return unflatten({key: shard.tensor(home, key) for key, (shard, home) in places.items()}, entry.scalars)
+
+    def _places(self, entry: CheckpointEntry) -> dict[str, tuple[Shard, int]]:
+        """For each tensor of a state, by path, the file that it is in, and the step that it is stored under."""
+        places: dict[str, tuple[Shard, int]] = {}
         for name in entry.files:
-            tensors |= self._shard(name).tensors(t)
+            shard = self._shard(name)
+            for key in shard.keys(entry.step):
+                if key in places:
+                    raise TrajectoryError(f"{shard.path}: {key!r} of step {entry.step} is in another file as well")
+                places[key] = shard, entry.step
         for home, keys in entry.unchanged.items():
-            for name in self._checkpoints[home].files:
-                shard = self._shard(name)
-                tensors |= {key: shard.tensor(home, key) for key in keys if shard.holds(home, key)}
-        state = unflatten(tensors, entry.scalars)
-        for name, layout in self.manifest.model.parameters.items():
-            if name not in state.parameters or tuple(state.parameters[name].shape) != layout.shape:
-                raise TrajectoryError(f"{self.directory}, step {t}: parameter {name!r} is missing or has another shape")
-        return state
+            shards = [self._shard(name) for name in self._checkpoints[home].files]
+            for key in keys:
+                shard = next((shard for shard in shards if shard.holds(home, key)), None)
+                if shard is None or key in places:
+                    raise TrajectoryError(
+                        f"{self.directory}: {key!r} of step {entry.step} is to be found with step {home}, where it is "
+                        "not, or is there twice"
+                    )
+                places[key] = shard, home
+        return places
 
     def batches(self, t: int) -> list[list[Tensor]] | None:
         """The stored tensors of step ``t``'s micro-batches; ``None`` if batches were not stored."""
         if self.manifest.batches is None:
             return None
-        part = next(part for part in self.manifest.batches if part.start <= t < part.stop)
-        tensors = self._shard(part.file).tensors(t)
-        batches: list[list[Tensor]] = [[] for _ in self.step(t).indices]
-        for key in sorted(tensors, key=lambda key: tuple(map(int, key.split("/")))):
-            batches[int(key.partition("/")[0])].append(tensors[key])
+        shard = self._shard(self._part(self.manifest.batches, t).file)
+        batches: list[list[Tensor]] = []
+        for position in range(len(self.step(t).indices)):
+            batch: list[Tensor] = []
+            while shard.holds(t, key := f"{position}/{len(batch)}"):
+                shard.layout(t, key)
+                batch.append(shard.tensor(t, key))
+            batches.append(batch)
+        if sum(map(len, batches)) != len(shard.keys(t)):
+            raise TrajectoryError(
+                f"{shard.path}: the tensors of step {t} are not numbered by its {len(batches)} micro-batches and their "
+                "places in them"
+            )
         return batches
+
+    def _part(self, parts: Sequence[StepsFile], t: int) -> StepsFile:
+        if not 0 <= t < self.num_steps:
+            raise InputError(f"step {t} was asked; the trajectory has {self.num_steps} (0 … {self.num_steps - 1})")
+        return parts[bisect_right(parts, t, key=lambda part: part.start) - 1]
 
     def _shard(self, name: str) -> Shard:
         return self._open_shard(self._checked(name))
@@ -183,13 +214,8 @@ class Trajectory:
     def _checkpoints(self) -> dict[int, CheckpointEntry]:
         return {entry.step: entry for entry in self.manifest.checkpoints}
 
-    def _read_steps_file(self, name: str) -> list[Step]:
-        path = self._checked(name)
-        try:
-            table = pq.read_table(path, schema=SCHEMA)
-        except (pa.ArrowException, OSError) as error:
-            raise TrajectoryError(f"{path} is not a readable record of steps: {error}") from error
-        return [Step.from_row(row) for row in table.to_pylist()]
+    def _read_steps_part(self, part: StepsFile) -> list[Step]:
+        return read_steps(self._checked(part.file), part, self.manifest)
 
     def _checked(self, name: str) -> Path:
         path = self.directory / name

@@ -1,0 +1,66 @@
+"""What a stored state must consist of, by its manifest: known before any of its tensors is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.trajectory.manifest import DTYPES, Manifest, TensorLayout
+from dit_mlflow.trajectory.state import COUNTERS
+
+
+def check_layouts(
+    found: Mapping[str, tuple[Path, TensorLayout]], scalars: Mapping[str, Mapping[str, Any]], manifest: Manifest, t: int
+) -> None:
+    """Check a state's tensors: parameters and buffers are those of the manifest, the optimizer's state belongs to them.
+
+    Args:
+        found: file and layout by path (``parameters/<name>``, ``buffers/<name>``, ``optimizer/<key>/<name>``).
+        scalars: the optimizer's plain numbers, by parameter name.
+        manifest: what was announced.
+        t: the state's step, for messages.
+
+    Raises:
+        TrajectoryError: naming the first tensor that is missing, too many, or laid out otherwise.
+    """
+    expected = {f"parameters/{name}": layout for name, layout in manifest.model.parameters.items()}
+    expected |= {f"buffers/{name}": layout for name, layout in manifest.model.buffers.items()}
+    for key, layout in expected.items():
+        if key not in found:
+            raise TrajectoryError(f"the state of step {t} has no {key!r}, which the manifest announces")
+        path, given = found[key]
+        if given != layout:
+            raise TrajectoryError(f"{path}: {key!r} of step {t} has {_text(given)}; the manifest says {_text(layout)}")
+    held = {name for group in manifest.optimizer.groups for name in group}
+    for key in found.keys() - expected.keys():
+        path, given = found[key]
+        _check_optimizer_tensor(path, key, given, held, scalars, manifest, t)
+
+
+def _check_optimizer_tensor(
+    path: Path,
+    key: str,
+    given: TensorLayout,
+    held: Set[str],
+    scalars: Mapping[str, Mapping[str, Any]],
+    manifest: Manifest,
+    t: int,
+) -> None:
+    kind, _, rest = key.partition("/")
+    slot, _, owner = rest.partition("/")
+    if kind != "optimizer" or owner not in held:
+        raise TrajectoryError(f"{path}: {key!r} of step {t} is no part of the recorded model or optimizer")
+    if slot in scalars.get(owner, ()):
+        raise TrajectoryError(f"{path}: {key!r} of step {t} is in the manifest as a number, too")
+    shape = () if slot in COUNTERS else manifest.model.parameters[owner].shape
+    dtype = DTYPES[given.dtype]
+    if given.shape != shape or not (dtype.is_floating_point or dtype.is_complex or slot in COUNTERS):
+        raise TrajectoryError(
+            f"{path}: {key!r} of step {t} has {_text(given)}; expected floating numbers of shape {list(shape)}"
+        )
+
+
+def _text(layout: TensorLayout) -> str:
+    return f"shape {list(layout.shape)} and dtype {layout.dtype}"
