@@ -80,7 +80,7 @@ def _begun(run: Run, resume: bool) -> Trajectory | None:
     if not resume:
         raise TrajectoryError(
             f"run {run.info.run_id} ({run.info.run_name}) has a trajectory already, or is recording one. A run "
-            "holds one, of one model: record other models in runs of their own; to go on with this one, give resume=True"
+            "holds one, of one model: record other models in runs of their own; to go on with this one, use resume=True"
         )
     return load_trajectory(run.info.run_id) if MlflowClient().list_artifacts(run.info.run_id, TRAJECTORY) else None
 

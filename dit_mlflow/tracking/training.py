@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import mlflow
@@ -60,14 +60,17 @@ def run_training(
         started = time.perf_counter()
         try:
             model = train_recorded(workload, recording, init_seed, order_seed).eval()
-        finally:
+        except BaseException:
             # Whatever ended it, a termination too: the losses until then are worth keeping.
-            _log_losses(run_id)
+            with suppress(Exception):
+                _log_losses(run_id)
+            raise
+        _log_losses(run_id)
         mlflow.log_metric("cost/training_seconds", time.perf_counter() - started)
         model_id = log_model(model, workload)
         for context, dataset in (("validation", workload.validation_set), ("test", workload.test_set)):
             if dataset is not None:
-                _log_scores(workload, model, dataset, context, model_id)
+                _log_scores(run_id, model_id, workload, model, dataset, context)
         return run_id
 
 
@@ -93,13 +96,13 @@ def _log_losses(run_id: str) -> None:
 
 
 def _log_scores(
-    workload: Workload, model: nn.Module, dataset: Dataset[Any], context: str, model_id: str | None
+    run_id: str, model_id: str | None, workload: Workload, model: nn.Module, dataset: Dataset[Any], context: str
 ) -> None:
     """Log a data set as input of the run, and the model's scores on it."""
     source = workload_source(workload)
     size = len(dataset)  # type: ignore[arg-type]
     described = SampleSet(source.get("workload", context), dataset_digest(dataset), size, source)
-    log_dataset(mlflow.active_run().info.run_id, described, context)
+    log_dataset(run_id, described, context)
     log_metrics(_scores(workload, model, dataset).prefixed(f"{context}/"), model_id, described)
 
 

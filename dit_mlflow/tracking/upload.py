@@ -99,8 +99,8 @@ class Upload:
             self._manifest = self._manifest or manifest
         if self.failure is None:
             logger.error(
-                "the trajectory of run %s cannot be uploaded: %s: %s. Training goes on; the trajectory is kept in %s, and "
-                "uploading is tried again",
+                "the trajectory of run %s cannot be uploaded: %s: %s. Training goes on; the trajectory is kept in %s, "
+                "and uploading is tried again",
                 *(self.run_id, type(error).__name__, error, self.folder),
             )
         self.failure = error

@@ -118,8 +118,8 @@ def train_recorded(
                         break
     if recorder.failure is not None:
         raise TrajectoryError(
-            f"the trajectory could not be written to {recorder.directory}: {recorder.failure}; what is there ends earlier "
-            "than training did"
+            f"the trajectory could not be written to {recorder.directory}: {recorder.failure}; what is there ends "
+            "earlier than training did"
         ) from recorder.failure
     return model
 
