@@ -98,7 +98,7 @@ class Upload:
             self._names = names + self._names
             self._manifest = self._manifest or manifest
         if self.failure is None:
-            logger.error(
+            logger.warning(
                 "the trajectory of run %s cannot be uploaded: %s: %s. Training goes on; the trajectory is kept in %s, "
                 "and uploading is tried again",
                 *(self.run_id, type(error).__name__, error, self.folder),
