@@ -154,6 +154,16 @@ class TrajectoryRecorder:
         return self._num_steps
 
     @property
+    def dataset(self) -> Dataset[Any] | None:
+        """The training set, once a loader is watched."""
+        return self._dataset
+
+    @property
+    def dataset_digest(self) -> str | None:
+        """Its digest as recorded; known at the end of the block, for some data sets before."""
+        return self._writer.dataset
+
+    @property
     def failure(self) -> BaseException | None:
         """Why the record could not be written when it was last tried; ``None`` if it could."""
         return self._writer.failure
