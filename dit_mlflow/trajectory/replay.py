@@ -189,8 +189,8 @@ class Replay:
         # Where rounding is the same, it is so in the optimizer's state; elsewhere the next checkpoint tells.
         if drift == 0.0 and (wrong := other_optimizer_state(replayed, recorded)):
             raise TrajectoryError(
-                f"replaying up to step {t} meets the checkpoint's parameters bit for bit, but not the optimizer's state: "
-                f"{wrong}. The checkpoint has been changed"
+                f"replaying up to step {t} meets the parameters of the checkpoint bit for bit, but not its optimizer's "
+                f"state: {wrong}. The checkpoint has been changed"
             )
 
     def _anchor(self, t: int) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,8 @@ def read_steps(path: Path, part: StepsFile, manifest: Manifest) -> list[Step]:
         check_size(path, metadata)
         table = _table(path, metadata).slice(0, count)
         return _Rows(table.to_batches()[0], manifest, part.start).steps()
+    except MemoryError:
+        raise
     except (TrajectoryError, pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise TrajectoryError(f"{path} is not a usable record of steps: {error}") from error
 
@@ -197,7 +200,9 @@ class _Rows:
             _each(part, partial(RandomState.decode_field, name), optional=True)
             for name, part in zip(RandomState._fields, states.flatten(), strict=True)
         ]
-        found = [RandomState(*values) if any(v is not None for v in values) else None for values in zip(*fields)]
+        found = [
+            RandomState(*values) if any(v is not None for v in values) else None for values in zip(*fields, strict=True)
+        ]
         rows: list[tuple[RandomState | None, ...]] = []
         given, at = column.is_valid().to_pylist(), 0
         for step, parts in enumerate(indices):
@@ -239,7 +244,7 @@ def _unnested(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
 def _nested(flat: Any, lengths: np.ndarray) -> list[Any]:
     """The inverse of :func:`_unnested`: parts of ``flat``, tuples of it if it is a list."""
     bounds = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-    parts = [flat[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [flat[a:b] for a, b in pairwise(bounds)]
     return [tuple(part) for part in parts] if isinstance(flat, list) else parts
 
 

@@ -6,12 +6,12 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
 from tqdm.auto import tqdm
 
 from dit_mlflow.errors import InputError, TrajectoryError
@@ -77,6 +77,8 @@ class Trajectory:
             path = folder / name
             if not path.is_file():
                 raise TrajectoryError(f"{path} is missing; restore it from the run's artifacts")
+            if path.is_symlink() and path.resolve().parent != folder.resolve():
+                raise TrajectoryError(f"{path} is a link that leaves the folder; put a copy of the file in its place")
             if path.stat().st_size != entry.size:
                 raise TrajectoryError(
                     f"{path} is damaged: {path.stat().st_size} bytes, recorded {entry.size}; "
@@ -119,10 +121,15 @@ class Trajectory:
         if t not in self._checkpoints:
             raise InputError(f"the state of step {t} is not stored; those of {self.checkpoint_steps} are")
         entry = self._checkpoints[t]
+        places = self._checked_places(entry)
+        return unflatten({key: shard.tensor(home, key) for key, (shard, home) in places.items()}, entry.scalars)
+
+    def _checked_places(self, entry: CheckpointEntry) -> dict[str, tuple[Shard, int]]:
+        """As :meth:`_places`; shapes and dtypes are known to be the manifest's."""
         places = self._places(entry)
         found = {key: (shard.path, shard.layout(home, key)) for key, (shard, home) in places.items()}
-        check_layouts(found, entry.scalars, self.manifest, t)
-        return unflatten({key: shard.tensor(home, key) for key, (shard, home) in places.items()}, entry.scalars)
+        check_layouts(found, entry.scalars, self.manifest, entry.step)
+        return places
 
     def _places(self, entry: CheckpointEntry) -> dict[str, tuple[Shard, int]]:
         """For each tensor of a state, by path, the file that it is in, and the step that it is stored under."""
@@ -136,13 +143,13 @@ class Trajectory:
         for home, keys in entry.unchanged.items():
             shards = [self._shard(name) for name in self._checkpoints[home].files]
             for key in keys:
-                shard = next((shard for shard in shards if shard.holds(home, key)), None)
-                if shard is None or key in places:
+                holding = [shard for shard in shards if shard.holds(home, key)]
+                if len(holding) != 1 or key in places:
                     raise TrajectoryError(
                         f"{self.directory}: {key!r} of step {entry.step} is to be found with step {home}, where it is "
                         "not, or is there twice"
                     )
-                places[key] = shard, home
+                places[key] = holding[0], home
         return places
 
     def batches(self, t: int) -> list[list[Tensor]] | None:
@@ -150,19 +157,23 @@ class Trajectory:
         if self.manifest.batches is None:
             return None
         shard = self._shard(self._part(self.manifest.batches, t).file)
-        batches: list[list[Tensor]] = []
+        return [[shard.tensor(t, key) for key in keys] for keys in self._batch_keys(shard, t)]
+
+    def _batch_keys(self, shard: Shard, t: int) -> list[list[str]]:
+        """For each micro-batch of a step, the paths of its tensors; their layouts are known to be readable."""
+        found: list[list[str]] = []
         for position in range(len(self.step(t).indices)):
-            batch: list[Tensor] = []
-            while shard.holds(t, key := f"{position}/{len(batch)}"):
+            keys: list[str] = []
+            while shard.holds(t, key := f"{position}/{len(keys)}"):
                 shard.layout(t, key)
-                batch.append(shard.tensor(t, key))
-            batches.append(batch)
-        if sum(map(len, batches)) != len(shard.keys(t)):
+                keys.append(key)
+            found.append(keys)
+        if sum(map(len, found)) != len(shard.keys(t)):
             raise TrajectoryError(
-                f"{shard.path}: the tensors of step {t} are not numbered by its {len(batches)} micro-batches and their "
+                f"{shard.path}: the tensors of step {t} are not numbered by its {len(found)} micro-batches and their "
                 "places in them"
             )
-        return batches
+        return found
 
     def _part(self, parts: Sequence[StepsFile], t: int) -> StepsFile:
         if not 0 <= t < self.num_steps:
@@ -193,20 +204,50 @@ class Trajectory:
         return Replay(self, workload, dtype)
 
     def verify(self, workload: Workload) -> Verification:
-        """Check every file's hash, that steps follow each other, and the replay against every checkpoint.
+        """Check the record (:meth:`check_record`), and the replay of every segment against the next checkpoint.
+
+        Then the states are those of the training, up to the drift. Not known by replay, and taken from the record as
+        they are: what has no influence on states (logged losses, epochs' numbers, settings that the optimizer does not
+        read, ``complete``, versions, thread count, the workload's reference, the model's class name).
 
         Raises:
             TrajectoryError: naming the first thing that does not hold.
 
         Cost: one training, without its evaluation.
         """
-        for name in self.manifest.files:
+        self.check_record()
+        return self.check_replay(workload)
+
+    def check_record(self) -> None:
+        """Check every file's hash and all that can be known of them without a workload; off a terminal, in silence.
+
+        Steps follow each other in epochs that end where the manifest says, and checkpoints and batches hold the tensors
+        that belong to them.
+
+        Raises:
+            TrajectoryError: naming the first thing that does not hold.
+
+        Cost: reads all files.
+        """
+        for name in tqdm(self.manifest.files, desc="files", unit="file", disable=None, leave=False):
             self._checked(name)
-        for t in range(self.num_steps):
-            if self.step(t).index != t:
-                raise TrajectoryError(f"{self.directory}: the record of step {t} says {self.step(t).index}")
+        epochs = [step.epoch for part in self.manifest.steps for step in self._read_steps(part)]
+        ends = [t for t, (one, other) in enumerate(pairwise([*epochs, None]), start=1) if one != other]
+        if tuple(ends) != self.epoch_ends:
+            raise TrajectoryError(
+                f"{self.directory}: the manifest's epochs end at {self.epoch_ends}, those of the steps at {tuple(ends)}"
+            )
+        for entry in self.manifest.checkpoints:
+            self._checked_places(entry)
+        for part in self.manifest.batches or ():
+            for t in range(part.start, part.stop):
+                self._batch_keys(self._shard(part.file), t)
+
+    def check_replay(self, workload: Workload) -> Verification:
+        """The second half of :meth:`verify`."""
         replay = self.replay(workload)
-        for _ in replay.forward(0, self.num_steps):
+        states = replay.forward(0, self.num_steps)
+        for _ in tqdm(states, total=self.num_steps + 1, desc="replay", unit="step", disable=None, leave=False):
             pass
         return Verification(dict(replay.drift))
 
