@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.trajectory.manifest import DTYPES, Manifest, TensorLayout
+from dit_mlflow.trajectory.manifest import Manifest, TensorLayout
 from dit_mlflow.trajectory.state import COUNTERS
 
 
@@ -54,13 +54,17 @@ def _check_optimizer_tensor(
         raise TrajectoryError(f"{path}: {key!r} of step {t} is no part of the recorded model or optimizer")
     if slot in scalars.get(owner, ()):
         raise TrajectoryError(f"{path}: {key!r} of step {t} is in the manifest as a number, too")
-    shape = () if slot in COUNTERS else manifest.model.parameters[owner].shape
-    dtype = DTYPES[given.dtype]
-    if given.shape != shape or not (dtype.is_floating_point or dtype.is_complex or slot in COUNTERS):
-        raise TrajectoryError(
-            f"{path}: {key!r} of step {t} has {_text(given)}; expected floating numbers of shape {list(shape)}"
-        )
+    if slot in COUNTERS:
+        alike, expected = given.shape == () and given.dtype in _NUMBERS, "one number"
+    else:
+        layout = manifest.model.parameters[owner]
+        alike, expected = given == layout, f"those of the parameter, {_text(layout)}"
+    if not alike:
+        raise TrajectoryError(f"{path}: {key!r} of step {t} has {_text(given)}; expected {expected}")
 
 
 def _text(layout: TensorLayout) -> str:
     return f"shape {list(layout.shape)} and dtype {layout.dtype}"
+
+
+_NUMBERS = {"float64", "float32", "float16", "bfloat16", "int64", "int32"}

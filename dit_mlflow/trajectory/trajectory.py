@@ -208,7 +208,9 @@ class Trajectory:
 
         Then the states are those of the training, up to the drift. Not known by replay, and taken from the record as
         they are: what has no influence on states (logged losses, epochs' numbers, settings that the optimizer does not
-        read, ``complete``, versions, thread count, the workload's reference, the model's class name).
+        read, ``complete``, versions, thread count, the workload's reference, the model's class name). Of tensors that
+        are stored once for several checkpoints, because they were not trained, it is known that they lead to the states
+        that the others are in.
 
         Raises:
             TrajectoryError: naming the first thing that does not hold.
