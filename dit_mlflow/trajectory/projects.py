@@ -62,7 +62,11 @@ def load_recorded(recorded: WorkloadReference, directory: Path) -> Workload:
     Raises:
         WorkloadError: it cannot be used.
     """
-    folder = (Path.cwd() / recorded.reference).resolve()
+    try:
+        folder = (Path.cwd() / recorded.reference).resolve()
+        folder.is_dir()
+    except (OSError, ValueError) as error:
+        raise WorkloadError(f"workload {recorded.reference[:99]!r} cannot be the name of anything: {error}") from error
     if folder.is_relative_to(directory.resolve()):
         raise WorkloadError(f"workload {recorded.reference!r} is code inside of the trajectory, which is not run")
     factory = find_factory(recorded.reference)
