@@ -128,9 +128,10 @@ def reading(run: Run, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Each store has its own: of requests, botocore, a missing library …
+        cause = f"{type(error).__name__}: {error}".rstrip(".")
         raise InputError(
-            f"cannot read {what} of {_described(run)}: {type(error).__name__}: {error}; check that the store can be "
-            "reached from here, that its client library is installed, and that your credentials may read there"
+            f"cannot read {what} of {_described(run)}: {cause}; check that the store can be reached "
+            "from here, that its client library is installed, and that your credentials may read there"
         ) from error
 
 

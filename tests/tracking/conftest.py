@@ -80,16 +80,19 @@ def remote_store(
 
 
 @contextmanager
-def tracking(chosen: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Track to a store, in an experiment named after the test's folder."""
+def tracking(
+    chosen: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str = "test"
+) -> Iterator[None]:
+    """Track to a store, in an experiment of that name and the test's folder."""
+    experiment = f"{tmp_path.name} {experiment}"
     for name, value in chosen.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", chosen.uri)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(chosen.uri)
-    MlflowClient().create_experiment(tmp_path.name, artifact_location=chosen.artifacts)
-    mlflow.set_experiment(tmp_path.name)
+    MlflowClient().create_experiment(experiment, artifact_location=chosen.artifacts)
+    mlflow.set_experiment(experiment)
     try:
         yield
     finally:
