@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.trajectory.manifest import CheckpointEntry, Manifest
+from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest
 from dit_mlflow.trajectory.shards import Shard, sha256, unflatten
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import SCHEMA, Step
@@ -22,6 +25,9 @@ from dit_mlflow.trajectory.workload import Workload
 
 if TYPE_CHECKING:
     from dit_mlflow.trajectory.replay import Replay
+
+Fetch = Callable[[str, FileEntry], Path]
+"""Gives the path of a file whose content has the size and the hash of its entry."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,10 @@ class Trajectory:
         manifest: its contents, checked.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, fetch: Fetch | None = None) -> None:
         self.directory = directory
         self.manifest = manifest
+        self._fetch = fetch
         self._verified: set[str] = set()
         self._read_steps = lru_cache(maxsize=8)(self._read_steps_file)
         self._open_shard = lru_cache(maxsize=4)(Shard)
@@ -60,16 +67,23 @@ class Trajectory:
         return f"<Trajectory of {self.num_steps} steps, {self.num_samples} samples, {state}, in {self.directory}>"
 
     @classmethod
-    def open(cls, directory: str | Path) -> Trajectory:
+    def open(cls, directory: str | Path, fetch: Fetch | None = None) -> Trajectory:
         """Open a folder written by :class:`TrajectoryRecorder` or :func:`train`.
 
         Checks the manifest and the sizes of the files; a file's hash is checked when it is first read.
+
+        Args:
+            directory: the folder.
+            fetch: where the other files are, if the folder holds the manifest alone: asked with a file's name and
+                entry whenever it is about to be read, it returns the path of a file with that size and hash.
 
         Raises:
             TrajectoryError: there is no trajectory, or it is damaged.
         """
         folder = Path(directory)
-        trajectory = cls(folder, Manifest.read(folder))
+        trajectory = cls(folder, Manifest.read(folder), fetch)
+        if fetch is not None:
+            return trajectory
         for name, entry in trajectory.manifest.files.items():
             path = folder / name
             if not path.is_file():
@@ -179,6 +193,19 @@ class Trajectory:
             pass
         return Verification(dict(replay.drift))
 
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A folder that holds all files of the trajectory: its own, or a temporary one into which they are fetched."""
+        if self._fetch is None:
+            yield self.directory
+            return
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            for name in self.manifest.files:
+                shutil.copyfile(self._checked(name), folder / name)
+            shutil.copyfile(self.directory / FILE_NAME, folder / FILE_NAME)
+            yield folder
+
     @cached_property
     def _checkpoints(self) -> dict[int, CheckpointEntry]:
         return {entry.step: entry for entry in self.manifest.checkpoints}
@@ -192,6 +219,8 @@ class Trajectory:
         return [Step.from_row(row) for row in table.to_pylist()]
 
     def _checked(self, name: str) -> Path:
+        if self._fetch is not None:
+            return self._fetch(name, self.manifest.files[name])
         path = self.directory / name
         if name not in self._verified:
             entry = self.manifest.files[name]
