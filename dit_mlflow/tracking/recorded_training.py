@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -78,6 +78,10 @@ class RecordedTraining:
             )
             self._stack = stack.pop_all()
 
+    def at_close(self, function: Callable[[], None]) -> None:
+        """Call ``function`` when the recorder is left."""
+        self._stack.callback(function)
+
     def next_batch(self, handed: Handed | None = None) -> None:
         """The trainer turns to the next batch (``handed``, or the first in the queue).
 
@@ -107,14 +111,15 @@ class RecordedTraining:
             self._recorder.take_back()
         self._unused = False
 
-    def before_step(self, coefficients: list[np.ndarray] | None = None) -> None:
-        """The trainer is about to step the optimizer, with ``c_i`` per micro-batch if they are known."""
+    def before_step(self, coefficients: list[np.ndarray] | None = None, loss: float | None = None) -> None:
+        """The trainer is about to step the optimizer; ``c_i`` per micro-batch and the objective, if they are known."""
         assert self._recorder is not None
         self.settle()
         if coefficients is not None:
             self._recorder.weigh(coefficients)
-        if self._loss is not None:
-            self._recorder.log(self._loss)
+        objective = self._loss if loss is None else loss
+        if objective is not None:
+            self._recorder.log(objective)
         self._loss = None
 
     def checkpoint(self) -> None:

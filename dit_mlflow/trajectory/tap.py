@@ -55,6 +55,7 @@ class LoaderTap:
         self._on_broken = on_broken
         self._queue: deque[Handed] = deque()
         self._iteration = -1
+        self._skipped_in: Notes | None = None
         self._name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self._class, self._original = type(loader), getattr(loader, self._name)
         self.sampler = NotingSampler(self._original, in_main_process=loader.num_workers == 0)
@@ -76,11 +77,13 @@ class LoaderTap:
         """The same where another loader was iterated over this one's samplers, and left its first batches out.
 
         Args:
-            skipped: how many batches were left out, at the first call in an iteration; then 0.
+            skipped: how many batches are left out of each iteration.
         """
         notes = self.sampler.latest
-        for _ in range(min(skipped, len(notes))):
-            notes.popleft()
+        if notes is not self._skipped_in:
+            self._skipped_in = notes
+            for _ in range(min(skipped, len(notes))):
+                notes.popleft()
         if not notes:
             return None
         return Handed(notes.popleft()[0], self._iteration, None, None, RandomState.capture())
