@@ -45,10 +45,11 @@ class TrajectoryCallback(TrainerCallback):
     - ``coefficients``, ``accumulate``: not needed as long as the model itself computes the loss from ``labels``. The
       factor of each sample's loss depends on trainer and model, so it is measured and recorded (see
       :class:`LossShare`). In transformers 5.23, with ``gradient_accumulation_steps`` or not, it is ``1 / N`` where the
-      model divides by ``num_items_in_batch`` (``N`` labels in the whole step: causal and masked language models), and
-      ``1 / B`` where the model takes that argument but averages over its micro-batch of ``B`` all the same
-      (``BertForSequenceClassification``): the trainer then does not divide by the number of micro-batches. Other models get
-      ``1 / (B * A)`` for ``A`` micro-batches in the step, ``A`` being smaller in the last of an epoch. With a
+      model divides by ``num_items_in_batch`` (``N`` labels in the whole step: ``LlamaForCausalLM``), and ``1 / B`` where
+      the model takes that argument but averages over the ``B`` labels of its micro-batch all the same
+      (``BertForSequenceClassification``, ``BertForMaskedLM``): the trainer then does not divide by the number of
+      micro-batches. Models without keyword arguments get ``1 / (B * A)`` for ``A`` micro-batches in the step, ``A`` being
+      smaller in the last of an epoch. With a
       ``compute_loss_func``, label smoothing, or several labels per sample that are no class numbers, nothing is
       recorded and the workload's ``coefficients`` count.
 
@@ -56,7 +57,7 @@ class TrajectoryCallback(TrainerCallback):
     ``store_batches=True``; without, replay refuses the trajectory unless nothing else in the step is random.
 
     If training fails, the trainer tells no callback. What was recorded is then closed as an incomplete trajectory when
-    the trainer's loader iterator goes, which is as soon as the exception has been handled, and at the latest when
+    the frames of the trainer's loop go, which is as soon as the exception has been handled, and at the latest when
     the next training begins, when the callback is collected, or when the process ends.
 
     A training resumed from a checkpoint is recorded from there on (with ``resume=True``, as the continuation of
@@ -93,12 +94,6 @@ class TrajectoryCallback(TrainerCallback):
             # accelerate's loaders iterate one of torch's inside.
             loader = kwargs["train_dataloader"]
             self._training.watch(vars(loader).get("base_dataloader", loader))
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._training is not None:
-            self._training.in_epoch = True
 
     def on_step_begin(
         self,
@@ -146,7 +141,7 @@ class TrajectoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._training is not None:
-            self._training.in_epoch = False
+            self._training.end_epoch()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._training is not None:

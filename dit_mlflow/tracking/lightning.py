@@ -99,6 +99,10 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
         if self._training is not None:
             self._training.settle()
 
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._training is not None:
+            self._training.end_epoch()
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         if self._training is not None:
             self._training.checkpoint()

@@ -71,7 +71,7 @@ class LossShare:
         factors = [forward.factor for forward in forwards if forward.factor is not None]
         if len(forwards) != num_batches or len(factors) != num_batches:
             return None, None
-        objective = sum(factor * float(forward.loss) for factor, forward in zip(factors, forwards, strict=True))
+        objective = sum(factor * forward.loss.item() for factor, forward in zip(factors, forwards, strict=True))
         shares = [self._share(forward, forwards) for forward in forwards]
         known = [share for share in shares if share is not None]
         if len(known) != num_batches:
@@ -105,7 +105,7 @@ class LossShare:
         if forward.loss.requires_grad:
 
             def note(gradient: Tensor) -> None:
-                forward.factor = float(gradient)
+                forward.factor = gradient.item()
 
             forward.loss.register_hook(note)
         if forward.items is not None and self._divides_by_items is None and not self._given_up:
@@ -115,7 +115,7 @@ class LossShare:
 
     def _try(self, args: Any, kwargs: Mapping[str, Any], forward: _Forward) -> None:
         """Whether the loss halves when the number of items doubles."""
-        if not (first := float(forward.loss)):
+        if not (first := forward.loss.item()):
             return
         assert self._before is not None
         with preserved_random_state(), torch.no_grad(), _other_buffers(self._model):

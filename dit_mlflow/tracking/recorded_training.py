@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -42,7 +43,8 @@ class RecordedTraining:
         self._unused = False
         self._loss: Tensor | None = None
         self.closed = False
-        self.in_epoch = False
+        self._pass: int | None = None
+        self._thread = threading.current_thread()
 
     @property
     def begun(self) -> bool:
@@ -63,20 +65,14 @@ class RecordedTraining:
             return
         if self._tap is not None:
             self._tap.remove()
-        # Where an exception leaves no trace but the loader's iterator, which is thrown away with the trainer's frames.
-        self._tap = LoaderTap(loader, self.broken)
+        self._tap = LoaderTap(loader, self._gone)
 
     def begin(self, model: nn.Module, optimizer: Optimizer, run_id: str | None = None) -> None:
         """Enter the recorder. ``run_id``: the run to use if none was given and none is active."""
-        with ExitStack() as stack:
-            run_id = self._run_id or _active_run_id() or run_id
-            if run_id is None:
-                # Ours, so it ends with the training: as FAILED, if that is how the training ends.
-                run_id = stack.enter_context(mlflow.start_run()).info.run_id
-            self._recorder = stack.enter_context(
-                record_trajectory(model, optimizer, self._workload, run_id, **self._options)
-            )
-            self._stack = stack.pop_all()
+        if mlflow.active_run() is not None:
+            run_id = None
+        recording = record_trajectory(model, optimizer, self._workload, self._run_id or run_id, **self._options)
+        self._recorder = self._stack.enter_context(recording)
 
     def at_close(self, function: Callable[[], None]) -> None:
         """Call ``function`` when the recorder is left."""
@@ -97,6 +93,7 @@ class RecordedTraining:
                 "inside training_step (dataloader_iter), or from a loader of one's own, cannot be recorded"
             )
         self._recorder.receive(self._tap.loader, handed)
+        self._pass = handed.iteration
         self._unused = True
 
     def used(self, loss: Tensor | None = None) -> None:
@@ -131,10 +128,14 @@ class RecordedTraining:
         except TrajectoryError as error:
             logger.warning("no state of the trajectory was stored here: %s", error)
 
-    def broken(self, error: BaseException) -> None:
-        """An iteration over the training loader has been broken off; within an epoch, training has failed."""
-        if self.in_epoch:
-            self.close(error if isinstance(error, Exception) else TrajectoryError("training was broken off"))
+    def end_epoch(self) -> None:
+        """The pass over the loader is over, as it should be."""
+        self._pass = None
+
+    def _gone(self, number: int) -> None:
+        """A loader's iterator is gone, with the frames that held it; before the epoch's end, training has failed."""
+        if number == self._pass:
+            self.abandon()
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave the recorder, once; with ``error``, the trajectory is incomplete."""
@@ -160,12 +161,17 @@ class RecordedTraining:
         """Close what no callback has closed: training has failed, and nobody is left to be told."""
         if self.closed:
             return
+        if threading.current_thread() is not self._thread:
+            # Garbage is collected in any thread, also in one that closing has to wait for.
+            try:
+                threading.Thread(target=self._close_unfinished, name="dit-mlflow-close").start()
+                return
+            except RuntimeError:  # The interpreter ends.
+                pass
+        self._close_unfinished()
+
+    def _close_unfinished(self) -> None:
         try:
-            self.close(TrajectoryError("training did not end"))
-        except Exception as error:
-            logger.warning("the trajectory of a training that did not end could not be saved: %r", error)
-
-
-def _active_run_id() -> str | None:
-    run = mlflow.active_run()
-    return run.info.run_id if run is not None else None
+            self.close(TrajectoryError("training was broken off"))
+        except Exception as error:  # Of whatever kind: there is nobody to handle it.
+            logger.warning("the trajectory of a training that was broken off could not be saved: %r", error)

@@ -230,7 +230,8 @@ class TrajectoryRecorder:
             self._received_from, self._iteration = loader, None
         if handed.iteration != self._iteration:
             self._iteration = handed.iteration
-            self._begin_epoch()
+            if self._epoch < 0 or not handed.goes_on:
+                self._begin_epoch()
         now = RandomState.capture()
         # Where other batches were drawn in between, the state before the draw does not lead to the forward pass.
         before = handed.before if handed.before is not None and handed.after == now else now
@@ -291,9 +292,9 @@ class TrajectoryRecorder:
                 "training goes on from step %d; the %d steps recorded after it are left out of the trajectory in %s",
                 *(step, begun.num_steps - step, begun.directory),
             )
-        self._writer.resume(begun.manifest, step)
-        self._num_steps = self._last_state = step
         self._epoch = begun.step(step - 1).epoch if step > 0 else -1
+        self._writer.resume(begun.manifest, step, self._epoch if step > 0 else None)
+        self._num_steps = self._last_state = step
 
     def _note_dataset(self, loader: DataLoader[Any]) -> None:
         dataset = loader.dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ class Handed(NamedTuple):
         batch: as the loader made it; ``None`` = not seen.
         before: the random state before it was drawn; ``None`` = drawn in a worker process, or not seen.
         after: the random state when it was handed out.
+        goes_on: the pass began before this training did, which is being resumed.
     """
 
     indices: Indices
@@ -29,6 +31,7 @@ class Handed(NamedTuple):
     batch: Any
     before: RandomState | None
     after: RandomState
+    goes_on: bool = False
 
 
 class LoaderTap:
@@ -39,8 +42,8 @@ class LoaderTap:
 
     Args:
         loader: over a map-style dataset.
-        on_broken: called with the error if an iteration ends otherwise than by exhaustion: the loader fails, or the
-            iterator is thrown away (``GeneratorExit``) while it still has batches.
+        on_gone: called with the number of a pass when its iterator is thrown away, exhausted or not: by then, whoever
+            iterated has gone on or has failed.
 
     Raises:
         InputError: ``loader`` does not know its samples by index.
@@ -49,10 +52,10 @@ class LoaderTap:
     memory, which those in the trainer's hands do anyway.
     """
 
-    def __init__(self, loader: DataLoader[Any], on_broken: Callable[[BaseException], None] | None = None) -> None:
+    def __init__(self, loader: DataLoader[Any], on_gone: Callable[[int], None]) -> None:
         check_loader(loader)
         self.loader = loader
-        self._on_broken = on_broken
+        self._on_gone = on_gone
         self._queue: deque[Handed] = deque()
         self._iteration = -1
         self._skipped_in: Notes | None = None
@@ -86,28 +89,35 @@ class LoaderTap:
                 notes.popleft()
         if not notes:
             return None
-        return Handed(notes.popleft()[0], self._iteration, None, None, RandomState.capture())
+        return Handed(notes.popleft()[0], self._iteration, None, None, RandomState.capture(), goes_on=True)
 
     def iterate(self, batches: Iterator[Any]) -> Iterator[Any]:
         self._iteration += 1
         self._queue = deque()
-        return self._noting(batches, self.sampler.latest, self._queue, self._iteration)
+        pass_ = _Pass(batches, self.sampler.latest, self._queue, self._iteration)
+        weakref.finalize(pass_, self._on_gone, self._iteration).atexit = False
+        return pass_
 
-    def _noting(self, batches: Iterator[Any], notes: Notes, queue: deque[Handed], iteration: int) -> Iterator[Any]:
-        try:
-            for batch in batches:
-                if not notes:
-                    raise TrajectoryError(
-                        "the loader handed out a batch whose indices its sampler has not told; record with a plain "
-                        "torch.utils.data.DataLoader"
-                    )
-                indices, before = notes.popleft()
-                queue.append(Handed(indices, iteration, batch, before, RandomState.capture()))
-                yield batch
-        except BaseException as error:
-            if self._on_broken is not None:
-                self._on_broken(error)
-            raise
+
+class _Pass:
+    """An iterator that lives as long as somebody iterates; a generator's frame would end with its last batch."""
+
+    def __init__(self, batches: Iterator[Any], notes: Notes, queue: deque[Handed], iteration: int) -> None:
+        self._batches, self._notes, self._queue, self._iteration = batches, notes, queue, iteration
+
+    def __iter__(self) -> _Pass:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        if not self._notes:
+            raise TrajectoryError(
+                "the loader handed out a batch whose indices its sampler has not told; record with a plain "
+                "torch.utils.data.DataLoader"
+            )
+        indices, before = self._notes.popleft()
+        self._queue.append(Handed(indices, self._iteration, batch, before, RandomState.capture()))
+        return batch
 
 
 def _tapped(cls: type[DataLoader[Any]], tap: LoaderTap) -> type[DataLoader[Any]]:
