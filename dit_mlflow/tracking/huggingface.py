@@ -31,30 +31,29 @@ class TrajectoryCallback(TrainerCallback):
         trainer.train()
 
     The run is the active one (that of ``report_to="mlflow"``, say), or else a new one that ends with the training. The
-    samples of each step are read from the loader that the trainer really iterates, whatever samplers it or accelerate have
-    put there. Training comes out bit for bit as without.
+    samples of each step are read from the loader that the trainer really iterates, whatever samplers it or accelerate
+    have put there. Training comes out bit for bit as without.
 
     The workload for what was recorded:
 
     - ``model``: the trainer's model, built with ``attn_implementation="eager"`` in training already: other kernels draw
       other dropout masks, and cannot be differentiated twice;
-    - ``loss(model, batch)``: per sample, the *sum* over its labels (that are not -100) of the model's loss, for one label
-      per sample simply ``cross_entropy(logits, labels, reduction="none")``;
+    - ``loss(model, batch)``: per sample, the *sum* over its labels (that are not -100) of the model's loss, for one
+      label per sample simply ``cross_entropy(logits, labels, reduction="none")``;
     - ``collate_fn``: the trainer's ``data_collator``;
     - ``clip_grad_norm``: ``max_grad_norm`` of the training arguments, 1.0 unless changed;
     - ``coefficients``, ``accumulate``: not needed as long as the model itself computes the loss from ``labels``. The
       factor of each sample's loss depends on trainer and model, so it is measured and recorded (see
-      :class:`LossShare`). In transformers 5.23, with ``gradient_accumulation_steps`` or not, it is ``1 / N`` where the
-      model divides by ``num_items_in_batch`` (``N`` labels in the whole step: ``LlamaForCausalLM``), and ``1 / B`` where
-      the model takes that argument but averages over the ``B`` labels of its micro-batch all the same
+      :class:`~dit_mlflow.tracking.loss_share.LossShare`). In transformers 5.23 it is ``1 / N`` where the model divides
+      by ``num_items_in_batch`` (``N`` labels in the whole step: ``LlamaForCausalLM``), and ``1 / B`` where the model
+      takes that argument but averages over the ``B`` labels of its micro-batch all the same
       (``BertForSequenceClassification``, ``BertForMaskedLM``): the trainer then does not divide by the number of
-      micro-batches. Models without keyword arguments get ``1 / (B * A)`` for ``A`` micro-batches in the step, ``A`` being
-      smaller in the last of an epoch. With a
-      ``compute_loss_func``, label smoothing, or several labels per sample that are no class numbers, nothing is
-      recorded and the workload's ``coefficients`` count.
+      micro-batches. Models without keyword arguments get ``1 / (B * A)`` for ``A`` micro-batches in the step, ``A``
+      being smaller in the last of an epoch. With a ``compute_loss_func``, label smoothing, or several labels per sample
+      that are no class numbers, nothing is recorded and the workload's ``coefficients`` count.
 
-    The trainer draws batches ahead. A collator or dataset that draws random numbers (masking, augmentation) therefore needs
-    ``store_batches=True``; without, replay refuses the trajectory unless nothing else in the step is random.
+    The trainer draws batches ahead. A collator or dataset that draws random numbers (masking, augmentation) therefore
+    needs ``store_batches=True``; without, replay refuses the trajectory.
 
     If training fails, the trainer tells no callback. What was recorded is then closed as an incomplete trajectory when
     the frames of the trainer's loop go, which is as soon as the exception has been handled, and at the latest when

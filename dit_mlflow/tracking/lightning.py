@@ -41,8 +41,8 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
 
     - ``model``: the ``LightningModule`` (parameters are matched by name), or a factory of it;
     - ``loss(model, batch)``: what ``training_step`` returns, before the mean over the batch;
-    - ``accumulate``: the trainer's ``accumulate_grad_batches``. Lightning divides by it also in the last, shorter group of
-      an epoch, so that ``c_i = 1 / (B * accumulate)``, the default, holds for all;
+    - ``accumulate``: the trainer's ``accumulate_grad_batches``. Lightning divides by it also in the last, shorter group
+      of an epoch, so that ``c_i = 1 / (B * accumulate)``, the default, holds for all;
     - ``clip_grad_norm`` (or ``clip_grad_value``, with ``gradient_clip_algorithm="value"``): ``gradient_clip_val``.
 
     Random augmentation in the main process is replayed if nothing is drawn between the batch and its forward pass; in

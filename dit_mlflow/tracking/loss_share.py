@@ -39,12 +39,12 @@ class LossShare:
     trainer and model, and differs between versions, so it is measured:
 
     - ``f``, by which the trainer multiplies the model's loss, is the gradient that reaches it;
-    - whether the model divides by ``num_items_in_batch`` (labels in all micro-batches of the step) or by the labels of the
-      micro-batch is seen by one more forward pass with twice that number, once per training.
+    - whether the model divides by ``num_items_in_batch`` (labels in all micro-batches of the step) or by the labels of
+      the micro-batch is seen by one more forward pass with twice that number, once per training.
 
     Then ``c_i = f / items`` or ``c_i = f / labels of the micro-batch``. Nothing is known, and :meth:`take` gives
-    ``None``, where the model does not see the labels (label smoothing, ``compute_loss_func``), several labels per sample
-    are not class numbers, or a micro-batch takes several forward passes.
+    ``None``, where the model does not see the labels (label smoothing, ``compute_loss_func``), several labels per
+    sample are not class numbers, or a micro-batch takes several forward passes.
 
     Cost: a Python call per micro-batch, and that one forward pass.
     """

@@ -222,8 +222,8 @@ class TrajectoryRecorder:
         """For trainers with loaders of their own (see :class:`LoaderTap`): this batch is about to be used."""
         if handed.batch is None and (self._store_batches or (self._workload and self._workload.coefficients)):
             raise InputError(
-                "the tensors of this batch are not known, but store_batches or Workload.coefficients needs them; resume "
-                "training at the end of an epoch"
+                "the tensors of this batch are not known, but store_batches or Workload.coefficients needs them; "
+                "resume training at the end of an epoch"
             )
         if loader is not self._received_from:
             self._note_dataset(loader)
@@ -245,9 +245,7 @@ class TrajectoryRecorder:
 
     def weigh(self, coefficients: list[np.ndarray]) -> None:
         """Note the ``c_i`` of the batches of the step at hand, one array for each."""
-        self._drawn = [
-            drawn._replace(coefficients=part) for drawn, part in zip(self._drawn, coefficients, strict=True)
-        ]
+        self._drawn = [drawn._replace(coefficients=part) for drawn, part in zip(self._drawn, coefficients, strict=True)]
 
     def log(self, loss: float | Tensor) -> None:
         """Note the loss of the step at hand: the one whose batch was drawn last. Optional."""

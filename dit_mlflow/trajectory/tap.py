@@ -37,8 +37,8 @@ class Handed(NamedTuple):
 class LoaderTap:
     """Queues what a loader hands out, in place: whoever iterates the loader sees no difference.
 
-    The loader's (batch) sampler and class are replaced by ones that take notes, until :meth:`remove`. Samplers are asked
-    in the same order and number as without, and no random number is drawn here.
+    The loader's (batch) sampler and class are replaced by ones that take notes, until :meth:`remove`. Samplers are
+    asked in the same order and number as without, and no random number is drawn here.
 
     Args:
         loader: over a map-style dataset.

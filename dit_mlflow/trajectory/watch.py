@@ -117,13 +117,13 @@ def check_loader(loader: Any) -> None:
     """Raise :class:`InputError` if the loader's samples cannot be known by index."""
     if not isinstance(loader, DataLoader):
         raise InputError(
-            f"the training loader is a {type(loader).__name__}; expected a torch.utils.data.DataLoader, because the sample "
-            "indices are read from its sampler"
+            f"the training loader is a {type(loader).__name__}; expected a torch.utils.data.DataLoader, because the "
+            "sample indices are read from its sampler"
         )
     if isinstance(loader.dataset, IterableDataset):
         raise InputError(
-            f"the training loader is over {type(loader.dataset).__name__}, an iterable dataset: its samples have no indices, "
-            "so they cannot be drawn again; use a map-style dataset"
+            f"the training loader is over {type(loader.dataset).__name__}, an iterable dataset: its samples have no "
+            "indices, so they cannot be drawn again; use a map-style dataset"
         )
     if loader.num_workers > 0 and not getattr(loader, "in_order", True):
         raise InputError("recording needs batches in the order of the sampler; use in_order=True")

@@ -159,7 +159,8 @@ class TrajectoryWriter:
         except RuntimeError:  # The interpreter ends, and begins nothing in threads any more.
             done: Future[None] = Future()
             try:
-                done.set_result(self._write(segment, facts))
+                self._write(segment, facts)
+                done.set_result(None)
             except Exception as error:
                 done.set_exception(error)
             return done

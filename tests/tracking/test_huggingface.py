@@ -40,7 +40,13 @@ IMAGES, LABELS = load_digits(n_class=3, return_X_y=True)
 SAMPLES = 21
 """Micro-batches of 4: six an epoch, the last of 1. In groups of 4, the last group has two of them."""
 
-SIZE = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, max_position_embeddings=64)
+SIZE = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 64,
+}
 
 
 class Digits(Dataset[Any]):
@@ -87,7 +93,7 @@ def workload(**changes: Any) -> Workload:
 def fit(
     *callbacks: Any, model: Any = None, train_set: Any = None, resume: str | None = None, folder: Path, **changes: Any
 ) -> Any:
-    """A training with the trainer's defaults (clipping, AdamW, its sampler), warm-up, decay groups, and accumulation."""
+    """A training with the trainer's defaults (clipping, AdamW, its sampler), warm-up, decay groups, accumulation."""
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 4,
@@ -172,9 +178,9 @@ class Weighted(BertForSequenceClassification):
 
 def test_scores_are_derivatives_of_trainings_by_the_real_trainer(run_id: str, tmp_path: Path) -> None:
     fit(TrajectoryCallback(), model=bert().double(), folder=tmp_path)
-    found = track(
-        recorded_in(run_id), workload(model=lambda: bert().double()), [Window(0, 6)], queries=None
-    ).scores[0, 0]
+    found = track(recorded_in(run_id), workload(model=lambda: bert().double()), [Window(0, 6)], queries=None).scores[
+        0, 0
+    ]
     validation = torch.utils.data.default_collate(list(Digits(100, 116)))
 
     def retrained(sample: int, weight: float) -> float:
