@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -315,6 +317,15 @@ def test_averaged_weights_put_in_at_the_end_are_not_taken_for_the_last_state(
     assert not trajectory.complete
     assert "not by the recorded optimizer" in caplog.text
     assert trajectory.verify(workload()).max_drift < 1e-5
+
+
+def test_nothing_of_it_is_imported_before_it_is_asked_for() -> None:
+    code = (
+        "import mlflow, dit_mlflow, dit_mlflow.tracking, dit_mlflow.tracking.plugin, sys\n"
+        "print({'torch', 'lightning', 'pytorch_lightning', 'transformers', 'accelerate'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
 
 
 class Endless(IterableDataset[Any]):
