@@ -32,6 +32,7 @@ from dit_mlflow.trajectory.resuming import resuming_step
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import Hyperparameters, StepFields
 from dit_mlflow.trajectory.subject import Subject
+from dit_mlflow.trajectory.tap import Handed
 from dit_mlflow.trajectory.trajectory import Trajectory
 from dit_mlflow.trajectory.watch import Drawn, WatchedLoader
 from dit_mlflow.trajectory.workload import Workload, tensors_of
@@ -142,6 +143,8 @@ class TrajectoryRecorder:
         self._due: State | None = None
         self._last_state = 0
         self._epoch = -1
+        self._received_from: DataLoader[Any] | None = None
+        self._iteration: int | None = None
         self._loaders: dict[int, tuple[DataLoader[Any], WatchedLoader]] = {}
 
     @property
@@ -215,6 +218,35 @@ class TrajectoryRecorder:
             self._note_dataset(loader)
         return watched
 
+    def receive(self, loader: DataLoader[Any], handed: Handed) -> None:
+        """For trainers with loaders of their own (see :class:`LoaderTap`): this batch is about to be used."""
+        if handed.batch is None and (self._store_batches or (self._workload and self._workload.coefficients)):
+            raise InputError(
+                "the tensors of this batch are not known, but store_batches or Workload.coefficients needs them; "
+                "resume training at the end of an epoch"
+            )
+        if loader is not self._received_from:
+            self._note_dataset(loader)
+            self._received_from, self._iteration = loader, None
+        if handed.iteration != self._iteration:
+            self._iteration = handed.iteration
+            if self._epoch < 0 or not handed.goes_on:
+                self._begin_epoch()
+        now = RandomState.capture()
+        # Where other batches were drawn in between, the state before the draw does not lead to the forward pass.
+        before = handed.before if handed.before is not None and handed.after == now else now
+        self._add_batch(Drawn(handed.indices, self._epoch, before, handed.batch, now))
+
+    def take_back(self) -> None:
+        """Forget the batch drawn last, and only that: its gradient was not computed."""
+        if self._drawn:
+            self._drawn.pop()
+            self._tensors = self._tensors[: len(self._drawn)]
+
+    def weigh(self, coefficients: list[np.ndarray]) -> None:
+        """Note the ``c_i`` of the batches of the step at hand, one array for each."""
+        self._drawn = [drawn._replace(coefficients=part) for drawn, part in zip(self._drawn, coefficients, strict=True)]
+
     def log(self, loss: float | Tensor) -> None:
         """Note the loss of the step at hand: the one whose batch was drawn last. Optional."""
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
@@ -228,6 +260,8 @@ class TrajectoryRecorder:
 
         To be called where a loop saves itself to be resumed later, between two steps and after :meth:`log`.
         """
+        if self._last_state < self._num_steps:
+            self._changes.check(self._num_steps)
         self._store_state()
         self._settle(RandomState.capture())
         self._commit()
@@ -256,9 +290,9 @@ class TrajectoryRecorder:
                 "training goes on from step %d; the %d steps recorded after it are left out of the trajectory in %s",
                 *(step, begun.num_steps - step, begun.directory),
             )
-        self._writer.resume(begun.manifest, step)
-        self._num_steps = self._last_state = step
         self._epoch = begun.step(step - 1).epoch if step > 0 else -1
+        self._writer.resume(begun.manifest, step, self._epoch if step > 0 else None)
+        self._num_steps = self._last_state = step
 
     def _note_dataset(self, loader: DataLoader[Any]) -> None:
         dataset = loader.dataset
@@ -342,7 +376,7 @@ class TrajectoryRecorder:
         if self._store_batches:
             # Now: the loop may work in place on its batch. It need not be drawn again, only what follows it.
             self._tensors.append([tensor.detach().cpu().clone() for tensor in tensors_of(drawn.batch)])
-            drawn = drawn._replace(random_state=RandomState.capture())
+            drawn = drawn._replace(random_state=drawn.drawn or RandomState.capture())
         self._drawn.append(drawn)
 
     def _settle(self, state: RandomState) -> None:
@@ -367,6 +401,9 @@ class TrajectoryRecorder:
             self._last_state = self._num_steps
 
     def _coefficients(self) -> list[np.ndarray] | None:
+        known = [drawn.coefficients for drawn in self._drawn if drawn.coefficients is not None]
+        if len(known) == len(self._drawn) and (self._workload is None or self._workload.coefficients is None):
+            return known
         if self._workload is None:
             return None
         return [

@@ -91,12 +91,17 @@ class TrajectoryWriter:
         """
         self._write(Segment(0, states={0: initial}), self._facts(complete=False))
 
-    def resume(self, begun: Manifest, step: int) -> None:
-        """Go on with a trajectory from its checkpoint at ``step``, in place of :meth:`begin`."""
+    def resume(self, begun: Manifest, step: int, epoch: int | None) -> None:
+        """Go on with a trajectory from its checkpoint at ``step``, in place of :meth:`begin`.
+
+        Args:
+            epoch: that of the step before; ``None`` if there is none.
+        """
         self._folder.resume(begun, step)
         self.dataset, self.num_samples = begun.dataset, begun.num_samples
         self._num_steps = step
         self._epoch_ends = list(self._folder.manifest.epoch_ends)
+        self._epoch = epoch
         self._gathered = Segment(step)
 
     def add_step(self, step: StepFields, batches: Sequence[Sequence[Tensor]] = ()) -> None:
@@ -146,7 +151,19 @@ class TrajectoryWriter:
         if self.stopped:
             return
         segment, self._gathered = self._gathered, Segment(self._num_steps)
-        self._writing = segment, self._thread.submit(self._write, segment, self._facts(complete))
+        self._writing = segment, self._start(segment, self._facts(complete))
+
+    def _start(self, segment: Segment, facts: Mapping[str, Any]) -> Future[None]:
+        try:
+            return self._thread.submit(self._write, segment, facts)
+        except RuntimeError:  # The interpreter ends, and begins nothing in threads any more.
+            done: Future[None] = Future()
+            try:
+                self._write(segment, facts)
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+            return done
 
     def _await(self) -> None:
         if self._writing is None:
