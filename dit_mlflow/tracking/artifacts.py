@@ -15,18 +15,22 @@ from mlflow.exceptions import MlflowException
 
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.influence import Influence
-from dit_mlflow.tracking.names import INFLUENCE, TRAINING_RUN, TRAJECTORY
+from dit_mlflow.tracking.names import INFLUENCE, RECORDING, TRAINING_RUN, TRAJECTORY
 from dit_mlflow.tracking.remote import open_remote, reading, without_password
 from dit_mlflow.trajectory import Trajectory
+from dit_mlflow.trajectory.manifest import FILE_NAME
 
 
 def log_trajectory(trajectory: Trajectory | str | Path, run_id: str | None = None) -> None:
     """Log a trajectory, or the folder of one, as ``trajectory/`` of a run (default: the active one)."""
     if not isinstance(trajectory, Trajectory):
         trajectory = Trajectory.open(trajectory)
+    run_id = run_id or active_run_id()
     with trajectory.folder() as folder:
-        Trajectory.open(folder)
-        mlflow.log_artifacts(str(folder), TRAJECTORY, run_id=run_id)
+        # The manifest last: until it is there, the store has no trajectory, or the one before.
+        for name in (*trajectory.manifest.files, FILE_NAME):
+            mlflow.log_artifact(str(folder / name), TRAJECTORY, run_id=run_id)
+    MlflowClient().set_tag(run_id, RECORDING, "true")
 
 
 def load_trajectory(run_id: str) -> Trajectory:
@@ -40,7 +44,7 @@ def load_trajectory(run_id: str) -> Trajectory:
         TrajectoryError: the run has no trajectory, or it is damaged.
     """
     run = find_run(run_id)
-    if (local := _local_path(run.info.artifact_uri)) is None:
+    if (local := artifact_folder(run.info.artifact_uri)) is None:
         trajectory = open_remote(run)
     else:
         trajectory = Trajectory.open(local / TRAJECTORY) if (local / TRAJECTORY).is_dir() else None
@@ -76,6 +80,14 @@ def load_influence(run_id: str, folder: str = INFLUENCE) -> Influence:
         return Influence.load(found)
 
 
+def active_run_id() -> str:
+    """The active run's id; raises :class:`InputError` if there is none."""
+    run = mlflow.active_run()
+    if run is None:
+        raise InputError("no MLflow run is active; expected one (with mlflow.start_run(): ...) or a run_id")
+    return str(run.info.run_id)
+
+
 def find_run(run_id: str) -> Run:
     """The run, or an :class:`InputError` that says where it was looked for."""
     store = f"the tracking URI {without_password(mlflow.get_tracking_uri())}"
@@ -93,7 +105,7 @@ def find_run(run_id: str) -> Run:
         ) from error
 
 
-def _local_path(uri: str) -> Path | None:
+def artifact_folder(uri: str) -> Path | None:
     """The folder that an artifact URI means on this machine, if it is one."""
     parsed = urlparse(uri)
     if parsed.scheme == "file":

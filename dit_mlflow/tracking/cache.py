@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.trajectory.shards import sha256 as digest_of
 
 FOLDER = "DIT_MLFLOW_CACHE"
 """Environment variable: the folder in which the cache is, as ``dit-mlflow``. Default: the user's cache folder."""
@@ -82,7 +82,7 @@ class FileCache:
             raise TrajectoryError(f"{sha256[:80]!r} is not a SHA-256; record again")
         path = self.folder / sha256
         try:
-            if self.touch(path) and path.stat().st_size == size and sha256_of(path) == sha256:
+            if self.touch(path) and path.stat().st_size == size and digest_of(path) == sha256:
                 return path
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with TemporaryDirectory(dir=self.folder, prefix=_PART) as temporary:
@@ -127,19 +127,10 @@ class FileCache:
             total -= size
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file of any size, in little memory."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _check(path: Path, sha256: str, size: int) -> None:
     if path.stat().st_size != size:
         raise TrajectoryError(f"{path.stat().st_size} bytes arrived, recorded {size}; log the trajectory again")
-    if (found := sha256_of(path)) != sha256:
+    if (found := digest_of(path)) != sha256:
         raise TrajectoryError(f"SHA-256 {found[:12]}… arrived, recorded {sha256[:12]}…; log the trajectory again")
 
 

@@ -7,6 +7,8 @@ VERSION = "dit.version"
 COMMIT = "dit.commit"
 DIRTY = "dit.dirty"
 ERROR = "dit.error"
+RECORDING = "dit.trajectory"
+"""Set on runs that record, or have recorded, a trajectory."""
 UNDEFINED = "dit.undefined."
 """Prefix of tags that say why a metric is missing."""
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import mlflow
 from mlflow import ActiveRun, MlflowClient
+from mlflow.data.dataset import Dataset
 from mlflow.entities import Metric
 from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
@@ -57,13 +58,16 @@ def fail_project_run(run_id: str | None, kind: str, message: str) -> None:
     client.set_terminated(run_id, "FAILED")
 
 
-def log_metrics(metrics: Metrics) -> None:
-    """Log the values of ``metrics`` on the active run; a missing or infinite value becomes a tag that says why."""
+def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset | None = None) -> None:
+    """Log the values of ``metrics`` on the active run; a missing or infinite value becomes a tag that says why.
+
+    ``model_id``, ``dataset``: what they are of, so that MLflow shows them there too.
+    """
     finite = {name: value for name, value in metrics.values.items() if math.isfinite(value)}
     reasons = dict(metrics.undefined)
     reasons |= {name: f"the value is {v}" for name, v in metrics.values.items() if name not in finite}
     if finite:
-        mlflow.log_metrics(finite)
+        mlflow.log_metrics(finite, model_id=model_id, dataset=dataset)
     if reasons:
         mlflow.set_tags({UNDEFINED + name: reason for name, reason in reasons.items()})
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import mlflow
 import torch
+from mlflow import MlflowClient
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence.query import CHUNK
-from dit_mlflow.tracking.artifacts import log_trajectory
-from dit_mlflow.tracking.names import KIND
+from dit_mlflow.tracking.artifacts import load_trajectory
+from dit_mlflow.tracking.datasets import SampleSet, log_dataset, workload_source
+from dit_mlflow.tracking.models import log_model
+from dit_mlflow.tracking.names import KIND, TRAJECTORY
+from dit_mlflow.tracking.recording import record_trajectory
 from dit_mlflow.tracking.runs import log_metrics, log_series, project_run
-from dit_mlflow.trajectory import Trajectory, Workload, to_like, train
-from dit_mlflow.trajectory.manifest import FILE_NAME
+from dit_mlflow.trajectory import TrajectoryRecorder, Workload, to_like
+from dit_mlflow.trajectory.dataset import dataset_digest
+from dit_mlflow.trajectory.loop import train_recorded
 
 
 def run_training(
@@ -38,13 +43,8 @@ def run_training(
     Returns:
         The run's id. If training fails, the run is FAILED and holds what was recorded until then.
     """
-    with (
-        project_run(project_run_id, f"train {workload_title(workload)}", {KIND: "training"}),
-        TemporaryDirectory() as temporary,
-    ):
-        run = mlflow.active_run()
-        assert run is not None
-        folder = Path(temporary) / "trajectory"
+    with project_run(project_run_id, f"train {workload_title(workload)}", {KIND: "training"}) as run:
+        run_id = str(run.info.run_id)
         mlflow.log_params(
             {
                 **workload_params(workload),
@@ -53,22 +53,25 @@ def run_training(
                 "resolved.checkpoint_every": checkpoint_every,
             }
         )
+
+        def recording(model: nn.Module, optimizer: Optimizer) -> AbstractContextManager[TrajectoryRecorder]:
+            return record_trajectory(model, optimizer, workload, checkpoint_every=checkpoint_every)
+
         started = time.perf_counter()
         try:
-            trajectory = train(workload, folder, init_seed, order_seed, checkpoint_every)
+            model = train_recorded(workload, recording, init_seed, order_seed).eval()
         except BaseException:
-            # Whatever ended it, a termination too: the steps until then are worth keeping.
-            if (folder / FILE_NAME).is_file():
-                _log_recorded(Trajectory.open(folder))
+            # Whatever ended it, a termination too: the losses until then are worth keeping.
+            with suppress(Exception):
+                _log_losses(run_id)
             raise
-        seconds = time.perf_counter() - started
-        _log_recorded(trajectory)
-        mlflow.log_metric("cost/training_seconds", seconds)
-        model = trajectory.checkpoint(trajectory.num_steps).load_into(workload.build_model()).eval()
-        log_metrics(_scores(workload, model, workload.validation_set).prefixed("validation/"))
-        if workload.test_set is not None:
-            log_metrics(_scores(workload, model, workload.test_set).prefixed("test/"))
-        return str(run.info.run_id)
+        _log_losses(run_id)
+        mlflow.log_metric("cost/training_seconds", time.perf_counter() - started)
+        model_id = log_model(model, workload)
+        for context, dataset in (("validation", workload.validation_set), ("test", workload.test_set)):
+            if dataset is not None:
+                _log_scores(run_id, model_id, workload, model, dataset, context)
+        return run_id
 
 
 def workload_title(workload: Workload) -> str:
@@ -85,9 +88,22 @@ def workload_params(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _log_recorded(trajectory: Trajectory) -> None:
+def _log_losses(run_id: str) -> None:
+    if not MlflowClient().list_artifacts(run_id, TRAJECTORY):
+        return
+    trajectory = load_trajectory(run_id)
     log_series("training/loss", [trajectory.step(t).loss for t in range(trajectory.num_steps)])
-    log_trajectory(trajectory)
+
+
+def _log_scores(
+    run_id: str, model_id: str | None, workload: Workload, model: nn.Module, dataset: Dataset[Any], context: str
+) -> None:
+    """Log a data set as input of the run, and the model's scores on it."""
+    source = workload_source(workload)
+    size = len(dataset)  # type: ignore[arg-type]
+    described = SampleSet(source.get("workload", context), dataset_digest(dataset), size, source)
+    log_dataset(run_id, described, context)
+    log_metrics(_scores(workload, model, dataset).prefixed(f"{context}/"), model_id, described)
 
 
 def _scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> Metrics:

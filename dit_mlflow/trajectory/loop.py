@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dit_mlflow.errors import TrainingError, WorkloadError
+from dit_mlflow.errors import TrainingError, TrajectoryError, WorkloadError
 from dit_mlflow.trajectory.random_state import preserved_random_state
 from dit_mlflow.trajectory.recorder import TrajectoryRecorder
 from dit_mlflow.trajectory.trajectory import Trajectory
@@ -43,6 +46,28 @@ def train(
         WorkloadError: the workload lacks what training needs.
         TrainingError: a loss is not finite. The steps before are kept, as an incomplete trajectory.
     """
+    train_recorded(
+        workload,
+        lambda model, optimizer: TrajectoryRecorder(model, optimizer, directory, workload, checkpoint_every),
+        init_seed,
+        order_seed,
+        max_steps,
+    )
+    return Trajectory.open(directory)
+
+
+def train_recorded(
+    workload: Workload,
+    recording: Callable[[nn.Module, Optimizer], AbstractContextManager[TrajectoryRecorder]],
+    init_seed: int = 0,
+    order_seed: int = 0,
+    max_steps: int | None = None,
+) -> nn.Module:
+    """:func:`train` with a recorder of the caller's; returns the trained model.
+
+    Raises:
+        TrajectoryError: the trajectory could not be written; the training was made to its end.
+    """
     plan = workload.plan
     assert workload.optimizer is not None
     with preserved_random_state():
@@ -62,7 +87,7 @@ def train(
         )
         torch.manual_seed(order_seed)
         with (
-            TrajectoryRecorder(model, optimizer, directory, workload, checkpoint_every) as recorder,
+            recording(model, optimizer) as recorder,
             tqdm(total=plan.num_steps, desc="training", unit="step", disable=None) as progress,
         ):
             for epoch in range(len(plan.epoch_ends)):
@@ -91,7 +116,12 @@ def train(
                     progress.update()
                     if recorder.num_steps == max_steps:
                         break
-    return Trajectory.open(directory)
+    if recorder.failure is not None:
+        raise TrajectoryError(
+            f"the trajectory could not be written to {recorder.directory}: {recorder.failure}; what is there ends "
+            "earlier than training did"
+        ) from recorder.failure
+    return model
 
 
 def _backward(workload: Workload, model: nn.Module, batch: Batch, position: int) -> float:

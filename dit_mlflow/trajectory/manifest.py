@@ -64,10 +64,15 @@ class StepsFile(_Part):
 
 
 class CheckpointEntry(_Part):
-    """Where ``s_step`` is stored; ``scalars`` are the optimizer's plain numbers by parameter name."""
+    """Where ``s_step`` is stored.
+
+    ``files`` hold its tensors; ``unchanged`` names those that are stored with an earlier checkpoint, by its step;
+    ``scalars`` are the optimizer's plain numbers by parameter name.
+    """
 
     step: NonNegativeInt
-    file: FileName
+    files: tuple[FileName, ...]
+    unchanged: dict[NonNegativeInt, tuple[str, ...]] = Field(default_factory=dict)
     scalars: dict[str, dict[str, int | float | bool | None]] = Field(default_factory=dict)
 
 
@@ -88,7 +93,7 @@ class Manifest(_Part):
     the order of :func:`dit_mlflow.trajectory.workload.tensors_of`.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     complete: bool
     num_steps: NonNegativeInt
     num_samples: NonNegativeInt | None
@@ -126,16 +131,40 @@ class Manifest(_Part):
         manifest._check(path)
         return manifest
 
-    def write(self, directory: Path) -> None:
-        """Replace ``directory/manifest.json`` in one step: readers see the old file or the new one."""
+    def encode(self) -> bytes:
+        """The content of ``manifest.json``; raises :class:`WorkloadError` for settings that JSON cannot hold."""
         try:
-            content = json.dumps(self.model_dump(mode="json"), indent=1)
+            return json.dumps(self.model_dump(mode="json"), indent=1).encode()
         except (PydanticSerializationError, TypeError) as error:
             raise WorkloadError(
                 f"a setting of the workload or the optimizer cannot be stored as JSON: {error}; use numbers, strings, "
                 "lists and dicts as settings"
             ) from error
-        write_atomically(directory / FILE_NAME, content.encode())
+
+    def until(self, step: int) -> Manifest:
+        """What is left if training went on from the checkpoint at ``step``, and all that came after did not happen."""
+
+        def cut(parts: tuple[StepsFile, ...]) -> tuple[StepsFile, ...]:
+            kept = [part for part in parts if part.start < step]
+            return tuple(part.model_copy(update={"stop": min(part.stop, step)}) for part in kept)
+
+        left = self.model_copy(
+            update={
+                "complete": False,
+                "num_steps": step,
+                "epoch_ends": (*(end for end in self.epoch_ends if end < step), *([step] if step else [])),
+                "steps": cut(self.steps),
+                "checkpoints": tuple(entry for entry in self.checkpoints if entry.step <= step),
+                "batches": None if self.batches is None else cut(self.batches),
+            }
+        )
+        used = left._used()
+        return left.model_copy(update={"files": {name: entry for name, entry in self.files.items() if name in used}})
+
+    def _used(self) -> set[str]:
+        """The names of all files that steps, checkpoints and batches are in."""
+        parts = (*self.steps, *(self.batches or ()))
+        return {part.file for part in parts} | {name for entry in self.checkpoints for name in entry.files}
 
     def digest(self) -> str:
         """SHA-256 over the hashes of all files: the same trajectory has the same digest anywhere."""
@@ -155,15 +184,16 @@ class Manifest(_Part):
         at = [entry.step for entry in self.checkpoints]
         need(at == sorted(set(at)), "checkpoints are not in order")
         need(at[:1] == [0] and at[-1] <= self.num_steps, "checkpoints must start at step 0 and end by the last")
+        earlier: set[int] = set()
+        for entry in self.checkpoints:
+            need(entry.unchanged.keys() <= earlier, f"checkpoint {entry.step} refers to one that is not before it")
+            earlier.add(entry.step)
         stored = 0
         for part in self.batches or ():
             need(part.start == stored < part.stop, f"batches {part.start} … {part.stop} after step {stored}")
             stored = part.stop
         need(self.batches is None or stored == self.num_steps, f"batches of {stored} steps are stored")
-        named = {part.file for part in (*self.steps, *(self.batches or ()))} | {
-            entry.file for entry in self.checkpoints
-        }
-        need(named <= set(self.files), "a file is used but not listed")
+        need(self._used() <= set(self.files), "a file is used but not listed")
         held = [name for group in self.optimizer.groups for name in group]
         need(set(held) <= set(self.model.parameters), "the optimizer holds parameters the model lacks")
         need(len(held) == len(set(held)), "a parameter is in two groups")
@@ -172,8 +202,12 @@ class Manifest(_Part):
 def write_atomically(path: Path, content: bytes) -> FileEntry:
     """Write through a temporary file and a rename, synced to disk; returns hash and size."""
     temporary = temporary_path(path)
-    temporary.write_bytes(content)
-    put_in_place(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        put_in_place(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
 
 
@@ -187,6 +221,13 @@ def put_in_place(temporary: Path, path: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+    if os.name != "nt":
+        # The name is synced as well, so that a power cut does not leave a manifest of files that are not there.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def library_versions() -> dict[str, str]:

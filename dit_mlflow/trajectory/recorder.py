@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.trajectory.dataset import dataset_digest, is_inert
+from dit_mlflow.trajectory.folder import Written, check_new
 from dit_mlflow.trajectory.guards import (
     AutocastCheck,
     ChangeCheck,
@@ -24,18 +25,20 @@ from dit_mlflow.trajectory.guards import (
     check_model,
     check_scaler,
     is_skipped,
-    missing_gradients,
 )
-from dit_mlflow.trajectory.manifest import ModelLayout, OptimizerLayout, TensorLayout, WorkloadReference
-from dit_mlflow.trajectory.optimizers import describe_optimizer, optimizer_state
+from dit_mlflow.trajectory.manifest import FILE_NAME, WorkloadReference
 from dit_mlflow.trajectory.random_state import RandomState, preserved_random_state
+from dit_mlflow.trajectory.resuming import resuming_step
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import Hyperparameters, StepFields
+from dit_mlflow.trajectory.subject import Subject
 from dit_mlflow.trajectory.trajectory import Trajectory
 from dit_mlflow.trajectory.watch import Drawn, WatchedLoader
 from dit_mlflow.trajectory.workload import Workload, tensors_of
-from dit_mlflow.trajectory.wrappers import plain_name, unwrapped
+from dit_mlflow.trajectory.wrappers import unwrapped
 from dit_mlflow.trajectory.writer import TrajectoryWriter
+
+logger = logging.getLogger(__name__)
 
 
 class TrajectoryRecorder:
@@ -58,7 +61,7 @@ class TrajectoryRecorder:
         model: the module in training. Compiled ones and those in ``DataParallel`` or (in one process)
             ``DistributedDataParallel`` are recorded as what they wrap.
         optimizer: one of the supported ``torch.optim`` classes, over parameters of ``model``.
-        directory: a new folder.
+        directory: a new folder, or with ``resume`` that of a trajectory.
         workload: what the loop does, if at hand; its reference and coefficients are then recorded too, and the first
             step is replayed from it before the second is made.
         checkpoint_every: ``"sqrt"`` stores ``s_t`` at ``t = 0, 1, 4, 9, … k*k …`` and at the end, about
@@ -73,10 +76,20 @@ class TrajectoryRecorder:
             processes, a dataset with a generator of its own. They take as much space as the batches themselves (64
             images of 28 x 28 in float32: 200 KB per step), once for every epoch. The dataset is still asked for one
             batch of the same samples, whose containers are filled with the stored tensors.
+        resume: go on with the trajectory in ``directory``, if there is one (or with the one given, in a folder of its
+            own), from where model and optimizer are when the ``with`` block is entered: the last stored state that is
+            theirs bit for bit. What was recorded after that state is left out. Loops that save themselves to be resumed
+            call :meth:`checkpoint` beside.
+        on_written: told, from another thread, what has been written to the folder.
+
+    A folder that cannot be written any more (a full disk) does not stop training: it is logged once and kept in
+    :attr:`failure`, and the folder holds what could be saved.
 
     Raises:
         InputError: ``checkpoint_every`` is none of these.
-        TrajectoryError: the folder already holds a trajectory, or the optimizer is over another model. From a step in
+        OSError: the folder cannot be written when the block is entered.
+        TrajectoryError: the folder already holds a trajectory, the optimizer is over another model, or the trajectory
+            to be resumed is of another model or was never where the model is now. From a step in
             training: its samples are not known, something else than the optimizer changed parameters, or the workload
             does not replay the first step.
         UnsupportedError: the optimizer's step cannot be differentiated, several processes train, or, without
@@ -95,26 +108,30 @@ class TrajectoryRecorder:
         *,
         low_precision: bool = False,
         store_batches: bool = False,
+        resume: bool | Trajectory = False,
+        on_written: Callable[[Written], None] | None = None,
     ) -> None:
         self._is_checkpoint = _checkpoint_rule(checkpoint_every)
-        self._given, self._model = model, unwrapped(model)
-        check_model(self._model, low_precision)
+        check_model(unwrapped(model), low_precision)
+        self._model = model
+        self._subject = Subject(model, optimizer)
+        if not resume:
+            check_new(Path(directory))
         self._low_precision = low_precision
         self._store_batches = store_batches
         self._tensors: list[list[Tensor]] = []
         self._optimizer = optimizer
         self._workload = workload
-        self._parameters = {plain_name(name): value for name, value in self._model.named_parameters()}
-        self._modules = {plain_name(name): module for name, module in self._model.named_modules()}
-        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
-        self._held = {name for group in self._describe_optimizer().groups for name in group}
         reference = None
         if workload is not None and workload.reference is not None:
             reference = WorkloadReference(reference=workload.reference, settings=dict(workload.settings))
-        self._writer = TrajectoryWriter(Path(directory), self._describe_model(), self._describe_optimizer(), reference)
+        self._writer = TrajectoryWriter(
+            Path(directory), self._subject.model_layout, self._subject.optimizer_layout, reference, on_written
+        )
+        self._resume = resume
         self._groups = Groups(optimizer)
         self._settings: tuple[Hyperparameters, ...] = ()
-        self._changes = ChangeCheck(self._parameters)
+        self._changes = ChangeCheck(self._subject.parameters)
         self._dataset: Dataset[Any] | None = None
         self._drawn: list[Drawn] = []
         self._loss: float | None = None
@@ -123,6 +140,7 @@ class TrajectoryRecorder:
         self._row_tensors: list[list[Tensor]] = []
         self._row_begins: RandomState | None = None
         self._due: State | None = None
+        self._last_state = 0
         self._epoch = -1
         self._loaders: dict[int, tuple[DataLoader[Any], WatchedLoader]] = {}
 
@@ -135,20 +153,39 @@ class TrajectoryRecorder:
         """Steps recorded so far."""
         return self._num_steps
 
+    @property
+    def dataset(self) -> Dataset[Any] | None:
+        """The training set, once a loader is watched."""
+        return self._dataset
+
+    @property
+    def dataset_digest(self) -> str | None:
+        """Its digest as recorded; known at the end of the block, for some data sets before."""
+        return self._writer.dataset
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the record could not be written when it was last tried; ``None`` if it could."""
+        return self._writer.failure
+
     def __enter__(self) -> TrajectoryRecorder:
-        initial = self._snapshot()
-        # Written now, so that what cannot be stored is refused before training, and a killed run leaves its start.
-        self._writer.add_checkpoint(0, initial)
-        self._writer.flush()
-        self._changes.note(initial.parameters)
+        now = self._subject.snapshot()
+        begun = self._resume if isinstance(self._resume, Trajectory) else None
+        if self._resume is True and (self.directory / FILE_NAME).is_file():
+            begun = Trajectory.open(self.directory)
+        if begun is None:
+            self._writer.begin(now)
+        else:
+            self._go_on_with(begun, now)
+        self._changes.note(now.parameters)
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
         ]
         self._autocast_hooks = []
         if not self._low_precision:
-            check = AutocastCheck(next(iter(self._parameters.values())).device.type)
-            self._autocast_hooks = [module.register_forward_pre_hook(check) for module in self._given.modules()]
+            check = AutocastCheck(next(iter(self._subject.parameters.values())).device.type)
+            self._autocast_hooks = [module.register_forward_pre_hook(check) for module in self._model.modules()]
         return self
 
     def __exit__(
@@ -156,13 +193,14 @@ class TrajectoryRecorder:
     ) -> None:
         for hook in [*self._hooks, *self._autocast_hooks]:
             hook.remove()
-        if kind is None and self._due is None and self.num_steps > 0:
-            self._due = self._snapshot()
+        if kind is None:
+            self._store_state()
         self._settle(RandomState.capture())
         self._commit()
         if self._writer.dataset is None and self._dataset is not None:
             self._writer.dataset = dataset_digest(self._dataset)
         self._writer.flush(complete=kind is None)
+        self._writer.close()
 
     def watch(self, loader: DataLoader[Any]) -> WatchedLoader:
         """An iterable over the loader's own batches that tells the recorder which samples they hold.
@@ -185,6 +223,16 @@ class TrajectoryRecorder:
         else:
             self._row["loss"] = value
 
+    def checkpoint(self) -> None:
+        """Store the present state, and have all that is recorded on disk before this returns.
+
+        To be called where a loop saves itself to be resumed later, between two steps and after :meth:`log`.
+        """
+        self._store_state()
+        self._settle(RandomState.capture())
+        self._commit()
+        self._writer.flush()
+
     def discard(self) -> None:
         """Forget the batches drawn since the last step, which the loop will not use.
 
@@ -194,6 +242,23 @@ class TrajectoryRecorder:
         self._drawn.clear()
         self._tensors = []
         self._loss = None
+
+    def _go_on_with(self, begun: Trajectory, now: State) -> None:
+        """Continue a trajectory from the last of its states that is the present one."""
+        step = resuming_step(begun, now, self._subject)
+        stored = begun.manifest.batches is not None
+        if step > 0 and stored != self._store_batches:
+            raise InputError(
+                f"store_batches={self._store_batches}, but the trajectory that is continued was recorded with {stored}"
+            )
+        if step < begun.num_steps:
+            logger.warning(
+                "training goes on from step %d; the %d steps recorded after it are left out of the trajectory in %s",
+                *(step, begun.num_steps - step, begun.directory),
+            )
+        self._writer.resume(begun.manifest, step)
+        self._num_steps = self._last_state = step
+        self._epoch = begun.step(step - 1).epoch if step > 0 else -1
 
     def _note_dataset(self, loader: DataLoader[Any]) -> None:
         dataset = loader.dataset
@@ -207,7 +272,13 @@ class TrajectoryRecorder:
         another = self._dataset is not None and self._dataset is not dataset
         if another and (digest is None or digest != self._writer.dataset):
             raise InputError("watch() was given a second dataset; a trajectory has one training set")
-        self._dataset, self._writer.num_samples, self._writer.dataset = dataset, size, digest
+        recorded, known = self._writer.dataset, self._writer.num_samples
+        if (known or size) != size or (digest and recorded and digest != recorded):
+            raise InputError(
+                f"watch() was given another dataset than the trajectory that is continued was recorded on ({size} "
+                f"samples, {known} recorded); resume with the same one, or record into a new folder"
+            )
+        self._dataset, self._writer.num_samples, self._writer.dataset = dataset, size, digest or recorded
 
     def _begin_epoch(self) -> int:
         self._epoch += 1
@@ -241,7 +312,7 @@ class TrajectoryRecorder:
         drawn = self._drawn
         if not drawn:
             return
-        absent, zero = missing_gradients(self._parameters, self._held)
+        absent, zero = self._subject.missing_gradients()
         self._row = {
             "index": self._num_steps,
             "epoch": drawn[-1].epoch,
@@ -250,7 +321,7 @@ class TrajectoryRecorder:
             "hyperparameters": self._settings,
             "loss": self._loss,
             "random_states": [a.random_state.used_since(b.random_state) for a, b in pairwise(drawn)],
-            "evaluation_mode": [name for name, module in self._modules.items() if not module.training],
+            "evaluation_mode": self._subject.in_evaluation_mode(),
             "no_gradient": absent,
             "zero_gradient": zero,
         }
@@ -263,7 +334,7 @@ class TrajectoryRecorder:
         while self._autocast_hooks:
             self._autocast_hooks.pop().remove()
         if self._is_checkpoint(self._num_steps):
-            self._due = self._snapshot()
+            self._store_state()
         self._changes.note(None if self._due is None else self._due.parameters)
 
     def _add_batch(self, drawn: Drawn) -> None:
@@ -289,6 +360,12 @@ class TrajectoryRecorder:
             self._writer.add_checkpoint(self._num_steps, self._due)
             self._due = None
 
+    def _store_state(self) -> None:
+        """Take the state after the last step, unless it is stored."""
+        if self._last_state < self._num_steps and not self._writer.stopped:
+            self._due = self._subject.snapshot()
+            self._last_state = self._num_steps
+
     def _coefficients(self) -> list[np.ndarray] | None:
         if self._workload is None:
             return None
@@ -296,29 +373,6 @@ class TrajectoryRecorder:
             self._workload.batch_coefficients(drawn.batch, len(drawn.indices)).double().cpu().numpy()
             for drawn in self._drawn
         ]
-
-    def _snapshot(self) -> State:
-        buffers = {plain_name(name): value for name, value in self._model.named_buffers()}
-        state = State(dict(self._parameters), buffers).map(lambda value: value.detach().clone())
-        state.optimizer.update(optimizer_state(self._optimizer, self._names))
-        return state.to(torch.device("cpu"))
-
-    def _describe_optimizer(self) -> OptimizerLayout:
-        layout = describe_optimizer(self._optimizer, self._model)
-        groups = tuple(tuple(map(plain_name, group)) for group in layout.groups)
-        return layout.model_copy(update={"groups": groups})
-
-    def _describe_model(self) -> ModelLayout:
-        def layouts(tensors: Mapping[str, Tensor]) -> dict[str, TensorLayout]:
-            return {
-                name: TensorLayout(shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."))
-                for name, value in tensors.items()
-            }
-
-        buffers = {plain_name(name): value for name, value in self._model.named_buffers()}
-        return ModelLayout(
-            name=type(self._model).__name__, parameters=layouts(self._parameters), buffers=layouts(buffers)
-        )
 
 
 def _checkpoint_rule(every: str | int) -> Callable[[int], bool]:

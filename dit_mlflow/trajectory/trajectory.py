@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,20 +9,19 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest
+from dit_mlflow.trajectory.shards import Shard, sha256, unflatten
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import SCHEMA, Step
 from dit_mlflow.trajectory.workload import Workload
-from dit_mlflow.trajectory.writer import unflatten
 
 if TYPE_CHECKING:
     from dit_mlflow.trajectory.replay import Replay
@@ -62,7 +60,7 @@ class Trajectory:
         self._fetch = fetch
         self._verified: set[str] = set()
         self._read_steps = lru_cache(maxsize=8)(self._read_steps_file)
-        self._open_shard = lru_cache(maxsize=4)(_open_shard)
+        self._open_shard = lru_cache(maxsize=4)(Shard)
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "incomplete"
@@ -130,11 +128,17 @@ class Trajectory:
     def checkpoint(self, t: int) -> State:
         """The stored state ``s_t``; ``t`` is one of :attr:`checkpoint_steps`."""
         entry = self._checkpoints[t]
-        tensors = self._stored_at(t, entry.file)
+        tensors: dict[str, Tensor] = {}
+        for name in entry.files:
+            tensors |= self._shard(name).tensors(t)
+        for home, keys in entry.unchanged.items():
+            for name in self._checkpoints[home].files:
+                shard = self._shard(name)
+                tensors |= {key: shard.tensor(home, key) for key in keys if shard.holds(home, key)}
         state = unflatten(tensors, entry.scalars)
         for name, layout in self.manifest.model.parameters.items():
             if name not in state.parameters or tuple(state.parameters[name].shape) != layout.shape:
-                raise TrajectoryError(f"{entry.file}, step {t}: parameter {name!r} is missing or has another shape")
+                raise TrajectoryError(f"{self.directory}, step {t}: parameter {name!r} is missing or has another shape")
         return state
 
     def batches(self, t: int) -> list[list[Tensor]] | None:
@@ -142,21 +146,14 @@ class Trajectory:
         if self.manifest.batches is None:
             return None
         part = next(part for part in self.manifest.batches if part.start <= t < part.stop)
-        tensors = self._stored_at(t, part.file)
+        tensors = self._shard(part.file).tensors(t)
         batches: list[list[Tensor]] = [[] for _ in self.step(t).indices]
         for key in sorted(tensors, key=lambda key: tuple(map(int, key.split("/")))):
             batches[int(key.partition("/")[0])].append(tensors[key])
         return batches
 
-    def _stored_at(self, t: int, name: str) -> dict[str, Tensor]:
-        """What a shard holds of step ``t``."""
-        path = self._checked(name)
-        try:
-            file, keys = self._open_shard(path)
-            # What an open shard hands out twice is the same memory.
-            return {key: file.get_tensor(f"{t}/{key}").clone() for key in keys.get(t, ())}
-        except SafetensorError as error:
-            raise TrajectoryError(f"{path} is not a readable shard: {error}") from error
+    def _shard(self, name: str) -> Shard:
+        return self._open_shard(self._checked(name))
 
     def states(self, workload: Workload, a: int, b: int, dtype: torch.dtype | None = None) -> Iterator[State]:
         """Yield ``s_a, …, s_b`` (both ends included), rebuilt by replay from the checkpoint before ``a``.
@@ -227,7 +224,7 @@ class Trajectory:
         path = self.directory / name
         if name not in self._verified:
             entry = self.manifest.files[name]
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = sha256(path)
             if digest != entry.sha256:
                 raise TrajectoryError(
                     f"{path} is damaged: SHA-256 {digest[:12]}…, recorded {entry.sha256[:12]}…; restore it "
@@ -235,13 +232,3 @@ class Trajectory:
                 )
             self._verified.add(name)
         return path
-
-
-def _open_shard(path: Path) -> tuple[Any, dict[int, list[str]]]:
-    """A checkpoint shard, opened, and the names of its tensors by step."""
-    file = safe_open(path, framework="pt")
-    names: dict[int, list[str]] = {}
-    for key in file.keys():  # noqa: SIM118  (not a dict)
-        step, _, name = key.partition("/")
-        names.setdefault(int(step), []).append(name)
-    return file, names

@@ -1,50 +1,47 @@
-"""Append to a trajectory folder, segment by segment."""
+"""Append to a trajectory folder, segment by segment, beside the training."""
 
 from __future__ import annotations
 
-import hashlib
-import io
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dit_mlflow.errors import TrajectoryError, UnsupportedError
-from dit_mlflow.trajectory.manifest import (
-    FILE_NAME,
-    CheckpointEntry,
-    FileEntry,
-    Manifest,
-    ModelLayout,
-    OptimizerLayout,
-    StepsFile,
-    WorkloadReference,
-    library_versions,
-    put_in_place,
-    temporary_path,
-    write_atomically,
-)
+from dit_mlflow.trajectory.folder import Segment, TrajectoryFolder, Written
+from dit_mlflow.trajectory.manifest import Manifest, ModelLayout, OptimizerLayout, WorkloadReference, library_versions
 from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step import StepFields, to_table
+from dit_mlflow.trajectory.step import StepFields
 
 FLUSH_BYTES = 16 * 2**20
 """Segments are held back until their checkpoints reach this size, so that files are few and large, …"""
 FLUSH_SECONDS = 10.0
 """… or until this long after the last file was written, so that a crash loses little."""
+UNWRITTEN_BYTES = 256 * 2**20
+"""When a disk takes no more, so much is kept for it to come back, before recording stops."""
+
+logger = logging.getLogger(__name__)
 
 
 class TrajectoryWriter:
     """Writes one trajectory; not for several processes at once.
 
-    A segment is the steps between two checkpoints. Segments, and the steps of an unfinished one, are gathered into one
-    checkpoint shard and one ``steps-NNNNN.parquet``; the manifest is replaced after both are on disk, so that at any
-    moment the folder holds a trajectory that opens.
+    A segment is the steps between two checkpoints. Segments, and the steps of an unfinished one, are gathered into
+    checkpoint shards and one ``steps-NNNNN.parquet``; the manifest is replaced after they are on disk, so that at any
+    moment the folder holds a trajectory that opens. Files are written in a thread of their own, one gathering after the
+    other: training waits only where the disk is slower than it is.
+
+    A disk that fails does not stop training: the loss is logged once, what was gathered is tried again with what comes
+    after, and when that exceeds :data:`UNWRITTEN_BYTES`, recording stops.
+
+    Attributes:
+        dataset, num_samples: for the manifest, when they are known.
+        failure: why the last attempt to write failed; ``None`` if it did not.
+        stopped: whether recording was given up.
     """
 
     def __init__(
@@ -53,149 +50,149 @@ class TrajectoryWriter:
         model: ModelLayout,
         optimizer: OptimizerLayout,
         workload: WorkloadReference | None,
+        on_written: Callable[[Written], None] | None = None,
     ) -> None:
-        if (directory / FILE_NAME).exists():
-            raise TrajectoryError(
-                f"{directory} already holds a trajectory; record into a new folder (nothing was overwritten)"
-            )
-        directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.dataset: str | None = None
         self.num_samples: int | None = None
-        self._model, self._optimizer, self._workload = model, optimizer, workload
-        self._steps: list[StepsFile] = []
-        self._checkpoints: list[CheckpointEntry] = []
-        self._files: dict[str, FileEntry] = {}
-        self._epochs: list[int] = []
-        self._rows: list[StepFields] = []
-        self._states: dict[int, State] = {}
-        self._batches: dict[int, Sequence[Sequence[Tensor]]] = {}
-        self._batch_files: list[StepsFile] = []
-        self._held_back = 0
-        self._versions = library_versions()
+        self.failure: BaseException | None = None
+        self.stopped = False
+        empty = Manifest(
+            complete=False,
+            num_steps=0,
+            num_samples=None,
+            epoch_ends=(),
+            model=model,
+            optimizer=optimizer,
+            steps=(),
+            checkpoints=(),
+            files={},
+            workload=workload,
+            dataset=None,
+            versions=library_versions(),
+            threads=torch.get_num_threads(),
+        )
+        self._folder = TrajectoryFolder(directory, empty)
+        self._num_steps = 0
+        self._epoch: int | None = None
+        self._epoch_ends: list[int] = []
+        self._gathered = Segment(0)
+        self._on_written = on_written
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dit-mlflow-writer")
+        self._writing: tuple[Segment, Future[None]] | None = None
         self._last_flush = time.monotonic()
+
+    def begin(self, initial: State) -> None:
+        """Write ``s_0``: what cannot be stored is known before training, and a killed run leaves its start.
+
+        Raises:
+            UnsupportedError: a tensor that cannot be stored.
+            OSError: the folder cannot be written.
+        """
+        self._write(Segment(0, states={0: initial}), self._facts(complete=False))
+
+    def resume(self, begun: Manifest, step: int) -> None:
+        """Go on with a trajectory from its checkpoint at ``step``, in place of :meth:`begin`."""
+        self._folder.resume(begun, step)
+        self.dataset, self.num_samples = begun.dataset, begun.num_samples
+        self._num_steps = step
+        self._epoch_ends = list(self._folder.manifest.epoch_ends)
+        self._gathered = Segment(step)
 
     def add_step(self, step: StepFields, batches: Sequence[Sequence[Tensor]] = ()) -> None:
         """Keep the record of the next step, and the tensors of its micro-batches if they are to be stored."""
+        if self.stopped:
+            return
+        gathered = self._gathered
         if batches:
-            self._batches[len(self._epochs)] = batches
-            self._held_back += sum(tensor.nbytes for batch in batches for tensor in batch)
-        self._rows.append(step)
-        self._epochs.append(step["epoch"])
+            gathered.batches[self._num_steps] = batches
+            gathered.nbytes += sum(tensor.nbytes for batch in batches for tensor in batch)
+        gathered.rows.append(step)
+        gathered.nbytes += _row_bytes(step)
+        self._num_steps += 1
+        if step["epoch"] != self._epoch:
+            self._epoch = step["epoch"]
+            self._epoch_ends.append(0)
+        self._epoch_ends[-1] = self._num_steps
         self._flush_if_due()
 
     def add_checkpoint(self, step: int, state: State) -> None:
-        """Keep ``s_step`` (the caller gives it away); written when the segments held back are large or old."""
-        self._states[step] = state
-        self._held_back += state.nbytes
+        """Keep ``s_step`` (the caller gives it away); written when what is held back is large or old."""
+        if self.stopped:
+            return
+        self._gathered.states[step] = state
+        self._gathered.nbytes += state.nbytes
         self._flush_if_due()
 
     def flush(self, complete: bool = False) -> None:
-        """Write what is held back, then the manifest."""
-        number = len(self._files)
-        if self._states:
-            self._write_checkpoints(f"checkpoints-{number:05d}.safetensors")
-        if self._batches:
-            self._write_batches(f"batches-{number:05d}.safetensors")
-        if self._rows:
-            self._write_steps(f"steps-{number:05d}.parquet")
-        self._held_back = 0
-        self._manifest(complete).write(self.directory)
-        self._last_flush = time.monotonic()
+        """Write what is held back, and wait for it. A failure is logged, not raised."""
+        self._hand_over(complete)
+        self._await()
+
+    def close(self) -> None:
+        """End the writing thread."""
+        self._await()
+        self._thread.shutdown()
 
     def _flush_if_due(self) -> None:
-        if self._held_back >= FLUSH_BYTES or time.monotonic() - self._last_flush >= FLUSH_SECONDS:
-            self.flush()
+        full = self._gathered.nbytes >= FLUSH_BYTES and self.failure is None
+        if full or time.monotonic() - self._last_flush >= FLUSH_SECONDS:
+            self._hand_over(complete=False)
 
-    def _write_checkpoints(self, name: str) -> None:
-        tensors: dict[str, Tensor] = {}
-        for step, state in self._states.items():
-            stored, scalars = _flatten(state)
-            tensors |= {f"{step}/{key}": value for key, value in stored.items()}
-            self._checkpoints.append(CheckpointEntry(step=step, file=name, scalars=scalars))
-        self._files[name] = _write_tensors(self.directory / name, tensors)
-        self._states = {}
+    def _hand_over(self, complete: bool) -> None:
+        """Have the thread write what is held back; waits for what it was given before."""
+        self._await()
+        self._last_flush = time.monotonic()
+        if self.stopped:
+            return
+        segment, self._gathered = self._gathered, Segment(self._num_steps)
+        self._writing = segment, self._thread.submit(self._write, segment, self._facts(complete))
 
-    def _write_batches(self, name: str) -> None:
-        tensors = {
-            f"{step}/{position}/{place}": tensor.contiguous()
-            for step, batches in self._batches.items()
-            for position, batch in enumerate(batches)
-            for place, tensor in enumerate(batch)
+    def _await(self) -> None:
+        if self._writing is None:
+            return
+        (segment, future), self._writing = self._writing, None
+        error = future.exception()
+        if error is None:
+            if self.failure is not None:
+                logger.warning("the trajectory in %s is being written again; nothing is missing", self.directory)
+            self.failure = None
+            return
+        self._gathered = segment.followed_by(self._gathered)
+        if self.failure is None:
+            logger.error(
+                "the trajectory in %s holds %d steps and could not be written further: %s: %s. Training goes on; what "
+                "it does is kept in memory for later attempts, up to %d MiB, and then recording stops",
+                *(
+                    self.directory,
+                    self._folder.manifest.num_steps,
+                    type(error).__name__,
+                    error,
+                    UNWRITTEN_BYTES // 2**20,
+                ),
+            )
+        self.failure = error
+        if self._gathered.nbytes > UNWRITTEN_BYTES or not isinstance(error, OSError):
+            self.stopped, self._gathered = True, Segment(self._num_steps)
+
+    def _facts(self, complete: bool) -> dict[str, Any]:
+        """What the manifest says when all that is held back is written."""
+        return {
+            "complete": complete,
+            "num_steps": self._num_steps,
+            "num_samples": self.num_samples,
+            "epoch_ends": tuple(self._epoch_ends),
+            "dataset": self.dataset,
         }
-        self._files[name] = _write_tensors(self.directory / name, tensors)
-        first, last = min(self._batches), max(self._batches)
-        self._batch_files.append(StepsFile(file=name, start=first, stop=last + 1))
-        self._batches = {}
 
-    def _write_steps(self, name: str) -> None:
-        sink = io.BytesIO()
-        pq.write_table(to_table(self._rows), sink, compression="zstd")
-        self._files[name] = write_atomically(self.directory / name, sink.getvalue())
-        start = self._rows[0]["index"]
-        self._steps.append(StepsFile(file=name, start=start, stop=start + len(self._rows)))
-        self._rows = []
-
-    def _manifest(self, complete: bool) -> Manifest:
-        epochs = self._epochs
-        ends = [t for t in range(1, len(epochs)) if epochs[t] != epochs[t - 1]]
-        return Manifest(
-            complete=complete,
-            num_steps=len(epochs),
-            num_samples=self.num_samples,
-            epoch_ends=(*ends, len(epochs)) if epochs else (),
-            model=self._model,
-            optimizer=self._optimizer,
-            steps=tuple(self._steps),
-            checkpoints=tuple(self._checkpoints),
-            batches=tuple(self._batch_files) or None,
-            files=self._files,
-            workload=self._workload,
-            dataset=self.dataset,
-            versions=self._versions,
-            threads=torch.get_num_threads(),
-        )
+    def _write(self, segment: Segment, facts: Mapping[str, Any]) -> None:
+        """In the thread."""
+        written = self._folder.append(segment, facts)
+        if self._on_written is not None:
+            self._on_written(written)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """A safetensors file; raises :class:`UnsupportedError` for a dtype that has no place in one."""
-    temporary = temporary_path(path)
-    try:
-        save_file(dict(tensors), temporary)
-    except (KeyError, SafetensorError) as error:
-        dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items()}
-        name = next((name for name, dtype in dtypes.items() if dtype.removeprefix("torch.") in str(error)), None)
-        what = f"{name.partition('/')[2]} has dtype {dtypes[name]}" if name else str(error)
-        raise UnsupportedError(f"{what}, which safetensors cannot hold; record a model without it") from error
-    content = temporary.read_bytes()
-    put_in_place(temporary, path)
-    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
-
-
-def _flatten(state: State) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Tensors by ``parameters/<name>``, ``buffers/<name>``, ``optimizer/<key>/<name>``; other numbers apart."""
-    tensors = {f"parameters/{name}": value for name, value in state.parameters.items()}
-    tensors |= {f"buffers/{name}": value for name, value in state.buffers.items()}
-    scalars: dict[str, dict[str, Any]] = {}
-    for name, entry in state.optimizer.items():
-        for key, value in entry.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{key}/{name}"] = value
-            else:
-                scalars.setdefault(name, {})[key] = value
-    return {key: value.contiguous() for key, value in tensors.items()}, scalars
-
-
-def unflatten(tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, Any]]) -> State:
-    """The inverse of how a checkpoint is stored."""
-    state = State({}, {}, {name: dict(entry) for name, entry in scalars.items()})
-    for path, value in tensors.items():
-        kind, _, name = path.partition("/")
-        if kind == "parameters":
-            state.parameters[name] = value
-        elif kind == "buffers":
-            state.buffers[name] = value
-        else:
-            key, _, owner = name.partition("/")
-            state.optimizer.setdefault(owner, {})[key] = value
-    return state
+def _row_bytes(step: StepFields) -> int:
+    """About what a row takes in memory: indices, and the generators' states where they are kept."""
+    states = sum(state is not None for state in step["random_states"])
+    return 1000 + 40 * sum(map(len, step["indices"])) + 8000 * states

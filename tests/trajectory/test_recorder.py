@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -288,27 +286,3 @@ def test_groups_added_in_training_are_refused_and_the_record_is_kept(tmp_path: P
             optimizer.step()
     trajectory = Trajectory.open(tmp_path / "t")
     assert (trajectory.num_steps, trajectory.complete) == (2, False)
-
-
-@pytest.mark.parametrize("every", ["sqrt", 0])
-def test_killed_process_leaves_a_trajectory_that_verifies(every: Any, tmp_path: Path) -> None:
-    code = (
-        "import os, sys; sys.path[:0] = [sys.argv[1]]\n"
-        "import dit_mlflow.trajectory.writer as writer\n"
-        "from dit_mlflow import train\n"
-        "from workloads import digits_workload\n"
-        "writer.FLUSH_SECONDS = 0.0\n"
-        "from torch.optim.lr_scheduler import LambdaLR\n"
-        "kill = lambda t: os._exit(9) if t == 20 else 1.0\n"
-        "train(digits_workload(epochs=50, scheduler=lambda o: LambdaLR(o, kill)), sys.argv[2], checkpoint_every="
-        f"{every!r})"
-    )
-    here = str(Path(__file__).parents[1])
-    command = [sys.executable, "-c", code, here, str(tmp_path / "t")]
-    assert subprocess.run(command, check=False).returncode == 9
-    trajectory = Trajectory.open(tmp_path / "t")
-    assert not trajectory.complete
-    assert trajectory.num_steps == 19
-    trajectory.verify(digits_workload())
-    states = list(trajectory.states(digits_workload(), 0, 19))
-    assert len(states) == 20
