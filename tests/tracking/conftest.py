@@ -65,7 +65,7 @@ def any_store(
 ) -> Iterator[Store]:
     """Each kind of store in turn, with a fresh experiment."""
     chosen = start(request.param)
-    with tracking(chosen, tmp_path, monkeypatch):
+    with tracking(chosen, tmp_path, monkeypatch, tmp_path.name):
         yield chosen
 
 
@@ -75,7 +75,7 @@ def remote_store(
 ) -> Iterator[Store]:
     """Each kind of store whose artifacts are not in a folder of this machine, with a fresh experiment."""
     chosen = start(request.param)
-    with tracking(chosen, tmp_path, monkeypatch):
+    with tracking(chosen, tmp_path, monkeypatch, tmp_path.name):
         yield chosen
 
 
@@ -83,8 +83,7 @@ def remote_store(
 def tracking(
     chosen: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str = "test"
 ) -> Iterator[None]:
-    """Track to a store, in an experiment of that name and the test's folder."""
-    experiment = f"{tmp_path.name} {experiment}"
+    """Track to a store, in a new experiment."""
     for name, value in chosen.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", chosen.uri)

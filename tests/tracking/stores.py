@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -170,8 +171,11 @@ def postgresql_program(name: str) -> str:
 
 
 def postgresql_user() -> str | None:
-    """Whom to run PostgreSQL as: the user that its package makes, or ``None`` = ourselves, if we are not root."""
-    return "postgres" if os.geteuid() == 0 else None
+    """Whom to run PostgreSQL as: ``None`` = ourselves, if we are not root."""
+    if os.geteuid() != 0:
+        return None
+    # The first is made by Debian's package; PostgreSQL from elsewhere may lack it.
+    return "postgres" if "postgres" in {entry.pw_name for entry in pwd.getpwall()} else "nobody"
 
 
 def free_port() -> int:
