@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import weakref
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -18,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.influence import Influence
 from dit_mlflow.tracking.names import INFLUENCE, RECORDING, TRAINING_RUN, TRAJECTORY
+from dit_mlflow.tracking.remote import open_remote, reading, without_password
 from dit_mlflow.trajectory import Trajectory
 from dit_mlflow.trajectory.manifest import FILE_NAME
 
@@ -27,38 +26,35 @@ def log_trajectory(trajectory: Trajectory | str | Path, run_id: str | None = Non
     if not isinstance(trajectory, Trajectory):
         trajectory = Trajectory.open(trajectory)
     run_id = run_id or active_run_id()
-    # The manifest last: until it is there, the store has no trajectory, or the one before.
-    for name in (*trajectory.manifest.files, FILE_NAME):
-        mlflow.log_artifact(str(trajectory.directory / name), TRAJECTORY, run_id=run_id)
+    with trajectory.folder() as folder:
+        # The manifest last: until it is there, the store has no trajectory, or the one before.
+        for name in (*trajectory.manifest.files, FILE_NAME):
+            mlflow.log_artifact(str(folder / name), TRAJECTORY, run_id=run_id)
     MlflowClient().set_tag(run_id, RECORDING, "true")
 
 
 def load_trajectory(run_id: str) -> Trajectory:
     """The trajectory that a training run recorded.
 
-    Read in place from a local artifact store; from a remote one, downloaded for as long as the trajectory is in use.
+    Read in place from a local artifact store. From a remote one, only the manifest is downloaded now; every other file
+    is when it is first needed, into a cache by checksum (see :mod:`dit_mlflow.tracking.cache`).
 
     Raises:
-        InputError: no such run.
+        InputError: no such run, or its store cannot be read. From a remote store, also where the trajectory is used.
         TrajectoryError: the run has no trajectory, or it is damaged.
     """
     run = find_run(run_id)
-    if not MlflowClient().list_artifacts(run_id, TRAJECTORY):
+    if (local := artifact_folder(run.info.artifact_uri)) is None:
+        trajectory = open_remote(run)
+    else:
+        trajectory = Trajectory.open(local / TRAJECTORY) if (local / TRAJECTORY).is_dir() else None
+    if trajectory is None:
         hint = run.data.tags.get(TRAINING_RUN)
+        store = without_password(run.info.artifact_uri)
         raise TrajectoryError(
-            f"run {run_id} ({run.info.run_name}) has no artifact {TRAJECTORY}/; expected a training run of "
-            "dit-mlflow" + (f"; it was computed from {hint}" if hint else "")
+            f"run {run_id} ({run.info.run_name}) has no artifact {TRAJECTORY}/ in {store}; expected a training "
+            "run of dit-mlflow" + (f"; it was computed from {hint}" if hint else "")
         )
-    if local_artifacts := artifact_folder(run.info.artifact_uri):
-        return Trajectory.open(local_artifacts / TRAJECTORY)
-    folder = mkdtemp(prefix="dit-mlflow-")
-    try:
-        download_artifacts(run_id=run_id, artifact_path=TRAJECTORY, dst_path=folder)
-        trajectory = Trajectory.open(Path(folder) / TRAJECTORY)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-    weakref.finalize(trajectory, shutil.rmtree, folder, ignore_errors=True)
     return trajectory
 
 
@@ -75,10 +71,13 @@ def load_influence(run_id: str, folder: str = INFLUENCE) -> Influence:
         InputError: no such run, or it has no influence.
     """
     run = find_run(run_id)
-    if not MlflowClient().list_artifacts(run_id, folder):
-        raise InputError(f"run {run_id} ({run.info.run_name}) has no artifact {folder}/; expected an influence run")
     with TemporaryDirectory() as temporary:
-        return Influence.load(download_artifacts(run_id=run_id, artifact_path=folder, dst_path=temporary))
+        with reading(run, f"{folder}/"):
+            missing = not MlflowClient().list_artifacts(run_id, folder)
+            found = "" if missing else download_artifacts(run_id=run_id, artifact_path=folder, dst_path=temporary)
+        if missing:
+            raise InputError(f"run {run_id} ({run.info.run_name}) has no artifact {folder}/; expected an influence run")
+        return Influence.load(found)
 
 
 def active_run_id() -> str:
@@ -91,11 +90,18 @@ def active_run_id() -> str:
 
 def find_run(run_id: str) -> Run:
     """The run, or an :class:`InputError` that says where it was looked for."""
+    store = f"the tracking URI {without_password(mlflow.get_tracking_uri())}"
     try:
         return MlflowClient().get_run(run_id)
-    except MlflowException as error:
+    except Exception as error:  # Besides MLflow's own: those of the database's driver, if it is there at all.
+        if isinstance(error, MlflowException) and error.error_code in (
+            "RESOURCE_DOES_NOT_EXIST",
+            "INVALID_PARAMETER_VALUE",
+        ):
+            raise InputError(f"no run {run_id!r} at {store}: {error.message}") from error
         raise InputError(
-            f"no run {run_id!r} at the tracking URI {mlflow.get_tracking_uri()}: {error.message}"
+            f"cannot ask {store} for run {run_id!r}: {type(error).__name__}: {error}; check that it can be reached "
+            "from here, that its driver is installed, and that your credentials are right"
         ) from error
 
 

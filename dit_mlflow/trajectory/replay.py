@@ -113,6 +113,8 @@ class Replay:
                     walk.recycled.append(previous)
                 # Checkpoints come on top of what is held; kept, they would pile up.
                 previous = state if lo < t < hi else None
+            if lo <= a:
+                return
             hi, first = lo, False
         if b == 0:
             yield 0, self._anchor(0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +19,7 @@ from tqdm.auto import tqdm
 
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.trajectory.checkpoint_layout import check_layouts
-from dit_mlflow.trajectory.manifest import CheckpointEntry, Manifest, StepsFile
+from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile
 from dit_mlflow.trajectory.shards import Shard, sha256, unflatten
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import Step
@@ -25,6 +28,9 @@ from dit_mlflow.trajectory.workload import Workload
 
 if TYPE_CHECKING:
     from dit_mlflow.trajectory.replay import Replay
+
+Fetch = Callable[[str, FileEntry], Path]
+"""Gives the path of a file whose content has the size and the hash of its entry."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,10 @@ class Trajectory:
         manifest: its contents, checked.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, fetch: Fetch | None = None) -> None:
         self.directory = directory
         self.manifest = manifest
+        self._fetch = fetch
         self._verified: set[str] = set()
         self._read_steps = lru_cache(maxsize=8)(self._read_steps_part)
         self._open_shard = lru_cache(maxsize=4)(Shard)
@@ -63,16 +70,23 @@ class Trajectory:
         return f"<Trajectory of {self.num_steps} steps, {self.num_samples} samples, {state}, in {self.directory}>"
 
     @classmethod
-    def open(cls, directory: str | Path) -> Trajectory:
+    def open(cls, directory: str | Path, fetch: Fetch | None = None) -> Trajectory:
         """Open a folder written by :class:`TrajectoryRecorder` or :func:`train`.
 
         Checks the manifest and the sizes of the files; a file's hash is checked when it is first read.
+
+        Args:
+            directory: the folder.
+            fetch: where the other files are, if the folder holds the manifest alone: asked with a file's name and
+                entry whenever it is about to be read, it returns the path of a file with that size and hash.
 
         Raises:
             TrajectoryError: there is no trajectory, or it is damaged.
         """
         folder = Path(directory)
-        trajectory = cls(folder, Manifest.read(folder))
+        trajectory = cls(folder, Manifest.read(folder), fetch)
+        if fetch is not None:
+            return trajectory
         for name, entry in trajectory.manifest.files.items():
             path = folder / name
             if not path.is_file():
@@ -242,8 +256,9 @@ class Trajectory:
         for entry in self.manifest.checkpoints:
             self._checked_places(entry)
         for part in self.manifest.batches or ():
+            shard = self._shard(part.file)
             for t in range(part.start, part.stop):
-                self._batch_keys(self._shard(part.file), t)
+                self._batch_keys(shard, t)
 
     def check_replay(self, workload: Workload) -> Verification:
         """The second half of :meth:`verify`."""
@@ -253,6 +268,19 @@ class Trajectory:
             pass
         return Verification(dict(replay.drift))
 
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A folder that holds all files of the trajectory: its own, or a temporary one into which they are fetched."""
+        if self._fetch is None:
+            yield self.directory
+            return
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            for name in self.manifest.files:
+                shutil.copyfile(self._checked(name), folder / name)
+            shutil.copyfile(self.directory / FILE_NAME, folder / FILE_NAME)
+            yield folder
+
     @cached_property
     def _checkpoints(self) -> dict[int, CheckpointEntry]:
         return {entry.step: entry for entry in self.manifest.checkpoints}
@@ -261,6 +289,8 @@ class Trajectory:
         return read_steps(self._checked(part.file), part, self.manifest)
 
     def _checked(self, name: str) -> Path:
+        if self._fetch is not None:
+            return self._fetch(name, self.manifest.files[name])
         path = self.directory / name
         if name not in self._verified:
             entry = self.manifest.files[name]

@@ -1,26 +1,101 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import mlflow
 import pytest
+import stores
 from mlflow import MlflowClient
+from stores import Store
+
+KINDS = {
+    "sqlite": stores.sqlite,
+    "server": stores.server,
+    "postgresql": stores.postgresql,
+    "s3": stores.s3,
+}
+REQUIRED = os.environ.get("DIT_REQUIRE_SERVERS") == "1"
+"""Set where the stores' software must be there, as in CI: a test whose store is missing then fails."""
+
+Start = Callable[[str], Store]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test's own file cache: the folder that the files are in."""
+    monkeypatch.setenv("DIT_MLFLOW_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dit-mlflow"
 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A fresh SQLite store with its artifacts beside it; returns its URI."""
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with stores.sqlite(tmp_path) as fresh, tracking(fresh, tmp_path, monkeypatch):
+        yield fresh.uri
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts the store of a kind, once for all tests; skips the test if its software is missing."""
+    started: dict[str, Store] = {}
+    with ExitStack() as running:
+
+        def begin(kind: str) -> Store:
+            if kind not in started:
+                started[kind] = running.enter_context(KINDS[kind](tmp_path_factory.mktemp(kind)))
+            return started[kind]
+
+        def begin_or_skip(kind: str) -> Store:
+            try:
+                return begin(kind)
+            except stores.Missing as error:
+                if REQUIRED:
+                    pytest.fail(f"{error}; DIT_REQUIRE_SERVERS=1 forbids to skip")
+                pytest.skip(str(error))
+
+        yield begin_or_skip
+
+
+@pytest.fixture(params=KINDS)
+def any_store(
+    request: pytest.FixtureRequest, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
+    """Each kind of store in turn, with a fresh experiment."""
+    chosen = start(request.param)
+    with tracking(chosen, tmp_path, monkeypatch, tmp_path.name):
+        yield chosen
+
+
+@pytest.fixture(params=["server", "s3"])
+def remote_store(
+    request: pytest.FixtureRequest, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
+    """Each kind of store whose artifacts are not in a folder of this machine, with a fresh experiment."""
+    chosen = start(request.param)
+    with tracking(chosen, tmp_path, monkeypatch, tmp_path.name):
+        yield chosen
+
+
+@contextmanager
+def tracking(
+    chosen: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str = "test"
+) -> Iterator[None]:
+    """Track to a store, in a new experiment."""
+    for name, value in chosen.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", chosen.uri)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(uri)
-    MlflowClient().create_experiment("test", artifact_location=(tmp_path / "artifacts").as_uri())
-    mlflow.set_experiment("test")
-    yield uri
-    while mlflow.active_run():
-        mlflow.end_run()
-    mlflow.set_tracking_uri(None)
-    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
+    mlflow.set_tracking_uri(chosen.uri)
+    MlflowClient().create_experiment(experiment, artifact_location=chosen.artifacts)
+    mlflow.set_experiment(experiment)
+    try:
+        yield
+    finally:
+        while mlflow.active_run():
+            mlflow.end_run()
+        mlflow.set_tracking_uri(None)
+        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)

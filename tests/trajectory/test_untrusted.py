@@ -313,7 +313,6 @@ def test_pages_are_measured_by_their_own_headers(tmp_path: Path) -> None:
     "header",
     [
         b"",
-        b"\x15",
         b"\x15\x00\x15\x10\x18\x01x\x2c\x15\x02\x00\x00",  # a text for a size
         b"\x15\x00\x15\x10\x15\x05\x2c\x15\x02\x00\x00",  # a negative one
         b"\x15\x00\x15\x10\x15\x10\x00",  # neither data nor dictionary
