@@ -133,19 +133,27 @@ def relative_drift(replayed: State, recorded: State, origin: State) -> float:
 
 
 def other_optimizer_state(replayed: State, recorded: State) -> str | None:
-    """What differs between the optimizers' states by more than :data:`REPLAY_TOLERANCE` of their values; ``None`` if
-    nothing does, or the replay did not keep them."""
+    """Where the optimizers' states differ; ``None`` if nowhere, or the replay did not keep them.
+
+    Values of a kind (``exp_avg``, say) may differ by :data:`REPLAY_TOLERANCE` of the largest of them in any parameter:
+    some gradients are 0 but for rounding (of the bias of attention's keys). Counters must be the same.
+    """
     found, expected = ({n: entry for n, entry in s.optimizer.items() if entry} for s in (replayed, recorded))
+    misses: dict[str, tuple[float, str]] = {}
+    scales: dict[str, float] = {}
     for name in expected.keys() | found.keys():
         ours, theirs = found.get(name, {}), expected.get(name, {})
         if ours.keys() != theirs.keys():
             return f"that of {name!r} has {sorted(theirs)}, the replay {sorted(ours)}"
         for key, value in theirs.items():
-            if ours[key] is None:
-                continue
-            one, other = torch.as_tensor(ours[key]), torch.as_tensor(value)
-            if _ratio(_distance(one, other), _largest(other)) > (0 if key in COUNTERS else REPLAY_TOLERANCE):
-                return f"{key!r} of {name!r}"
+            if ours[key] is not None:
+                other = torch.as_tensor(value)
+                miss = _distance(torch.as_tensor(ours[key]), other)
+                misses[key] = max(misses.get(key, (0.0, name)), (miss, name))
+                scales[key] = max(scales.get(key, 0.0), _largest(other))
+    for key, (miss, name) in misses.items():
+        if _ratio(miss, scales[key]) > (0 if key in COUNTERS else REPLAY_TOLERANCE):
+            return f"{key!r} of {name!r}"
     return None
 
 

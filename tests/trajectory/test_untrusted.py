@@ -520,6 +520,8 @@ def test_other_optimizer_state_is_told() -> None:
     assert other_optimizer_state(state(step=3.0, mean=mean), state(step=torch.tensor(3.0), mean=mean)) is None
     assert other_optimizer_state(state(mean=mean), state(mean=mean * 1.0001)) is None
     assert other_optimizer_state(state(mean=mean), state(mean=mean * 1.01)) == "'mean' of 'w'"
+    noise = State({}, {}, {"w": {"mean": mean}, "b": {"mean": torch.tensor([1e-9])}})
+    assert other_optimizer_state(State({}, {}, {**noise.optimizer, "b": {"mean": torch.zeros(1)}}), noise) is None
     assert other_optimizer_state(state(step=3.0), state(step=torch.tensor(4.0))) == "'step' of 'w'"
     assert other_optimizer_state(state(mean=None), state(mean=mean)) is None
     assert "'w' has ['mean'], the replay []" in str(other_optimizer_state(State({}), state(mean=mean)))
