@@ -82,7 +82,7 @@ class FileCache:
             raise TrajectoryError(f"{sha256[:80]!r} is not a SHA-256; record again")
         path = self.folder / sha256
         try:
-            if self.touch(path) and path.stat().st_size == size and digest_of(path) == sha256:
+            if self.touch(path) and _is_whole(path, sha256, size):
                 return path
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with TemporaryDirectory(dir=self.folder, prefix=_PART) as temporary:
@@ -125,6 +125,13 @@ class FileCache:
                 break
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _is_whole(path: Path, sha256: str, size: int) -> bool:
+    try:
+        return path.stat().st_size == size and digest_of(path) == sha256
+    except FileNotFoundError:
+        return False  # Another process removed it just now.
 
 
 def _check(path: Path, sha256: str, size: int) -> None:

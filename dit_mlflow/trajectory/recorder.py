@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from dit_mlflow.errors import InputError, TrajectoryError
-from dit_mlflow.trajectory.dataset import dataset_digest, is_inert
+from dit_mlflow.trajectory.dataset import is_inert
 from dit_mlflow.trajectory.folder import Written, check_new
 from dit_mlflow.trajectory.guards import (
     AutocastCheck,
@@ -30,11 +29,14 @@ from dit_mlflow.trajectory.manifest import FILE_NAME, WorkloadReference
 from dit_mlflow.trajectory.random_state import RandomState, preserved_random_state
 from dit_mlflow.trajectory.resuming import resuming_step
 from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step import Hyperparameters, StepFields
+from dit_mlflow.trajectory.step import Hyperparameters
+from dit_mlflow.trajectory.step_in_making import StepInMaking
 from dit_mlflow.trajectory.subject import Subject
+from dit_mlflow.trajectory.tap import Handed
+from dit_mlflow.trajectory.training_set import TrainingSet
 from dit_mlflow.trajectory.trajectory import Trajectory
 from dit_mlflow.trajectory.watch import Drawn, WatchedLoader
-from dit_mlflow.trajectory.workload import Workload, tensors_of
+from dit_mlflow.trajectory.workload import Workload
 from dit_mlflow.trajectory.wrappers import unwrapped
 from dit_mlflow.trajectory.writer import TrajectoryWriter
 
@@ -119,29 +121,25 @@ class TrajectoryRecorder:
             check_new(Path(directory))
         self._low_precision = low_precision
         self._store_batches = store_batches
-        self._tensors: list[list[Tensor]] = []
         self._optimizer = optimizer
         self._workload = workload
         reference = None
         if workload is not None and workload.reference is not None:
             reference = WorkloadReference(reference=workload.reference, settings=dict(workload.settings))
-        self._writer = TrajectoryWriter(
-            Path(directory), self._subject.model_layout, self._subject.optimizer_layout, reference, on_written
-        )
+        self._training_set = TrainingSet(None if workload is None else workload.num_samples)
+        layouts = self._subject.model_layout, self._subject.optimizer_layout
+        self._writer = TrajectoryWriter(Path(directory), *layouts, reference, self._training_set, on_written)
         self._resume = resume
         self._groups = Groups(optimizer)
         self._settings: tuple[Hyperparameters, ...] = ()
         self._changes = ChangeCheck(self._subject.parameters)
-        self._dataset: Dataset[Any] | None = None
-        self._drawn: list[Drawn] = []
-        self._loss: float | None = None
+        self._step = StepInMaking(store_batches, workload)
         self._num_steps = 0
-        self._row: StepFields | None = None
-        self._row_tensors: list[list[Tensor]] = []
-        self._row_begins: RandomState | None = None
         self._due: State | None = None
         self._last_state = 0
         self._epoch = -1
+        self._received_from: DataLoader[Any] | None = None
+        self._iteration: int | None = None
         self._loaders: dict[int, tuple[DataLoader[Any], WatchedLoader]] = {}
 
     @property
@@ -156,12 +154,12 @@ class TrajectoryRecorder:
     @property
     def dataset(self) -> Dataset[Any] | None:
         """The training set, once a loader is watched."""
-        return self._dataset
+        return self._training_set.dataset
 
     @property
     def dataset_digest(self) -> str | None:
         """Its digest as recorded; known at the end of the block, for some data sets before."""
-        return self._writer.dataset
+        return self._training_set.digest
 
     @property
     def failure(self) -> BaseException | None:
@@ -195,10 +193,9 @@ class TrajectoryRecorder:
             hook.remove()
         if kind is None:
             self._store_state()
-        self._settle(RandomState.capture())
+        self._step.settle(RandomState.capture())
         self._commit()
-        if self._writer.dataset is None and self._dataset is not None:
-            self._writer.dataset = dataset_digest(self._dataset)
+        self._training_set.complete()
         self._writer.flush(complete=kind is None)
         self._writer.close()
 
@@ -210,26 +207,51 @@ class TrajectoryRecorder:
         """
         _, watched = self._loaders.get(id(loader), (None, None))
         if watched is None:
-            watched = WatchedLoader(loader, self._begin_epoch, self._add_batch, self._settle)
+            watched = WatchedLoader(loader, self._begin_epoch, self._step.add, self._step.settle)
             self._loaders[id(loader)] = (loader, watched)
-            self._note_dataset(loader)
+            self._training_set.note(loader.dataset)
         return watched
+
+    def receive(self, loader: DataLoader[Any], handed: Handed) -> None:
+        """For trainers with loaders of their own (see :class:`LoaderTap`): this batch is about to be used."""
+        if handed.batch is None and (self._store_batches or (self._workload and self._workload.coefficients)):
+            raise InputError(
+                "the tensors of this batch are not known, but store_batches or Workload.coefficients needs them; "
+                "resume training at the end of an epoch"
+            )
+        if loader is not self._received_from:
+            self._training_set.note(loader.dataset)
+            self._received_from, self._iteration = loader, None
+        if handed.iteration != self._iteration:
+            self._iteration = handed.iteration
+            if self._epoch < 0 or not handed.goes_on:
+                self._begin_epoch()
+        now = RandomState.capture()
+        # Where other batches were drawn in between, the state before the draw does not lead to the forward pass.
+        before = handed.before if handed.before is not None and handed.after == now else now
+        self._step.add(Drawn(handed.indices, self._epoch, before, handed.batch, now))
+
+    def take_back(self) -> None:
+        """Forget the batch drawn last, and only that: its gradient was not computed."""
+        self._step.take_back()
+
+    def weigh(self, coefficients: list[np.ndarray]) -> None:
+        """Note the ``c_i`` of the batches of the step at hand, one array for each."""
+        self._step.weigh(coefficients)
 
     def log(self, loss: float | Tensor) -> None:
         """Note the loss of the step at hand: the one whose batch was drawn last. Optional."""
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-        if self._drawn or self._row is None:
-            self._loss = value
-        else:
-            self._row["loss"] = value
+        self._step.log(float(loss.detach() if isinstance(loss, Tensor) else loss))
 
     def checkpoint(self) -> None:
         """Store the present state, and have all that is recorded on disk before this returns.
 
         To be called where a loop saves itself to be resumed later, between two steps and after :meth:`log`.
         """
+        if self._last_state < self._num_steps:
+            self._changes.check(self._num_steps)
         self._store_state()
-        self._settle(RandomState.capture())
+        self._step.settle(RandomState.capture())
         self._commit()
         self._writer.flush()
 
@@ -239,9 +261,7 @@ class TrajectoryRecorder:
         To be called where a loop goes on without ``optimizer.step()``: a batch left out by ``continue``, a step that a
         ``GradScaler`` skipped. Gradients accumulated so far must be forgotten as well (``optimizer.zero_grad()``).
         """
-        self._drawn.clear()
-        self._tensors = []
-        self._loss = None
+        self._step.discard()
 
     def _go_on_with(self, begun: Trajectory, now: State) -> None:
         """Continue a trajectory from the last of its states that is the present one."""
@@ -256,36 +276,16 @@ class TrajectoryRecorder:
                 "training goes on from step %d; the %d steps recorded after it are left out of the trajectory in %s",
                 *(step, begun.num_steps - step, begun.directory),
             )
-        self._writer.resume(begun.manifest, step)
-        self._num_steps = self._last_state = step
         self._epoch = begun.step(step - 1).epoch if step > 0 else -1
-
-    def _note_dataset(self, loader: DataLoader[Any]) -> None:
-        dataset = loader.dataset
-        size = len(dataset)  # type: ignore[arg-type]
-        if self._workload is not None and size != self._workload.num_samples:
-            raise InputError(
-                f"watch() was given a loader over {size} samples; the workload's train_set has "
-                f"{self._workload.num_samples}, and sample indices must mean the same in both"
-            )
-        digest = dataset_digest(dataset) if is_inert(dataset) else None
-        another = self._dataset is not None and self._dataset is not dataset
-        if another and (digest is None or digest != self._writer.dataset):
-            raise InputError("watch() was given a second dataset; a trajectory has one training set")
-        recorded, known = self._writer.dataset, self._writer.num_samples
-        if (known or size) != size or (digest and recorded and digest != recorded):
-            raise InputError(
-                f"watch() was given another dataset than the trajectory that is continued was recorded on ({size} "
-                f"samples, {known} recorded); resume with the same one, or record into a new folder"
-            )
-        self._dataset, self._writer.num_samples, self._writer.dataset = dataset, size, digest or recorded
+        self._writer.resume(begun.manifest, step, self._epoch if step > 0 else None)
+        self._num_steps = self._last_state = step
 
     def _begin_epoch(self) -> int:
         self._epoch += 1
         return self._epoch
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._drawn:
+        if not self._step.has_batches:
             raise TrajectoryError(
                 "optimizer.step() without a batch from recorder.watch(loader): the samples of this step are "
                 "not known; iterate over recorder.watch(loader) instead of loader"
@@ -302,60 +302,28 @@ class TrajectoryRecorder:
 
     def _try_replay(self, workload: Workload) -> None:
         """Replay the first step now: a workload that is not what the loop does is refused before a long run."""
-        if self._store_batches and not (self._dataset is not None and is_inert(self._dataset)):
+        if self._store_batches and not (self.dataset is not None and is_inert(self.dataset)):
             return  # One more draw could change what a dataset of this kind draws next.
         self._writer.flush()
         with preserved_random_state():
             Trajectory.open(self.directory).replay(workload)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        drawn = self._drawn
-        if not drawn:
+        if not self._step.has_batches:
             return
-        absent, zero = self._subject.missing_gradients()
-        self._row = {
-            "index": self._num_steps,
-            "epoch": drawn[-1].epoch,
-            "indices": [part.indices for part in drawn],
-            "coefficients": self._coefficients(),
-            "hyperparameters": self._settings,
-            "loss": self._loss,
-            "random_states": [a.random_state.used_since(b.random_state) for a, b in pairwise(drawn)],
-            "evaluation_mode": self._subject.in_evaluation_mode(),
-            "no_gradient": absent,
-            "zero_gradient": zero,
-        }
-        # Where the last batch's draws end is known when the next is drawn; one look at the generators does for both.
-        self._row_begins = drawn[-1].random_state
-        self._row_tensors, self._tensors = self._tensors, []
-        drawn.clear()
+        self._step.make(self._num_steps, self._settings, self._subject)
         self._num_steps += 1
-        self._loss = None
         while self._autocast_hooks:
             self._autocast_hooks.pop().remove()
         if self._is_checkpoint(self._num_steps):
             self._store_state()
         self._changes.note(None if self._due is None else self._due.parameters)
 
-    def _add_batch(self, drawn: Drawn) -> None:
-        self._settle(drawn.random_state)
-        if self._store_batches:
-            # Now: the loop may work in place on its batch. It need not be drawn again, only what follows it.
-            self._tensors.append([tensor.detach().cpu().clone() for tensor in tensors_of(drawn.batch)])
-            drawn = drawn._replace(random_state=RandomState.capture())
-        self._drawn.append(drawn)
-
-    def _settle(self, state: RandomState) -> None:
-        """The last step made no draws after ``state``."""
-        if self._row is not None and self._row_begins is not None:
-            self._row["random_states"].append(self._row_begins.used_since(state))
-            self._row_begins = None
-
     def _commit(self) -> None:
         """Hand the last step (its loss can no longer change) and the state after it to the writer."""
-        if self._row is not None:
-            self._writer.add_step(self._row, self._row_tensors)
-            self._row = None
+        made = self._step.take()
+        if made is not None:
+            self._writer.add_step(made.row, made.tensors)
         if self._due is not None:
             self._writer.add_checkpoint(self._num_steps, self._due)
             self._due = None
@@ -365,14 +333,6 @@ class TrajectoryRecorder:
         if self._last_state < self._num_steps and not self._writer.stopped:
             self._due = self._subject.snapshot()
             self._last_state = self._num_steps
-
-    def _coefficients(self) -> list[np.ndarray] | None:
-        if self._workload is None:
-            return None
-        return [
-            self._workload.batch_coefficients(drawn.batch, len(drawn.indices)).double().cpu().numpy()
-            for drawn in self._drawn
-        ]
 
 
 def _checkpoint_rule(every: str | int) -> Callable[[int], bool]:

@@ -19,12 +19,23 @@ Notes = deque[tuple[Indices, RandomState | None]]
 
 
 class Drawn(NamedTuple):
-    """One batch that the loop was given; ``random_state`` is that before it was drawn."""
+    """One batch that the loop was given.
+
+    Attributes:
+        indices: sample indices.
+        epoch: number of the pass over the data.
+        random_state: that before it was drawn.
+        batch: as the loader made it.
+        drawn: the random state after it was drawn; ``None`` = the present one.
+        coefficients: ``c_i``, where they are known otherwise than from the workload.
+    """
 
     indices: Indices
     epoch: int
     random_state: RandomState
     batch: Any
+    drawn: RandomState | None = None
+    coefficients: np.ndarray | None = None
 
 
 class WatchedLoader:
@@ -52,24 +63,13 @@ class WatchedLoader:
         on_batch: Callable[[Drawn], None],
         on_end: Callable[[RandomState], None],
     ) -> None:
-        if not isinstance(loader, DataLoader):
-            raise InputError(
-                f"watch() was given a {type(loader).__name__}; expected a torch.utils.data.DataLoader, because "
-                "the sample indices are read from its sampler"
-            )
-        if isinstance(loader.dataset, IterableDataset):
-            raise InputError(
-                f"watch() was given a loader over {type(loader.dataset).__name__}, an iterable dataset: its "
-                "samples have no indices, so they cannot be drawn again; use a map-style dataset"
-            )
-        if loader.num_workers > 0 and not getattr(loader, "in_order", True):
-            raise InputError("watch() needs batches in the order of the sampler; use in_order=True")
+        check_loader(loader)
         self._next_epoch = next_epoch
         self._on_batch, self._on_end = on_batch, on_end
         self._loader = copy.copy(loader)
         sampler = "sampler" if loader.batch_sampler is None else "batch_sampler"
         # DataLoader refuses to have its samplers set; the copy is ours.
-        self._sampler = _NotingSampler(getattr(loader, sampler), in_main_process=loader.num_workers == 0)
+        self._sampler = NotingSampler(getattr(loader, sampler), in_main_process=loader.num_workers == 0)
         vars(self._loader)[sampler] = self._sampler
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ class WatchedLoader:
             self._on_end(RandomState.capture())
 
 
-class _NotingSampler:
+class NotingSampler:
     """Yields what ``sampler`` yields, and notes it before: in ``latest``, new for every iteration."""
 
     def __init__(self, sampler: Iterable[Any], in_main_process: bool) -> None:
@@ -111,6 +111,22 @@ class _NotingSampler:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
+
+
+def check_loader(loader: Any) -> None:
+    """Raise :class:`InputError` if the loader's samples cannot be known by index."""
+    if not isinstance(loader, DataLoader):
+        raise InputError(
+            f"the training loader is a {type(loader).__name__}; expected a torch.utils.data.DataLoader, because the "
+            "sample indices are read from its sampler"
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise InputError(
+            f"the training loader is over {type(loader.dataset).__name__}, an iterable dataset: its samples have no "
+            "indices, so they cannot be drawn again; use a map-style dataset"
+        )
+    if loader.num_workers > 0 and not getattr(loader, "in_order", True):
+        raise InputError("recording needs batches in the order of the sampler; use in_order=True")
 
 
 def _indices(drawn: Any) -> Indices:

@@ -16,6 +16,7 @@ from dit_mlflow.trajectory.folder import Segment, TrajectoryFolder, Written
 from dit_mlflow.trajectory.manifest import Manifest, ModelLayout, OptimizerLayout, WorkloadReference, library_versions
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import StepFields
+from dit_mlflow.trajectory.training_set import TrainingSet
 
 FLUSH_BYTES = 16 * 2**20
 """Segments are held back until their checkpoints reach this size, so that files are few and large, …"""
@@ -39,7 +40,6 @@ class TrajectoryWriter:
     after, and when that exceeds :data:`UNWRITTEN_BYTES`, recording stops.
 
     Attributes:
-        dataset, num_samples: for the manifest, when they are known.
         failure: why the last attempt to write failed; ``None`` if it did not.
         stopped: whether recording was given up.
     """
@@ -50,11 +50,11 @@ class TrajectoryWriter:
         model: ModelLayout,
         optimizer: OptimizerLayout,
         workload: WorkloadReference | None,
+        training_set: TrainingSet,
         on_written: Callable[[Written], None] | None = None,
     ) -> None:
         self.directory = directory
-        self.dataset: str | None = None
-        self.num_samples: int | None = None
+        self._training_set = training_set
         self.failure: BaseException | None = None
         self.stopped = False
         empty = Manifest(
@@ -91,12 +91,17 @@ class TrajectoryWriter:
         """
         self._write(Segment(0, states={0: initial}), self._facts(complete=False))
 
-    def resume(self, begun: Manifest, step: int) -> None:
-        """Go on with a trajectory from its checkpoint at ``step``, in place of :meth:`begin`."""
+    def resume(self, begun: Manifest, step: int, epoch: int | None) -> None:
+        """Go on with a trajectory from its checkpoint at ``step``, in place of :meth:`begin`.
+
+        Args:
+            epoch: that of the step before; ``None`` if there is none.
+        """
         self._folder.resume(begun, step)
-        self.dataset, self.num_samples = begun.dataset, begun.num_samples
+        self._training_set.digest, self._training_set.num_samples = begun.dataset, begun.num_samples
         self._num_steps = step
         self._epoch_ends = list(self._folder.manifest.epoch_ends)
+        self._epoch = epoch
         self._gathered = Segment(step)
 
     def add_step(self, step: StepFields, batches: Sequence[Sequence[Tensor]] = ()) -> None:
@@ -146,7 +151,19 @@ class TrajectoryWriter:
         if self.stopped:
             return
         segment, self._gathered = self._gathered, Segment(self._num_steps)
-        self._writing = segment, self._thread.submit(self._write, segment, self._facts(complete))
+        self._writing = segment, self._start(segment, self._facts(complete))
+
+    def _start(self, segment: Segment, facts: Mapping[str, Any]) -> Future[None]:
+        try:
+            return self._thread.submit(self._write, segment, facts)
+        except RuntimeError:  # The interpreter ends, and begins nothing in threads any more.
+            done: Future[None] = Future()
+            try:
+                self._write(segment, facts)
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+            return done
 
     def _await(self) -> None:
         if self._writing is None:
@@ -180,9 +197,9 @@ class TrajectoryWriter:
         return {
             "complete": complete,
             "num_steps": self._num_steps,
-            "num_samples": self.num_samples,
+            "num_samples": self._training_set.num_samples,
             "epoch_ends": tuple(self._epoch_ends),
-            "dataset": self.dataset,
+            "dataset": self._training_set.digest,
         }
 
     def _write(self, segment: Segment, facts: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient
 from mlflow.entities import Run
 from torch import nn
 from torch.optim import SGD
@@ -39,7 +38,7 @@ def train_recorded(steps: int = 9, at: dict[int, Callable[[], None]] | None = No
 
 
 def only_run() -> Run:
-    (run,) = MlflowClient().search_runs([mlflow.get_experiment_by_name("test").experiment_id])
+    (run,) = mlflow.search_runs(output_format="list")
     return run
 
 

@@ -212,7 +212,7 @@ DAMAGES: dict[str, Any] = {
     "file gone": (lambda d: next(d.glob("*.safetensors")).unlink(), "is missing"),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), r"manifest\.json is missing"),
     "manifest not JSON": (lambda d: (d / "manifest.json").write_text("{"), "not a trajectory manifest"),
-    "another format": (lambda d: edit_manifest(d, format=2), "format"),
+    "another format": (lambda d: edit_manifest(d, format=1), "format"),
     "unknown field": (lambda d: edit_manifest(d, surprise=1), "surprise"),
     "a step too many": (lambda d: edit_manifest(d, num_steps=10), "9 steps are stored, 10 announced"),
     "a name that leaves the folder": (

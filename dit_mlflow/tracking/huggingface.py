@@ -1,0 +1,207 @@
+"""Record what a Hugging Face Trainer does: ``Trainer(callbacks=[TrajectoryCallback()])``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError("the Hugging Face callback needs transformers: pip install 'dit-mlflow[transformers]'") from error
+from accelerate.data_loader import SkipBatchSampler
+from accelerate.state import GradientState
+
+from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.tracking.loss_share import LossShare
+from dit_mlflow.tracking.recorded_training import RecordedTraining
+from dit_mlflow.trajectory import Workload
+from dit_mlflow.trajectory.tap import Handed, LoaderTap
+
+
+class TrajectoryCallback(TrainerCallback):
+    """Records what a ``transformers.Trainer`` trains as ``trajectory/`` of an MLflow run::
+
+        trainer = Trainer(model, args, train_dataset=train_set, callbacks=[TrajectoryCallback()])
+        trainer.train()
+
+    The run is the active one (that of ``report_to="mlflow"``, say), or else a new one that ends with the training. The
+    samples of each step are read from the loader that the trainer really iterates, whatever samplers it or accelerate
+    have put there. Training comes out bit for bit as without.
+
+    The workload for what was recorded:
+
+    - ``model``: the trainer's model, built with ``attn_implementation="eager"`` in training already: other kernels draw
+      other dropout masks, and cannot be differentiated twice;
+    - ``loss(model, batch)``: per sample, the *sum* over its labels (that are not -100) of the model's loss, for one
+      label per sample simply ``cross_entropy(logits, labels, reduction="none")``;
+    - ``collate_fn``: the trainer's ``data_collator``;
+    - ``clip_grad_norm``: ``max_grad_norm`` of the training arguments, 1.0 unless changed;
+    - ``coefficients``, ``accumulate``: not needed as long as the model itself computes the loss from ``labels``. The
+      factor of each sample's loss depends on trainer and model, so it is measured and recorded (see
+      :class:`~dit_mlflow.tracking.loss_share.LossShare`). In transformers 5.23 it is ``1 / N`` where the model divides
+      by ``num_items_in_batch`` (``N`` labels in the whole step: ``LlamaForCausalLM``), and ``1 / B`` where the model
+      takes that argument but averages over the ``B`` labels of its micro-batch all the same
+      (``BertForSequenceClassification``, ``BertForMaskedLM``): the trainer then does not divide by the number of
+      micro-batches. Models without keyword arguments get ``1 / (B * A)`` for ``A`` micro-batches in the step, ``A``
+      being smaller in the last of an epoch. With a ``compute_loss_func``, label smoothing, or several labels per sample
+      that are no class numbers, nothing is recorded and the workload's ``coefficients`` count.
+
+    The trainer draws batches ahead. A collator or dataset that draws random numbers (masking, augmentation) therefore
+    needs ``store_batches=True``; without, replay refuses the trajectory.
+
+    If training fails, the trainer tells no callback. What was recorded is then closed as an incomplete trajectory when
+    the frames of the trainer's loop go, which is as soon as the exception has been handled, and at the latest when
+    the next training begins, when the callback is collected, or when the process ends.
+
+    A training resumed from a checkpoint is recorded from there on (with ``resume=True``, as the continuation of
+    what the run already holds); in the middle of an epoch, without ``store_batches`` and ``Workload.coefficients``.
+
+    Args:
+        workload: what the trainer does, if at hand: the first step is then replayed before the second is made.
+        run_id: the run; default: as above.
+        options: further arguments of :class:`dit_mlflow.TrajectoryRecorder`: ``checkpoint_every``, ``store_batches``,
+            ``low_precision``, …
+
+    Raises, from ``train`` and before a parameter changes:
+        InputError: the training set is not map-style.
+        UnsupportedError: several processes, low precision without ``low_precision``, an optimizer that is not
+            supported.
+    """
+
+    def __init__(self, workload: Workload | None = None, run_id: str | None = None, **options: Any) -> None:
+        self._arguments = (workload, run_id, options)
+        self._training: RecordedTraining | None = None
+        self._share: LossShare | None = None
+        self._num_batches = 0
+        self._abandon: weakref.finalize[..., TrajectoryCallback] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._abandon is not None:
+            self._abandon()
+        self._share, self._num_batches = None, 0
+        self._training = RecordedTraining(*self._arguments)
+        self._abandon = weakref.finalize(self, self._training.abandon)
+        with self._failing():
+            # accelerate's loaders iterate one of torch's inside.
+            loader = kwargs["train_dataloader"]
+            self._training.watch(vars(loader).get("base_dataloader", loader))
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        training = self._training
+        if training is None or training.closed:
+            return
+        with self._failing():
+            if not training.begun:
+                # Now: every other callback has begun, among them the one that starts an MLflow run.
+                assert model is not None and optimizer is not None
+                training.begin(model, _inner(optimizer))
+                self._share = LossShare(model)
+                training.at_close(self._share.remove)
+            self._next_batch(training)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        training = self._training
+        if training is None or training.closed:
+            return
+        with self._failing():
+            self._used(training)
+            self._next_batch(training)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        training = self._training
+        if training is None or training.closed or self._share is None:
+            return
+        with self._failing():
+            self._used(training)
+            training.before_step(*self._share.take(self._num_batches))
+            self._num_batches = 0
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._training is not None:
+            self._training.end_epoch()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._training is not None:
+            self._training.checkpoint()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The last word before load_best_model_at_end, after which the model is no longer what was trained.
+        if self._training is not None and "train_runtime" in (logs or {}):
+            self._training.checkpoint()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end()
+
+    def _next_batch(self, training: RecordedTraining) -> None:
+        assert training.tap is not None
+        training.next_batch(training.tap.take() or _resumed(training.tap))
+
+    def _used(self, training: RecordedTraining) -> None:
+        training.used()
+        self._num_batches += 1
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """An error raised here ends the training, and nobody will tell us."""
+        try:
+            yield
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def _end(self, error: BaseException | None = None) -> None:
+        training, self._training = self._training, None
+        self._share, self._num_batches = None, 0
+        if training is not None:
+            training.close(error)
+        if self._abandon is not None:
+            self._abandon.detach()
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """What accelerate has wrapped: the one that steps, and that hooks can be set on."""
+    while isinstance(inner := vars(optimizer).get("optimizer"), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _resumed(tap: LoaderTap) -> Handed | None:
+    """In the middle of an epoch, a resumed trainer iterates a loader of its own over the samplers that are watched."""
+    sampler = getattr(GradientState().active_dataloader, "batch_sampler", None)
+    if not isinstance(sampler, SkipBatchSampler) or sampler.batch_sampler is not tap.sampler:
+        raise TrajectoryError(
+            "the trainer draws its batches from another loader than the one that it has shown to its callbacks; the "
+            "samples of a step are not known"
+        )
+    return tap.take_noted(sampler.skip_batches)
