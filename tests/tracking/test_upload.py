@@ -83,7 +83,7 @@ def test_a_server_that_is_lost_does_not_stop_training(
         store = server.enter_context(stores.server(tmp_path / "server"))
         server_stack = tracking(store, tmp_path, monkeypatch)
         server_stack.__enter__()
-        run = MlflowClient().create_run(mlflow.get_experiment_by_name(f"{tmp_path.name} test").experiment_id)
+        run = MlflowClient().create_run(mlflow.get_experiment_by_name("test").experiment_id)
         with caplog.at_level(logging.WARNING, logger="dit_mlflow"):
             train_recorded(60, {20: server.close}, run_id=run.info.run_id)
     levels = [record.levelname for record in caplog.records]
@@ -145,7 +145,7 @@ train_recorded(10**9, run_id=sys.argv[3])
 def test_a_killed_machine_loses_what_was_not_uploaded_and_nothing_else(
     remote_store: Store, seconds: float, tmp_path: Path
 ) -> None:
-    run = MlflowClient().create_run(mlflow.get_experiment_by_name(f"{tmp_path.name} test").experiment_id)
+    run = MlflowClient().create_run(mlflow.get_experiment_by_name(tmp_path.name).experiment_id)
     here = Path(__file__).parent
     command = [sys.executable, "-c", KILLED, str(here), str(here.parent), run.info.run_id]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
