@@ -72,6 +72,27 @@ def influence(context: click.Context, /, **options: Any) -> None:
     run_job("influence", job)
 
 
+@cli.command(context_settings=_TAKES_SETTINGS)
+@click.argument("target")
+@click.option("--workload", default="", help="As for train; empty: the trajectory's own.")
+@click.pass_context
+def verify(context: click.Context, target: str, workload: str) -> None:
+    """Check that a trajectory is whole and replays: TARGET is a run's id or a folder.
+
+    Checksums of all files, steps without a gap, the dataset's digest, and the replay of every segment against the next
+    checkpoint. Exit code 0: all of it holds (or, without a workload, all but the replay, which is then said), 1: not.
+
+    Further options are settings of the workload, in place of the recorded ones.
+    """
+
+    def job(project_run_id: str | None) -> str:
+        from dit_mlflow.tracking.verification import verify_target
+
+        return verify_target(target, workload, parse_settings(context.args), click.echo)
+
+    run_job("verification", job)
+
+
 def parse_settings(arguments: Sequence[str]) -> dict[str, str]:
     """``["--model", "dnn", "--lr=0.1"]`` as a dict; raises :class:`InputError` for anything else."""
     settings: dict[str, str] = {}

@@ -16,7 +16,7 @@ from dit_mlflow.tracking.artifacts import load_trajectory
 from dit_mlflow.tracking.influence import Answer, GroundTruth, run_influence
 from dit_mlflow.tracking.runs import where_to_look
 from dit_mlflow.tracking.training import run_training
-from dit_mlflow.trajectory import Trajectory, Workload, load_workload
+from dit_mlflow.trajectory import Trajectory, Workload, load_recorded, load_workload
 
 DEFAULT_WORKLOAD = "projects/mnist"
 
@@ -120,7 +120,7 @@ def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:
         raise WorkloadError(
             f"run {request.training_run} trained {recorded.reference}, not {request.workload}; leave workload out"
         )
-    workload = load_workload(recorded.reference, **recorded.settings)
+    workload = load_recorded(recorded, trajectory.directory)
     if request.settings:
         asked = load_workload(recorded.reference, **{**recorded.settings, **request.settings}).settings
         changed = [name for name in request.settings if asked[name] != workload.settings[name]]

@@ -1,7 +1,7 @@
 """Record, store, verify and rebuild training trajectories."""
 
 from dit_mlflow.trajectory.loop import train
-from dit_mlflow.trajectory.projects import load_workload
+from dit_mlflow.trajectory.projects import load_recorded, load_workload
 from dit_mlflow.trajectory.recorder import TrajectoryRecorder
 from dit_mlflow.trajectory.state import REPLAY_TOLERANCE, State
 from dit_mlflow.trajectory.trajectory import Trajectory, Verification
@@ -16,6 +16,7 @@ __all__ = [
     "TrajectoryRecorder",
     "Verification",
     "Workload",
+    "load_recorded",
     "load_workload",
     "to_like",
     "train",

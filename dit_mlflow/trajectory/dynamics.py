@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.trajectory.manifest import Manifest
+from dit_mlflow.errors import DitError, TrajectoryError
+from dit_mlflow.trajectory.manifest import DTYPES, Manifest
 from dit_mlflow.trajectory.optimizers import describe_optimizer
 from dit_mlflow.trajectory.random_state import DrawsOf, RandomState, preserved_random_state
 from dit_mlflow.trajectory.state import State
@@ -74,7 +74,7 @@ class Dynamics:
             model.to(dtype)
         # Random numbers of another dtype would be other numbers.
         recorded = next(iter(manifest.model.parameters.values())).dtype
-        self._draws = DrawsOf(getattr(torch, recorded)) if dtype is not None else None
+        self._draws = DrawsOf(DTYPES[recorded]) if dtype is not None else None
         self.device = next(model.parameters()).device
         self.model = model
         self._substituted = Substitution(model)
@@ -141,12 +141,11 @@ class Dynamics:
         }
         total: dict[str, Tensor] = {}
         for term in self.terms(step, batches):
-            parts = torch.autograd.grad(
-                term(parameters, buffers, weights),
-                list(inputs.values()),
-                create_graph=create_graph,
-                allow_unused=True,
-            )
+            with _naming_the_step(step):
+                value = term(parameters, buffers, weights)
+            if not inputs:
+                continue
+            parts = torch.autograd.grad(value, list(inputs.values()), create_graph=create_graph, allow_unused=True)
             for name, part in zip(inputs, parts, strict=True):
                 if part is not None:
                     total[name] = total[name] + part if name in total else part
@@ -227,6 +226,11 @@ class Dynamics:
         """Put every module into the mode it was recorded in."""
         if self._evaluation_mode == step.evaluation_mode:
             return
+        if unknown := step.evaluation_mode - self._modules.keys():
+            raise TrajectoryError(
+                f"step {step.index} was recorded with module {sorted(unknown)[0]!r} in evaluation mode; the workload's "
+                f"model ({type(self.model).__name__}) has none of that name"
+            )
         for name, module in self._modules.items():
             module.training = name not in step.evaluation_mode
         self._evaluation_mode = step.evaluation_mode
@@ -242,7 +246,27 @@ def _replaying(state: RandomState | None, draws: DrawsOf | None = None) -> Itera
         yield
 
 
+@contextmanager
+def _naming_the_step(step: Step) -> Iterator[None]:
+    """A loss may well fail on a batch, a buffer or a mode that it never met: these come from the record."""
+    try:
+        yield
+    except (DitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise TrajectoryError(
+            f"the workload's loss fails on the record of step {step.index}: {type(error).__name__}: {error}. It is not "
+            "the recorded workload, or the record has been changed"
+        ) from error
+
+
 def _check_model(model: nn.Module, manifest: Manifest) -> None:
+    buffers = dict(model.named_buffers())
+    if odd := sorted(buffers.keys() ^ manifest.model.buffers.keys()):
+        raise TrajectoryError(
+            f"the workload's model ({type(model).__name__}) is not the recorded one ({manifest.model.name}): "
+            f"buffer {odd[0]!r} is in {'the workload' if odd[0] in buffers else 'the record'} only"
+        )
     recorded = {name: layout.shape for name, layout in manifest.model.parameters.items()}
     given = {name: tuple(value.shape) for name, value in model.named_parameters()}
     if recorded == given:

@@ -6,26 +6,45 @@ import hashlib
 import json
 import os
 import platform
+import re
+from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from dit_mlflow.errors import TrajectoryError, WorkloadError
 
 FILE_NAME = "manifest.json"
 
+LARGEST = 64 * 2**20
+"""Bytes of a manifest; one of a million steps takes a few of them."""
+
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "complex64"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"),
+    )
+}
+"""What a stored tensor can be, by the name in a manifest."""
+
 
 def _plain_name(name: str) -> str:
-    if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", name) or name == FILE_NAME:
         raise ValueError(f"{name!r} is not a plain file name")
     return name
 
 
 FileName = Annotated[str, AfterValidator(_plain_name)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Need = Callable[[bool, str], None]
 
 
 class _Part(BaseModel):
@@ -35,7 +54,7 @@ class _Part(BaseModel):
 class TensorLayout(_Part):
     """Shape and dtype (``"float32"``) of a parameter or buffer."""
 
-    shape: tuple[NonNegativeInt, ...]
+    shape: tuple[Count, ...]
     dtype: str
 
 
@@ -59,8 +78,8 @@ class StepsFile(_Part):
     """Rows of the steps ``start … stop - 1``."""
 
     file: FileName
-    start: NonNegativeInt
-    stop: NonNegativeInt
+    start: Count
+    stop: Count
 
 
 class CheckpointEntry(_Part):
@@ -70,15 +89,15 @@ class CheckpointEntry(_Part):
     ``scalars`` are the optimizer's plain numbers by parameter name.
     """
 
-    step: NonNegativeInt
+    step: Count
     files: tuple[FileName, ...]
-    unchanged: dict[NonNegativeInt, tuple[str, ...]] = Field(default_factory=dict)
+    unchanged: dict[Count, tuple[str, ...]] = Field(default_factory=dict)
     scalars: dict[str, dict[str, int | float | bool | None]] = Field(default_factory=dict)
 
 
 class FileEntry(_Part):
-    sha256: str
-    size: NonNegativeInt
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    size: Count
 
 
 class WorkloadReference(_Part):
@@ -95,9 +114,9 @@ class Manifest(_Part):
 
     format: Literal[2] = 2
     complete: bool
-    num_steps: NonNegativeInt
-    num_samples: NonNegativeInt | None
-    epoch_ends: tuple[NonNegativeInt, ...]
+    num_steps: Count
+    num_samples: Count | None
+    epoch_ends: tuple[Count, ...]
     model: ModelLayout
     optimizer: OptimizerLayout
     steps: tuple[StepsFile, ...]
@@ -122,12 +141,18 @@ class Manifest(_Part):
                 f"no trajectory in {directory}: {FILE_NAME} is missing; give a folder written by "
                 "TrajectoryRecorder or train()"
             )
+        if (size := path.stat().st_size) > LARGEST:
+            raise TrajectoryError(f"{path} is not a trajectory manifest: {size} bytes, expected {LARGEST} at most")
+        content = path.read_bytes()
         try:
-            manifest = cls.model_validate_json(path.read_bytes())
+            manifest = cls.model_validate_json(content)
+            json.loads(content, object_pairs_hook=_once_each)
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "the whole file"
             raise TrajectoryError(f"{path} is not a trajectory manifest: {where}: {first['msg']}") from error
+        except (ValueError, RecursionError) as error:
+            raise TrajectoryError(f"{path} is not a trajectory manifest: {error}") from error
         manifest._check(path)
         return manifest
 
@@ -176,27 +201,57 @@ class Manifest(_Part):
             if not condition:
                 raise TrajectoryError(f"{path} contradicts itself: {problem}")
 
+        self._check_steps(need)
+        self._check_checkpoints(need)
+        self._check_layouts(need)
+        need(self._used() <= set(self.files), "a file is used but not listed")
+
+    def _check_steps(self, need: Need) -> None:
         covered = 0
         for part in self.steps:
             need(part.start == covered < part.stop, f"steps {part.start} … {part.stop} after step {covered}")
             covered = part.stop
         need(covered == self.num_steps, f"{covered} steps are stored, {self.num_steps} announced")
-        at = [entry.step for entry in self.checkpoints]
-        need(at == sorted(set(at)), "checkpoints are not in order")
-        need(at[:1] == [0] and at[-1] <= self.num_steps, "checkpoints must start at step 0 and end by the last")
-        earlier: set[int] = set()
-        for entry in self.checkpoints:
-            need(entry.unchanged.keys() <= earlier, f"checkpoint {entry.step} refers to one that is not before it")
-            earlier.add(entry.step)
         stored = 0
         for part in self.batches or ():
             need(part.start == stored < part.stop, f"batches {part.start} … {part.stop} after step {stored}")
             stored = part.stop
         need(self.batches is None or stored == self.num_steps, f"batches of {stored} steps are stored")
-        need(self._used() <= set(self.files), "a file is used but not listed")
+        ends = (0, *self.epoch_ends)
+        need(all(a < b for a, b in pairwise(ends)), "epoch_ends do not increase")
+        need(ends[-1] == self.num_steps, f"the last epoch ends at step {ends[-1]} of {self.num_steps}")
+        need(self.num_steps == 0 or bool(self.num_samples), "there are steps, but no samples")
+
+    def _check_checkpoints(self, need: Need) -> None:
+        at = [entry.step for entry in self.checkpoints]
+        need(at == sorted(set(at)), "checkpoints are not in order")
+        need(at[:1] == [0] and at[-1] <= self.num_steps, "checkpoints must start at step 0 and end by the last")
+        held = {name for group in self.optimizer.groups for name in group}
+        earlier: set[int] = set()
+        for entry in self.checkpoints:
+            need(entry.unchanged.keys() <= earlier, f"checkpoint {entry.step} refers to one that is not before it")
+            earlier.add(entry.step)
+            need(entry.scalars.keys() <= held, f"checkpoint {entry.step} has numbers of no trained parameter")
+            numbers = [value for scalars in entry.scalars.values() for value in scalars.values()]
+            need(all(isinstance(value, float) or abs(value or 0) < 2**63 for value in numbers), "a number is too large")
+
+    def _check_layouts(self, need: Need) -> None:
+        need(bool(self.model.parameters), "the model has no parameters")
+        for name, layout in (*self.model.parameters.items(), *self.model.buffers.items()):
+            need(layout.dtype in DTYPES, f"{name!r} has the unknown dtype {layout.dtype!r}")
         held = [name for group in self.optimizer.groups for name in group]
+        need(bool(held), "the optimizer holds no parameters")
         need(set(held) <= set(self.model.parameters), "the optimizer holds parameters the model lacks")
         need(len(held) == len(set(held)), "a parameter is in two groups")
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For JSON objects, whose keys readers disagree about if they come twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def write_atomically(path: Path, content: bytes) -> FileEntry:

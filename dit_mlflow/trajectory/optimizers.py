@@ -114,7 +114,12 @@ def build_optimizer(
     known = inspect.signature(cls).parameters
     defaults = {key: value for key, value in (layout.defaults | overrides).items() if key in known}
     defaults = {key: tuple(value) if isinstance(value, list) else value for key, value in defaults.items()}
-    optimizer = cls(groups, **defaults)
+    try:
+        optimizer = cls(groups, **defaults)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TrajectoryError(
+            f"torch.optim.{layout.name} cannot be built with the settings that are recorded, {defaults}: {error}"
+        ) from error
     for name, entry in state.optimizer.items():
         optimizer.state[parameters[name]] = dict(entry)
     return optimizer

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from dit_mlflow.errors import DitError, WorkloadError
+from dit_mlflow.trajectory.manifest import WorkloadReference
 from dit_mlflow.trajectory.workload import Workload
 
 WorkloadFactory = Callable[..., Workload]
@@ -47,12 +48,48 @@ def load_workload(reference: str, **settings: Any) -> Workload:
     return dataclasses.replace(workload, reference=reference, settings={**resolved, **workload.settings})
 
 
+def load_recorded(recorded: WorkloadReference, directory: Path) -> Workload:
+    """Build the workload that a trajectory says it was recorded with.
+
+    What a record names is not run like what a user names: it must be a function that is annotated to return a
+    :class:`Workload`, and lie outside of the record. Its module is imported, however; a record from elsewhere that
+    names a module of yours runs that module.
+
+    Args:
+        recorded: reference and settings.
+        directory: where the trajectory is.
+
+    Raises:
+        WorkloadError: it cannot be used.
+    """
+    try:
+        folder = (Path.cwd() / recorded.reference).resolve()
+        folder.is_dir()
+    except (OSError, ValueError) as error:
+        raise WorkloadError(f"workload {recorded.reference[:99]!r} cannot be the name of anything: {error}") from error
+    if folder.is_relative_to(directory.resolve()):
+        raise WorkloadError(f"workload {recorded.reference!r} is code inside of the trajectory, which is not run")
+    factory = find_factory(recorded.reference)
+    try:
+        returns = get_type_hints(factory).get("return")
+    except (NameError, TypeError, AttributeError):
+        returns = None
+    if not (isinstance(returns, type) and issubclass(returns, Workload)):
+        raise WorkloadError(
+            f"the record names {recorded.reference!r} as its workload, which is not annotated to return one and is not "
+            "called on a record's word alone: write '-> Workload' in its signature, or name it yourself (workload=…)"
+        )
+    return load_workload(recorded.reference, **recorded.settings)
+
+
 def find_factory(reference: str) -> WorkloadFactory:
     """The function behind a workload reference; raises :class:`WorkloadError` if there is none."""
     module_name, colon, name = reference.partition(":")
     if colon:
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
+        if not all(part.isidentifier() for part in module_name.split(".")):
+            raise WorkloadError(f"workload {reference!r}: {module_name!r} is not the name of a module")
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
+
+from dit_mlflow.errors import TrajectoryError, UnsupportedError
 
 
 class RandomState(NamedTuple):
@@ -50,6 +53,10 @@ class RandomState(NamedTuple):
         if self.torch is not None:
             torch.set_rng_state(_byte_tensor(self.torch))
         if self.cuda is not None:
+            if not torch.cuda.is_available():
+                raise UnsupportedError(
+                    "the recorded step drew random numbers on a GPU, and there is none here; replay it where there is"
+                )
             torch.cuda.set_rng_state(_byte_tensor(self.cuda))
         if self.python is not None:
             random.setstate(self.python)
@@ -68,15 +75,17 @@ class RandomState(NamedTuple):
 
     @classmethod
     def decode(cls, stored: Mapping[str, bytes | None]) -> RandomState:
-        """The inverse of :meth:`encode`."""
-        python = numpy = None
-        if stored["python"] is not None:
-            version, internal, gauss = json.loads(stored["python"])
-            python = (version, tuple(internal), gauss)
-        if stored["numpy"] is not None:
-            name, key, *rest = json.loads(stored["numpy"])
-            numpy = (name, np.asarray(key, np.uint32).tobytes(), *rest)
-        return cls(stored["torch"], stored["cuda"], python, numpy)
+        """The inverse of :meth:`encode`; raises :class:`TrajectoryError` for bytes that are no state."""
+        fields = ((name, stored[name]) for name in cls._fields)
+        return cls(*(None if value is None else cls.decode_field(name, value) for name, value in fields))
+
+    @staticmethod
+    def decode_field(name: str, stored: bytes) -> Any:
+        """One generator's state from what :meth:`encode` made of it; raises :class:`TrajectoryError` if it is none."""
+        try:
+            return _DECODERS[name](stored)
+        except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+            raise TrajectoryError(f"a stored random state ({name}) is no state of that generator: {error}") from error
 
 
 @contextmanager
@@ -88,6 +97,47 @@ def preserved_random_state() -> Iterator[None]:
     finally:
         if (moved := before.used_since(RandomState.capture())) is not None:
             moved.restore()
+
+
+def _torch(stored: bytes) -> bytes:
+    _SCRATCH.set_state(_byte_tensor(stored))
+    return stored
+
+
+def _cuda(stored: bytes) -> bytes:
+    if len(stored) != _CUDA_BYTES:
+        raise ValueError(f"it has {len(stored)} bytes, expected {_CUDA_BYTES}")
+    return stored
+
+
+def _python(stored: bytes) -> tuple[Any, ...]:
+    version, internal, gauss = json.loads(stored)
+    state = (version, tuple(internal), _gauss(gauss))
+    random.Random().setstate(state)
+    return state
+
+
+def _numpy(stored: bytes) -> tuple[Any, ...]:
+    name, key, position, has_gauss, gauss = json.loads(stored)
+    numbers = np.asarray(key)
+    # NumPy itself takes any position, and would read beyond the key.
+    if name != "MT19937" or position not in range(625) or has_gauss not in (0, 1) or _gauss(gauss) is None:
+        raise ValueError("expected that of an MT19937, with a position up to 624")
+    if numbers.shape != (624,) or numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() >= 2**32:
+        raise ValueError("expected 624 numbers of 32 bits")
+    return (name, numbers.astype(np.uint32).tobytes(), int(position), int(has_gauss), gauss)
+
+
+def _gauss(value: Any) -> float | None:
+    """The second of a pair of normal numbers, held back."""
+    if value is not None and not (isinstance(value, float) and math.isfinite(value)):
+        raise ValueError(f"a held back number is {value!r}")
+    return value
+
+
+_SCRATCH = torch.Generator()
+_CUDA_BYTES = 16
+_DECODERS = {"torch": _torch, "cuda": _cuda, "python": _python, "numpy": _numpy}
 
 
 def _byte_tensor(state: bytes) -> torch.Tensor:

@@ -12,8 +12,9 @@ import torch
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.trajectory.dataset import check_dataset
 from dit_mlflow.trajectory.dynamics import Dynamics
+from dit_mlflow.trajectory.manifest import DTYPES
 from dit_mlflow.trajectory.rollout import Rollout
-from dit_mlflow.trajectory.state import REPLAY_TOLERANCE, State, relative_drift
+from dit_mlflow.trajectory.state import REPLAY_TOLERANCE, State, other_optimizer_state, relative_drift
 from dit_mlflow.trajectory.trajectory import Trajectory
 from dit_mlflow.trajectory.workload import Workload
 
@@ -187,6 +188,12 @@ class Replay:
                 "regularizer and data with the loop's. Batches that the loop drew but did not use (continue, a step "
                 "that a GradScaler skipped) need recorder.discard() there; a loss scaled by hand needs coefficients"
             )
+        # Where rounding is the same, it is so in the optimizer's state; elsewhere the next checkpoint tells.
+        if drift == 0.0 and (wrong := other_optimizer_state(replayed, recorded)):
+            raise TrajectoryError(
+                f"replaying up to step {t} meets the parameters of the checkpoint bit for bit, but not its optimizer's "
+                f"state: {wrong}. The checkpoint has been changed"
+            )
 
     def _anchor(self, t: int) -> State:
         return self.trajectory.checkpoint(t).to(self.dynamics.device, self.dynamics.dtype)
@@ -194,7 +201,7 @@ class Replay:
 
 def _recorded_dtype(trajectory: Trajectory) -> torch.dtype:
     name = next(iter(trajectory.manifest.model.parameters.values())).dtype
-    return getattr(torch, name)
+    return DTYPES[name]
 
 
 def _first_piece(length: int, room: int) -> int:

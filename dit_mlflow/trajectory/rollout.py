@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.dynamics import Buffers, Dynamics, MicroBatch, Parameters, Term
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.optimizers import build_optimizer, set_hyperparameters
@@ -63,7 +64,16 @@ class Rollout:
         for name, parameter in self.parameters.items():
             parameter.grad = gradients.get(name)
         set_hyperparameters(self._optimizer, step.hyperparameters)
-        self._optimizer.step()
+        try:
+            self._optimizer.step()
+        except Exception as error:
+            if self.copies is not None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            # Settings and state come from the record, and optimizers take what they are given on trust.
+            raise TrajectoryError(
+                f"torch.optim.{type(self._optimizer).__name__} cannot make step {step.index} with the settings and the "
+                f"state that are recorded: {type(error).__name__}: {error}"
+            ) from error
 
     def _stacked_gradient(self, step: Step, batches: list[MicroBatch], weights: Tensor) -> dict[str, Tensor]:
         values = {name: value.detach() for name, value in self.parameters.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
-from dit_mlflow.trajectory.manifest import FileEntry, put_in_place, temporary_path
+from dit_mlflow.trajectory.manifest import FileEntry, TensorLayout, put_in_place, temporary_path
 from dit_mlflow.trajectory.state import State
 
 SHARD_BYTES = 256 * 2**20
@@ -26,6 +26,28 @@ _SAMPLED = 1024
 """Elements that are compared before a whole tensor is."""
 
 _READ_BYTES = 2**20
+
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "BOOL": "bool",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+}
+"""Names of dtypes in safetensors files, and ours."""
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
@@ -68,38 +90,48 @@ def _raise_if_dtype(error: Exception, tensors: Mapping[str, Tensor]) -> None:
 
 
 class Shard:
-    """A safetensors file, opened.
+    """A safetensors file, opened. Its header is read, and no tensor before it is asked for.
 
     Raises:
         TrajectoryError: it is none, or its tensors are not named by step.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._keys: dict[int, list[str]] = {}
+        self.path = path
+        self._keys: dict[int, dict[str, None]] = {}
         try:
             self._file: Any = safe_open(path, framework="pt")
             for name in self._file.keys():  # noqa: SIM118  (not a dict)
                 step, _, key = name.partition("/")
-                self._keys.setdefault(int(step), []).append(key)
+                if str(int(step)) != step:
+                    raise ValueError(f"{name!r} does not begin with a step")
+                self._keys.setdefault(int(step), {})[key] = None
         except (SafetensorError, OSError, ValueError) as error:
             raise TrajectoryError(f"{path} is not a readable shard: {error}") from error
 
+    def keys(self, step: int) -> Collection[str]:
+        """The paths of all tensors of a step."""
+        return self._keys.get(step, {}).keys()
+
     def holds(self, step: int, key: str) -> bool:
         """Whether a tensor is here."""
-        return key in self._keys.get(step, ())
+        return key in self.keys(step)
 
-    def tensors(self, step: int) -> dict[str, Tensor]:
-        """Copies of all tensors of a step, by path."""
-        return {key: self.tensor(step, key) for key in self._keys.get(step, ())}
+    def layout(self, step: int, key: str) -> TensorLayout:
+        """Shape and dtype of one tensor, by the header alone."""
+        try:
+            piece = self._file.get_slice(f"{step}/{key}")
+            return TensorLayout(shape=tuple(piece.get_shape()), dtype=_DTYPES[piece.get_dtype()])
+        except (SafetensorError, KeyError) as error:
+            raise TrajectoryError(f"{self.path}: {key!r} of step {step} cannot be read: {error}") from error
 
     def tensor(self, step: int, key: str) -> Tensor:
         """A copy of one tensor."""
         try:
             # What an open shard hands out twice is the same memory.
             return self._file.get_tensor(f"{step}/{key}").clone()
-        except SafetensorError as error:
-            raise TrajectoryError(f"{self._path} does not hold {key!r} of step {step}: {error}") from error
+        except (SafetensorError, RuntimeError) as error:
+            raise TrajectoryError(f"{self.path}: {key!r} of step {step} cannot be read: {error}") from error
 
 
 def packed(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

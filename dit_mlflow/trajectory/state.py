@@ -117,24 +117,36 @@ def relative_drift(replayed: State, recorded: State, origin: State) -> float:
     ``max |replayed - recorded| / max |recorded - origin|`` over all parameters and buffers; 0 means bit for bit,
     1 that the replay is as wrong as standing still. The denominator is at least the size at which 8 units in
     the last place of the largest parameter reach :data:`REPLAY_TOLERANCE`, so that a model which hardly moved
-    is not refused for rounding.
+    is not refused for rounding. Integers (counters) have a scale of their own each: how far it moved itself.
     """
-    if all(
-        torch.equal(getattr(replayed, part)[name], value)
-        for part in ("parameters", "buffers")
-        for name, value in getattr(recorded, part).items()
-    ):
-        return 0.0
-    miss = moved = scale = 0.0
+    miss = moved = scale = of_integers = 0.0
     for part in ("parameters", "buffers"):
         for name, value in getattr(recorded, part).items():
-            if value.numel() == 0 or not value.is_floating_point():
+            missed = _distance(getattr(replayed, part)[name], value)
+            way = _distance(value, getattr(origin, part)[name])
+            if not (value.is_floating_point() or value.is_complex()):
+                of_integers = max(of_integers, _ratio(missed, way))
+            elif missed or way:
+                miss, moved = max(miss, missed), max(moved, way)
+                scale = max(scale, _largest(value) * torch.finfo(value.dtype).eps)
+    return max(of_integers, _ratio(miss, max(moved, 8 * scale / REPLAY_TOLERANCE)))
+
+
+def other_optimizer_state(replayed: State, recorded: State) -> str | None:
+    """What differs between the optimizers' states by more than :data:`REPLAY_TOLERANCE` of their values; ``None`` if
+    nothing does, or the replay did not keep them."""
+    found, expected = ({n: entry for n, entry in s.optimizer.items() if entry} for s in (replayed, recorded))
+    for name in expected.keys() | found.keys():
+        ours, theirs = found.get(name, {}), expected.get(name, {})
+        if ours.keys() != theirs.keys():
+            return f"that of {name!r} has {sorted(theirs)}, the replay {sorted(ours)}"
+        for key, value in theirs.items():
+            if ours[key] is None:
                 continue
-            miss = max(miss, _largest(getattr(replayed, part)[name] - value))
-            moved = max(moved, _largest(value - getattr(origin, part)[name]))
-            scale = max(scale, _largest(value) * torch.finfo(value.dtype).eps)
-    allowed = max(moved, 8 * scale / REPLAY_TOLERANCE)
-    return miss / allowed if 0.0 < allowed < float("inf") else float("inf")
+            one, other = torch.as_tensor(ours[key]), torch.as_tensor(value)
+            if _ratio(_distance(one, other), _largest(other)) > (0 if key in COUNTERS else REPLAY_TOLERANCE):
+                return f"{key!r} of {name!r}"
+    return None
 
 
 REPLAY_TOLERANCE = 1e-3
@@ -142,6 +154,23 @@ REPLAY_TOLERANCE = 1e-3
 float32; a wrong loss, coefficient or batch gives 1e-2 to 1."""
 
 
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Largest difference of any element; infinite if there is no saying."""
+    if one.shape != other.shape:
+        return float("inf")
+    if torch.equal(one, other):
+        return 0.0
+    return _largest(one - other if one.is_floating_point() or one.is_complex() else one.double() - other.double())
+
+
+def _ratio(miss: float, allowed: float) -> float:
+    if miss == 0.0:
+        return 0.0
+    return miss / allowed if 0.0 < allowed < float("inf") else float("inf")
+
+
 def _largest(value: Tensor) -> float:
+    if value.numel() == 0:
+        return 0.0
     largest = value.abs().max().item()
     return float("inf") if largest != largest else largest

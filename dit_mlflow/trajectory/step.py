@@ -10,7 +10,6 @@ from typing import Any, TypedDict
 import numpy as np
 import pyarrow as pa
 
-from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.random_state import RandomState
 
 Hyperparameters = Mapping[str, Any]
@@ -85,29 +84,6 @@ class Step:
         """All sample indices of the step, repeated ones included, in batch order."""
         return np.concatenate(self.indices)
 
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Step:
-        """Read a row; raises :class:`TrajectoryError` if its parts contradict each other."""
-        indices = tuple(np.asarray(part, dtype=np.int64) for part in row["indices"])
-        coefficients = _arrays(row["coefficients"])
-        if coefficients is not None and [len(part) for part in coefficients] != [len(p) for p in indices]:
-            raise TrajectoryError(f"step {row['step']}: as many coefficients as sample indices are expected")
-        states = row["random_state"]
-        if states is not None and len(states) != len(indices):
-            raise TrajectoryError(f"step {row['step']}: one random state per micro-batch is expected")
-        return cls(
-            index=row["step"],
-            epoch=row["epoch"],
-            indices=indices,
-            coefficients=coefficients,
-            hyperparameters=tuple(_revive(group) for group in json.loads(row["hyperparameters"])),
-            loss=row["loss"],
-            random_states=(None,) * len(indices) if states is None else tuple(map(_random_state, states)),
-            evaluation_mode=frozenset(row["evaluation_mode"]),
-            no_gradient=frozenset(row["no_gradient"]),
-            zero_gradient=frozenset(row["zero_gradient"] or ()),
-        )
-
 
 def to_table(steps: Iterable[StepFields]) -> pa.Table:
     """The steps as rows of :data:`SCHEMA`, in order."""
@@ -134,16 +110,3 @@ def to_table(steps: Iterable[StepFields]) -> pa.Table:
             }
         )
     return pa.Table.from_pylist(rows, schema=SCHEMA)
-
-
-def _arrays(parts: Sequence[Sequence[float]] | None) -> tuple[np.ndarray, ...] | None:
-    return None if parts is None else tuple(np.asarray(part, dtype=np.float64) for part in parts)
-
-
-def _random_state(state: Mapping[str, bytes | None]) -> RandomState | None:
-    return RandomState.decode(state) if any(value is not None for value in state.values()) else None
-
-
-def _revive(group: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples; optimizers expect them (``betas``)."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest
+from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.trajectory.checkpoint_layout import check_layouts
+from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile
 from dit_mlflow.trajectory.shards import Shard, sha256, unflatten
 from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step import SCHEMA, Step
+from dit_mlflow.trajectory.step import Step
+from dit_mlflow.trajectory.steps_file import read_steps
 from dit_mlflow.trajectory.workload import Workload
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ class Trajectory:
         self.manifest = manifest
         self._fetch = fetch
         self._verified: set[str] = set()
-        self._read_steps = lru_cache(maxsize=8)(self._read_steps_file)
+        self._read_steps = lru_cache(maxsize=8)(self._read_steps_part)
         self._open_shard = lru_cache(maxsize=4)(Shard)
 
     def __repr__(self) -> str:
@@ -88,6 +91,8 @@ class Trajectory:
             path = folder / name
             if not path.is_file():
                 raise TrajectoryError(f"{path} is missing; restore it from the run's artifacts")
+            if path.is_symlink() and path.resolve().parent != folder.resolve():
+                raise TrajectoryError(f"{path} is a link that leaves the folder; put a copy of the file in its place")
             if path.stat().st_size != entry.size:
                 raise TrajectoryError(
                     f"{path} is damaged: {path.stat().st_size} bytes, recorded {entry.size}; "
@@ -122,35 +127,72 @@ class Trajectory:
 
     def step(self, t: int) -> Step:
         """The record of step ``t``, ``0 <= t < num_steps``."""
-        part = next(part for part in self.manifest.steps if part.start <= t < part.stop)
-        return self._read_steps(part.file)[t - part.start]
+        part = self._part(self.manifest.steps, t)
+        return self._read_steps(part)[t - part.start]
 
     def checkpoint(self, t: int) -> State:
         """The stored state ``s_t``; ``t`` is one of :attr:`checkpoint_steps`."""
+        if t not in self._checkpoints:
+            raise InputError(f"the state of step {t} is not stored; those of {self.checkpoint_steps} are")
         entry = self._checkpoints[t]
-        tensors: dict[str, Tensor] = {}
+        places = self._checked_places(entry)
+        return unflatten({key: shard.tensor(home, key) for key, (shard, home) in places.items()}, entry.scalars)
+
+    def _checked_places(self, entry: CheckpointEntry) -> dict[str, tuple[Shard, int]]:
+        """As :meth:`_places`; shapes and dtypes are known to be the manifest's."""
+        places = self._places(entry)
+        found = {key: (shard.path, shard.layout(home, key)) for key, (shard, home) in places.items()}
+        check_layouts(found, entry.scalars, self.manifest, entry.step)
+        return places
+
+    def _places(self, entry: CheckpointEntry) -> dict[str, tuple[Shard, int]]:
+        """For each tensor of a state, by path, the file that it is in, and the step that it is stored under."""
+        places: dict[str, tuple[Shard, int]] = {}
         for name in entry.files:
-            tensors |= self._shard(name).tensors(t)
+            shard = self._shard(name)
+            for key in shard.keys(entry.step):
+                if key in places:
+                    raise TrajectoryError(f"{shard.path}: {key!r} of step {entry.step} is in another file as well")
+                places[key] = shard, entry.step
         for home, keys in entry.unchanged.items():
-            for name in self._checkpoints[home].files:
-                shard = self._shard(name)
-                tensors |= {key: shard.tensor(home, key) for key in keys if shard.holds(home, key)}
-        state = unflatten(tensors, entry.scalars)
-        for name, layout in self.manifest.model.parameters.items():
-            if name not in state.parameters or tuple(state.parameters[name].shape) != layout.shape:
-                raise TrajectoryError(f"{self.directory}, step {t}: parameter {name!r} is missing or has another shape")
-        return state
+            shards = [self._shard(name) for name in self._checkpoints[home].files]
+            for key in keys:
+                holding = [shard for shard in shards if shard.holds(home, key)]
+                if len(holding) != 1 or key in places:
+                    raise TrajectoryError(
+                        f"{self.directory}: {key!r} of step {entry.step} is to be found with step {home}, where it is "
+                        "not, or is there twice"
+                    )
+                places[key] = holding[0], home
+        return places
 
     def batches(self, t: int) -> list[list[Tensor]] | None:
         """The stored tensors of step ``t``'s micro-batches; ``None`` if batches were not stored."""
         if self.manifest.batches is None:
             return None
-        part = next(part for part in self.manifest.batches if part.start <= t < part.stop)
-        tensors = self._shard(part.file).tensors(t)
-        batches: list[list[Tensor]] = [[] for _ in self.step(t).indices]
-        for key in sorted(tensors, key=lambda key: tuple(map(int, key.split("/")))):
-            batches[int(key.partition("/")[0])].append(tensors[key])
-        return batches
+        shard = self._shard(self._part(self.manifest.batches, t).file)
+        return [[shard.tensor(t, key) for key in keys] for keys in self._batch_keys(shard, t)]
+
+    def _batch_keys(self, shard: Shard, t: int) -> list[list[str]]:
+        """For each micro-batch of a step, the paths of its tensors; their layouts are known to be readable."""
+        found: list[list[str]] = []
+        for position in range(len(self.step(t).indices)):
+            keys: list[str] = []
+            while shard.holds(t, key := f"{position}/{len(keys)}"):
+                shard.layout(t, key)
+                keys.append(key)
+            found.append(keys)
+        if sum(map(len, found)) != len(shard.keys(t)):
+            raise TrajectoryError(
+                f"{shard.path}: the tensors of step {t} are not numbered by its {len(found)} micro-batches and their "
+                "places in them"
+            )
+        return found
+
+    def _part(self, parts: Sequence[StepsFile], t: int) -> StepsFile:
+        if not 0 <= t < self.num_steps:
+            raise InputError(f"step {t} was asked; the trajectory has {self.num_steps} (0 … {self.num_steps - 1})")
+        return parts[bisect_right(parts, t, key=lambda part: part.start) - 1]
 
     def _shard(self, name: str) -> Shard:
         return self._open_shard(self._checked(name))
@@ -176,20 +218,52 @@ class Trajectory:
         return Replay(self, workload, dtype)
 
     def verify(self, workload: Workload) -> Verification:
-        """Check every file's hash, that steps follow each other, and the replay against every checkpoint.
+        """Check the record (:meth:`check_record`), and the replay of every segment against the next checkpoint.
+
+        Then the states are those of the training, up to the drift. Not known by replay, and taken from the record as
+        they are: what has no influence on states (logged losses, epochs' numbers, settings that the optimizer does not
+        read, ``complete``, versions, thread count, the workload's reference, the model's class name). Of tensors that
+        are stored once for several checkpoints, because they were not trained, it is known that they lead to the states
+        that the others are in.
 
         Raises:
             TrajectoryError: naming the first thing that does not hold.
 
         Cost: one training, without its evaluation.
         """
-        for name in self.manifest.files:
+        self.check_record()
+        return self.check_replay(workload)
+
+    def check_record(self) -> None:
+        """Check every file's hash and all that can be known of them without a workload; off a terminal, in silence.
+
+        Steps follow each other in epochs that end where the manifest says, and checkpoints and batches hold the tensors
+        that belong to them.
+
+        Raises:
+            TrajectoryError: naming the first thing that does not hold.
+
+        Cost: reads all files.
+        """
+        for name in tqdm(self.manifest.files, desc="files", unit="file", disable=None, leave=False):
             self._checked(name)
-        for t in range(self.num_steps):
-            if self.step(t).index != t:
-                raise TrajectoryError(f"{self.directory}: the record of step {t} says {self.step(t).index}")
+        epochs = [step.epoch for part in self.manifest.steps for step in self._read_steps(part)]
+        ends = [t for t, (one, other) in enumerate(pairwise([*epochs, None]), start=1) if one != other]
+        if tuple(ends) != self.epoch_ends:
+            raise TrajectoryError(
+                f"{self.directory}: the manifest's epochs end at {self.epoch_ends}, those of the steps at {tuple(ends)}"
+            )
+        for entry in self.manifest.checkpoints:
+            self._checked_places(entry)
+        for part in self.manifest.batches or ():
+            for t in range(part.start, part.stop):
+                self._batch_keys(self._shard(part.file), t)
+
+    def check_replay(self, workload: Workload) -> Verification:
+        """The second half of :meth:`verify`."""
         replay = self.replay(workload)
-        for _ in replay.forward(0, self.num_steps):
+        states = replay.forward(0, self.num_steps)
+        for _ in tqdm(states, total=self.num_steps + 1, desc="replay", unit="step", disable=None, leave=False):
             pass
         return Verification(dict(replay.drift))
 
@@ -210,13 +284,8 @@ class Trajectory:
     def _checkpoints(self) -> dict[int, CheckpointEntry]:
         return {entry.step: entry for entry in self.manifest.checkpoints}
 
-    def _read_steps_file(self, name: str) -> list[Step]:
-        path = self._checked(name)
-        try:
-            table = pq.read_table(path, schema=SCHEMA)
-        except (pa.ArrowException, OSError) as error:
-            raise TrajectoryError(f"{path} is not a readable record of steps: {error}") from error
-        return [Step.from_row(row) for row in table.to_pylist()]
+    def _read_steps_part(self, part: StepsFile) -> list[Step]:
+        return read_steps(self._checked(part.file), part, self.manifest)
 
     def _checked(self, name: str) -> Path:
         if self._fetch is not None:
