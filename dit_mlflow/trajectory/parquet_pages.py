@@ -74,10 +74,10 @@ def _pages(content: bytes) -> Iterator[tuple[int, int, int]]:
             kind, unpacked, packed = header[1], header[2], header[3]
             # The headers of data pages (version 1 and 2) and of dictionaries begin with the number of values.
             count = next(header[field][1] for field in (5, 8, 7) if field in header)
+            if min(unpacked, packed, count) < 0:
+                raise ValueError("a negative size")
         except (IndexError, KeyError, ValueError, TypeError, StopIteration, RecursionError) as error:
             raise ValueError("it has a page without a readable header") from error
-        if min(unpacked, packed, count) < 0:
-            raise ValueError("a page has a negative size")
         yield kind, unpacked, count
         position += packed
 

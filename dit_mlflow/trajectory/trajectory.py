@@ -256,8 +256,9 @@ class Trajectory:
         for entry in self.manifest.checkpoints:
             self._checked_places(entry)
         for part in self.manifest.batches or ():
+            shard = self._shard(part.file)
             for t in range(part.start, part.stop):
-                self._batch_keys(self._shard(part.file), t)
+                self._batch_keys(shard, t)
 
     def check_replay(self, workload: Workload) -> Verification:
         """The second half of :meth:`verify`."""

@@ -305,8 +305,32 @@ def test_pages_are_measured_by_their_own_headers(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": np.zeros(10**6, np.int64)}), path, use_dictionary=False, compression="zstd")
     pq.write_table(pa.table({"x": np.zeros(10, np.int64)}), other, use_dictionary=False, compression="zstd")
     check_size(path, pq.read_metadata(path))
-    with pytest.raises(ValueError, match="footer|readable header|lies outside"):
+    with pytest.raises(ValueError, match=r"footer|readable header|lies outside"):
         check_size(path, pq.read_metadata(other))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"\x15\x00\x15\x10\x18\x01x\x2c\x15\x02\x00\x00",  # a text for a size
+        b"\x15\x00\x15\x10\x15\x05\x2c\x15\x02\x00\x00",  # a negative one
+        b"\x15\x00\x15\x10\x15\x10\x00",  # neither data nor dictionary
+        b"\x15" + b"\xff" * 30,  # a number without end
+        b"\x1c" * 10**5,  # structs in structs
+    ],
+)
+def test_page_without_a_readable_header_is_refused(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"x": np.arange(10**6)}), path, use_dictionary=False, compression="none")
+    metadata = pq.read_metadata(path)
+    check_size(path, metadata)
+    content = bytearray(path.read_bytes())
+    start = metadata.row_group(0).column(0).data_page_offset
+    content[start : start + len(header)] = header
+    path.write_bytes(bytes(content) if header else bytes(len(content)))
+    with pytest.raises(ValueError, match="a page without a readable header"):
+        check_size(path, metadata)
 
 
 TENSORS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
