@@ -21,6 +21,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.tracking.names import ERROR, KIND, UNDEFINED
 from dit_mlflow.tracking.plugin import DitRunContext
+from dit_mlflow.tracking.remote import without_password
 
 BATCH = 1000
 """Metrics per request, the most that MLflow takes."""
@@ -99,7 +100,7 @@ def peak_memory_mb() -> float | None:
 def where_to_look(run: ActiveRun) -> str:
     """Where the MLflow UI shows the run; for a store without a server, how to start one first."""
     path = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
-    uri = mlflow.get_tracking_uri()
+    uri = without_password(mlflow.get_tracking_uri())
     if uri.startswith("http"):
         return f"open           {uri.rstrip('/')}{path}"
     return (
