@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.manifest import Manifest, StepsFile
-from dit_mlflow.trajectory.parquet_pages import check_size
+from dit_mlflow.trajectory.parquet_size import count_rows
 from dit_mlflow.trajectory.random_state import RandomState
 from dit_mlflow.trajectory.step import SCHEMA, Hyperparameters, Step
 
@@ -39,14 +39,10 @@ def read_steps(path: Path, part: StepsFile, manifest: Manifest) -> list[Step]:
     can need is refused.
     """
     try:
-        metadata = pq.read_metadata(path)
         count = part.stop - part.start
-        if metadata.num_rows < count or metadata.num_row_groups != 1:
-            raise ValueError(
-                f"it has {metadata.num_rows} steps in {metadata.num_row_groups} groups; expected {count} or more in one"
-            )
-        check_size(path, metadata)
-        table = _table(path, metadata).slice(0, count)
+        if (rows := count_rows(path)) < count:
+            raise ValueError(f"it has {rows} steps; expected {count} or more")
+        table = _table(path).slice(0, count)
         return _Rows(table.to_batches()[0], manifest, part.start).steps()
     except MemoryError:
         raise
@@ -54,35 +50,53 @@ def read_steps(path: Path, part: StepsFile, manifest: Manifest) -> list[Step]:
         raise TrajectoryError(f"{path} is not a usable record of steps: {error}") from error
 
 
-def _table(path: Path, metadata: Any) -> pa.Table:
+def _table(path: Path) -> pa.Table:
     """The whole file; its columns are those of :data:`SCHEMA`."""
-    columns = [metadata.row_group(0).column(index) for index in range(metadata.num_columns)]
-    # Repeated strings stay references to one; written out, they could take any amount of memory.
-    strings = [column.path_in_schema for column in columns if column.physical_type == "BYTE_ARRAY"]
+    names = pq.read_schema(path).names
+    if unknown := [name for name in names if name not in SCHEMA.names]:
+        raise ValueError(f"unknown columns {unknown}")
+    strings = [column for column in _STRINGS if column.partition(".")[0] in names]
     with pq.ParquetFile(path, read_dictionary=strings, pre_buffer=False) as file:
-        kinds = {
-            name: _plain(kind) for name, kind in zip(file.schema_arrow.names, file.schema_arrow.types, strict=True)
-        }
+        found = file.schema_arrow
         for field in SCHEMA:
+            indices = found.get_all_field_indices(field.name)
             # Columns may be missing where they may be empty.
-            if kinds.pop(field.name, field.type if field.nullable else None) != field.type:
-                raise ValueError(f"column {field.name!r} is missing or not of type {field.type}")
-        if kinds or len(file.schema_arrow.names) > len(SCHEMA):
-            raise ValueError(f"unknown columns {list(kinds)}, or some are there twice")
+            alike = len(indices) == 1 and found.field(indices[0]).type == _as_read(field.type)
+            if not alike and (indices or not field.nullable):
+                raise ValueError(f"column {field.name!r} is missing, there twice, or not of type {field.type}")
         table = file.read().combine_chunks()
     table.validate(full=True)
     return table
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type without dictionaries."""
-    if pa.types.is_dictionary(kind):
-        return kind.value_type
+def _as_read(kind: pa.DataType) -> pa.DataType:
+    """The type with references in place of strings: written out, one that is repeated could take any memory."""
     if pa.types.is_list(kind):
-        return pa.list_(_plain(kind.value_type))
+        return pa.list_(_as_read(kind.value_type))
     if pa.types.is_struct(kind):
-        return pa.struct([pa.field(field.name, _plain(field.type)) for field in kind])
-    return kind
+        return pa.struct([pa.field(field.name, _as_read(field.type)) for field in kind])
+    return pa.dictionary(pa.int32(), kind) if kind in (pa.string(), pa.binary()) else kind
+
+
+def _string_columns() -> list[str]:
+    """Paths of the columns of :data:`SCHEMA` that hold strings, as Parquet names them."""
+    names: list[str] = []
+
+    def visit(path: str, kind: pa.DataType) -> None:
+        if pa.types.is_list(kind):
+            visit(f"{path}.list.element", kind.value_type)
+        elif pa.types.is_struct(kind):
+            for field in kind:
+                visit(f"{path}.{field.name}", field.type)
+        elif kind in (pa.string(), pa.binary()):
+            names.append(path)
+
+    for field in SCHEMA:
+        visit(field.name, field.type)
+    return names
+
+
+_STRINGS = _string_columns()
 
 
 class _Rows:

@@ -22,7 +22,7 @@ from torch import nn
 from dit_mlflow import InputError, Trajectory, TrajectoryError, Window, Workload, WorkloadError, parse_windows, track
 from dit_mlflow.trajectory import State, load_recorded
 from dit_mlflow.trajectory.manifest import WorkloadReference
-from dit_mlflow.trajectory.parquet_pages import check_size
+from dit_mlflow.trajectory.parquet_size import count_rows
 from dit_mlflow.trajectory.random_state import RandomState
 from dit_mlflow.trajectory.state import other_optimizer_state, relative_drift
 
@@ -75,7 +75,7 @@ BILLION = 10**9
 MANIFESTS: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "a billion steps": (
         lambda m: (m["steps"][-1].update(stop=BILLION), m.update(num_steps=BILLION, epoch_ends=[BILLION])),
-        r"parquet is not a usable record of steps: it has \d steps in 1 groups; expected 99999999\d or more",
+        r"parquet is not a usable record of steps: it has \d steps; expected 99999999\d or more",
     ),
     "a number beyond all": (lambda m: m.update(num_steps=10**400), r"num_steps: Input should be less than"),
     "epochs beyond the end": (
@@ -188,7 +188,7 @@ def test_link_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 STEPS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], Any], str]] = {
-    "a step left out": ("momentum", lambda rows: rows.pop(1), "it has 4 steps in 1 groups; expected 5 or more"),
+    "a step left out": ("momentum", lambda rows: rows.pop(1), "it has 4 steps; expected 5 or more"),
     "steps out of order": ("momentum", lambda rows: rows.reverse(), "its steps are not numbered 1 … 5"),
     "a sample before the first": (
         "momentum",
@@ -256,7 +256,7 @@ def test_steps_that_lie_are_refused(name: str, tmp_path: Path) -> None:
 def test_steps_in_groups_are_refused(tmp_path: Path) -> None:
     _, workload = KINDS["momentum"](tmp_path / "t")
     rows_changed(tmp_path / "t", lambda rows: None, row_group_size=2)
-    with pytest.raises(TrajectoryError, match=r"steps-00004\.parquet .* it has 5 steps in 3 groups"):
+    with pytest.raises(TrajectoryError, match=r"steps-00004\.parquet .* its rows are in 3 groups; expected one"):
         Trajectory.open(tmp_path / "t").verify(workload)
 
 
@@ -299,38 +299,53 @@ def test_steps_that_would_unpack_to_any_size_are_refused(column: str, tmp_path: 
         Trajectory.open(tmp_path / "t").verify(workload)
 
 
-def test_pages_are_measured_by_their_own_headers(tmp_path: Path) -> None:
-    """A footer that says less than the pages is of no use."""
-    path, other = tmp_path / "large.parquet", tmp_path / "small.parquet"
+@pytest.mark.parametrize("field", ["num_values", "total_uncompressed_size"])
+def test_footer_that_says_less_than_the_pages_is_refused(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"x": np.zeros(10**6, np.int64)}), path, use_dictionary=False, compression="zstd")
-    pq.write_table(pa.table({"x": np.zeros(10, np.int64)}), other, use_dictionary=False, compression="zstd")
-    check_size(path, pq.read_metadata(path))
-    with pytest.raises(ValueError, match=r"footer|readable header|lies outside"):
-        check_size(path, pq.read_metadata(other))
+    assert count_rows(path) == 10**6
+    content = bytearray(path.read_bytes())
+    said = varint(getattr(pq.read_metadata(path).row_group(0).column(0), field))
+    at = content.index(said, len(content) - 8 - int.from_bytes(content[-8:-4], "little"))
+    if field == "num_values":  # The number of rows is the same, and comes first.
+        at = content.index(said, at + 1)
+    content[at : at + len(said)] = varint(1000, len(said))
+    path.write_bytes(content)
+    assert getattr(pq.read_metadata(path).row_group(0).column(0), field) == 1000
+    with pytest.raises(ValueError, match="its pages are not what its footer says"):
+        count_rows(path)
+
+
+def varint(value: int, length: int = 0) -> bytes:
+    """A Thrift integer, in ``length`` bytes at least."""
+    value, found = 2 * value, []
+    while value > 127 or len(found) + 1 < length:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
 
 
 @pytest.mark.parametrize(
-    "header",
+    ("header", "message"),
     [
-        b"",
-        b"\x15\x00\x15\x10\x18\x01x\x2c\x15\x02\x00\x00",  # a text for a size
-        b"\x15\x00\x15\x10\x15\x05\x2c\x15\x02\x00\x00",  # a negative one
-        b"\x15\x00\x15\x10\x15\x10\x00",  # neither data nor dictionary
-        b"\x15" + b"\xff" * 30,  # a number without end
-        b"\x1c" * 10**5,  # structs in structs
+        (b"\x15\x00\x15\x10\x18\x01x\x2c\x15\x02\x00\x00", "lacks what it must say"),  # a text for a size
+        (b"\x15\x00\x15\x10\x15\x05\x2c\x15\x02\x00\x00", "a page has a negative size"),
+        (b"\x15\x00\x15\x10\x15\x10\x00", "lacks what it must say"),  # no number of values
+        (b"\x15\x08\x15\x10\x15\x10\x00", "lacks what it must say"),  # of an unknown kind
+        (b"\x15" + b"\xff" * 30, "a number of more than 64 bits"),
+        (b"\x1c" * 10**5, "a struct without an end"),
+        (b"\x1b", "Thrift type 11 has no place here"),
+        (b"\x19\xf8\xff\xff\xff\xff\x7f", "a list of more elements than there are bytes"),
     ],
 )
-def test_page_without_a_readable_header_is_refused(header: bytes, tmp_path: Path) -> None:
+def test_page_without_a_readable_header_is_refused(header: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({"x": np.arange(10**6)}), path, use_dictionary=False, compression="none")
-    metadata = pq.read_metadata(path)
-    check_size(path, metadata)
-    content = bytearray(path.read_bytes())
-    start = metadata.row_group(0).column(0).data_page_offset
+    pq.write_table(pa.table({"x": np.arange(10**5)}), path, use_dictionary=False, compression="none")
+    content, start = bytearray(path.read_bytes()), 4
     content[start : start + len(header)] = header
-    path.write_bytes(bytes(content) if header else bytes(len(content)))
-    with pytest.raises(ValueError, match="a page without a readable header"):
-        check_size(path, metadata)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        count_rows(path)
 
 
 TENSORS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
