@@ -186,10 +186,10 @@ def _space(folder: Path) -> dict[str, Any]:
 
 
 MODELS: dict[str, tuple[Callable[[int], Training], Sequence[int]]] = {
-    "mlp": (mlp, [250, 1000, 2000]),
+    "mlp": (mlp, [250, 1000]),
     "cnn": (cnn, [100]),
-    "encoder": (encoder, [25]),
-    "head": (lambda steps: encoder(steps, head_alone=True), [25]),
+    "encoder": (encoder, [36]),
+    "head": (lambda steps: encoder(steps, head_alone=True), [36]),
 }
 
 
