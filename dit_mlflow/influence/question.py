@@ -47,14 +47,16 @@ class Question:
         """Of the scores: ``(windows, queries, samples)``."""
         return len(self.windows), len(self.queries), self.workload.num_samples
 
-    def answer(self, scores: np.ndarray, method: str, dtype: str, **metadata: Any) -> Influence:
+    def answer(
+        self, scores: np.ndarray, method: str, dtype: str, kind: str | None = None, **metadata: Any
+    ) -> Influence:
         """The result, with trajectory digest, library versions, and the seconds since the question was asked."""
         return Influence(
             scores=scores,
             windows=self.windows,
             queries=tuple(query.name for query in self.queries),
             samples=np.arange(self.workload.num_samples),
-            kind=self.kind,
+            kind=kind or self.kind,
             method=method,
             metadata={
                 "trajectory_digest": self.trajectory.manifest.digest(),

@@ -1,0 +1,31 @@
+"""Estimators of influence behind one interface; each is loaded when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.methods.method import Estimate, Method
+
+_HOMES = {
+    "dit": "dit:Dit",
+}
+"""Name -> module and class in this package, in the order that tables show."""
+
+NAMES = tuple(_HOMES)
+
+
+def method(name: str) -> Method:
+    """The method called ``name``, with its default settings.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in _HOMES:
+        raise InputError(f"there is no method {name!r}; there are {', '.join(NAMES)}")
+    module, _, cls = _HOMES[name].partition(":")
+    found: Method = getattr(import_module(f"dit_mlflow.methods.{module}"), cls)()
+    return found
+
+
+__all__ = ["NAMES", "Estimate", "Method", "method"]

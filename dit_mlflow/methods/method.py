@@ -1,0 +1,92 @@
+"""The interface of all estimators of influence."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.influence import Influence, Query, Window
+from dit_mlflow.influence.question import Question
+from dit_mlflow.trajectory import Trajectory, Workload
+from dit_mlflow.trajectory.random_state import preserved_random_state
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What a method found.
+
+    Attributes:
+        scores: ``[windows, queries, samples]``, float64, for the question's windows; NaN = not computed.
+        dtype: of the computation, ``recorded`` if it is the trajectory's.
+        details: JSON values that describe it further (damping, number of removals, drift).
+    """
+
+    scores: np.ndarray
+    dtype: str = "recorded"
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """An estimator of influence: scores of every training sample, per window and query.
+
+    Subclasses are frozen dataclasses whose fields are the method's settings. They are called alike::
+
+        influence = TracIn()(trajectory, workload, windows)
+
+    Attributes:
+        name: as in tables, tags and ``-P methods=``.
+        kinds: of window score that it can give; empty if the three kinds mean nothing to it (``kind=none``).
+        per_window: whether it has scores for windows; otherwise it answers for ``[0, T)`` alone.
+        measures: ``query`` = the change of the query when the sample is removed, in its units; ``ranking`` = the same
+            sign and order, in units of its own; ``suspicion`` = low scores are suspicious, whatever the query.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = ()
+    per_window: ClassVar[bool] = False
+    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "ranking"
+
+    @abstractmethod
+    def estimate(self, question: Question) -> Estimate:
+        """Answer a question whose windows are those that :attr:`per_window` allows."""
+
+    def __call__(
+        self,
+        trajectory: Trajectory,
+        workload: Workload,
+        windows: Sequence[Window] | None = None,
+        kind: str = "local",
+        queries: Sequence[Query] | None = None,
+    ) -> Influence:
+        """Scores for each window and query.
+
+        Args:
+            trajectory, workload, queries: as for :func:`dit_mlflow.track`.
+            windows: step ranges, ``None`` = all of training.
+            kind: of window score; a method without kinds says ``none`` in its result.
+
+        Returns:
+            Scores ``[windows, queries, training samples]``; of a method that has none for windows, for the one window
+            ``[0, T)``. **Sign**: positive = removal raises the query (helpful, for a loss), negative = harmful;
+            for a method that measures suspicion, low = suspicious.
+
+        Raises:
+            InputError: a window, kind or query that cannot be used.
+            TrajectoryError: the trajectory is damaged, or the workload is not the recorded one.
+            UnsupportedError: the method cannot be used on this training.
+        """
+        whole = Window(0, trajectory.num_steps)
+        question = Question.of(trajectory, workload, [whole] if windows is None else windows, kind, queries)
+        if self.kinds and kind not in self.kinds:
+            raise InputError(f"{self.name} has no scores of kind {kind!r}; it has {', '.join(self.kinds)}")
+        if not self.per_window:
+            question = Question.of(trajectory, workload, [whole], kind, queries)
+        with preserved_random_state():
+            found = self.estimate(question)
+        details = {"measures": self.measures, **found.details}
+        return question.answer(found.scores, self.name, found.dtype, kind=kind if self.kinds else "none", **details)
