@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         UnsupportedError,
         WorkloadError,
     )
-    from dit_mlflow.evaluation import leave_one_out
     from dit_mlflow.influence import (
         Influence,
         Query,
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
         self_influence,
         track,
     )
+    from dit_mlflow.methods import Effort, leave_one_out
     from dit_mlflow.trajectory import (
         Trajectory,
         TrajectoryRecorder,
@@ -66,7 +66,7 @@ _HOMES = {
         "self_influence",
         "track",
     ),
-    "dit_mlflow.evaluation": ("leave_one_out",),
+    "dit_mlflow.methods": ("Effort", "leave_one_out"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -88,6 +88,7 @@ __all__ = [  # noqa: RUF022  (in the order a reader meets them)
     "track",
     "self_influence",
     "leave_one_out",
+    "Effort",
     "Influence",
     "DitError",
     "InputError",

@@ -1,8 +1,7 @@
-"""Ground truth, correlation and detection."""
+"""Correlation and detection."""
 
 from dit_mlflow.evaluation.correlation import correlations
 from dit_mlflow.evaluation.detection import detection
-from dit_mlflow.evaluation.ground_truth import leave_one_out
 from dit_mlflow.evaluation.metrics import Metrics
 
-__all__ = ["Metrics", "correlations", "detection", "leave_one_out"]
+__all__ = ["Metrics", "correlations", "detection"]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 
 from dit_mlflow.errors import InputError
+from dit_mlflow.methods.effort import Effort
+from dit_mlflow.methods.leave_one_out import leave_one_out
 from dit_mlflow.methods.method import Estimate, Method
 
 _HOMES = {
     "dit": "dit:Dit",
+    "leave_one_out": "leave_one_out:LeaveOneOut",
 }
 """Name -> module and class in this package, in the order that tables show."""
 
@@ -28,4 +31,4 @@ def method(name: str) -> Method:
     return found
 
 
-__all__ = ["NAMES", "Estimate", "Method", "method"]
+__all__ = ["NAMES", "Effort", "Estimate", "Method", "leave_one_out", "method"]

@@ -9,8 +9,9 @@ import torch
 from mlflow import ActiveRun, MlflowClient
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.evaluation import Metrics, correlations, detection, leave_one_out
+from dit_mlflow.evaluation import Metrics, correlations, detection
 from dit_mlflow.influence import Influence, Kind, Window, track
+from dit_mlflow.methods import leave_one_out
 from dit_mlflow.report import plot_against_truth, plot_top_samples, top_samples_table, windows_table
 from dit_mlflow.tracking.artifacts import log_influence
 from dit_mlflow.tracking.names import GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRAINING_RUN

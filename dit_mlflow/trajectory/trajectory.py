@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -64,6 +64,9 @@ class Trajectory:
         self._verified: set[str] = set()
         self._read_steps = lru_cache(maxsize=8)(self._read_steps_part)
         self._open_shard = lru_cache(maxsize=4)(Shard)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.directory, self.manifest, self._fetch)
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "incomplete"

@@ -13,8 +13,18 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from workloads import digits_workload
 
-from dit_mlflow import InputError, Window, leave_one_out, parse_windows, track, train
-from dit_mlflow.evaluation.ground_truth import _Retraining
+from dit_mlflow import (
+    Effort,
+    InputError,
+    Window,
+    leave_one_out,
+    load_workload,
+    parse_windows,
+    sample_losses,
+    track,
+    train,
+)
+from dit_mlflow.methods.retraining import Retraining
 
 OPTIMIZERS: dict[str, Any] = {
     "nesterov": partial(SGD, lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
@@ -24,7 +34,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 def side_by_side(prefer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the choice away from the stop-watch."""
-    monkeypatch.setattr(_Retraining, "_prefer_side_by_side", lambda *arguments: prefer)
+    monkeypatch.setattr(Retraining, "_prefer_side_by_side", lambda *arguments: prefer)
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -74,7 +84,7 @@ def test_chunks_do_not_change_the_numbers(tmp_path: Any, monkeypatch: pytest.Mon
     side_by_side(True, monkeypatch)
     windows = parse_windows("3", trajectory)
     whole = leave_one_out(trajectory, workload, windows, "cumulative")
-    monkeypatch.setattr(_Retraining, "_chunk_size", lambda *arguments: 5)
+    monkeypatch.setattr(Retraining, "_chunk_size", lambda *arguments: 5)
     chunked = leave_one_out(trajectory, workload, windows, "cumulative")
     np.testing.assert_allclose(chunked.scores, whole.scores, rtol=1e-9, atol=1e-14)
 
@@ -145,3 +155,59 @@ def test_cumulative_windows_add_up_to_the_whole_run(tmp_path: Any) -> None:
     parts = leave_one_out(trajectory, workload, parse_windows("4", trajectory), "cumulative", samples=5)
     whole = leave_one_out(trajectory, workload, parse_windows("1", trajectory), "local", samples=5)
     np.testing.assert_allclose(parts.scores.sum(axis=0), whole.scores[0], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["loky", "dask", "ray"])
+def test_the_numbers_are_the_same_from_every_backend(backend: str, tmp_path: Any) -> None:
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    windows = parse_windows("2", trajectory)
+    here = leave_one_out(trajectory, workload, windows, samples=9)
+    spread = leave_one_out(trajectory, workload, windows, samples=9, effort=Effort(jobs=2, backend=backend))
+    np.testing.assert_allclose(spread.scores, here.scores, rtol=1e-9, atol=1e-14)
+
+
+def test_a_workload_from_a_project_folder_reaches_the_workers(tmp_path: Any) -> None:
+    workload = load_workload("projects/mnist", n_train=16, n_validation=16, epochs=2)
+    trajectory = train(workload, tmp_path / "t")
+    windows = parse_windows("1", trajectory)
+    here, spread = (
+        leave_one_out(trajectory, workload, windows, effort=Effort(jobs=jobs, backend="loky")) for jobs in (1, 2)
+    )
+    np.testing.assert_allclose(spread.scores, here.scores, rtol=1e-9, atol=1e-14)
+
+
+def test_goes_on_from_what_was_finished(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A break after the first part costs the rest alone; another query or dtype starts anew."""
+    monkeypatch.setattr("dit_mlflow.methods.counterfactual.ROWS", 8)
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    windows = parse_windows("1", trajectory)
+    expected = leave_one_out(trajectory, workload, windows).scores
+    real, ran = Retraining.run, []
+
+    def counting(self: Retraining, *arguments: Any) -> Any:
+        if len(ran) == 1 and not resumed:
+            raise KeyboardInterrupt
+        ran.append(len(arguments[3]))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Retraining, "run", counting)
+    effort, resumed = Effort(folder=tmp_path / "kept"), False
+    with pytest.raises(KeyboardInterrupt):
+        leave_one_out(trajectory, workload, windows, effort=effort)
+    resumed = True
+    found = leave_one_out(trajectory, workload, windows, effort=effort).scores
+    assert ran == [8, 8, 8]
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-14)
+    leave_one_out(trajectory, workload, windows, effort=effort)
+    assert ran == [8, 8, 8]
+    leave_one_out(trajectory, workload, windows, dtype=None, effort=effort)
+    leave_one_out(trajectory, workload, windows, queries=sample_losses(workload, [3]), effort=effort)
+    assert len(ran) == 9
+
+
+@pytest.mark.parametrize("setting", [{"backend": "threads"}, {"jobs": 0}])
+def test_effort_that_cannot_be_made_is_refused(setting: Any) -> None:
+    with pytest.raises(InputError, match="expected"):
+        Effort(**setting)

@@ -1,0 +1,91 @@
+"""What retrainings may use: processes, machines, memory, and a folder to go on from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+
+from dit_mlflow.errors import InputError
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What retrainings may use.
+
+    Attributes:
+        jobs: worker processes, one thread each; ``None`` = this process, or what ``joblib.parallel_config`` says.
+        backend: of joblib: ``loky`` (processes here), ``dask`` or ``ray`` (machines; extras of that name); ``None`` =
+            joblib's choice.
+        folder: where finished parts are kept, to go on from after a break; ``None`` = nowhere.
+        memory_budget: bytes for retrainings side by side, in each process.
+
+    ``dask`` uses the distributed client that is there, or the scheduler in ``DASK_SCHEDULER_ADDRESS``, or one of its
+    own with ``jobs`` processes; ``ray`` the cluster in ``RAY_ADDRESS``, or one of its own.
+    """
+
+    jobs: int | None = None
+    backend: str | None = None
+    folder: Path | None = None
+    memory_budget: int = 2 * 2**30
+
+    def __post_init__(self) -> None:
+        if self.backend not in (None, "loky", "dask", "ray"):
+            raise InputError(f"backend={self.backend!r}; expected loky, dask or ray")
+        if self.jobs is not None and self.jobs < 1:
+            raise InputError(f"jobs={self.jobs}; expected 1 or more worker processes")
+
+    def configured(self) -> AbstractContextManager[Any]:
+        """joblib's settings for the duration."""
+        if self.backend == "dask":
+            return _dask(self.jobs or 1)
+        if self.backend == "ray":
+            return _ray(self.jobs or 1)
+        if self.jobs is None and self.backend is None:
+            return nullcontext()
+        return joblib.parallel_config(backend=self.backend, n_jobs=self.jobs)
+
+
+@contextmanager
+def _dask(jobs: int) -> Iterator[None]:
+    try:
+        from distributed import Client, get_client
+    except ImportError as error:
+        raise InputError("backend='dask' needs dask.distributed: pip install 'dit-mlflow[dask]'") from error
+    try:
+        own = None
+        get_client()
+    except ValueError:
+        address = os.environ.get("DASK_SCHEDULER_ADDRESS")
+        own = Client(address) if address else Client(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
+    try:
+        with joblib.parallel_config(backend="dask", n_jobs=jobs):
+            yield
+    finally:
+        if own is not None:
+            own.close()
+
+
+@contextmanager
+def _ray(jobs: int) -> Iterator[None]:
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError as error:
+        raise InputError("backend='ray' needs ray: pip install 'dit-mlflow[ray]'") from error
+    own = not ray.is_initialized()
+    if own:
+        cpus = None if os.environ.get("RAY_ADDRESS") else jobs
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    register_ray()
+    try:
+        with joblib.parallel_config(backend="ray", n_jobs=jobs):
+            yield
+    finally:
+        if own:
+            ray.shutdown()
