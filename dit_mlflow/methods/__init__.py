@@ -12,6 +12,18 @@ from dit_mlflow.methods.method import Estimate, Method
 _HOMES = {
     "dit": "dit:Dit",
     "leave_one_out": "leave_one_out:LeaveOneOut",
+    "sgd_influence": "sgd_influence:SgdInfluence",
+    "tracin": "tracin:TracIn",
+    "tracin_checkpoints": "tracin_checkpoints:TracInCheckpoints",
+    "influence_function": "influence_function:InfluenceFunction",
+    "grad_dot": "grad_dot:GradDot",
+    "grad_cos": "grad_cos:GradCos",
+    "self_influence": "self_influence:SelfInfluence",
+    "loss": "loss:Loss",
+    "grad_norm": "grad_norm:GradNorm",
+    "aum": "aum:Aum",
+    "forgetting_events": "forgetting_events:ForgettingEvents",
+    "confident_learning": "confident_learning:ConfidentLearning",
 }
 """Name -> module and class in this package, in the order that tables show."""
 

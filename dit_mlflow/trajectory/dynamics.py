@@ -87,7 +87,7 @@ class Dynamics:
         loaded = []
         for position, indices in enumerate(step.indices):
             state = step.random_states[position]
-            with _replaying(state):
+            with replaying(state):
                 batch = self.workload.batch(indices)
                 before_forward = RandomState.capture() if state is not None else None
             if stored is not None:
@@ -110,7 +110,7 @@ class Dynamics:
         self.set_modes(step)
         offset = 0
         for micro in batches:
-            with _replaying(micro.random_state, self._draws):
+            with replaying(micro.random_state, self._draws):
                 yield partial(self._data_term, micro, slice(offset, offset + micro.size))
             offset += micro.size
         if self.workload.regularizer is not None:
@@ -237,7 +237,7 @@ class Dynamics:
 
 
 @contextmanager
-def _replaying(state: RandomState | None, draws: DrawsOf | None = None) -> Iterator[None]:
+def replaying(state: RandomState | None, draws: DrawsOf | None = None) -> Iterator[None]:
     if state is None:
         yield
         return

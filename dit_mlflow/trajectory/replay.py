@@ -70,11 +70,11 @@ class Replay:
             raise InputError(f"states {a} … {b} were asked; the trajectory has 0 … {self.trajectory.num_steps}")
         anchor = max(step for step in self._anchors if step <= a)
         if anchor == b:
-            yield self._anchor(b)
+            yield self.checkpoint(b)
             return
         end = self._next_anchor(b)
         for lo, hi in pairwise([anchor, *(step for step in self._anchors if anchor < step < end), end]):
-            for t, state in enumerate(self._segment(self._anchor(lo), lo, hi), start=lo):
+            for t, state in enumerate(self._segment(self.checkpoint(lo), lo, hi), start=lo):
                 if a <= t <= b and (t < hi or t == end):
                     yield state
 
@@ -104,7 +104,7 @@ class Replay:
         hi, first = self._next_anchor(b), True
         previous: State | None = None
         for lo in reversed(anchors):
-            for t, state in self._backward_segment(self._anchor(lo), lo, hi, walk):
+            for t, state in self._backward_segment(self.checkpoint(lo), lo, hi, walk):
                 if t < a:
                     return
                 if t <= b and (t < hi or first):
@@ -117,10 +117,10 @@ class Replay:
                 return
             hi, first = lo, False
         if b == 0:
-            yield 0, self._anchor(0)
+            yield 0, self.checkpoint(0)
 
     def _budget(self, asked: int | None) -> int:
-        each = self._anchor(0).nbytes
+        each = self.checkpoint(0).nbytes
         if asked is None:
             return max(STATES_IN_MEMORY, (2 * math.isqrt(self.trajectory.num_steps) + 2) * each)
         if asked < FEWEST_STATES * each:
@@ -163,7 +163,7 @@ class Replay:
             rollout.advance(step, self.dynamics.load(step))
             state = rollout.snapshot(walk.optimizer_values, walk.recycled)
         if hi in self._anchors:
-            recorded = self._anchor(hi)
+            recorded = self.checkpoint(hi)
             if hi > lo:
                 self._compare(hi, state, recorded, start)
             state = recorded
@@ -195,7 +195,8 @@ class Replay:
                 f"state: {wrong}. The checkpoint has been changed"
             )
 
-    def _anchor(self, t: int) -> State:
+    def checkpoint(self, t: int) -> State:
+        """The stored ``s_t``, on the model's device and in the dtype of the replay."""
         return self.trajectory.checkpoint(t).to(self.dynamics.device, self.dynamics.dtype)
 
 

@@ -1,0 +1,62 @@
+"""What the model said of samples at the moment it was trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.trajectory.dynamics import Dynamics, MicroBatch, replaying
+from dit_mlflow.trajectory.replay import Replay
+from dit_mlflow.trajectory.state import State
+from dit_mlflow.trajectory.step import Step
+
+
+@dataclass(frozen=True, eq=False)
+class Presentation:
+    """Step ``t``: its samples ``[B]`` in batch order, and their margins ``[B]``: own logit minus the largest other."""
+
+    step: int
+    samples: np.ndarray
+    margins: np.ndarray
+
+
+def presentations(replay: Replay, until: int) -> Iterator[Presentation]:
+    """The steps ``0 … until - 1``, with the recorded modes and random draws. Cost: a replay and a forward pass."""
+    for t, state in enumerate(replay.forward(0, until - 1)):
+        step = replay.trajectory.step(t)
+        batches = replay.dynamics.load(step)
+        margins = [_margins(replay.dynamics, step, state, micro) for micro in batches]
+        yield Presentation(t, step.samples, np.concatenate(margins))
+
+
+def _margins(dynamics: Dynamics, step: Step, state: State, micro: MicroBatch) -> np.ndarray:
+    dynamics.set_modes(step)
+    buffers = {name: value.clone() for name, value in state.buffers.items()}
+    with torch.no_grad(), replaying(micro.random_state):
+        logits = dynamics.call(
+            state.parameters, buffers, lambda model: dynamics.workload.class_logits(model, micro.batch, micro.size)
+        )
+    own = class_labels(micro.batch, logits.shape[1]).to(logits.device)
+    others = logits.scatter(1, own[:, None], -torch.inf).amax(dim=1)
+    return (logits.gather(1, own[:, None])[:, 0] - others).double().cpu().numpy()
+
+
+def class_labels(batch: Any, classes: int) -> torch.Tensor:
+    """Class numbers ``[B]`` of a batch; raises :class:`UnsupportedError` if its labels are none."""
+    labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    whole = labels.reshape(-1).long()
+    if (
+        labels.numel() != len(labels)
+        or not (whole == labels.reshape(-1)).all()
+        or not 0 <= whole.min() <= whole.max() < classes
+    ):
+        raise UnsupportedError(
+            f"labels of shape {list(labels.shape)} are not one class of 0 … {classes - 1} per sample; this method "
+            "needs a classification"
+        )
+    return whole

@@ -1,0 +1,72 @@
+"""TracIn over every recorded step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dit_mlflow.influence.adjoint import vector_jacobian
+from dit_mlflow.influence.question import Question
+from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.snapshot import Snapshot
+from dit_mlflow.trajectory.replay import Replay
+from dit_mlflow.trajectory.step import Step
+
+
+@dataclass(frozen=True)
+class TracIn(Method):
+    r"""Sum of a sample's own first-order effects, step by step (Pruthi et al. 2020, arXiv 2002.08484, "ideal").
+
+    .. math:: I_j = \sum_{t \in [a, b)} \eta_t c_{t,j} \langle \nabla l_j(\theta_t), \nabla q(\theta_t) \rangle
+
+    with the sample's gradient as recorded (batch, mode, random draws) and the learning rate of each param group. Sign:
+    positive = its steps lowered the query, so removal raises it. Cost: a replay, and two backward passes per step and
+    query. It leaves out what a step changes in all later steps (the Hessians), and all of the optimizer but its
+    learning rate: far off with momentum or Adam.
+    """
+
+    name: ClassVar[str] = "tracin"
+    per_window: ClassVar[bool] = True
+    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
+
+    def estimate(self, question: Question) -> Estimate:
+        replay = question.trajectory.replay(question.workload)
+        first, last = min(w.start for w in question.windows), max(w.end for w in question.windows)
+        scores = np.zeros(question.shape)
+        for t, state in enumerate(replay.forward(first, last), start=first):
+            counting = [k for k, window in enumerate(question.windows) if t in window]
+            if not counting:
+                continue
+            step = question.trajectory.step(t)
+            snapshot = Snapshot(replay.dynamics, replay.trajectory.manifest.optimizer, state)
+            effects = _effects(replay, step, snapshot, snapshot.query_gradients(question.queries))
+            for k in counting:
+                np.add.at(scores[k].T, step.samples, effects.T)
+        return Estimate(scores, details={"max_drift": replay.max_drift})
+
+
+def _effects(replay: Replay, step: Step, snapshot: Snapshot, gradients: dict[str, Tensor]) -> np.ndarray:
+    """``eta c_j <grad l_j, grad q>``, ``[queries, sum B]``."""
+    dynamics = replay.dynamics
+    parameters = {**snapshot.state.parameters, **snapshot.trained}
+    like = next(iter(snapshot.trained.values())).detach()
+    weights = torch.ones(len(step.samples), dtype=like.dtype, device=like.device, requires_grad=True)
+    buffers = {name: value.clone() for name, value in snapshot.state.buffers.items()}
+    with sdpa_kernel(SDPBackend.MATH):
+        found = dynamics.gradient(parameters, buffers, step, dynamics.load(step), weights, create_graph=True)
+    rates = learning_rates(replay, step)
+    pairs = [(found[name], rates[name] * gradients[name]) for name in snapshot.trained if name in found]
+    rows = len(next(iter(gradients.values())))
+    (effects,) = vector_jacobian([g for g, _ in pairs], [weights], [v for _, v in pairs], rows, batched=False)
+    return effects.double().cpu().numpy()
+
+
+def learning_rates(replay: Replay, step: Step) -> dict[str, float]:
+    """Learning rate of each parameter that the optimizer holds."""
+    groups = zip(replay.trajectory.manifest.optimizer.groups, step.hyperparameters, strict=True)
+    return {name: float(settings["lr"]) for names, settings in groups for name in names}

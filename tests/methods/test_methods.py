@@ -1,0 +1,218 @@
+"""Each method against a plain loop, a dense reference or a published identity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import train_again
+from torch import nn
+from workloads import digits_workload
+
+from dit_mlflow import InputError, Trajectory, UnsupportedError, Window, Workload, parse_windows, track, train
+from dit_mlflow.methods import NAMES, method
+from dit_mlflow.methods.confident_learning import out_of_sample
+from dit_mlflow.methods.influence_function import InfluenceFunction
+
+
+def groups(model: nn.Sequential) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters(), "lr": 0.1}])
+
+
+@pytest.fixture
+def workload() -> Workload:
+    """Labels 0 and 12 are wrong; layers with learning rates of their own."""
+    built = digits_workload(optimizer=groups, epochs=4)
+    labels = built.train_set.tensors[1]  # type: ignore[attr-defined]
+    labels[[0, 12]] = (labels[[0, 12]] + 1) % 3
+    return built
+
+
+@pytest.fixture
+def trajectory(workload: Workload, tmp_path: Any) -> Trajectory:
+    return train(workload, tmp_path / "t")
+
+
+def model_at(workload: Workload, trajectory: Trajectory, t: int) -> nn.Module:
+    return train_again(workload, trajectory, lambda step, i: 1.0, t)
+
+
+def gradient(workload: Workload, model: nn.Module, sample: int | None) -> torch.Tensor:
+    """Of one training sample's loss, or of the mean validation loss; by layer, flat."""
+    chosen = workload.batch([sample]) if sample is not None else workload.validation_set.tensors  # type: ignore
+    inputs, targets = chosen
+    value = workload.loss(model, (inputs.double(), targets)).mean()
+    return torch.cat([part.flatten() for part in torch.autograd.grad(value, list(model.parameters()))])
+
+
+def rates(model: nn.Module) -> torch.Tensor:
+    return torch.cat([torch.full((p.numel(),), 0.5 if k < 2 else 0.1) for k, p in enumerate(model.parameters())])
+
+
+@pytest.mark.parametrize("window", [Window(0, 12), Window(2, 7)])
+def test_tracin_is_the_sum_over_recorded_steps(workload: Workload, trajectory: Trajectory, window: Window) -> None:
+    expected = np.zeros(workload.num_samples)
+    for t in range(window.start, window.end):
+        model = model_at(workload, trajectory, t)
+        query = rates(model) * gradient(workload, model, None)
+        for sample in trajectory.step(t).samples:
+            expected[sample] += float(gradient(workload, model, int(sample)) @ query) / 8
+    found = method("tracin")(trajectory, workload, [window])
+    assert found.kind == "none"
+    np.testing.assert_allclose(found.of(0), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_tracin_is_dit_for_a_window_of_one_step(workload: Workload, trajectory: Trajectory) -> None:
+    """But for where the query is asked, before the step or after it: so a query that is linear in the parameters."""
+    from dit_mlflow import parameter_value
+
+    queries = [parameter_value("0.weight", 2, 20), parameter_value("2.bias", 1)]
+    windows = [Window(5, 6)]
+    expected = track(trajectory, workload, windows, queries=queries)
+    found = method("tracin")(trajectory, workload, windows, queries=queries)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-8)
+
+
+def test_tracin_over_checkpoints(workload: Workload, trajectory: Trajectory) -> None:
+    assert trajectory.checkpoint_steps == (0, 1, 4, 9, 12)
+    found = method("tracin_checkpoints")(trajectory, workload, [Window(1, 9), Window(5, 8)])
+    expected = np.zeros(workload.num_samples)
+    for t in (1, 4):
+        model = model_at(workload, trajectory, t)
+        query = rates(model) * gradient(workload, model, None)
+        expected += [float(gradient(workload, model, i) @ query) / 24 for i in range(24)]
+    np.testing.assert_allclose(found.of(0), expected, rtol=1e-3, atol=1e-6)
+    assert np.isnan(found.of(1)).all()
+
+
+@pytest.mark.parametrize("name", ["grad_dot", "grad_cos", "grad_norm", "loss"])
+def test_methods_at_a_windows_end(name: str, workload: Workload, trajectory: Trajectory) -> None:
+    found = method(name)(trajectory, workload, [Window(0, 5), Window(5, 12)])
+    for k, end in enumerate((5, 12)):
+        model = model_at(workload, trajectory, end)
+        query = gradient(workload, model, None)
+        own = [gradient(workload, model, i) for i in range(24)]
+        inputs, targets = workload.train_set.tensors  # type: ignore[attr-defined]
+        expected = {
+            "grad_dot": [float(g @ query) for g in own],
+            "grad_cos": [float(torch.cosine_similarity(g, query, dim=0)) for g in own],
+            "grad_norm": [-float(g.norm()) for g in own],
+            "loss": (-workload.loss(model, (inputs.double(), targets))).tolist(),
+        }[name]
+        np.testing.assert_allclose(found.of(k), expected, rtol=1e-3, atol=1e-5)
+
+
+def dense_hessian(workload: Workload, model: nn.Module) -> torch.Tensor:
+    names, values = zip(*model.named_parameters(), strict=True)
+    sizes = [value.numel() for value in values]
+    inputs, targets = workload.train_set.tensors  # type: ignore[attr-defined]
+
+    def loss(flat: torch.Tensor) -> torch.Tensor:
+        parts = {n: p.reshape(v.shape) for n, p, v in zip(names, flat.split(sizes), values, strict=True)}
+        outputs = torch.func.functional_call(model, parts, (inputs.double(),))
+        return nn.functional.cross_entropy(outputs, targets)
+
+    flat = torch.cat([value.detach().flatten() for value in values])
+    return torch.autograd.functional.hessian(loss, flat)  # type: ignore[no-any-return]
+
+
+def test_influence_function_is_the_dense_newton_step(workload: Workload, trajectory: Trajectory) -> None:
+    found = method("influence_function")(trajectory, workload)
+    model = model_at(workload, trajectory, 12)
+    hessian = dense_hessian(workload, model)
+    damped = hessian + found.metadata["damping"] * torch.eye(len(hessian))
+    solution = torch.linalg.solve(damped, gradient(workload, model, None))
+    expected = [float(gradient(workload, model, i) @ solution) / 24 for i in range(24)]
+    np.testing.assert_allclose(found.of(0), expected, rtol=2e-2, atol=1e-4 * np.abs(expected).max())
+
+
+def test_influence_function_raises_its_damping_or_refuses(workload: Workload, trajectory: Trajectory) -> None:
+    curvature = float(torch.linalg.eigvalsh(dense_hessian(workload, model_at(workload, trajectory, 12)))[0])
+    assert curvature < 0
+    found = InfluenceFunction(damping=-curvature / 20)(trajectory, workload)
+    assert found.metadata["damping"] >= -curvature / 2
+    assert np.isfinite(found.scores).all()
+    with pytest.raises(UnsupportedError, match="damping up to"):
+        InfluenceFunction(damping=-curvature / 20, attempts=1, max_iterations=5000, tolerance=1e-10)(
+            trajectory, workload
+        )
+
+
+def test_sgd_influence_is_dit_over_the_whole_run(workload: Workload, trajectory: Trajectory) -> None:
+    expected = track(trajectory, workload, parse_windows("1", trajectory))
+    found = method("sgd_influence")(trajectory, workload, parse_windows("3", trajectory))
+    assert found.windows == expected.windows
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("changes", [{"clip_grad_norm": 1.0}, {"optimizer": "adam"}, {"optimizer": "momentum"}])
+def test_sgd_influence_is_refused_for_other_training(changes: dict[str, Any], tmp_path: Any) -> None:
+    optimizers: dict[str, Any] = {
+        "adam": lambda model: torch.optim.Adam(model.parameters()),
+        "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    }
+    if "optimizer" in changes:
+        changes = {"optimizer": optimizers[changes["optimizer"]]}
+    workload = digits_workload(epochs=1, **changes)
+    with pytest.raises(UnsupportedError, match="plain SGD; the training used"):
+        method("sgd_influence")(train(workload, tmp_path / "t"), workload)
+
+
+def test_margins_and_forgetting_are_those_of_the_training_itself(workload: Workload, trajectory: Trajectory) -> None:
+    window = Window(3, 12)
+    margins: list[list[float]] = [[] for _ in range(24)]
+    inside = np.zeros((24, 12))
+    for t in range(12):
+        model = model_at(workload, trajectory, t)
+        samples = trajectory.step(t).samples
+        inputs, targets = workload.batch(samples)
+        for sample, row, label in zip(samples, model(inputs.double()).tolist(), targets.tolist(), strict=True):
+            margins[sample].append(row[label] - max(value for k, value in enumerate(row) if k != label))
+            inside[sample, len(margins[sample]) - 1] = t in window
+    area, forgotten = [], []
+    for sample, values in enumerate(margins):
+        counted = inside[sample, : len(values)].astype(bool)
+        area.append(np.mean(np.array(values)[counted]))
+        lost = sum(a > 0 >= b for a, b, c in zip(values, values[1:], counted[1:], strict=False) if c)
+        forgotten.append(-lost if max(values) > 0 else -(len(values) + 1))
+    np.testing.assert_allclose(method("aum")(trajectory, workload, [window]).of(0), area, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(method("forgetting_events")(trajectory, workload, [window]).of(0), forgotten)
+    assert len(set(forgotten)) > 1
+
+
+def test_out_of_sample_probabilities_come_from_models_that_never_saw_the_sample(
+    workload: Workload, trajectory: Trajectory
+) -> None:
+    labels, found = out_of_sample(trajectory.replay(workload), folds=3, seed=0)
+    inputs, targets = workload.train_set.tensors  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(labels, targets)
+    from sklearn.model_selection import StratifiedKFold
+
+    for _, fold in StratifiedKFold(3, shuffle=True, random_state=0).split(labels, labels):
+        held_out = set(fold.tolist())
+        model = train_again(workload, trajectory, lambda t, i, out=held_out: float(i not in out), 12)  # type: ignore
+        expected = model(inputs[fold].double()).softmax(dim=1).detach()
+        np.testing.assert_allclose(found[fold], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["loss", "aum", "confident_learning", "self_influence", "grad_norm"])
+def test_wrong_labels_score_lowest(name: str, workload: Workload, trajectory: Trajectory) -> None:
+    scores = method(name)(trajectory, workload).of(0)
+    assert {0, 12} <= set(np.argsort(scores)[:4].tolist())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_answers_alike(name: str, workload: Workload, trajectory: Trajectory) -> None:
+    found = method(name)(trajectory, workload, parse_windows("2", trajectory), "final")
+    assert found.method == name
+    assert found.kind in ("final", "none")
+    assert found.scores.shape == (2 if method(name).per_window else 1, 1, 24)
+    assert found.metadata["measures"] in ("query", "ranking", "suspicion")
+    assert np.isfinite(found.scores[0]).all()
+
+
+def test_a_method_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputError, match="no method 'dlt'; there are dit, leave_one_out"):
+        method("dlt")
