@@ -20,6 +20,7 @@ PYTHON = SCRIPTS / ("python.exe" if os.name == "nt" else "python")
 MLFLOW = ["-m", "mlflow"]
 COMMANDS = {
     "influence": [*MLFLOW, "run", str(HERE), "-e", "influence", "--env-manager", "local"],
+    "compare": [*MLFLOW, "run", str(HERE), "-e", "compare", "--env-manager", "local"],
     "ui": [*MLFLOW, "ui"],
     "test": ["-m", "pytest"],
     "setup": ["-c", "pass"],
@@ -27,6 +28,7 @@ COMMANDS = {
 USAGE = """usage: python3 run.py COMMAND [ARGUMENT ...]
 
   influence [-P name=value ...]   the main job: train, compute influence per window, log everything to MLflow
+  compare [-P name=value ...]     methods side by side: fidelity, detection, cost
   ui [--port N ...]               the MLflow UI on those results
   test [pytest argument ...]      the tests
   setup                           only make or update the environment, with what the tests need"""
@@ -41,7 +43,8 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     name, *rest = arguments
-    set_up(extras="[dev]" if name in ("test", "setup") else "")
+    extras = {"test": "[dev]", "setup": "[dev]", "compare": "[methods]"}
+    set_up(extras.get(name, ""))
     environment = {
         "MLFLOW_TRACKING_URI": f"sqlite:///{(HERE / 'mlflow.db').as_posix()}",
         **os.environ,

@@ -73,6 +73,33 @@ def influence(context: click.Context, /, **options: Any) -> None:
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
+@click.option("--training-run", default="", help="Run with a trajectory; empty: train first.")
+@click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist.")
+@click.option("--methods", default="all", help="Names with commas between, or all.")
+@click.option("--windows", default="5", help="As for influence.")
+@click.option("--kind", default="local", help="local, final or cumulative.")
+@click.option("--ground-truth", default="all", help="As for influence.")
+@click.option("--seeds", default=1, help="Trainings to compare on.")
+@click.option("--jobs", default=1, help="Processes for the ground truth, one thread each.")
+@click.option("--backend", default="", help="Of joblib: loky, dask or ray.")
+@click.option("--init-seed", default=0, help="As for train; of the first training.")
+@click.option("--order-seed", default=0, help="As for train; of the first training.")
+@click.pass_context
+def compare(context: click.Context, /, **options: Any) -> None:
+    """Compare methods on one trajectory, or on several seeds: fidelity, detection and cost; a child run each.
+
+    Further options are settings of the workload, if it is to be trained first.
+    """
+
+    def job(project_run_id: str | None) -> str:
+        from dit_mlflow.tracking.comparison import ComparisonRequest, compare_job
+
+        return compare_job(ComparisonRequest(settings=parse_settings(context.args), **options), project_run_id)
+
+    run_job("comparison", job)
+
+
+@cli.command(context_settings=_TAKES_SETTINGS)
 @click.argument("target")
 @click.option("--workload", default="", help="As for train; empty: the trajectory's own.")
 @click.pass_context

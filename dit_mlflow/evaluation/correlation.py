@@ -10,18 +10,21 @@ from dit_mlflow.evaluation.metrics import Metrics
 TOP_SHARE = 0.3
 """Share of samples that the Jaccard index compares (the paper's 30 %)."""
 
-NAMES = ("pearson", "spearman", "kendall", "jaccard_30")
+NAMES = ("pearson", "spearman", "kendall", "jaccard_30", "jaccard_bottom_30")
+
+RESAMPLES = 200
+"""Bootstrap samples behind an interval."""
 
 
 def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
-    """``pearson``, ``spearman``, ``kendall`` (tau-b) and ``jaccard_30`` between two score vectors.
+    """``pearson``, ``spearman``, ``kendall`` (tau-b), ``jaccard_30`` and ``jaccard_bottom_30`` between score vectors.
 
     Args:
         estimate, truth: ``[samples]``; samples where either is NaN are left out.
 
     Returns:
-        Each in [-1, 1], Jaccard in [0, 1]: the overlap of the two sets of the 30 % highest scores. Undefined, with the
-        reason, for fewer than 2 samples or constant scores.
+        Each in [-1, 1], Jaccard in [0, 1]: the overlap of the two sets of the 30 % highest (lowest) scores. Undefined,
+        with the reason, for fewer than 2 samples or constant scores.
     """
     known = np.isfinite(estimate) & np.isfinite(truth)
     estimate, truth = estimate[known], truth[known]
@@ -34,8 +37,35 @@ def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
             "spearman": float(stats.spearmanr(estimate, truth).statistic),
             "kendall": float(stats.kendalltau(estimate, truth).statistic),
             "jaccard_30": _jaccard_of_top(estimate, truth),
+            "jaccard_bottom_30": _jaccard_of_top(-estimate, -truth),
         }
     )
+
+
+def correlation_intervals(
+    estimate: np.ndarray, truth: np.ndarray, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap intervals over samples (Efron 1979) for what :func:`correlations` gives.
+
+    Args:
+        estimate, truth: as there.
+        confidence: that the interval holds.
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        ``(low, high)`` by name; nothing where the correlation is undefined. Resamples without variation are left out.
+    """
+    known = np.flatnonzero(np.isfinite(estimate) & np.isfinite(truth))
+    if _why_undefined(estimate[known], truth[known]) is not None:
+        return {}
+    drawn = np.random.default_rng(seed).choice(known, size=(resamples, len(known)))
+    found = [correlations(estimate[row], truth[row]).values for row in drawn]
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    intervals = {}
+    for name in NAMES:
+        low, high = np.quantile([values[name] for values in found if values], tails)
+        intervals[name] = (float(low), float(high))
+    return intervals
 
 
 def _why_undefined(estimate: np.ndarray, truth: np.ndarray) -> str | None:

@@ -48,7 +48,7 @@ class Effort:
             return _ray(self.jobs or 1)
         if self.jobs is None and self.backend is None:
             return nullcontext()
-        return joblib.parallel_config(backend=self.backend, n_jobs=self.jobs)
+        return joblib.parallel_config(backend=self.backend or "loky", n_jobs=self.jobs)
 
 
 @contextmanager

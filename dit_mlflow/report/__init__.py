@@ -1,10 +1,12 @@
 """Plots and tables."""
 
+from dit_mlflow.report.comparison import plot_fidelity_against_cost
 from dit_mlflow.report.plots import plot_against_truth, plot_top_samples
 from dit_mlflow.report.tables import terminal_table, top_samples_table, windows_table
 
 __all__ = [
     "plot_against_truth",
+    "plot_fidelity_against_cost",
     "plot_top_samples",
     "terminal_table",
     "top_samples_table",

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from dit_mlflow.evaluation import correlations
+from dit_mlflow.evaluation import correlation_intervals, correlations
 
 NAN = np.nan
 
@@ -11,7 +12,9 @@ NAN = np.nan
 def test_values_by_hand() -> None:
     """Ranks (1 2 3 4) against (1 3 2 4): rho = 1 - 6*2/60, tau = (5-1)/6; the single highest score is the same."""
     found = correlations(np.array([1.0, 2.0, 3.0, 4.0]), np.array([10.0, 30.0, 20.0, 40.0])).values
-    assert found == pytest.approx({"pearson": 0.8, "spearman": 0.8, "kendall": 2 / 3, "jaccard_30": 1.0})
+    assert found == pytest.approx(
+        {"pearson": 0.8, "spearman": 0.8, "kendall": 2 / 3, "jaccard_30": 1.0, "jaccard_bottom_30": 1.0}
+    )
 
 
 def test_jaccard_of_the_top_thirty_percent() -> None:
@@ -38,5 +41,33 @@ def test_samples_without_a_score_are_left_out() -> None:
 def test_undefined_figures_have_a_reason(estimate: list[float], truth: list[float], reason: str) -> None:
     found = correlations(np.array(estimate), np.array(truth))
     assert not found.values
-    assert set(found.undefined) == {"pearson", "spearman", "kendall", "jaccard_30"}
+    assert set(found.undefined) == {"pearson", "spearman", "kendall", "jaccard_30", "jaccard_bottom_30"}
     assert all(why.startswith(reason) for why in found.undefined.values())
+
+
+def test_intervals_are_those_of_scipys_bootstrap() -> None:
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=80)
+    estimate = truth + generator.normal(size=80)
+    estimate[3] = np.nan
+    low, high = correlation_intervals(estimate, truth, resamples=2000)["pearson"]
+    known = np.isfinite(estimate)
+    expected = stats.bootstrap(
+        (estimate[known], truth[known]),
+        lambda a, b: stats.pearsonr(a, b).statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=2000,
+        method="percentile",
+        rng=1,
+    ).confidence_interval
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.02)
+    assert correlation_intervals(np.ones(5), np.arange(5.0)) == {}
+
+
+def test_bottom_jaccard_looks_at_the_lowest() -> None:
+    truth = np.arange(10.0)
+    estimate = np.array([0, 1, 2, 5, 6, 7, 8, 9, 3, 4.0])
+    found = correlations(estimate, truth).values
+    assert found["jaccard_bottom_30"] == 1
+    assert found["jaccard_30"] == pytest.approx(1 / 5)
