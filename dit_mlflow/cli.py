@@ -80,6 +80,7 @@ def influence(context: click.Context, /, **options: Any) -> None:
 @click.option("--kind", default="local", help="local, final or cumulative.")
 @click.option("--ground-truth", default="all", help="As for influence.")
 @click.option("--seeds", default=1, help="Trainings to compare on.")
+@click.option("--subsets", default=32, help="Trainings on random halves, for the linear datamodeling score; 0: none.")
 @click.option("--jobs", default=1, help="Processes for the ground truth, one thread each.")
 @click.option("--backend", default="", help="Of joblib: loky, dask or ray.")
 @click.option("--init-seed", default=0, help="As for train; of the first training.")

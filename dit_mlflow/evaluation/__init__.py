@@ -1,7 +1,16 @@
 """Correlation and detection."""
 
 from dit_mlflow.evaluation.correlation import correlation_intervals, correlations
+from dit_mlflow.evaluation.datamodeling import Subsets, datamodeling_score, train_on_subsets
 from dit_mlflow.evaluation.detection import detection
 from dit_mlflow.evaluation.metrics import Metrics
 
-__all__ = ["Metrics", "correlation_intervals", "correlations", "detection"]
+__all__ = [
+    "Metrics",
+    "Subsets",
+    "correlation_intervals",
+    "correlations",
+    "datamodeling_score",
+    "detection",
+    "train_on_subsets",
+]

@@ -15,7 +15,15 @@ from mlflow import MlflowClient
 from scipy import stats
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.evaluation import Metrics, correlation_intervals, correlations, detection
+from dit_mlflow.evaluation import (
+    Metrics,
+    Subsets,
+    correlation_intervals,
+    correlations,
+    datamodeling_score,
+    detection,
+    train_on_subsets,
+)
 from dit_mlflow.influence import Influence, Window, check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods import NAMES, Effort, leave_one_out, method
@@ -42,12 +50,14 @@ class ComparisonRequest(Request):
     Attributes:
         methods: names with commas between, or ``all``.
         seeds: trainings; their weights and batch orders are drawn with separate seeds, on a grid.
+        subsets: trainings on random halves of the data, for the linear datamodeling score; 0 = none.
         jobs: worker processes of the ground truth.
         backend: of joblib, see :class:`dit_mlflow.Effort`; empty = its choice.
     """
 
     methods: str = "all"
     seeds: int = 1
+    subsets: int = 32
     jobs: int = 1
     backend: str = ""
 
@@ -81,6 +91,7 @@ class Subject:
     workload: Workload
     windows: list[Window]
     truth: Influence | None
+    subsets: Subsets | None
 
     @property
     def whole(self) -> Window:
@@ -98,6 +109,8 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         InputError: some part of the request cannot be used, or every method failed.
     """
     kind, names = check_kind(request.kind), request.names
+    if request.subsets < 0 or request.subsets in (1, 2):
+        raise InputError(f"subsets={request.subsets}; expected 0, or 3 or more")
     if request.seeds < 1:
         raise InputError(f"seeds={request.seeds}; expected 1 or more")
     effort = Effort(request.jobs, request.backend or None)
@@ -133,6 +146,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         "spearman_low": "low",
         "spearman_high": "high",
         "pearson": "Pearson",
+        "lds": "LDS",
         "recall_at_k": "recall@k",
         "auroc": "AUROC",
         "seconds": "seconds",
@@ -177,11 +191,16 @@ def _trained(request: ComparisonRequest) -> list[Subject]:
 
 
 def _subject(request: Request, run_id: str, label: str, trajectory: Trajectory, workload: Workload) -> Subject:
-    return Subject(run_id, label, trajectory, workload, parse_windows(request.windows, trajectory), None)
+    return Subject(run_id, label, trajectory, workload, parse_windows(request.windows, trajectory), None, None)
 
 
 def _with_truth(request: ComparisonRequest, subject: Subject, effort: Effort) -> Subject:
     asked = GroundTruth.parse(request.ground_truth, subject.workload.num_samples)
+    if request.subsets:
+        subsets = train_on_subsets(
+            subject.trajectory, subject.workload, [subject.whole], subsets=request.subsets, effort=effort
+        )
+        subject = replace(subject, subsets=subsets)
     if asked.samples == 0:
         return subject
     windows = list(dict.fromkeys([*subject.windows, subject.whole]))
@@ -215,6 +234,10 @@ def _measured(request: Request, name: str, subject: Subject) -> dict[str, float]
     mlflow.log_metrics({"cost/influence_seconds": costs["seconds"], "cost/cpu_seconds": costs["cpu_seconds"]})
     log_influence(found)
     agreement, detected = _scored(found, subject, subject.whole)
+    foretold = Metrics()
+    if subject.subsets is not None:
+        foretold = datamodeling_score(found.of(subject.whole), subject.subsets)
+    log_metrics(foretold.prefixed(f"{GROUND_TRUTH}/"))
     log_metrics(agreement.prefixed(f"{GROUND_TRUTH}/"))
     log_metrics(detected.prefixed("detection/"))
     if len(found.windows) > 1:
@@ -223,7 +246,7 @@ def _measured(request: Request, name: str, subject: Subject) -> dict[str, float]
             for figure in dict.fromkeys(figure for parts in scored for figure in parts[part].values):
                 series = [parts[part].values.get(figure) for parts in scored]
                 log_series(f"by_window/{prefix}{figure}", series)
-    return {**agreement.values, **detected.values, **costs}
+    return {**agreement.values, **foretold.values, **detected.values, **costs}
 
 
 def _scored(found: Influence, subject: Subject, window: Window) -> tuple[Metrics, Metrics]:

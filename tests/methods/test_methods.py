@@ -11,9 +11,20 @@ from oracles import train_again
 from torch import nn
 from workloads import digits_workload
 
-from dit_mlflow import InputError, Trajectory, UnsupportedError, Window, Workload, parse_windows, track, train
-from dit_mlflow.methods import NAMES, method
+from dit_mlflow import (
+    InputError,
+    Trajectory,
+    UnsupportedError,
+    Window,
+    Workload,
+    leave_one_out,
+    parse_windows,
+    track,
+    train,
+)
+from dit_mlflow.methods import NAMES, confirm, method
 from dit_mlflow.methods.confident_learning import out_of_sample
+from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.influence_function import InfluenceFunction
 
 
@@ -214,5 +225,25 @@ def test_every_method_answers_alike(name: str, workload: Workload, trajectory: T
 
 
 def test_a_method_that_is_not_there_is_refused() -> None:
-    with pytest.raises(InputError, match="no method 'dlt'; there are dit, leave_one_out"):
+    with pytest.raises(InputError, match="no method 'dlt'; there are dit, dit_confirmed"):
         method("dlt")
+
+
+@pytest.mark.parametrize("kind", ["local", "cumulative"])
+def test_confirming_replaces_the_largest_scores_by_the_truth(
+    kind: Any, workload: Workload, trajectory: Trajectory
+) -> None:
+    windows = parse_windows("2", trajectory)
+    estimate = track(trajectory, workload, windows, kind)
+    truth = leave_one_out(trajectory, workload, windows, kind)
+    exact = confirm(estimate, trajectory, workload, m=5)
+    mixed = DitConfirmed(share=5 / 24, dtype=torch.float64)(trajectory, workload, windows, kind)
+    for k in range(2):
+        largest = np.sort(np.argsort(-np.abs(estimate.of(k)))[:5])
+        rest = np.setdiff1d(np.arange(24), largest)
+        np.testing.assert_array_equal(np.flatnonzero(np.isfinite(exact.of(k))), largest)
+        np.testing.assert_allclose(exact.of(k)[largest], truth.of(k)[largest], rtol=1e-9, atol=1e-14)
+        np.testing.assert_allclose(mixed.of(k)[largest], truth.of(k)[largest], rtol=1e-9, atol=1e-14)
+        np.testing.assert_array_equal(mixed.of(k)[rest], estimate.of(k)[rest])
+    with pytest.raises(InputError, match="m=25 samples to confirm"):
+        confirm(estimate, trajectory, workload, m=25)

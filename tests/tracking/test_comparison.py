@@ -36,7 +36,12 @@ def test_all_methods_from_mlflow_run(store: str) -> None:
     truth = load_influence(found["leave_one_out"].info.run_id)
     for name, child in found.items():
         assert child.data.tags["dit.training_run_id"] == training.info.run_id
-        assert {"ground_truth/spearman", "detection/auroc", "cost/influence_seconds"} <= child.data.metrics.keys()
+        assert {
+            "ground_truth/spearman",
+            "ground_truth/lds",
+            "detection/auroc",
+            "cost/influence_seconds",
+        } <= child.data.metrics.keys()
         estimate = load_influence(child.info.run_id)
         expected = stats.spearmanr(estimate.scores[-1, 0], truth.scores[-1, 0]).statistic
         assert child.data.metrics["ground_truth/spearman"] == pytest.approx(expected, abs=0.02)
@@ -91,6 +96,7 @@ def test_seeds_of_weights_and_order_are_separate(store: str) -> None:
     [
         ({"methods": "dit,lucky"}, "no method 'lucky'; there are dit"),
         ({"methods": ","}, "expected 'all' or some of dit"),
+        ({"subsets": "2"}, "subsets=2; expected 0, or 3 or more"),
         ({"seeds": "0"}, "seeds=0; expected 1 or more"),
         ({"backend": "cluster"}, "backend='cluster'; expected loky, dask or ray"),
         ({"kind": "global"}, "kind='global'"),
