@@ -4,6 +4,7 @@ from dit_mlflow.evaluation.correlation import correlation_intervals, correlation
 from dit_mlflow.evaluation.datamodeling import Subsets, datamodeling_score, train_on_subsets
 from dit_mlflow.evaluation.detection import detection
 from dit_mlflow.evaluation.metrics import Metrics
+from dit_mlflow.evaluation.patterns import pattern_counts, patterns, window_correlations
 
 __all__ = [
     "Metrics",
@@ -12,5 +13,8 @@ __all__ = [
     "correlations",
     "datamodeling_score",
     "detection",
+    "pattern_counts",
+    "patterns",
     "train_on_subsets",
+    "window_correlations",
 ]

@@ -3,11 +3,13 @@
 from dit_mlflow.report.comparison import plot_fidelity_against_cost
 from dit_mlflow.report.plots import plot_against_truth, plot_top_samples
 from dit_mlflow.report.tables import terminal_table, top_samples_table, windows_table
+from dit_mlflow.report.window_correlations import plot_window_correlations
 
 __all__ = [
     "plot_against_truth",
     "plot_fidelity_against_cost",
     "plot_top_samples",
+    "plot_window_correlations",
     "terminal_table",
     "top_samples_table",
     "windows_table",

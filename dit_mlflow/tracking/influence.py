@@ -9,10 +9,16 @@ import torch
 from mlflow import ActiveRun, MlflowClient
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.evaluation import Metrics, correlations, detection
+from dit_mlflow.evaluation import Metrics, correlations, detection, pattern_counts, patterns
 from dit_mlflow.influence import Influence, Kind, Window, track
 from dit_mlflow.methods import leave_one_out
-from dit_mlflow.report import plot_against_truth, plot_top_samples, top_samples_table, windows_table
+from dit_mlflow.report import (
+    plot_against_truth,
+    plot_top_samples,
+    plot_window_correlations,
+    top_samples_table,
+    windows_table,
+)
 from dit_mlflow.tracking.artifacts import log_influence
 from dit_mlflow.tracking.names import GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.runs import log_metrics, log_series, peak_memory_mb, project_run
@@ -125,6 +131,9 @@ def _log_parent(
     mlflow.log_table(windows_table(influence, answer.per_window), f"{INFLUENCE}/windows.json")
     samples = top_samples_table(influence, exact, workload.corrupted, workload.describe)
     mlflow.log_table(samples, f"{INFLUENCE}/top_samples.json")
+    if len(windows) > 1:
+        log_metrics(pattern_counts(patterns(influence)).prefixed("patterns/"))
+        mlflow.log_figure(plot_window_correlations(influence), f"{INFLUENCE}/window_correlations.png")
     figure = plot_top_samples(influence, describe=workload.describe)
     mlflow.log_figure(figure, f"{INFLUENCE}/influence_over_windows.png")
     if truth is not None and exact is not None:

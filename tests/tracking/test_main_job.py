@@ -69,6 +69,7 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
         "windows.json",
         "top_samples.json",
         "influence_over_windows.png",
+        "window_correlations.png",
         "against_leave_one_out.png",
     }
     table = mlflow.load_table("influence/top_samples.json", run_ids=[parent.info.run_id])

@@ -1,0 +1,73 @@
+"""How a sample's influence runs over training: early, late, stable or fluctuating."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import stats
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.evaluation.metrics import Metrics
+from dit_mlflow.influence import Influence
+
+PATTERNS = ("early", "late", "stable", "fluctuating")
+"""Early influencer, late bloomer, stable, highly fluctuating (Xu and Wu 2025, arXiv 2502.10793, in words)."""
+
+
+def patterns(
+    influence: Influence, query: str | None = None, concentrated: float = 0.75, mixed: float = 0.25
+) -> np.ndarray:
+    r"""The pattern of every sample, ``[samples]`` of names from :data:`PATTERNS`, or ``none``: all scores 0 or NaN.
+
+    Each window's scores are first divided by their root mean square over samples: else the first windows, in which the
+    loss falls fastest, would make every sample early. With :math:`p_k = |s_k| / \sum_k |s_k|` over windows:
+
+    - ``fluctuating``: the signs that are in the minority hold more than ``mixed`` of all :math:`|s_k|`;
+    - ``early``, ``late``: otherwise, and the first (last) half of the windows holds at least ``concentrated`` of it; a
+      window in the middle counts half to each;
+    - ``stable``: otherwise.
+
+    Args:
+        influence: scores over two windows or more, in the order of training.
+        query: default: the first.
+        concentrated: in (0.5, 1].
+        mixed: in [0, 0.5].
+
+    Raises:
+        InputError: there is one window only, or a parameter is outside of its range.
+    """
+    if len(influence.windows) < 2 or not (0.5 < concentrated <= 1 and 0 <= mixed <= 0.5):
+        raise InputError(
+            f"patterns of {len(influence.windows)} windows with concentrated={concentrated}, mixed={mixed}; expected "
+            "2 windows or more, 0.5 < concentrated <= 1 and 0 <= mixed <= 0.5"
+        )
+    position = 0 if query is None else influence.queries.index(query)
+    scores = np.nan_to_num(influence.scores[:, position])
+    size = np.sqrt((scores**2).mean(axis=1, keepdims=True))
+    scores = np.divide(scores, size, out=np.zeros_like(scores), where=size > 0)
+    total = np.abs(scores).sum(axis=0)
+    count = len(scores)
+    first = np.clip(count / 2 - np.arange(count), 0, 1) @ np.abs(scores)
+    minority = np.minimum(scores.clip(min=0).sum(axis=0), -scores.clip(max=0).sum(axis=0))
+    found = np.select(
+        [total == 0, minority > mixed * total, first >= concentrated * total, total - first >= concentrated * total],
+        ["none", "fluctuating", "early", "late"],
+        default="stable",
+    )
+    return np.asarray(found)
+
+
+def pattern_counts(names: np.ndarray) -> Metrics:
+    """Number of samples with each pattern, by name."""
+    return Metrics({name: float((names == name).sum()) for name in PATTERNS})
+
+
+def window_correlations(influence: Influence, query: str | None = None) -> np.ndarray:
+    """Spearman correlation of scores between windows, ``[windows, windows]``; NaN where one of them is constant."""
+    scores = np.stack([influence.of(k, query) for k in range(len(influence.windows))])
+    matrix = np.full((len(scores), len(scores)), np.nan)
+    for a, first in enumerate(scores):
+        for b, second in enumerate(scores):
+            known = np.isfinite(first) & np.isfinite(second)
+            if known.sum() > 1 and np.ptp(first[known]) > 0 and np.ptp(second[known]) > 0:
+                matrix[a, b] = stats.spearmanr(first[known], second[known]).statistic
+    return matrix

@@ -1,0 +1,31 @@
+"""How alike the influence in two windows is."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dit_mlflow.evaluation.patterns import window_correlations
+from dit_mlflow.influence import Influence
+
+
+def plot_window_correlations(influence: Influence) -> Figure:
+    """Heat map of :func:`dit_mlflow.evaluation.window_correlations`, with numbers up to 12 windows."""
+    matrix = window_correlations(influence)
+    count = len(matrix)
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr")
+    names = [str(window) for window in influence.windows]
+    places = np.unique(np.linspace(0, count - 1, min(count, 12)).round().astype(int))
+    axes.set_xticks(places, [names[k] for k in places], rotation=45 if count > 6 else 0)
+    axes.set_yticks(places, [names[k] for k in places])
+    if count <= 12:
+        for (row, column), value in np.ndenumerate(matrix):
+            colour = "white" if abs(value) > 0.6 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=colour)
+    axes.set_xlabel("window (training steps)")
+    axes.set_ylabel("window (training steps)")
+    axes.set_title(f"Do the same samples matter early and late?\n({influence.method}, {influence.kind})", fontsize=11)
+    figure.colorbar(image, label="Spearman correlation of the samples' influence")
+    return figure

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dit_mlflow import Influence, InputError, Window
+from dit_mlflow.evaluation.patterns import pattern_counts, patterns, window_correlations
+
+
+def influence(scores: list[list[float]]) -> Influence:
+    """Of samples by windows."""
+    values = np.array(scores).T[:, None]
+    windows = tuple(Window(k, k + 1) for k in range(len(values)))
+    return Influence(values, windows, ("loss",), np.arange(len(scores)), "local", "dit")
+
+
+KINDS = {
+    "early": [8.0, 1.0, 0.5, 0.5],
+    "late": [0.0, 0.5, 1.0, 8.0],
+    "stable": [2.0, 2.0, 2.0, 2.0],
+    "fluctuating": [3.0, -3.0, 3.0, -3.0],
+    "none": [0.0, 0.0, 0.0, 0.0],
+}
+SCALES = [10.0, 3.0, 1.0, 0.01]
+
+
+def test_patterns_do_not_depend_on_how_large_a_windows_scores_are() -> None:
+    rows = [*KINDS.values(), *([-x for x in row] for row in KINDS.values())]
+    found = patterns(influence(rows))
+    assert found.tolist() == [*KINDS, *KINDS]
+    scaled = [[x * scale for x, scale in zip(row, SCALES, strict=True)] for row in rows]
+    assert patterns(influence(scaled)).tolist() == found.tolist()
+    assert pattern_counts(found).values == dict.fromkeys(("early", "late", "stable", "fluctuating"), 2.0)
+
+
+def test_a_middle_window_counts_half_to_each_side() -> None:
+    rows = [[2.0, 2.0, 0.0], [0.0, 2.0, 2.0], [2.0, 0.1, 0.0]]
+    assert patterns(influence(rows), concentrated=0.74).tolist()[2] == "early"
+    assert patterns(influence(rows), concentrated=0.99).tolist() == ["stable", "stable", "stable"]
+
+
+def test_window_correlations_are_of_ranks() -> None:
+    found = window_correlations(influence([[1.0, 9.0, 5.0], [2.0, 4.0, 5.0], [3.0, 1.0, 5.0]]))
+    np.testing.assert_allclose(found[:2, :2], [[1, -1], [-1, 1]])
+    assert np.isnan(found[2]).all()
+
+
+@pytest.mark.parametrize("settings", [{"concentrated": 0.5}, {"mixed": 0.6}])
+def test_definitions_that_overlap_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="expected 2 windows or more"):
+        patterns(influence([[1.0, 2.0]]), **settings)
+    with pytest.raises(InputError, match="patterns of 1 windows"):
+        patterns(influence([[1.0]]))
