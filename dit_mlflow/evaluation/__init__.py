@@ -2,7 +2,7 @@
 
 from dit_mlflow.evaluation.correlation import correlation_intervals, correlations
 from dit_mlflow.evaluation.datamodeling import Subsets, datamodeling_score, train_on_subsets
-from dit_mlflow.evaluation.detection import detection
+from dit_mlflow.evaluation.detection import detection, recall_curve
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.evaluation.patterns import pattern_counts, patterns, window_correlations
 
@@ -15,6 +15,7 @@ __all__ = [
     "detection",
     "pattern_counts",
     "patterns",
+    "recall_curve",
     "train_on_subsets",
     "window_correlations",
 ]

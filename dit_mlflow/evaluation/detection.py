@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation.metrics import Metrics
 
 NAMES = ("accuracy", "recall_at_k", "auroc", "average_precision")
 
 
 def detection(scores: np.ndarray, corrupted: Sequence[int]) -> Metrics:
-    """Detection of corrupted samples by low (harmful) scores.
+    """Detection of corrupted samples by low (harmful) scores, and beside each figure what chance gives.
 
     The ``k`` lowest scores are flagged, ``k`` = number of corrupted samples with a score.
 
@@ -22,25 +23,71 @@ def detection(scores: np.ndarray, corrupted: Sequence[int]) -> Metrics:
         corrupted: their indices.
 
     Returns:
-        ``accuracy`` over all samples, ``recall_at_k``, ``auroc`` and ``average_precision``, each in [0, 1]. By chance
-        these are ``1 - 2 s (1 - s)``, ``s``, 0.5 and ``s`` for a corrupted share ``s``. Undefined, with the reason, if
-        no sample or every sample is corrupted, or all scores are equal.
+        ``accuracy`` over all samples, ``recall_at_k``, ``auroc`` and ``average_precision``, each in [0, 1], and
+        ``accuracy_chance`` and so on: the exact expectation for scores in random order, see :func:`chance`. Undefined,
+        with the reason, if no sample or every sample is corrupted, or all scores are equal.
     """
-    known = np.isfinite(scores)
-    damaged = np.zeros(len(scores), dtype=bool)
-    damaged[list(corrupted)] = True
-    scores, damaged = scores[known], damaged[known]
+    scores, damaged = _known(scores, corrupted)
     k = int(damaged.sum())
     if k in (0, len(scores)) or (scores == scores[0]).all():
         reason = f"{k} of {len(scores)} samples are corrupted" if k in (0, len(scores)) else "all scores are equal"
         return Metrics(undefined=dict.fromkeys(NAMES, reason))
     flagged = np.zeros(len(scores), dtype=bool)
     flagged[np.argsort(scores, kind="stable")[:k]] = True
-    return Metrics(
-        {
-            "accuracy": float((flagged == damaged).mean()),
-            "recall_at_k": float((flagged & damaged).sum() / k),
-            "auroc": float(roc_auc_score(damaged, -scores)),
-            "average_precision": float(average_precision_score(damaged, -scores)),
-        }
-    )
+    values = {
+        "accuracy": float((flagged == damaged).mean()),
+        "recall_at_k": float((flagged & damaged).sum() / k),
+        "auroc": float(roc_auc_score(damaged, -scores)),
+        "average_precision": float(average_precision_score(damaged, -scores)),
+    }
+    return Metrics(values | {f"{name}_chance": value for name, value in chance(k, len(scores)).items()})
+
+
+def chance(k: int, n: int) -> dict[str, float]:
+    """Expectation of each figure of :func:`detection` if all orders of the scores are equally likely.
+
+    With ``s = k / n`` and ``H = 1 + 1/2 + ... + 1/n``: accuracy ``1 - 2 s (1 - s)``, recall ``s``, AUROC 0.5, average
+    precision ``(H + (n - H) (k - 1) / (n - 1)) / n``, which exceeds ``s`` and tends to it as ``n`` grows.
+
+    Args:
+        k, n: corrupted samples, and all, ``0 < k < n``.
+    """
+    share, harmonic = k / n, float((1 / np.arange(1, n + 1)).sum())
+    precision = (harmonic + (n - harmonic) * (k - 1) / (n - 1)) / n
+    return {
+        "accuracy": 1 - 2 * share * (1 - share),
+        "recall_at_k": share,
+        "auroc": 0.5,
+        "average_precision": precision,
+    }
+
+
+def recall_curve(scores: np.ndarray, corrupted: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the corrupted samples found, against the share of all samples inspected, lowest scores first.
+
+    Args:
+        scores, corrupted: as for :func:`detection`.
+
+    Returns:
+        ``(share inspected, recall)``, each ``[samples with a score + 1]``, from (0, 0) to (1, 1). Within equal scores
+        the recall is that of random order, a straight line; the diagonal is chance.
+
+    Raises:
+        InputError: no sample with a score is corrupted.
+    """
+    scores, damaged = _known(scores, corrupted)
+    if not damaged.any():
+        raise InputError(f"none of the {len(scores)} samples with a score is corrupted; there is nothing to recall")
+    _, group = np.unique(scores, return_inverse=True)
+    inspected = np.r_[0, np.bincount(group).cumsum()]
+    found = np.r_[0, np.bincount(group, weights=damaged).cumsum()]
+    counts = np.arange(len(scores) + 1)
+    return counts / len(scores), np.interp(counts, inspected, found) / damaged.sum()
+
+
+def _known(scores: np.ndarray, corrupted: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Samples with a score: their scores, and whether each is corrupted."""
+    known = np.isfinite(scores)
+    damaged = np.zeros(len(scores), dtype=bool)
+    damaged[list(corrupted)] = True
+    return scores[known], damaged[known]

@@ -57,12 +57,15 @@ def plot_fidelity_against_cost(
 
 def _label_points(axes: Axes, shown: pd.DataFrame) -> None:
     """Names beside the points, moved up where they would cover one another."""
-    taken: list[tuple[float, float]] = []
-    for name, seconds, spearman in shown[["method", "seconds", "spearman"]].to_numpy().tolist():
+    points = shown[["method", "seconds", "spearman"]].to_numpy().tolist()
+    taken = [(math.log10(seconds) - 0.05, spearman) for _, seconds, spearman in points]
+    for name, seconds, spearman in points:
         x, y = math.log10(seconds), spearman
-        while any(abs(x - a) < 0.45 and abs(y - b) < 0.05 for a, b in taken):
+        taken.remove((x - 0.05, spearman))
+        # A label reaches to the right, by about half a power of ten.
+        while any(-0.45 < a - x < 0.45 and abs(y - b) < 0.05 for a, b in taken):
             y += 0.05
-        taken.append((x, y))
+        taken += [(x, y), (x - 0.05, spearman)]
         line = {"arrowstyle": "-", "lw": 0.4, "color": NEUTRAL} if y > spearman else None
         style: dict[str, Any] = {"xytext": (10**x * 1.09, y), "fontsize": 8, "va": "center", "arrowprops": line}
         axes.annotate(name, (seconds, spearman), **style)

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 
-from dit_mlflow.evaluation import detection
+from dit_mlflow import InputError
+from dit_mlflow.evaluation import detection, recall_curve
+from dit_mlflow.evaluation.detection import NAMES
 
 
 def test_values_by_hand() -> None:
@@ -15,13 +19,17 @@ def test_values_by_hand() -> None:
             "recall_at_k": 1 / 2,
             "auroc": 5 / 6,
             "average_precision": (1 / 1 + 2 / 3) / 2,
+            "accuracy_chance": 13 / 25,
+            "recall_at_k_chance": 2 / 5,
+            "auroc_chance": 1 / 2,
+            "average_precision_chance": (137 / 60 + (5 - 137 / 60) / 4) / 5,
         }
     )
 
 
 def test_perfect_and_worst() -> None:
     scores = np.array([-3.0, -2.0, 1.0, 2.0])
-    assert set(detection(scores, [0, 1]).values.values()) == {1.0}
+    assert all(detection(scores, [0, 1]).values[name] == 1 for name in NAMES)
     assert detection(scores, [2, 3]).values["auroc"] == 0.0
 
 
@@ -42,3 +50,23 @@ def test_undefined_figures_have_a_reason(scores: list[float], corrupted: list[in
     found = detection(np.array(scores), corrupted)
     assert not found.values
     assert set(found.undefined.values()) == {reason}
+
+
+def test_chance_is_the_mean_over_all_orders() -> None:
+    found = [detection(np.array(order, dtype=float), [0, 1]).values for order in permutations(range(5))]
+    for name in NAMES:
+        assert np.mean([values[name] for values in found]) == pytest.approx(found[0][f"{name}_chance"]), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_area_under_the_recall_curve_is_that_of_the_auroc(tied: bool) -> None:
+    """With a corrupted share s: s / 2 + (1 - s) AUROC, ties included."""
+    scores = np.random.default_rng(0).normal(size=40)
+    scores = np.r_[np.round(scores) if tied else scores, np.nan]
+    share, recall = recall_curve(scores, [*range(10), 40])
+    assert (share[0], recall[0], share[-1], recall[-1]) == (0, 0, 1, 1)
+    auroc = detection(scores, range(10)).values["auroc"]
+    area = ((recall[1:] + recall[:-1]) / 2 * np.diff(share)).sum()
+    assert area == pytest.approx(0.25 / 2 + 0.75 * auroc)
+    with pytest.raises(InputError, match="nothing to recall"):
+        recall_curve(scores, [40])
