@@ -37,6 +37,28 @@ def test_flips_change_the_recorded_labels_and_no_other() -> None:
     assert flipped.describe(flipped.corrupted[0]).endswith("(flipped)")
 
 
+def test_default_flips_are_those_of_earlier_versions() -> None:
+    expected = np.sort(np.random.default_rng(0).choice(256, size=26, replace=False))
+    assert load_workload("projects/mnist").corrupted == tuple(expected.tolist())
+
+
+@pytest.mark.parametrize(
+    ("corruption", "note"),
+    [("noise", "noisy image"), ("duplicate", "image of another sample"), ("ood", "image of another digit")],
+)
+def test_damaged_images_keep_their_labels(corruption: str, note: str) -> None:
+    settings = {"standardise": "image", "corrupt_seed": 3}
+    clean = load_workload("projects/mnist", corrupt=0.0, **settings)
+    found = load_workload("projects/mnist", corruption=corruption, **settings)
+    (before, labels), (after, kept) = clean.train_set.tensors, found.train_set.tensors  # type: ignore[attr-defined]
+    assert torch.equal(labels, kept)
+    assert tuple(torch.nonzero((before != after).any(dim=1)).ravel().tolist()) == found.corrupted
+    known = (before == after[found.corrupted[0]]).all(dim=1)
+    assert known.sum() == (corruption == "duplicate")
+    assert found.describe is not None
+    assert found.describe(found.corrupted[0]).endswith(f"({note})")
+
+
 @pytest.mark.parametrize(("model", "lr"), [("logreg", 3e-3), ("dnn", 5e-4), ("cnn", 4e-4)])
 def test_preset_paper(model: str, lr: float) -> None:
     workload = load_workload("projects/mnist", preset="paper", model=model)

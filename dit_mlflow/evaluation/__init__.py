@@ -1,16 +1,20 @@
 """Correlation and detection."""
 
 from dit_mlflow.evaluation.correlation import correlation_intervals, correlations
+from dit_mlflow.evaluation.corruption import Corrupted, Damage, corrupt
 from dit_mlflow.evaluation.datamodeling import Subsets, datamodeling_score, train_on_subsets
 from dit_mlflow.evaluation.detection import detection, recall_curve
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.evaluation.patterns import pattern_counts, patterns, window_correlations
 
 __all__ = [
+    "Corrupted",
+    "Damage",
     "Metrics",
     "Subsets",
     "correlation_intervals",
     "correlations",
+    "corrupt",
     "datamodeling_score",
     "detection",
     "pattern_counts",

