@@ -89,6 +89,8 @@ def workload(
     total = n_train + n_validation + n_test
     if total > len(labels):
         raise WorkloadError(f"{total} samples were asked; there are {len(labels)} ones and sevens")
+    if not 0 <= corrupt <= 1:
+        raise WorkloadError(f"corrupt is {corrupt}; expected a share between 0 and 1")
     order = np.random.default_rng(data_seed).permutation(len(labels))
     splits = np.split(order[:total], [n_train, n_train + n_validation])
     damaged = damage(images[splits[0]], labels[splits[0]], corruption, corrupt, corrupt_seed, 2, others)
