@@ -23,6 +23,7 @@ from dit_mlflow import (
     track,
     train,
 )
+from dit_mlflow import sample_losses as sample_losses_of
 from dit_mlflow.methods import NAMES, confirm, method
 from dit_mlflow.methods.confident_learning import out_of_sample
 from dit_mlflow.methods.dit_confirmed import DitConfirmed
@@ -265,16 +266,35 @@ def test_sgd_influence_is_dit_over_the_whole_run(workload: Workload, trajectory:
     np.testing.assert_array_equal(found.scores, expected.scores)
 
 
-@pytest.mark.parametrize("changes", [{"clip_grad_norm": 1.0}, {"optimizer": "adam"}, {"optimizer": "momentum"}])
-def test_sgd_influence_is_refused_for_other_training(changes: dict[str, Any], tmp_path: Any) -> None:
-    optimizers: dict[str, Any] = {
-        "adam": lambda model: torch.optim.Adam(model.parameters()),
-        "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-    }
-    if "optimizer" in changes:
-        changes = {"optimizer": optimizers[changes["optimizer"]]}
+def test_self_influence_is_minus_the_sweeps_own(workload: Workload, trajectory: Trajectory) -> None:
+    windows = parse_windows("2", trajectory)
+    found = method("self_influence")(trajectory, workload, windows, "final").scores[:, 0]
+    queries = sample_losses_of(workload, of="training")
+    expected = track(trajectory, workload, windows, "final", queries).scores
+    np.testing.assert_allclose(found, -np.diagonal(expected, axis1=1, axis2=2), rtol=1e-4, atol=1e-7)
+
+
+class MomentumLater(torch.optim.lr_scheduler.LRScheduler):
+    """No momentum in the first step."""
+
+    def get_lr(self) -> list[float]:
+        for group in self.optimizer.param_groups:
+            group["momentum"] = 0.9 if self.last_epoch else 0.0
+        return [0.1]
+
+
+@pytest.mark.parametrize(
+    ("used", "changes"),
+    [
+        ("SGD and clipped gradients", {"clip_grad_norm": 1.0}),
+        ("Adam", {"optimizer": lambda model: torch.optim.Adam(model.parameters())}),
+        ("SGD and momentum", {"optimizer": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}),
+        ("SGD and momentum", {"scheduler": MomentumLater}),
+    ],
+)
+def test_sgd_influence_is_refused_for_other_training(used: str, changes: dict[str, Any], tmp_path: Any) -> None:
     workload = digits_workload(epochs=1, **changes)
-    with pytest.raises(UnsupportedError, match="plain SGD; the training used"):
+    with pytest.raises(UnsupportedError, match=f"plain SGD; the training used {used}. Use dit"):
         method("sgd_influence")(train(workload, tmp_path / "t"), workload)
 
 
