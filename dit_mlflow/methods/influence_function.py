@@ -26,7 +26,7 @@ class InfluenceFunction(Method):
     at the final model, in evaluation mode; ``H`` is the Hessian of the mean training loss (and the regularizer; not of
     an optimizer's weight decay), and the system is solved by conjugate gradients. Sign: positive = removal raises the
     query. Where ``H + damping`` is not positive definite, or the solver does not converge, the damping is raised
-    tenfold until it does; the result's metadata say which it was.
+    tenfold until it does; the result's metadata hold the damping, and the largest relative residual.
 
     Attributes:
         damping: ``delta`` to begin with.
@@ -58,6 +58,7 @@ class InfluenceFunction(Method):
             damping = self.damping * 10**attempt
             solutions = [self._solve(snapshot, row, damping) for row in rows]
             if all(solution is not None for solution in solutions):
+                residual = max(_residual(snapshot, *pair, damping) for pair in zip(rows, solutions, strict=True))
                 break
         else:
             raise UnsupportedError(
@@ -66,7 +67,7 @@ class InfluenceFunction(Method):
             )
         vectors = _split(snapshot, torch.from_numpy(np.stack(solutions)))  # type: ignore[arg-type]
         scores = snapshot.products(vectors) / question.workload.num_samples
-        return Estimate(scores[None], details={"damping": damping, "max_drift": replay.max_drift})
+        return Estimate(scores[None], details={"damping": damping, "residual": residual, "max_drift": replay.max_drift})
 
     def _solve(self, snapshot: Snapshot, gradient: np.ndarray, damping: float) -> np.ndarray | None:
         """``(H + damping)^{-1} gradient``, or ``None``."""
@@ -86,6 +87,14 @@ class InfluenceFunction(Method):
         return None if failure or not np.isfinite(solution).all() else solution
 
 
+def _residual(snapshot: Snapshot, gradient: np.ndarray, solution: np.ndarray | None, damping: float) -> float:
+    """``|(H + damping) x - gradient| / |gradient|``; 0 without a gradient."""
+    assert solution is not None
+    norm = np.linalg.norm(gradient)
+    left = hessian_product(snapshot, solution) + damping * solution - gradient
+    return float(np.linalg.norm(left) / norm) if norm else 0.0
+
+
 class _NotPositive(Exception):
     """A direction of negative curvature was met."""
 
@@ -100,7 +109,7 @@ def hessian_product(snapshot: Snapshot, vector: np.ndarray) -> np.ndarray:
         for _, losses in snapshot.batches():
             _add_product(total, losses.sum() / dynamics.workload.num_samples, inputs, direction)
         if dynamics.workload.regularizer is not None:
-            value = dynamics.evaluate(snapshot.trained, snapshot.state.buffers, dynamics.workload.regularizer)
+            value = dynamics.evaluate(snapshot.parameters, snapshot.state.buffers, dynamics.workload.regularizer)
             _add_product(total, value, inputs, direction)
     return torch.cat([part.flatten() for part in total]).double().cpu().numpy()
 

@@ -30,4 +30,5 @@ class SelfInfluence(Method):
 
     def estimate(self, question: Question) -> Estimate:
         found = self_influence(question.trajectory, question.workload, question.windows, question.kind, self.dtype)
-        return Estimate(np.broadcast_to(-found.scores, question.shape).copy(), found.metadata["dtype"])
+        scores = np.broadcast_to(-found.scores, question.shape).copy()
+        return Estimate(scores, found.metadata["dtype"], {"max_drift": found.metadata["max_drift"]})

@@ -31,11 +31,11 @@ class SgdInfluence(Method):
 
     def estimate(self, question: Question) -> Estimate:
         layout, workload = question.trajectory.manifest.optimizer, question.workload
-        settings = question.trajectory.step(0).hyperparameters
+        steps = map(question.trajectory.step, range(question.trajectory.num_steps))
+        momentum = layout.name == "SGD" and any(group["momentum"] for step in steps for group in step.hyperparameters)
         clips = workload.clip_grad_norm is not None or workload.clip_grad_value is not None
-        if layout.name != "SGD" or any(group["momentum"] for group in settings) or clips:
-            what = f"{layout.name} with momentum" if layout.name == "SGD" and not clips else layout.name
-            what += " and clipped gradients" if clips else ""
+        if layout.name != "SGD" or momentum or clips:
+            what = " and ".join([layout.name, *["momentum"] * momentum, *["clipped gradients"] * clips])
             raise UnsupportedError(f"sgd_influence is derived for plain SGD; the training used {what}. Use dit")
         found = track(question.trajectory, workload, question.windows, "final", question.queries, self.dtype)
         return Estimate(found.scores, found.metadata["dtype"], {"max_drift": found.metadata["max_drift"]})

@@ -10,41 +10,61 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dit_mlflow.errors import InputError
 from dit_mlflow.influence import Query
 from dit_mlflow.influence.adjoint import vector_jacobian
 from dit_mlflow.trajectory import State, to_like
-from dit_mlflow.trajectory.dynamics import Dynamics
+from dit_mlflow.trajectory.dynamics import Dynamics, Parameters
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.replay import Replay
+from dit_mlflow.trajectory.step import Step
+from dit_mlflow.trajectory.workload import Batch, tensors_of, with_tensors
 
 CHUNK = 256
 """Training samples per forward pass."""
+
+GRADIENTS_IN_MEMORY = 2**28
+"""Bytes of single samples' gradients that are held at once."""
 
 Vectors = dict[str, Tensor]
 """Parameter name -> ``[rows, *shape]``."""
 
 
 class Snapshot:
-    """A recorded state in evaluation mode; gradients are those of the parameters that the optimizer holds.
+    """A recorded state in evaluation mode; gradients are those of the parameters that training moves there.
+
+    These are the parameters that the optimizer holds, without those that had no gradient in the recorded step: frozen
+    layers are often handed to the optimizer all the same. (In a step without any gradient, all that it holds.)
 
     Args:
         dynamics: of the trajectory.
         layout: of its optimizer.
         state: ``s_t``.
+        step: that led to the state, or that leaves it.
     """
 
-    def __init__(self, dynamics: Dynamics, layout: OptimizerLayout, state: State) -> None:
+    def __init__(self, dynamics: Dynamics, layout: OptimizerLayout, state: State, step: Step) -> None:
         self.dynamics = dynamics
         self.state = state
-        held = [name for group in layout.groups for name in group]
-        self.trained = {name: state.parameters[name].detach().requires_grad_() for name in held}
-        self._parameters = {**{name: value.detach() for name, value in state.parameters.items()}, **self.trained}
+        held = {name: state.parameters[name].detach().requires_grad_() for group in layout.groups for name in group}
+        frozen = step.no_gradient | step.zero_gradient
+        self.trained = {name: value for name, value in held.items() if name not in frozen} or held
+        self.parameters = {**{name: value.detach() for name, value in state.parameters.items()}, **held}
 
     def query_gradients(self, queries: Sequence[Query]) -> Vectors:
-        """``grad q`` of each query; zeros where it does not depend on a parameter."""
+        """``grad q`` of each query; zeros where it does not depend on a parameter.
+
+        Raises:
+            InputError: it depends on none that the optimizer holds.
+        """
         rows = []
         for query in queries:
-            value = self.dynamics.evaluate(self._parameters, self.state.buffers, query)
+            value = self.dynamics.evaluate(self.parameters, self.state.buffers, query)
+            if not value.requires_grad:
+                raise InputError(
+                    f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
+                    "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
+                )
             found = torch.autograd.grad(value, list(self.trained.values()), allow_unused=True, materialize_grads=True)
             rows.append(found)
         return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(self.trained)}
@@ -74,23 +94,58 @@ class Snapshot:
         return np.concatenate(parts, axis=1)
 
     def norms(self) -> np.ndarray:
-        """``|grad l_i|`` of every training sample, ``[n]``. Cost: a backward pass for each."""
+        """``|grad l_i|`` of every training sample, ``[n]``.
+
+        Cost: a pass forward and backward over the training set, side by side under ``torch.func.vmap`` where the model
+        and the batches allow it, otherwise sample by sample.
+        """
+        return np.concatenate([self._norms_side_by_side(indices, losses) for indices, losses in self.batches()])
+
+    def _norms_side_by_side(self, indices: np.ndarray, losses: Tensor) -> np.ndarray:
+        batch = self._batch(indices)
+        fixed = {name: value.detach() for name, value in self.parameters.items()}
+        trained = {name: fixed[name] for name in self.trained}
+
+        def loss(moved: Parameters, *sample: Tensor) -> Tensor:
+            single = with_tensors(batch, [tensor.unsqueeze(0) for tensor in sample])
+            return self._losses({**fixed, **moved}, single, 1)[0]
+
+        def squares(*sample: Tensor) -> tuple[Tensor, Tensor]:
+            gradients, value = torch.func.grad_and_value(loss)(trained, *sample)
+            return torch.stack([part.double().square().sum() for part in gradients.values()]).sum(), value
+
+        at_once = max(1, GRADIENTS_IN_MEMORY // sum(value.nbytes for value in self.trained.values()))
+        try:
+            found, values = torch.func.vmap(squares, chunk_size=at_once)(*tensors_of(batch))
+        except (RuntimeError, ValueError, NotImplementedError):
+            return self._norms_one_by_one(indices)
+        # A batch may hold what is not one row per sample; its losses then come out wrong.
+        if values.shape != losses.shape or not torch.allclose(values, losses, rtol=1e-3, atol=1e-5, equal_nan=True):
+            return self._norms_one_by_one(indices)
+        return found.sqrt().cpu().numpy()
+
+    def _norms_one_by_one(self, indices: np.ndarray) -> np.ndarray:
         norms = []
-        for _, losses in self.batches():
-            for loss in losses:
-                found = torch.autograd.grad(loss, list(self.trained.values()), retain_graph=True, allow_unused=True)
-                norms.append(np.sqrt(sum(float(part.double().square().sum()) for part in found if part is not None)))
+        for index in indices:
+            (loss,) = self._losses(self.parameters, self._batch(np.array([index])), 1)
+            found = torch.autograd.grad(loss, list(self.trained.values()), allow_unused=True, materialize_grads=True)
+            norms.append(np.sqrt(sum(float(part.double().square().sum()) for part in found)))
         return np.array(norms)
 
     def batches(self) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Indices and losses ``[B]`` of the training set, part by part."""
-        workload = self.dynamics.workload
-        like = next(iter(self._parameters.values()))
-        for indices in np.array_split(np.arange(workload.num_samples), -(-workload.num_samples // CHUNK)):
-            batch = to_like(workload.batch(indices), like.device, like.dtype)
-            loss = partial(workload.sample_losses, batch=batch, size=len(indices))
-            with sdpa_kernel(SDPBackend.MATH):
-                yield indices, self.dynamics.evaluate(self._parameters, self.state.buffers, loss)
+        size = self.dynamics.workload.num_samples
+        for indices in np.array_split(np.arange(size), -(-size // CHUNK)):
+            yield indices, self._losses(self.parameters, self._batch(indices), len(indices))
+
+    def _batch(self, indices: np.ndarray) -> Batch:
+        like = next(iter(self.parameters.values()))
+        return to_like(self.dynamics.workload.batch(indices), like.device, like.dtype)
+
+    def _losses(self, parameters: Parameters, batch: Batch, size: int) -> Tensor:
+        loss = partial(self.dynamics.workload.sample_losses, batch=batch, size=size)
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.dynamics.evaluate(parameters, self.state.buffers, loss)
 
 
 def snapshots(replay: Replay, steps: Sequence[int]) -> Iterator[tuple[int, Snapshot]]:
@@ -98,7 +153,8 @@ def snapshots(replay: Replay, steps: Sequence[int]) -> Iterator[tuple[int, Snaps
     wanted = set(steps)
     for t, state in enumerate(replay.forward(min(wanted), max(wanted)), start=min(wanted)):
         if t in wanted:
-            yield t, Snapshot(replay.dynamics, replay.trajectory.manifest.optimizer, state)
+            step = replay.trajectory.step(max(t - 1, 0))
+            yield t, Snapshot(replay.dynamics, replay.trajectory.manifest.optimizer, state, step)
 
 
 def inner(a: Vectors, b: Vectors) -> Tensor:

@@ -43,7 +43,7 @@ class TracIn(Method):
             if not counting:
                 continue
             step = question.trajectory.step(t)
-            snapshot = Snapshot(replay.dynamics, replay.trajectory.manifest.optimizer, state)
+            snapshot = Snapshot(replay.dynamics, replay.trajectory.manifest.optimizer, state, step)
             effects = _effects(replay, step, snapshot, snapshot.query_gradients(question.queries))
             for k in counting:
                 np.add.at(scores[k].T, step.samples, effects.T)

@@ -36,8 +36,9 @@ class TracInCheckpoints(Method):
             counting = [k for k, window in enumerate(question.windows) if t in window]
             if not counting:
                 continue
-            snapshot = Snapshot(replay.dynamics, layout, replay.checkpoint(t))
-            rates = learning_rates(replay, trajectory.step(t))
+            step = trajectory.step(t)
+            snapshot = Snapshot(replay.dynamics, layout, replay.checkpoint(t), step)
+            rates = learning_rates(replay, step)
             gradients = snapshot.query_gradients(question.queries)
             effects = snapshot.products({name: rates[name] * value for name, value in gradients.items()})
             for k in counting:

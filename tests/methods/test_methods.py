@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import train_again
 from torch import nn
-from workloads import digits_workload
+from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import (
     InputError,
@@ -18,14 +18,19 @@ from dit_mlflow import (
     Window,
     Workload,
     leave_one_out,
+    parameter_value,
     parse_windows,
     track,
     train,
 )
+from dit_mlflow import sample_losses as sample_losses_of
 from dit_mlflow.methods import NAMES, confirm, method
 from dit_mlflow.methods.confident_learning import out_of_sample
 from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.influence_function import InfluenceFunction
+from dit_mlflow.methods.snapshot import Snapshot
+
+GRADIENT_METHODS = ["tracin", "tracin_checkpoints", "grad_dot", "grad_cos", "grad_norm", "influence_function"]
 
 
 def groups(model: nn.Sequential) -> torch.optim.Optimizer:
@@ -77,8 +82,6 @@ def test_tracin_is_the_sum_over_recorded_steps(workload: Workload, trajectory: T
 
 def test_tracin_is_dit_for_a_window_of_one_step(workload: Workload, trajectory: Trajectory) -> None:
     """But for where the query is asked, before the step or after it: so a query that is linear in the parameters."""
-    from dit_mlflow import parameter_value
-
     queries = [parameter_value("0.weight", 2, 20), parameter_value("2.bias", 1)]
     windows = [Window(5, 6)]
     expected = track(trajectory, workload, windows, queries=queries)
@@ -115,6 +118,94 @@ def test_methods_at_a_windows_end(name: str, workload: Workload, trajectory: Tra
         np.testing.assert_allclose(found.of(k), expected, rtol=1e-3, atol=1e-5)
 
 
+def partly_frozen() -> nn.Module:
+    model = digits_model()
+    model[0].weight.requires_grad_(False)  # type: ignore[index]
+    return model
+
+
+def trained_only(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+
+
+@pytest.mark.parametrize("name", GRADIENT_METHODS)
+def test_frozen_parameters_do_not_count_even_if_the_optimizer_holds_them(name: str, tmp_path: Any) -> None:
+    workload = digits_workload(model=partly_frozen)
+    left_out = digits_workload(model=partly_frozen, optimizer=trained_only)
+    found, expected = (
+        method(name)(train(each, tmp_path / str(k)), each).scores for k, each in enumerate((workload, left_out))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+    model = model_at(workload, train(workload, tmp_path / "t"), 9)
+    if name == "grad_norm":
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        (inputs, targets) = workload.train_set.tensors  # type: ignore[attr-defined]
+        losses = workload.loss(model, (inputs.double(), targets))
+        own = [torch.autograd.grad(loss, trained, retain_graph=True) for loss in losses]
+        norms = [-float(torch.cat([part.flatten() for part in parts]).norm()) for parts in own]
+        np.testing.assert_allclose(found[0, 0], norms, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in GRADIENT_METHODS if name != "grad_norm"])
+def test_a_query_that_depends_on_nothing_trained_is_refused(name: str, tmp_path: Any) -> None:
+    workload = digits_workload(model=partly_frozen, optimizer=trained_only, epochs=1)
+    with pytest.raises(InputError, match="does not depend on the trained parameters"):
+        method(name)(train(workload, tmp_path / "t"), workload, queries=[parameter_value("0.weight", 0, 20)])
+
+
+class Labelled(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Samples as dicts, with a tensor in each batch that is not one row per sample."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return dict(zip(("inputs", "labels"), self.base[index], strict=True))
+
+
+def with_shared_weights(samples: list[Any]) -> dict[str, torch.Tensor]:
+    return {**torch.utils.data.default_collate(samples), "weights": torch.linspace(1, 2, 3)}
+
+
+def dict_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    outputs = model(batch["inputs"])
+    return nn.functional.cross_entropy(outputs, batch["labels"], batch.get("weights"), reduction="none")
+
+
+def one_at_a_time(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Control flow that depends on data."""
+    return torch.stack([loss * 2 if loss > 1 else loss for loss in sample_losses(model, batch)])
+
+
+@pytest.mark.parametrize("case", ["dicts", "shared", "control flow"])
+def test_norms_are_the_same_side_by_side_and_one_by_one(
+    case: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_set, validation_set = (Labelled(part) for part in datasets())
+    dicts = {"train_set": train_set, "validation_set": validation_set, "loss": dict_loss}
+    changes: dict[str, Any] = {
+        "dicts": dicts,
+        "shared": {**dicts, "collate_fn": with_shared_weights},
+        "control flow": {"loss": one_at_a_time},
+    }[case]
+    workload = digits_workload(epochs=1, **changes)
+    trajectory = train(workload, tmp_path / "t")
+    fallen_back, real = [], Snapshot._norms_one_by_one
+    monkeypatch.setattr(
+        Snapshot, "_norms_one_by_one", lambda self, indices: fallen_back.append(1) or real(self, indices)
+    )
+    found = method("grad_norm")(trajectory, workload).of(0)
+    assert bool(fallen_back) == (case != "dicts")
+    model = trajectory.checkpoint(3).load_into(workload.build_model())
+    for sample in range(24):
+        parts = torch.autograd.grad(workload.loss(model, workload.batch([sample])).sum(), list(model.parameters()))
+        norm = float(torch.cat([part.flatten() for part in parts]).norm())
+        np.testing.assert_allclose(found[sample], -norm, rtol=1e-4)
+
+
 def dense_hessian(workload: Workload, model: nn.Module) -> torch.Tensor:
     names, values = zip(*model.named_parameters(), strict=True)
     sizes = [value.numel() for value in values]
@@ -139,6 +230,23 @@ def test_influence_function_is_the_dense_newton_step(workload: Workload, traject
     np.testing.assert_allclose(found.of(0), expected, rtol=2e-2, atol=1e-4 * np.abs(expected).max())
 
 
+def test_influence_function_with_a_regularizer_where_the_optimizer_holds_a_part(tmp_path: Any) -> None:
+    workload = digits_workload(
+        optimizer=lambda model: torch.optim.SGD(model[2].parameters(), lr=0.5),  # type: ignore[index]
+        regularizer=lambda model: 0.05 * sum(p.square().sum() for p in model.parameters()),
+    )
+    trajectory = train(workload, tmp_path / "t")
+    found = method("influence_function")(trajectory, workload)
+    model = model_at(workload, trajectory, trajectory.num_steps)
+    held = slice(sum(p.numel() for p in model[0].parameters()), None)  # type: ignore[index]
+    hessian = dense_hessian(workload, model)[held, held]
+    damped = hessian + (found.metadata["damping"] + 0.1) * torch.eye(len(hessian))
+    solution = torch.linalg.solve(damped, gradient(workload, model, None)[held])
+    expected = [float(gradient(workload, model, i)[held] @ solution) / 24 for i in range(24)]
+    np.testing.assert_allclose(found.of(0), expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+    assert found.metadata["residual"] < 1e-4
+
+
 def test_influence_function_raises_its_damping_or_refuses(workload: Workload, trajectory: Trajectory) -> None:
     curvature = float(torch.linalg.eigvalsh(dense_hessian(workload, model_at(workload, trajectory, 12)))[0])
     assert curvature < 0
@@ -158,16 +266,35 @@ def test_sgd_influence_is_dit_over_the_whole_run(workload: Workload, trajectory:
     np.testing.assert_array_equal(found.scores, expected.scores)
 
 
-@pytest.mark.parametrize("changes", [{"clip_grad_norm": 1.0}, {"optimizer": "adam"}, {"optimizer": "momentum"}])
-def test_sgd_influence_is_refused_for_other_training(changes: dict[str, Any], tmp_path: Any) -> None:
-    optimizers: dict[str, Any] = {
-        "adam": lambda model: torch.optim.Adam(model.parameters()),
-        "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-    }
-    if "optimizer" in changes:
-        changes = {"optimizer": optimizers[changes["optimizer"]]}
+def test_self_influence_is_minus_the_sweeps_own(workload: Workload, trajectory: Trajectory) -> None:
+    windows = parse_windows("2", trajectory)
+    found = method("self_influence")(trajectory, workload, windows, "final").scores[:, 0]
+    queries = sample_losses_of(workload, of="training")
+    expected = track(trajectory, workload, windows, "final", queries).scores
+    np.testing.assert_allclose(found, -np.diagonal(expected, axis1=1, axis2=2), rtol=1e-4, atol=1e-7)
+
+
+class MomentumLater(torch.optim.lr_scheduler.LRScheduler):
+    """No momentum in the first step."""
+
+    def get_lr(self) -> list[float]:
+        for group in self.optimizer.param_groups:
+            group["momentum"] = 0.9 if self.last_epoch else 0.0
+        return [0.1]
+
+
+@pytest.mark.parametrize(
+    ("used", "changes"),
+    [
+        ("SGD and clipped gradients", {"clip_grad_norm": 1.0}),
+        ("Adam", {"optimizer": lambda model: torch.optim.Adam(model.parameters())}),
+        ("SGD and momentum", {"optimizer": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}),
+        ("SGD and momentum", {"scheduler": MomentumLater}),
+    ],
+)
+def test_sgd_influence_is_refused_for_other_training(used: str, changes: dict[str, Any], tmp_path: Any) -> None:
     workload = digits_workload(epochs=1, **changes)
-    with pytest.raises(UnsupportedError, match="plain SGD; the training used"):
+    with pytest.raises(UnsupportedError, match=f"plain SGD; the training used {used}. Use dit"):
         method("sgd_influence")(train(workload, tmp_path / "t"), workload)
 
 
