@@ -14,6 +14,23 @@ from dit_mlflow.errors import DitError, InputError
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
+_QUESTION = (
+    click.option("--training-run", default="", help="Run with a trajectory; empty: train first."),
+    click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist."),
+    click.option("--windows", default="5", help="'epochs', a number of equal windows, or ranges '0:80,80:160'."),
+    click.option("--kind", default="local", help="local, final or cumulative."),
+    click.option("--ground-truth", default="all", help="Samples checked by exact leave-one-out: all, none, a number."),
+    click.option("--init-seed", default=0, help="As for train; of the first training, if there are several."),
+    click.option("--order-seed", default=0, help="As for train; of the first training, if there are several."),
+)
+
+
+def _asks(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of everything that asks a question of a trajectory."""
+    for option in reversed(_QUESTION):
+        command = option(command)
+    return command
+
 
 @click.group(context_settings={"show_default": True})
 def cli() -> None:
@@ -48,15 +65,11 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
-@click.option("--training-run", default="", help="Run with a trajectory; empty: train first.")
-@click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist.")
-@click.option("--windows", default="5", help="'epochs', a number of equal windows, or ranges '0:80,80:160'.")
-@click.option("--kind", default="local", help="local, final or cumulative.")
-@click.option("--ground-truth", default="all", help="Samples checked by exact leave-one-out: all, none, a number.")
+@_asks
 @click.option("--dtype", default="recorded", help="Of the sweep: recorded, float32 or float64.")
 @click.option("--memory-mb", default=0, help="MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
-@click.option("--init-seed", default=0, help="As for train.")
-@click.option("--order-seed", default=0, help="As for train.")
+@click.option("--trust", default=24, help="Random samples left out exactly to tell how far to trust; 0: none.")
+@click.option("--confirm", default=0, help="Samples of largest score to leave out exactly, in each window.")
 @click.pass_context
 def influence(context: click.Context, /, **options: Any) -> None:
     """Compute influence per window; each window is a child run.
@@ -73,18 +86,12 @@ def influence(context: click.Context, /, **options: Any) -> None:
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
-@click.option("--training-run", default="", help="Run with a trajectory; empty: train first.")
-@click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist.")
+@_asks
 @click.option("--methods", default="all", help="Names with commas between, or all.")
-@click.option("--windows", default="5", help="As for influence.")
-@click.option("--kind", default="local", help="local, final or cumulative.")
-@click.option("--ground-truth", default="all", help="As for influence.")
 @click.option("--seeds", default=1, help="Trainings to compare on.")
 @click.option("--subsets", default=32, help="Trainings on random halves, for the linear datamodeling score; 0: none.")
 @click.option("--jobs", default=1, help="Processes for the ground truth, one thread each.")
 @click.option("--backend", default="", help="Of joblib: loky, dask or ray.")
-@click.option("--init-seed", default=0, help="As for train; of the first training.")
-@click.option("--order-seed", default=0, help="As for train; of the first training.")
 @click.pass_context
 def compare(context: click.Context, /, **options: Any) -> None:
     """Compare methods on one trajectory, or on several seeds: fidelity, detection and cost; a child run each.

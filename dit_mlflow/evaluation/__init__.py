@@ -5,7 +5,8 @@ from dit_mlflow.evaluation.corruption import Corrupted, Damage, corrupt
 from dit_mlflow.evaluation.datamodeling import Subsets, datamodeling_score, train_on_subsets
 from dit_mlflow.evaluation.detection import detection, recall_curve
 from dit_mlflow.evaluation.metrics import Metrics
-from dit_mlflow.evaluation.patterns import pattern_counts, patterns, window_correlations
+from dit_mlflow.evaluation.patterns import correlations_by_pattern, pattern_counts, patterns, window_correlations
+from dit_mlflow.evaluation.trust import trust
 
 __all__ = [
     "Corrupted",
@@ -14,6 +15,7 @@ __all__ = [
     "Subsets",
     "correlation_intervals",
     "correlations",
+    "correlations_by_pattern",
     "corrupt",
     "datamodeling_score",
     "detection",
@@ -21,5 +23,6 @@ __all__ = [
     "patterns",
     "recall_curve",
     "train_on_subsets",
+    "trust",
     "window_correlations",
 ]

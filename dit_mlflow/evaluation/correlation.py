@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import stats
 
@@ -43,7 +45,12 @@ def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
 
 
 def correlation_intervals(
-    estimate: np.ndarray, truth: np.ndarray, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    estimate: np.ndarray,
+    truth: np.ndarray,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    names: Sequence[str] = NAMES,
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals over samples (Efron 1979) for what :func:`correlations` gives.
 
@@ -51,6 +58,7 @@ def correlation_intervals(
         estimate, truth: as there.
         confidence: that the interval holds.
         resamples, seed: of the bootstrap.
+        names: of the correlations to give.
 
     Returns:
         ``(low, high)`` by name; nothing where the correlation is undefined. Resamples without variation are left out.
@@ -62,7 +70,7 @@ def correlation_intervals(
     found = [correlations(estimate[row], truth[row]).values for row in drawn]
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     intervals = {}
-    for name in NAMES:
+    for name in names:
         low, high = np.quantile([values[name] for values in found if values], tails)
         intervals[name] = (float(low), float(high))
     return intervals

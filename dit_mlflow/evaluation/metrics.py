@@ -24,3 +24,14 @@ class Metrics:
             {prefix + name: value for name, value in self.values.items()},
             {prefix + name: reason for name, reason in self.undefined.items()},
         )
+
+    def and_(self, other: Metrics) -> Metrics:
+        """Both together; of a name in both, ``other``'s."""
+        return Metrics({**self.values, **other.values}, {**self.undefined, **other.undefined})
+
+    def only(self, *names: str) -> Metrics:
+        """Those of ``names`` that are there."""
+        return Metrics(
+            {name: value for name, value in self.values.items() if name in names},
+            {name: reason for name, reason in self.undefined.items() if name in names},
+        )

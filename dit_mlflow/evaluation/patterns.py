@@ -6,6 +6,7 @@ import numpy as np
 from scipy import stats
 
 from dit_mlflow.errors import InputError
+from dit_mlflow.evaluation.correlation import correlations
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence import Influence
 
@@ -59,6 +60,25 @@ def patterns(
 def pattern_counts(names: np.ndarray) -> Metrics:
     """Number of samples with each pattern, by name."""
     return Metrics({name: float((names == name).sum()) for name in PATTERNS})
+
+
+def correlations_by_pattern(estimate: np.ndarray, truth: np.ndarray, names: np.ndarray) -> Metrics:
+    """Agreement with ground truth among the samples of each pattern: on which can the estimate be trusted?
+
+    Args:
+        estimate, truth: ``[samples]``, as for :func:`dit_mlflow.evaluation.correlations`.
+        names: of each sample's pattern, from :func:`patterns`.
+
+    Returns:
+        ``early/spearman``, ``early/pearson`` and so on, for the patterns that occur.
+    """
+    found = Metrics()
+    for name in PATTERNS:
+        chosen = names == name
+        if chosen.any():
+            agreement = correlations(estimate[chosen], truth[chosen]).only("spearman", "pearson")
+            found = found.and_(agreement.prefixed(f"{name}/"))
+    return found
 
 
 def window_correlations(influence: Influence, query: str | None = None) -> np.ndarray:

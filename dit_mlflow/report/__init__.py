@@ -2,15 +2,18 @@
 
 from dit_mlflow.report.comparison import plot_fidelity_against_cost
 from dit_mlflow.report.plots import plot_against_truth, plot_top_samples
+from dit_mlflow.report.recall import plot_recall_curves
 from dit_mlflow.report.tables import terminal_table, top_samples_table, windows_table
-from dit_mlflow.report.window_correlations import plot_window_correlations
+from dit_mlflow.report.window_correlations import plot_window_correlations, window_correlations_table
 
 __all__ = [
     "plot_against_truth",
     "plot_fidelity_against_cost",
+    "plot_recall_curves",
     "plot_top_samples",
     "plot_window_correlations",
     "terminal_table",
     "top_samples_table",
+    "window_correlations_table",
     "windows_table",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.patterns import window_correlations
@@ -29,3 +30,11 @@ def plot_window_correlations(influence: Influence) -> Figure:
     axes.set_title(f"Do the same samples matter early and late?\n({influence.method}, {influence.kind})", fontsize=11)
     figure.colorbar(image, label="Spearman correlation of the samples' influence")
     return figure
+
+
+def window_correlations_table(influence: Influence) -> pd.DataFrame:
+    """The same as a table: a row per window, a column per window, named by their steps."""
+    names = [str(window) for window in influence.windows]
+    table = pd.DataFrame(window_correlations(influence), columns=names)
+    table.insert(0, "window", names)
+    return table

@@ -27,9 +27,9 @@ from dit_mlflow.evaluation import (
 from dit_mlflow.influence import Influence, Window, check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods import NAMES, Effort, leave_one_out, method
-from dit_mlflow.report import plot_fidelity_against_cost, terminal_table
-from dit_mlflow.tracking.artifacts import load_trajectory, log_influence
-from dit_mlflow.tracking.influence import GroundTruth
+from dit_mlflow.report import plot_fidelity_against_cost, plot_recall_curves, terminal_table
+from dit_mlflow.tracking.artifacts import load_influence, load_trajectory, log_influence
+from dit_mlflow.tracking.influence import parse_ground_truth
 from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.runs import log_metrics, log_series, project_run, where_to_look
@@ -101,9 +101,10 @@ class Subject:
 def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -> str:
     """Compare methods; returns what the terminal shows at the end.
 
-    A parent run holds the table ``comparison.json`` and the figure ``fidelity_against_cost.png``; below it stands a run
-    for each method and training, with the same metrics each. A method that fails is FAILED there, with the reason in
-    the tag ``dit.error`` and in the table, and stops nothing else.
+    A parent run holds the table ``comparison.json`` and the figure ``fidelity_against_cost.png`` (and
+    ``recall_curve.png``, of the first training); below it stands a run for each method and training, with the same
+    metrics each. A method that fails is FAILED there, with the reason in the tag ``dit.error`` and in the table, and
+    stops nothing else.
 
     Raises:
         InputError: some part of the request cannot be used, or every method failed.
@@ -136,6 +137,10 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         if "spearman" in table and table["spearman"].notna().any():
             figure = plot_fidelity_against_cost(table, attainable, training)
             mlflow.log_figure(figure, "fidelity_against_cost.png")
+        if workload.corrupted:
+            first = [row for row in rows if row["training_run"] == subjects[0].run_id and not row["failed"]]
+            scores = {str(row["method"]): load_influence(str(row["run_id"])).of(subjects[0].whole) for row in first}
+            mlflow.log_figure(plot_recall_curves(scores, workload.corrupted), "recall_curve.png")
         if attainable is not None:
             mlflow.log_metric("ground_truth/attainable_spearman", attainable)
         if table["failed"].all():
@@ -180,7 +185,7 @@ def _trained(request: ComparisonRequest) -> list[Subject]:
         return [_subject(request, request.training_run, "", trajectory, workload)]
     workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
     parse_windows(request.windows, workload.plan)
-    GroundTruth.parse(request.ground_truth, workload.num_samples)
+    parse_ground_truth(request.ground_truth, workload.num_samples)
     rehearse(workload)
     found = []
     for init, order in request.grid:
@@ -195,17 +200,17 @@ def _subject(request: Request, run_id: str, label: str, trajectory: Trajectory, 
 
 
 def _with_truth(request: ComparisonRequest, subject: Subject, effort: Effort) -> Subject:
-    asked = GroundTruth.parse(request.ground_truth, subject.workload.num_samples)
+    removed = parse_ground_truth(request.ground_truth, subject.workload.num_samples)
     if request.subsets:
         subsets = train_on_subsets(
             subject.trajectory, subject.workload, [subject.whole], subsets=request.subsets, effort=effort
         )
         subject = replace(subject, subsets=subsets)
-    if asked.samples == 0:
+    if removed == 0:
         return subject
     windows = list(dict.fromkeys([*subject.windows, subject.whole]))
     kind = check_kind(request.kind)
-    truth = leave_one_out(subject.trajectory, subject.workload, windows, kind, samples=asked.samples, effort=effort)
+    truth = leave_one_out(subject.trajectory, subject.workload, windows, kind, samples=removed, effort=effort)
     return replace(subject, truth=truth)
 
 

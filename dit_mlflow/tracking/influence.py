@@ -9,37 +9,64 @@ import torch
 from mlflow import ActiveRun, MlflowClient
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.evaluation import Metrics, correlations, detection, pattern_counts, patterns
+from dit_mlflow.evaluation import (
+    Metrics,
+    correlations,
+    correlations_by_pattern,
+    detection,
+    pattern_counts,
+    patterns,
+    trust,
+)
 from dit_mlflow.influence import Influence, Kind, Window, track
-from dit_mlflow.methods import leave_one_out
+from dit_mlflow.methods import confirm, leave_one_out
 from dit_mlflow.report import (
     plot_against_truth,
+    plot_recall_curves,
     plot_top_samples,
     plot_window_correlations,
     top_samples_table,
+    window_correlations_table,
     windows_table,
 )
 from dit_mlflow.tracking.artifacts import log_influence
-from dit_mlflow.tracking.names import GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.names import CONFIRMED, GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.runs import log_metrics, log_series, peak_memory_mb, project_run
 from dit_mlflow.tracking.training import workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload
 
 
-@dataclass(frozen=True)
-class GroundTruth:
-    """How many samples to retrain without: ``None`` = all, 0 = none."""
+def parse_ground_truth(text: str, num_samples: int) -> int | None:
+    """Samples to retrain without, from ``all`` (``None``), ``none`` (0) or a number; raises :class:`InputError`."""
+    if text in ("all", "none"):
+        return None if text == "all" else 0
+    if text.isdecimal() and 0 < int(text) <= num_samples:
+        return int(text)
+    raise InputError(f"ground_truth={text!r}; expected 'all', 'none' or a number of samples, 1 … {num_samples}")
 
-    samples: int | None
+
+@dataclass(frozen=True)
+class Checks:
+    """What an estimate is held against.
+
+    Attributes:
+        ground_truth: samples to retrain without: ``None`` = all, 0 = none.
+        trust: random samples to retrain without where there is no ground truth, 0 = say nothing about trust.
+        confirm: samples of largest score to retrain without in each window, where there is no ground truth.
+    """
+
+    ground_truth: int | None = 0
+    trust: int = 0
+    confirm: int = 0
 
     @classmethod
-    def parse(cls, text: str, num_samples: int) -> GroundTruth:
-        """Read ``all``, ``none`` or a number; raises :class:`InputError` for anything else."""
-        if text in ("all", "none"):
-            return cls(None if text == "all" else 0)
-        if text.isdecimal() and 0 < int(text) <= num_samples:
-            return cls(int(text))
-        raise InputError(f"ground_truth={text!r}; expected 'all', 'none' or a number of samples, 1 … {num_samples}")
+    def parse(cls, ground_truth: str, trust: int, confirm: int, num_samples: int) -> Checks:
+        """Raises :class:`InputError` for what cannot be used."""
+        if trust < 0 or trust in (1, 2):
+            raise InputError(f"trust={trust}; expected 3 random samples or more, or 0 for none")
+        if not 0 <= confirm <= num_samples:
+            raise InputError(f"confirm={confirm}; expected a number of samples, 0 … {num_samples}")
+        return cls(parse_ground_truth(ground_truth, num_samples), trust, confirm)
 
 
 @dataclass(frozen=True)
@@ -65,7 +92,7 @@ def run_influence(
     workload: Workload,
     windows: list[Window],
     kind: Kind,
-    ground_truth: GroundTruth,
+    checks: Checks,
     dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     project_run_id: str | None = None,
@@ -78,7 +105,7 @@ def run_influence(
     Args:
         training_run_id: the run that recorded ``trajectory``.
         trajectory, workload, windows, kind, dtype, memory_budget: see :func:`dit_mlflow.track`.
-        ground_truth: samples to check against exact leave-one-out.
+        checks: exact retrainings to hold the scores against.
         project_run_id: the run that ``mlflow run`` made for this job; ``None`` = start one.
     """
     tags = {KIND: "influence", METHOD: "dit", TRAINING_RUN: training_run_id}
@@ -100,11 +127,18 @@ def run_influence(
         # Before the ground truth, which takes longest, so that nothing is lost if it is broken off.
         log_influence(estimate.select(windows))
         truth = None
-        if ground_truth.samples != 0:
-            truth = leave_one_out(trajectory, workload, asked, kind, samples=ground_truth.samples)
+        if checks.ground_truth != 0:
+            truth = leave_one_out(trajectory, workload, asked, kind, samples=checks.ground_truth)
         metrics = [_window_metrics(estimate, truth, window, workload) for window in asked]
+        if checks.trust:
+            trusted = trust(estimate, trajectory, workload, checks.trust, truth)
+            metrics = [found.and_(more.prefixed("trust/")) for found, more in zip(metrics, trusted, strict=True)]
         answer = Answer(run, estimate.select(windows), metrics[asked.index(whole)], tuple(metrics[: len(windows)]))
-        _log_parent(answer, estimate, truth, workload, training_run_id)
+        confirmed = None
+        if truth is None and checks.confirm:
+            confirmed = confirm(answer.influence, trajectory, workload, checks.confirm)
+            log_influence(confirmed, folder=CONFIRMED)
+        _log_parent(answer, estimate, truth, confirmed, workload, training_run_id)
         for index in range(len(windows)):
             _log_window(answer, index, truth, workload, training_run_id)
     return answer
@@ -114,12 +148,16 @@ def _window_metrics(estimate: Influence, truth: Influence | None, window: Window
     found = detection(estimate.of(window), workload.corrupted).prefixed("detection/")
     if truth is None:
         return found
-    agreement = correlations(estimate.of(window), truth.of(window)).prefixed("ground_truth/")
-    return Metrics({**agreement.values, **found.values}, {**agreement.undefined, **found.undefined})
+    return correlations(estimate.of(window), truth.of(window)).prefixed("ground_truth/").and_(found)
 
 
 def _log_parent(
-    answer: Answer, estimate: Influence, truth: Influence | None, workload: Workload, training_run_id: str
+    answer: Answer,
+    estimate: Influence,
+    truth: Influence | None,
+    confirmed: Influence | None,
+    workload: Workload,
+    training_run_id: str,
 ) -> None:
     log_metrics(answer.whole)
     log_metrics(_costs(estimate, truth, training_run_id))
@@ -127,17 +165,26 @@ def _log_parent(
         log_series(f"by_window/{name}", [metrics.values.get(name) for metrics in answer.per_window])
     influence = answer.influence
     windows = list(influence.windows)
-    exact = truth.select(windows) if truth is not None else None
+    whole = Window(0, max(window.end for window in estimate.windows))
+    exact = truth.select(windows) if truth is not None else confirmed
     mlflow.log_table(windows_table(influence, answer.per_window), f"{INFLUENCE}/windows.json")
     samples = top_samples_table(influence, exact, workload.corrupted, workload.describe)
     mlflow.log_table(samples, f"{INFLUENCE}/top_samples.json")
     if len(windows) > 1:
-        log_metrics(pattern_counts(patterns(influence)).prefixed("patterns/"))
+        names = patterns(influence)
+        log_metrics(pattern_counts(names).prefixed("patterns/"))
+        if truth is not None:
+            log_metrics(correlations_by_pattern(estimate.of(whole), truth.of(whole), names).prefixed("patterns/"))
+        mlflow.log_table(window_correlations_table(influence), f"{INFLUENCE}/window_correlations.json")
         mlflow.log_figure(plot_window_correlations(influence), f"{INFLUENCE}/window_correlations.png")
+    if workload.corrupted:
+        curves = {f"{found.method}, whole run": found.of(whole) for found in (estimate, truth) if found is not None}
+        figure = plot_recall_curves(curves, workload.corrupted)
+        mlflow.log_figure(figure, f"{INFLUENCE}/recall_curve.png")
     figure = plot_top_samples(influence, describe=workload.describe)
     mlflow.log_figure(figure, f"{INFLUENCE}/influence_over_windows.png")
-    if truth is not None and exact is not None:
-        log_influence(exact, folder=GROUND_TRUTH)
+    if truth is not None:
+        log_influence(truth.select(windows), folder=GROUND_TRUTH)
         everywhere = range(len(estimate.windows))
         figure = plot_against_truth(estimate, truth, everywhere, workload.corrupted)
         mlflow.log_figure(figure, f"{INFLUENCE}/against_leave_one_out.png")

@@ -13,7 +13,7 @@ from dit_mlflow.influence import check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.report import terminal_table, windows_table
 from dit_mlflow.tracking.artifacts import load_trajectory
-from dit_mlflow.tracking.influence import Answer, GroundTruth, run_influence
+from dit_mlflow.tracking.influence import Answer, Checks, run_influence
 from dit_mlflow.tracking.runs import where_to_look
 from dit_mlflow.tracking.training import run_training
 from dit_mlflow.trajectory import Trajectory, Workload, load_recorded, load_workload
@@ -37,6 +37,9 @@ class Request:
         windows: see :func:`dit_mlflow.parse_windows`.
         kind: ``local``, ``final`` or ``cumulative``.
         ground_truth: ``all``, ``none`` or a number of samples.
+        trust: random samples left out exactly where the ground truth does not, see :func:`dit_mlflow.evaluation.trust`;
+            0 = do without.
+        confirm: samples of largest score to leave out exactly in each window; 0 = none.
         dtype: of the sweep, a key of :data:`DTYPES`.
         memory_mb: MiB for the states that the sweep holds, and as much for its adjoints; 0 = the default of
             :func:`dit_mlflow.track`.
@@ -49,6 +52,8 @@ class Request:
     windows: str = "5"
     kind: str = "local"
     ground_truth: str = "all"
+    trust: int = 24
+    confirm: int = 0
     dtype: str = "recorded"
     memory_mb: int = 0
     init_seed: int = 0
@@ -73,12 +78,12 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
         trajectory = load_trajectory(request.training_run)
         workload = recorded_workload(request, trajectory)
         windows = parse_windows(request.windows, trajectory)
-        ground_truth = GroundTruth.parse(request.ground_truth, workload.num_samples)
+        checks = Checks.parse(request.ground_truth, request.trust, request.confirm, workload.num_samples)
         training_run = request.training_run
     else:
         workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
         windows = parse_windows(request.windows, workload.plan)
-        ground_truth = GroundTruth.parse(request.ground_truth, workload.num_samples)
+        checks = Checks.parse(request.ground_truth, request.trust, request.confirm, workload.num_samples)
         rehearse(workload, request.memory_mb * 2**20 or None)
         training_run = run_training(workload, request.init_seed, request.order_seed)
         trajectory = load_trajectory(training_run)
@@ -88,7 +93,7 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
         workload,
         windows,
         kind,
-        ground_truth,
+        checks,
         DTYPES[request.dtype],
         request.memory_mb * 2**20 or None,
         project_run_id,
@@ -143,9 +148,13 @@ def summary(answer: Answer, training_run: str) -> str:
         "most_helpful": "most helpful",
         "ground_truth/spearman": "Spearman",
         "ground_truth/pearson": "Pearson",
+        "trust/spearman": "Spearman",
+        "trust/smoothness": "smoothness",
         "detection/recall_at_k": "recall@k",
         "detection/auroc": "AUROC",
     }
+    if "ground_truth/spearman" in answer.whole.values:
+        del headings["trust/spearman"]
     lines = [
         "",
         f"Influence ({answer.influence.kind}) on {answer.influence.queries[0]}, per window of steps, end excluded",
@@ -156,7 +165,8 @@ def summary(answer: Answer, training_run: str) -> str:
     ]
     whole = {name: answer.whole.values.get(key) for key, name in headings.items()}
     figures = ", ".join(f"{name} {value:.3f}" for name, value in whole.items() if value is not None)
-    lines += [f"Whole run: {figures}", ""] if figures else []
+    lines += [f"Whole run: {figures}"] if figures else []
+    lines += [*_trusted(answer.whole), ""]
     lines += [
         f"training run   {training_run}",
         f"influence run  {answer.run.info.run_id}",
@@ -165,10 +175,24 @@ def summary(answer: Answer, training_run: str) -> str:
     return "\n".join(lines)
 
 
+def _trusted(metrics: Metrics) -> list[str]:
+    """How far the scores of the whole run can be trusted, in a sentence."""
+    found = {name.removeprefix("trust/"): value for name, value in metrics.values.items()}
+    if "spearman_low" not in found or "smoothness" not in found:
+        return []
+    return [
+        f"Trust: over {found['samples']:.0f} samples left out exactly, Spearman {found['spearman']:.3f} "
+        f"(95 % interval {found['spearman_low']:.3f} to {found['spearman_high']:.3f}); effects are estimated at "
+        f"{found['spread_ratio']:.2f} times their true spread"
+    ]
+
+
 def _legend(metrics: Metrics) -> list[str]:
     lines = ["most harmful, most helpful: the training samples whose removal lowers it most, raises it most"]
-    if any(name.startswith("ground_truth/") for name in metrics.values):
+    if any(name.startswith(("ground_truth/", "trust/spearman")) for name in metrics.values):
         lines.append("Spearman, Pearson: agreement of the estimate with exact retraining without each sample")
+    if "trust/smoothness" in metrics.values:
+        lines.append("smoothness: 1 if training is linear in the samples' weights, as the estimate takes it to be")
     if any(name.startswith("detection/") for name in metrics.values):
         lines.append("recall@k, AUROC: how well the lowest scores find the corrupted samples")
     return lines

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dit_mlflow import Influence, InputError, Window
-from dit_mlflow.evaluation.patterns import pattern_counts, patterns, window_correlations
+from dit_mlflow.evaluation.patterns import correlations_by_pattern, pattern_counts, patterns, window_correlations
 
 
 def influence(scores: list[list[float]]) -> Influence:
@@ -51,3 +51,13 @@ def test_definitions_that_overlap_are_refused(settings: dict[str, float]) -> Non
         patterns(influence([[1.0, 2.0]]), **settings)
     with pytest.raises(InputError, match="patterns of 1 windows"):
         patterns(influence([[1.0]]))
+
+
+def test_agreement_by_pattern() -> None:
+    names = np.array(["early", "early", "early", "late", "stable", "stable", "stable"])
+    estimate = np.array([1.0, 2.0, 3.0, 9.0, 1.0, 2.0, 3.0])
+    truth = np.array([1.0, 2.0, 3.0, 5.0, 3.0, 2.0, 1.0])
+    found = correlations_by_pattern(estimate, truth, names)
+    assert found.values["early/spearman"] == pytest.approx(1)
+    assert found.values["stable/pearson"] == pytest.approx(-1)
+    assert set(found.undefined) == {"late/spearman", "late/pearson"}

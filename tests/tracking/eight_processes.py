@@ -25,7 +25,7 @@ from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import Window, Workload
 from dit_mlflow.tracking import load_trajectory, record_trajectory, run_influence
-from dit_mlflow.tracking.influence import GroundTruth
+from dit_mlflow.tracking.influence import Checks
 
 PROCESSES = 8
 EXPERIMENT = "eight"
@@ -63,7 +63,7 @@ def work(seed: int, uri: str) -> tuple[str, str]:
             mlflow.log_metric("loss", loss.item(), step=epoch)
             mlflow.log_metric("process", os.getpid())
     trajectory = load_trajectory(run.info.run_id)
-    answer = run_influence(run.info.run_id, trajectory, workload(), WINDOWS, "local", GroundTruth(0))
+    answer = run_influence(run.info.run_id, trajectory, workload(), WINDOWS, "local", Checks())
     return run.info.run_id, answer.run.info.run_id
 
 

@@ -32,7 +32,12 @@ def test_all_methods_from_mlflow_run(store: str) -> None:
     found = {child.data.tags["dit.method"]: child for child in children(parent)}
     assert set(found) == set(NAMES)
     assert {run.info.status for run in runs()} == {"FINISHED"}
-    assert artifact_names(parent, "") == {"comparison.json", "by_seed.json", "fidelity_against_cost.png"}
+    assert artifact_names(parent, "") == {
+        "comparison.json",
+        "by_seed.json",
+        "fidelity_against_cost.png",
+        "recall_curve.png",
+    }
     truth = load_influence(found["leave_one_out"].info.run_id)
     for name, child in found.items():
         assert child.data.tags["dit.training_run_id"] == training.info.run_id

@@ -70,6 +70,8 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
         "top_samples.json",
         "influence_over_windows.png",
         "window_correlations.png",
+        "window_correlations.json",
+        "recall_curve.png",
         "against_leave_one_out.png",
     }
     table = mlflow.load_table("influence/top_samples.json", run_ids=[parent.info.run_id])
@@ -117,6 +119,29 @@ def check_windows(parent: Run, kind: str, bounds: list[tuple[int, int]]) -> None
     assert expected | {"cost/peak_memory_mb"} <= set(parent.data.metrics)
 
 
+def test_trust_and_confirmed_samples_without_ground_truth(store: str) -> None:
+    options = ["--ground-truth=none", "--trust=12", "--confirm=3", "--windows=2"]
+    finished = invoke("influence", *options)
+    assert finished.exit_code == 0, finished.output
+    (parent,) = runs("influence")
+    found = parent.data.metrics
+    assert found["trust/samples"] == 12
+    assert found["trust/spearman_low"] <= found["trust/spearman"] <= found["trust/spearman_high"]
+    assert 0 < found["trust/smoothness"] <= 1
+    assert not any(name.startswith("ground_truth/") for name in found)
+    assert "over 12 samples left out exactly, Spearman" in finished.output
+    for child in children(parent):
+        assert {"trust/spearman", "trust/smoothness", "trust/spread_ratio"} <= child.data.metrics.keys()
+    estimate, confirmed = (load_influence(parent.info.run_id, folder) for folder in ("influence", "confirmed"))
+    assert np.isfinite(confirmed.scores).sum(axis=2).tolist() == [[3], [3]]
+    table = mlflow.load_table("influence/top_samples.json", run_ids=[parent.info.run_id])
+    rows = table.dropna(subset=["leave_one_out"])
+    assert len(rows) == 6
+    for row in rows.to_dict("records"):
+        assert row["leave_one_out"] == confirmed.scores[row["window_index"], 0, row["sample_index"]]
+        assert row["score"] == estimate.scores[row["window_index"], 0, row["sample_index"]]
+
+
 def test_train_entry_point_uses_the_project_run(store: str) -> None:
     finished = mlflow_run("train", **SMALL, order_seed="2")
     assert finished.returncode == 0, finished.stderr
@@ -137,6 +162,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "run id": (["--training-run", "beef"], "no run 'beef'"),
     "window past the end": (["--windows", "0:13"], "window 0:13 ends past training, which has 12 steps"),
     "windows": (["--windows", "abc"], "windows='abc' cannot be read"),
+    "trust": (["--trust", "2"], "trust=2; expected 3 random samples or more"),
+    "confirm": (["--confirm", "41"], "confirm=41; expected a number of samples, 0 … 40"),
     "kind": (["--kind", "foo"], "kind='foo'; expected 'local'"),
     "ground truth": (["--ground-truth", "41"], "ground_truth='41'; expected 'all', 'none' or a number"),
     "dtype": (["--dtype", "int8"], "dtype='int8'"),

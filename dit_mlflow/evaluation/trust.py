@@ -1,0 +1,107 @@
+"""How far an estimate can be trusted, from a few exact retrainings instead of one for every sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.evaluation.correlation import correlation_intervals, correlations
+from dit_mlflow.evaluation.metrics import Metrics
+from dit_mlflow.influence import Influence, check_kind
+from dit_mlflow.influence.question import Question
+from dit_mlflow.methods import Effort, leave_one_out
+from dit_mlflow.methods.counterfactual import retrain
+from dit_mlflow.methods.retraining import Reweighted
+from dit_mlflow.trajectory import Trajectory, Workload
+
+SAMPLES = 24
+"""Random samples that are left out exactly."""
+
+RESAMPLES = 1000
+
+
+def trust(
+    estimate: Influence,
+    trajectory: Trajectory,
+    workload: Workload,
+    samples: int = SAMPLES,
+    truth: Influence | None = None,
+    dtype: torch.dtype | None = torch.float64,
+    seed: int = 0,
+    effort: Effort | None = None,
+) -> tuple[Metrics, ...]:
+    r"""Fidelity from a random sample, and how linear training is in the weights of the samples, window by window.
+
+    - ``spearman``, ``pearson`` with ``_low`` and ``_high``: agreement with exact leave-one-out over a random sample,
+      and a percentile bootstrap interval (95 % nominal; ``benchmarks/trust.py`` says how often it holds).
+    - ``spread_ratio``: standard deviation of the estimates over that of the truth, over the same samples; 1 is right,
+      above 1 effects are exaggerated.
+    - ``smoothness``, ``slope_ratio``: two retrainings with weights :math:`1 \pm d`, :math:`d = s / |s|` along the
+      scores :math:`s`, as large as one removal. Of the changes :math:`c_\pm` of the query, the odd part
+      :math:`o = (c_+ - c_-) / 2` is what a derivative can foretell, and the even part :math:`e = (c_+ + c_-) / 2` is
+      not: smoothness is :math:`|o| / (|o| + |e|)`, 1 for a training that is linear in the weights. The slope ratio is
+      :math:`o` over the foretold :math:`-s \cdot d = -|s|`: 1 where the derivative holds up to the size of a removal.
+
+    Args:
+        estimate: scores of one query, the mean validation loss, with a kind.
+        trajectory, workload: that it was computed from.
+        samples: how many are drawn by ``seed``, 3 or more; all, if there are fewer.
+        truth: exact leave-one-out for some windows of the estimate's, if it is known: its samples are used instead.
+        dtype, effort: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
+
+    Returns:
+        For each window of the estimate, the figures above and ``samples``, the number of them with both scores. Figures
+        that are undefined (all scores equal, nothing changed) have a reason.
+
+    Raises:
+        InputError: too few samples, several queries, or no kind.
+
+    Cost: ``samples + 2`` trainings from each window's start; ``cumulative``: ``samples``, and 2 for each window.
+    """
+    kind = check_kind(estimate.kind)
+    if samples < 3 or len(estimate.queries) != 1:
+        raise InputError(f"samples={samples}, {len(estimate.queries)} queries; expected 3 samples or more and 1 query")
+    if truth is None:
+        count = min(samples, workload.num_samples)
+        truth = leave_one_out(
+            trajectory, workload, estimate.windows, kind, None, count, dtype, sample_seed=seed, effort=effort
+        )
+    found = []
+    for k, window in enumerate(estimate.windows):
+        scores, exact = estimate.of(k), truth.of(window)
+        question = Question.of(trajectory, workload, [window], kind, None)
+        found.append(_agreement(scores, exact).and_(_linearity(question, scores, dtype, effort)))
+    return tuple(found)
+
+
+def _agreement(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
+    known = np.isfinite(estimate) & np.isfinite(truth)
+    count = {"samples": float(known.sum())}
+    names = ("spearman", "pearson")
+    agreement = correlations(estimate, truth).only(*names)
+    if agreement.undefined:
+        return Metrics(count, {**agreement.undefined, "spread_ratio": agreement.undefined["spearman"]})
+    intervals = correlation_intervals(estimate, truth, resamples=RESAMPLES, names=names)
+    bounds = {
+        f"{name}_{side}": bound
+        for name, interval in intervals.items()
+        for side, bound in zip(("low", "high"), interval, strict=True)
+    }
+    ratio = float(np.std(estimate[known]) / np.std(truth[known]))
+    return Metrics({**count, **agreement.values, **bounds, "spread_ratio": ratio})
+
+
+def _linearity(question: Question, scores: np.ndarray, dtype: torch.dtype | None, effort: Effort | None) -> Metrics:
+    scores = np.nan_to_num(scores)
+    size = float(np.linalg.norm(scores))
+    names = ("smoothness", "slope_ratio")
+    if size == 0:
+        return Metrics(undefined=dict.fromkeys(names, "all scores are 0: there is no direction to go along"))
+    direction = scores / size
+    changes, _ = retrain(question, Reweighted(np.stack([1 + direction, 1 - direction])), dtype, effort)
+    up, down = changes[0, 0].tolist()
+    odd, even = (up - down) / 2, (up + down) / 2
+    if odd == even == 0:
+        return Metrics(undefined=dict.fromkeys(names, "other weights on the samples changed nothing"))
+    return Metrics({"smoothness": abs(odd) / (abs(odd) + abs(even)), "slope_ratio": -odd / size})

@@ -1,0 +1,45 @@
+"""How fast damaged samples are found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dit_mlflow.evaluation.detection import recall_curve
+from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL
+
+COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
+"""Okabe and Ito's; of more curves than colours, the next seven are dashed, then dotted."""
+
+
+def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int]) -> Figure:
+    """Share of the damaged samples found, against the share of all samples inspected, lowest scores first.
+
+    Args:
+        scores: ``[samples]`` by the name that the legend shows; those without a score for any damaged sample are left
+            out.
+        corrupted: indices of the damaged samples; inspecting as many is marked, it is where recall@k is read off.
+    """
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    drawn = {name: found for name, found in scores.items() if np.isfinite(found[list(corrupted)]).any()}
+    share = 100 * len(corrupted) / max((len(found) for found in scores.values()), default=1)
+    axes.plot([0, 100], [0, 100], color=NEUTRAL, lw=1, ls=":", label="chance")
+    axes.plot([0, share, 100], [0, 100, 100], color=NEUTRAL, lw=1, ls="--", label="best possible")
+    axes.axvline(share, lw=0.8, color=NEUTRAL, alpha=0.5)
+    note: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": 8, "color": "#555555"}
+    axes.annotate("recall@k", (share, 1), **note)
+    for place, (name, found) in enumerate(drawn.items()):
+        inspected, recall = recall_curve(found, corrupted)
+        line: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "ls": ("-", "--", ":")[place // len(COLOURS)]}
+        axes.plot(100 * inspected, 100 * recall, lw=1.7, label=name, **line)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("training samples inspected, lowest scores first (%)")
+    axes.set_ylabel("damaged samples found (%)")
+    axes.set_title("How many samples must be looked at to find the damaged ones?")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
