@@ -6,6 +6,7 @@ from dit_mlflow.evaluation.datamodeling import Subsets, datamodeling_score, trai
 from dit_mlflow.evaluation.detection import detection, recall_curve
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.evaluation.patterns import correlations_by_pattern, pattern_counts, patterns, window_correlations
+from dit_mlflow.evaluation.stability import stability
 from dit_mlflow.evaluation.trust import trust
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "pattern_counts",
     "patterns",
     "recall_curve",
+    "stability",
     "train_on_subsets",
     "trust",
     "window_correlations",

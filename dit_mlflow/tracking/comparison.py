@@ -12,7 +12,6 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
-from scipy import stats
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import (
@@ -32,6 +31,7 @@ from dit_mlflow.tracking.artifacts import load_influence, load_trajectory, log_i
 from dit_mlflow.tracking.influence import parse_ground_truth
 from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.over_seeds import stability_table, summarised
 from dit_mlflow.tracking.runs import log_metrics, log_series, project_run, where_to_look
 from dit_mlflow.tracking.training import run_training, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
@@ -101,10 +101,10 @@ class Subject:
 def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -> str:
     """Compare methods; returns what the terminal shows at the end.
 
-    A parent run holds the table ``comparison.json`` and the figure ``fidelity_against_cost.png`` (and
-    ``recall_curve.png``, of the first training); below it stands a run for each method and training, with the same
-    metrics each. A method that fails is FAILED there, with the reason in the tag ``dit.error`` and in the table, and
-    stops nothing else.
+    A parent run holds the table ``comparison.json`` and the figure ``fidelity_against_cost.png``; with several seeds
+    also ``stability.json``, with damaged samples ``recall_curve.png`` of the first training. Below it stands a run for
+    each method and training, with the same metrics each. A method that fails is FAILED there, with the reason in the
+    tag ``dit.error`` and in the table, and stops nothing else.
 
     Raises:
         InputError: some part of the request cannot be used, or every method failed.
@@ -137,6 +137,10 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         if "spearman" in table and table["spearman"].notna().any():
             figure = plot_fidelity_against_cost(table, attainable, training)
             mlflow.log_figure(figure, "fidelity_against_cost.png")
+        if request.seeds > 1:
+            done = [str(row["run_id"]) for row in rows if not row["failed"]]
+            whole = {run_id: load_influence(run_id).of(subjects[0].whole) for run_id in done}
+            mlflow.log_table(stability_table(pd.DataFrame(rows), whole, request.grid), "stability.json")
         if workload.corrupted:
             first = [row for row in rows if row["training_run"] == subjects[0].run_id and not row["failed"]]
             scores = {str(row["method"]): load_influence(str(row["run_id"])).of(subjects[0].whole) for row in first}
@@ -269,29 +273,6 @@ def _scored(found: Influence, subject: Subject, window: Window) -> tuple[Metrics
         for side, bound in zip(("low", "high"), interval, strict=True)
     }
     return Metrics({**agreement.values, **bounds}, agreement.undefined), detected
-
-
-def summarised(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per method: means over trainings; with several, the intervals are those of the mean (Student's t)."""
-    summary = []
-    for name, group in rows.groupby("method", sort=False):
-        worked = group[~group["failed"]]
-        row: dict[str, object] = {"method": name, "measures": group["measures"].iloc[0], "trainings": len(worked)}
-        for column in worked.select_dtypes("number"):
-            values = worked[column].dropna()
-            row.setdefault(str(column), float(values.mean()) if len(values) else None)
-            if len(values) > 1 and f"{column}_low" in worked:
-                low, high = _interval_of_mean(values.to_numpy())
-                row |= {f"{column}_low": low, f"{column}_high": high}
-        errors = group["error"].dropna() if "error" in group else pd.Series(dtype=object)
-        row |= {"failed": worked.empty, "error": str(errors.iloc[0]) if len(errors) else ""}
-        summary.append(row)
-    return pd.DataFrame(summary)
-
-
-def _interval_of_mean(values: np.ndarray) -> tuple[float, float]:
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
-    return float(values.mean()) - half, float(values.mean()) + half
 
 
 def _attainable(rows: Sequence[dict[str, object]], subject: Subject) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import mlflow
@@ -16,7 +17,8 @@ from dit_mlflow.cli import cli
 from dit_mlflow.methods import NAMES
 from dit_mlflow.methods.loss import Loss
 from dit_mlflow.tracking import load_influence
-from dit_mlflow.tracking.comparison import ComparisonRequest, summarised
+from dit_mlflow.tracking.comparison import ComparisonRequest
+from dit_mlflow.tracking.over_seeds import summarised
 
 
 def compare(**options: str) -> Any:
@@ -94,6 +96,13 @@ def test_seeds_of_weights_and_order_are_separate(store: str) -> None:
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     assert (row["spearman_low"], row["spearman_high"]) == pytest.approx((low, high))
     assert 0 < parent.data.metrics["ground_truth/attainable_spearman"] <= 1
+    stability = mlflow.load_table("stability.json", run_ids=[parent.info.run_id]).set_index("of")
+    pairs = combinations([load_influence(child.info.run_id).scores[-1, 0] for child in children(parent)], 2)
+    agreement = np.mean([stats.spearmanr(a, b).statistic for a, b in pairs])
+    assert stability.loc["scores", "mean"] == pytest.approx(agreement)
+    assert stability.loc["spearman", "mean"] == pytest.approx(np.mean(values))
+    shares = stability.loc[["scores", "spearman"], ["share_init", "share_order", "share_rest"]]
+    assert shares.sum(axis=1).to_numpy() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

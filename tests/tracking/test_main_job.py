@@ -138,8 +138,8 @@ def test_trust_and_confirmed_samples_without_ground_truth(store: str) -> None:
     rows = table.dropna(subset=["leave_one_out"])
     assert len(rows) == 6
     for row in rows.to_dict("records"):
-        assert row["leave_one_out"] == confirmed.scores[row["window_index"], 0, row["sample_index"]]
-        assert row["score"] == estimate.scores[row["window_index"], 0, row["sample_index"]]
+        assert row["leave_one_out"] == pytest.approx(confirmed.scores[row["window_index"], 0, row["sample_index"]])
+        assert row["score"] == pytest.approx(estimate.scores[row["window_index"], 0, row["sample_index"]])
 
 
 def test_train_entry_point_uses_the_project_run(store: str) -> None:
