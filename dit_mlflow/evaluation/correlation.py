@@ -12,8 +12,6 @@ from dit_mlflow.evaluation.metrics import Metrics
 TOP_SHARE = 0.3
 """Share of samples that the Jaccard index compares (the paper's 30 %)."""
 
-NAMES = ("pearson", "spearman", "kendall", "jaccard_30", "jaccard_bottom_30")
-
 RESAMPLES = 200
 """Bootstrap samples behind an interval."""
 
@@ -33,15 +31,7 @@ def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
     reason = _why_undefined(estimate, truth)
     if reason is not None:
         return Metrics(undefined=dict.fromkeys(NAMES, reason))
-    return Metrics(
-        {
-            "pearson": float(stats.pearsonr(estimate, truth).statistic),
-            "spearman": float(stats.spearmanr(estimate, truth).statistic),
-            "kendall": float(stats.kendalltau(estimate, truth).statistic),
-            "jaccard_30": _jaccard_of_top(estimate, truth),
-            "jaccard_bottom_30": _jaccard_of_top(-estimate, -truth),
-        }
-    )
+    return Metrics({name: float(_MEASURES[name](estimate[None], truth[None])[0]) for name in NAMES})
 
 
 def correlation_intervals(
@@ -50,7 +40,7 @@ def correlation_intervals(
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    names: Sequence[str] = NAMES,
+    names: Sequence[str] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals over samples (Efron 1979) for what :func:`correlations` gives.
 
@@ -58,7 +48,7 @@ def correlation_intervals(
         estimate, truth: as there.
         confidence: that the interval holds.
         resamples, seed: of the bootstrap.
-        names: of the correlations to give.
+        names: of the correlations to give; default: all.
 
     Returns:
         ``(low, high)`` by name; nothing where the correlation is undefined. Resamples without variation are left out.
@@ -67,11 +57,12 @@ def correlation_intervals(
     if _why_undefined(estimate[known], truth[known]) is not None:
         return {}
     drawn = np.random.default_rng(seed).choice(known, size=(resamples, len(known)))
-    found = [correlations(estimate[row], truth[row]).values for row in drawn]
+    estimates, truths = estimate[drawn], truth[drawn]
+    varied = (np.ptp(estimates, axis=1) > 0) & (np.ptp(truths, axis=1) > 0)
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     intervals = {}
-    for name in names:
-        low, high = np.quantile([values[name] for values in found if values], tails)
+    for name in NAMES if names is None else names:
+        low, high = np.quantile(_MEASURES[name](estimates[varied], truths[varied]), tails)
         intervals[name] = (float(low), float(high))
     return intervals
 
@@ -85,7 +76,41 @@ def _why_undefined(estimate: np.ndarray, truth: np.ndarray) -> str | None:
     return None
 
 
-def _jaccard_of_top(estimate: np.ndarray, truth: np.ndarray) -> float:
-    count = max(1, round(TOP_SHARE * len(estimate)))
-    first, second = (set(np.argsort(-values, kind="stable")[:count].tolist()) for values in (estimate, truth))
-    return len(first & second) / len(first | second)
+def _pearson(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    return np.asarray(stats.pearsonr(estimate, truth, axis=1).statistic)
+
+
+def _spearman(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    return _pearson(stats.rankdata(estimate, axis=1), stats.rankdata(truth, axis=1))
+
+
+def _kendall(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    return np.array([stats.kendalltau(a, b).statistic for a, b in zip(estimate, truth, strict=True)])
+
+
+def _jaccard_of_top(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    count = max(1, round(TOP_SHARE * estimate.shape[1]))
+    first, second = (_lowest(-values, count) for values in (estimate, truth))
+    return (first & second).sum(axis=1) / (first | second).sum(axis=1)
+
+
+def _jaccard_of_bottom(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    return _jaccard_of_top(-estimate, -truth)
+
+
+def _lowest(values: np.ndarray, count: int) -> np.ndarray:
+    chosen = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(chosen, np.argsort(values, axis=1, kind="stable")[:, :count], True, axis=1)
+    return chosen
+
+
+_MEASURES = {
+    "pearson": _pearson,
+    "spearman": _spearman,
+    "kendall": _kendall,
+    "jaccard_30": _jaccard_of_top,
+    "jaccard_bottom_30": _jaccard_of_bottom,
+}
+"""Each of ``[rows, samples]`` twice, to ``[rows]``."""
+
+NAMES = tuple(_MEASURES)
