@@ -1,8 +1,8 @@
 """How much faster exact leave-one-out is with two worker processes than with one: ``python benchmarks/workers.py``.
 
 One thread in every process. One worker is this process, as without ``jobs``. Clock seconds, medians, taken in turns;
-the first round, in which workers are started and libraries loaded, stands by itself. Loky keeps its workers for the next
-call; dask and ray start a cluster of their own for each, unless there is one.
+the first round, in which workers are started and libraries loaded, stands by itself. Loky keeps its workers for the
+next call; dask and ray start a cluster of their own for each, unless there is one.
 """
 
 from __future__ import annotations
