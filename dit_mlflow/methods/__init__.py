@@ -18,6 +18,7 @@ _HOMES = {
     "tracin": "tracin:TracIn",
     "tracin_checkpoints": "tracin_checkpoints:TracInCheckpoints",
     "influence_function": "influence_function:InfluenceFunction",
+    "influence_function_ekfac": "influence_function_ekfac:InfluenceFunctionEkfac",
     "grad_dot": "grad_dot:GradDot",
     "grad_cos": "grad_cos:GradCos",
     "self_influence": "self_influence:SelfInfluence",
