@@ -1,5 +1,6 @@
 """Correlation and detection."""
 
+from dit_mlflow.evaluation.attainable import attainable
 from dit_mlflow.evaluation.correlation import correlation_intervals, correlations
 from dit_mlflow.evaluation.corruption import Corrupted, Damage, corrupt
 from dit_mlflow.evaluation.datamodeling import Subsets, datamodeling_score, train_on_subsets
@@ -14,6 +15,7 @@ __all__ = [
     "Damage",
     "Metrics",
     "Subsets",
+    "attainable",
     "correlation_intervals",
     "correlations",
     "correlations_by_pattern",

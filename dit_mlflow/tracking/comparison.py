@@ -17,6 +17,7 @@ from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import (
     Metrics,
     Subsets,
+    attainable,
     correlation_intervals,
     correlations,
     datamodeling_score,
@@ -37,8 +38,6 @@ from dit_mlflow.tracking.training import run_training, workload_params, workload
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
 
 COMPARISON = "comparison"
-ATTAINABLE_SAMPLES = 32
-"""Samples that tell what correlation is attainable, where leave-one-out is not among the methods."""
 
 _log = logging.getLogger(__name__)
 
@@ -129,13 +128,13 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
             }
         )
         rows = [_child(request, name, subject) for subject in subjects for name in names]
-        attainable = _attainable(rows, subjects[0])
+        ceiling = _attainable(rows, subjects[0])
         table = summarised(pd.DataFrame(rows))
         training = _training_seconds(subjects)
         mlflow.log_table(table, "comparison.json")
         mlflow.log_table(pd.DataFrame(rows), "by_seed.json")
         if "spearman" in table and table["spearman"].notna().any():
-            figure = plot_fidelity_against_cost(table, attainable, training)
+            figure = plot_fidelity_against_cost(table, ceiling, training)
             mlflow.log_figure(figure, "fidelity_against_cost.png")
         if request.seeds > 1:
             done = [str(row["run_id"]) for row in rows if not row["failed"]]
@@ -145,8 +144,8 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
             first = [row for row in rows if row["training_run"] == subjects[0].run_id and not row["failed"]]
             scores = {str(row["method"]): load_influence(str(row["run_id"])).of(subjects[0].whole) for row in first}
             mlflow.log_figure(plot_recall_curves(scores, workload.corrupted), "recall_curve.png")
-        if attainable is not None:
-            mlflow.log_metric("ground_truth/attainable_spearman", attainable)
+        if ceiling is not None:
+            mlflow.log_metric("ground_truth/attainable_spearman", ceiling)
         if table["failed"].all():
             raise InputError(f"every method failed; the first: {rows[0]['error']}")
     headings = {
@@ -166,7 +165,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         "",
         f"{len(names)} methods, {len(subjects)} trainings, whole run; low, high: 95 % interval "
         f"{'over samples' if len(subjects) == 1 else 'of the mean over trainings'}",
-        *([f"attainable: leave-one-out in the recorded precision reaches {attainable:.3f}"] if attainable else []),
+        *([f"attainable: leave-one-out in the recorded precision reaches {ceiling:.3f}"] if ceiling else []),
         "",
         terminal_table(shown, headings),
         "",
@@ -282,10 +281,8 @@ def _attainable(rows: Sequence[dict[str, object]], subject: Subject) -> float | 
     known = [row["spearman"] for row in rows if row["method"] == "leave_one_out" and "spearman" in row]
     if known:
         return float(np.mean(known))  # type: ignore[arg-type]
-    removed = np.flatnonzero(np.isfinite(subject.truth.of(subject.whole)))
-    chosen = np.random.default_rng(0).permutation(removed)[:ATTAINABLE_SAMPLES].tolist()
-    again = leave_one_out(subject.trajectory, subject.workload, [subject.whole], samples=chosen, dtype=None)
-    return correlations(again.of(0), subject.truth.of(subject.whole)).values.get("spearman")
+    (floor,) = attainable(subject.truth.select([subject.whole]), subject.trajectory, subject.workload)
+    return floor.values.get("attainable_spearman")
 
 
 def _training_seconds(subjects: Sequence[Subject]) -> float | None:

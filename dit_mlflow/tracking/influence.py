@@ -11,6 +11,7 @@ from mlflow import ActiveRun, MlflowClient
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import (
     Metrics,
+    attainable,
     correlations,
     correlations_by_pattern,
     detection,
@@ -130,6 +131,11 @@ def run_influence(
         if checks.ground_truth != 0:
             truth = leave_one_out(trajectory, workload, asked, kind, samples=checks.ground_truth)
         metrics = [_window_metrics(estimate, truth, window, workload) for window in asked]
+        if truth is not None:
+            floor = attainable(truth, trajectory, workload)
+            metrics = [
+                found.and_(more.prefixed(f"{GROUND_TRUTH}/")) for found, more in zip(metrics, floor, strict=True)
+            ]
         if checks.trust:
             trusted = trust(estimate, trajectory, workload, checks.trust, truth)
             metrics = [found.and_(more.prefixed("trust/")) for found, more in zip(metrics, trusted, strict=True)]

@@ -1,0 +1,46 @@
+"""The noise floor of the ground truth: how well exact leave-one-out agrees with itself."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dit_mlflow.evaluation.correlation import correlations
+from dit_mlflow.evaluation.metrics import Metrics
+from dit_mlflow.influence import Influence, check_kind
+from dit_mlflow.methods import Effort, leave_one_out
+from dit_mlflow.trajectory import Trajectory, Workload
+
+SAMPLES = 32
+"""Random samples that are left out once more."""
+
+
+def attainable(
+    truth: Influence,
+    trajectory: Trajectory,
+    workload: Workload,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    effort: Effort | None = None,
+) -> tuple[Metrics, ...]:
+    """Leave-one-out in the recorded precision against the truth in float64, window by window.
+
+    An estimate cannot be said to agree better with the truth than the truth with itself: read correlations against
+    these figures.
+
+    Args:
+        truth: exact leave-one-out in float64, of all samples or some; one query, the mean validation loss.
+        trajectory, workload: that it was computed from.
+        samples: how many of its samples are left out again, drawn by ``seed``; all, if there are fewer.
+        effort: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
+
+    Returns:
+        For each window of the truth what :func:`correlations` gives, its names with ``attainable_`` before. A run that
+        was recorded in float64 attains 1 by definition.
+
+    Cost: as many trainings as samples, in the recorded precision.
+    """
+    known = np.flatnonzero(np.isfinite(truth.scores).all(axis=(0, 1)))
+    chosen = sorted(np.random.default_rng(seed).permutation(known)[:samples].tolist())
+    kind = check_kind(truth.kind)
+    again = leave_one_out(trajectory, workload, truth.windows, kind, samples=chosen, dtype=None, effort=effort)
+    return tuple(correlations(again.of(k), truth.of(k)).prefixed("attainable_") for k in range(len(truth.windows)))
