@@ -164,6 +164,8 @@ def main() -> None:
     """The console script ``dit-mlflow``."""
     # Read when torch is loaded. Spinning threads make small models ten times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Of MLflow, for every file that comes from the store; our own bars say how far the work is.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     cli(prog_name="dit-mlflow")
 
 
