@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dit_mlflow.errors import TrajectoryError, WorkloadError
+from dit_mlflow.trajectory.appearance import Appearance, appearance_of, label_of
 from dit_mlflow.trajectory.wrappers import plain_copy
 
 Batch = Any
@@ -43,7 +44,10 @@ class Workload:
         regularizer: ``regularizer(model) -> scalar``, a loss term that belongs to no sample.
         collate_fn: joins samples to a batch; default ``torch.utils.data.default_collate``.
         corrupted: indices of deliberately damaged training samples, so that detection can be scored.
-        describe: ``describe(index) -> str`` for reports.
+        describe: ``describe(index) -> str``, a line on the training sample for reports.
+        show: ``show(index) -> Appearance``, the training sample as people see it: an image, a text or a table row (see
+            :data:`dit_mlflow.trajectory.appearance.Appearance`); default: guessed from ``train_set[index]``.
+        label: ``label(index) -> str``, what the sample was trained to be; default: from ``train_set[index]``.
         outputs: ``outputs(model, batch) -> [B, classes]`` logits (or ``[B]``, ``[B, 1]``: of class 1 against 0), for
             queries on them; default ``model(batch[0])``.
         metrics: ``metrics(model, batch) -> {name: [B]}``, averaged over validation and test set and logged.
@@ -68,6 +72,8 @@ class Workload:
     collate_fn: Callable[[list[Any]], Batch] | None = None
     corrupted: Sequence[int] = ()
     describe: Callable[[int], str] | None = None
+    show: Callable[[int], Appearance] | None = None
+    label: Callable[[int], str] | None = None
     outputs: Callable[[nn.Module, Batch], Tensor] | None = None
     metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
     reference: str | None = None
@@ -114,6 +120,14 @@ class Workload:
             return [tensor.index_select(0, picked.to(tensor.device)) for tensor in dataset.tensors]
         samples = [dataset[int(index)] for index in indices]
         return (self.collate_fn or default_collate)(samples)
+
+    def appearance(self, index: int) -> Appearance | None:
+        """Training sample ``index`` as people see it; ``None`` if that is not known."""
+        return appearance_of(self.train_set[index]) if self.show is None else self.show(index)
+
+    def label_of(self, index: int) -> str | None:
+        """The label of training sample ``index`` as people read it; ``None`` if that is not known."""
+        return label_of(self.train_set[index]) if self.label is None else self.label(index)
 
     def batch_coefficients(self, batch: Batch, size: int) -> Tensor:
         """``c_i`` for a micro-batch of ``size`` samples, shape ``[size]``."""

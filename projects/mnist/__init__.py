@@ -130,6 +130,8 @@ def workload(
         epochs=epochs,
         corrupted=tuple(damaged.indices.tolist()),
         describe=describe,
+        show=lambda index: damaged.inputs[index].reshape(28, 28).clip(0, 1),
+        label=lambda index: str((1, 7)[train_labels[index]]),
         metrics=accuracy,
         settings={"lr": lr, "decay": decay, "l2": l2, "standardise": standardise},
     )

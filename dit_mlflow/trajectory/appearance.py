@@ -1,0 +1,82 @@
+"""A training sample as people see it: a picture, a text, or a row of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Appearance = np.ndarray | str | Mapping[str, Any]
+"""An image ``[H, W]`` (grey) or ``[H, W, 3]``, uint8 or floats in [0, 1]; a text; or a table row, name -> value."""
+
+SMALLEST_IMAGE = 4
+"""Pixels on a side; smaller arrays are not taken for images."""
+
+LONGEST_ROW = 64
+"""Values; longer vectors say nothing to people."""
+
+INPUTS = ("image", "pixel_values", "text", "sentence", "inputs", "input", "x")
+LABELS = ("label", "labels", "target", "y")
+
+
+def appearance_of(sample: Any) -> Appearance | None:
+    """What a data set's sample looks like, as far as it can be guessed; ``None`` if not.
+
+    Of tuples, the first part; of mappings, the first entry with a usual name, or all of it if its values are scalars.
+    Arrays shaped like images are stretched to their own range, since they may have been standardised.
+    """
+    if isinstance(sample, (tuple, list)) and sample:
+        sample = sample[0]
+    if isinstance(sample, Mapping):
+        named = next((sample[name] for name in INPUTS if name in sample), None)
+        if named is None:
+            row = {str(name): _scalar(value) for name, value in sample.items()}
+            return row if all(value is not None for value in row.values()) else None
+        sample = named
+    if isinstance(sample, str):
+        return sample
+    if not isinstance(sample, Tensor) and not hasattr(sample, "__array__"):
+        return None
+    values = _array(sample)
+    if values.ndim == 1 and 0 < len(values) <= LONGEST_ROW:
+        return {str(position): value for position, value in enumerate(values.tolist())}
+    return _image(values)
+
+
+def label_of(sample: Any) -> str | None:
+    """The label of a data set's sample, if it has a scalar one: the second part, or the entry with a usual name."""
+    if isinstance(sample, (tuple, list)):
+        found = sample[1] if len(sample) > 1 else None
+    elif isinstance(sample, Mapping):
+        found = next((sample[name] for name in LABELS if name in sample), None)
+    else:
+        found = None
+    scalar = _scalar(found)
+    return f"{scalar:g}" if isinstance(scalar, float) else None if scalar is None else str(scalar)
+
+
+def _scalar(value: Any) -> str | float | int | None:
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        array = _array(value)
+        return array.item() if array.size == 1 else None
+    return value if isinstance(value, (str, int, float)) else None
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+
+
+def _image(values: np.ndarray) -> np.ndarray | None:
+    if values.ndim == 3 and values.shape[0] in (1, 3) and values.shape[2] not in (1, 3):
+        values = np.moveaxis(values, 0, 2)
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    shaped = values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)
+    if not shaped or min(values.shape[:2]) < SMALLEST_IMAGE or values.dtype.kind not in "uif":
+        return None
+    if values.dtype == np.uint8:
+        return values
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.zeros(values.shape)
