@@ -70,17 +70,32 @@ class _Samples(Dataset[tuple[Any, Any]]):
         return self._samples[index]
 
 
-def _as_samples(workload: Workload, features: Features, targets: np.ndarray) -> Dataset[Any]:
+def sample_as_row(workload: Workload, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A training sample's input, flattened, and its target: a row as :func:`row_losses` takes them.
+
+    Raises:
+        InputError: the training set's samples are not pairs of an array and a target.
+    """
+    features, target = _pair(workload, index)
+    return np.asarray(features).reshape(-1), np.asarray(target)
+
+
+def _pair(workload: Workload, index: int) -> tuple[Any, Any]:
     with preserved_random_state():
-        sample = workload.train_set[0]
-    if not (isinstance(sample, (tuple, list)) and len(sample) == 2 and _is_array(sample[0])):
-        shown = f"{len(sample)} parts" if isinstance(sample, (tuple, list)) else f"type {type(sample).__name__}"
-        raise InputError(
-            f"samples of the training set have {shown}; rows are mapped by themselves only to (array, target). Give "
-            "batch, a function batch(features, targets) that makes the batch of one row"
-        )
-    inputs = _like(sample[0], _as_array(features), "the row's features", "input")
-    labels = _like(sample[1], targets, "the row's target", "target")
+        sample = workload.train_set[index]
+    if isinstance(sample, (tuple, list)) and len(sample) == 2 and _is_array(sample[0]):
+        return sample[0], sample[1]
+    shown = f"{len(sample)} parts" if isinstance(sample, (tuple, list)) else f"type {type(sample).__name__}"
+    raise InputError(
+        f"samples of the training set have {shown}; rows are mapped by themselves only to (array, target). Give "
+        "batch, a function batch(features, targets) that makes the batch of one row"
+    )
+
+
+def _as_samples(workload: Workload, features: Features, targets: np.ndarray) -> Dataset[Any]:
+    example, label = _pair(workload, 0)
+    inputs = _like(example, _as_array(features), "the row's features", "input")
+    labels = _like(label, targets, "the row's target", "target")
     _check_classes(workload.train_set, targets)
     if type(workload.train_set) is TensorDataset:
         return TensorDataset(torch.stack(inputs), torch.stack(labels))

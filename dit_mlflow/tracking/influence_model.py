@@ -14,15 +14,20 @@ import mlflow
 import pandas as pd
 import torch
 from mlflow import MlflowClient
+from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
+from mlflow.types import ColSpec, DataType, Schema
 
 import dit_mlflow
 from dit_mlflow.errors import InputError
+from dit_mlflow.influence import row_losses
+from dit_mlflow.influence.rows import sample_as_row
 from dit_mlflow.report.rows import check_top, rows_table
 from dit_mlflow.tracking.names import KIND, TRAINING_RUN
 from dit_mlflow.tracking.registration import INFLUENCE_MODEL, check_name
 from dit_mlflow.tracking.row_influence import RowQuestion
 from dit_mlflow.tracking.training import workload_title
+from dit_mlflow.trajectory import Workload
 from dit_mlflow.trajectory.manifest import WorkloadReference
 
 SCRIPT = Path(__file__).with_name("influence_model_script.py")
@@ -132,6 +137,7 @@ def log_influence_model(
         "top": top,
         "target": target,
     }
+    example = _example(question.workload, target)
     checksum = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     if name and (there := _registered(name, checksum)) is not None:
         return there
@@ -142,6 +148,8 @@ def log_influence_model(
             name="influence",
             python_model=str(SCRIPT),
             model_config=config,
+            signature=_signature(question.workload),
+            input_example=example,
             pip_requirements=[f"dit-mlflow=={dit_mlflow.__version__}", f"torch=={torch.__version__.partition('+')[0]}"],
             tags={**tags, CONFIG: checksum},
         )
@@ -151,6 +159,22 @@ def log_influence_model(
     with redirect_stderr(io.StringIO()):
         version = mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, CONFIG: checksum})
     return LoggedInfluenceModel(str(logged.model_id), str(version.version))
+
+
+def _signature(workload: Workload) -> ModelSignature:
+    """Of the output alone: rows may come as columns of numbers, or as one column of arrays."""
+    integers = dict.fromkeys(("row", "window_start", "window_end", "rank", "sample_index"), DataType.long)
+    types = {**integers, "loss": DataType.double, "side": DataType.string, "score": DataType.double}
+    types |= {"sample": DataType.string} if workload.describe is not None else {}
+    types |= {"corrupted": DataType.boolean} if workload.corrupted else {}
+    return ModelSignature(outputs=Schema([ColSpec(dtype, name) for name, dtype in types.items()]))
+
+
+def _example(workload: Workload, target: str) -> pd.DataFrame:
+    """The first training sample as a row; raises :class:`InputError` if this workload's samples cannot come as rows."""
+    features, value = sample_as_row(workload)
+    row_losses(workload, features[None], value[None])
+    return pd.DataFrame({"features": [features.tolist()], target: [value.tolist()]})
 
 
 def _reference(recorded: WorkloadReference | None, given: str) -> str:
