@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 LONGEST = 200
 """Characters of a text from data, by default."""
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|>~$:@])")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|>~])")
+_ENTITIES = str.maketrans({"$": "&#36;", ":": "&#58;", "@": "&#64;"})
+"""Before these, the renderer of MLflow's model registry shows the backslash."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\u202a-\u202e\u2066-\u2069]+")
 
 
@@ -21,7 +23,8 @@ def escaped(text: str, longest: int = LONGEST) -> str:
     if len(plain) > longest:
         plain = plain[: longest - 1] + "…"
     plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _SPECIAL.sub(r"\\\1", plain)
+    # Entities last: their own "#" is not to be escaped.
+    return _SPECIAL.sub(r"\\\1", plain).translate(_ENTITIES)
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

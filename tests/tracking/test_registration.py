@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -304,13 +304,6 @@ def test_from_mlflow_run(store: str) -> None:
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     """Exports of one model warn each time of the same."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
-
-
-@pytest.fixture(autouse=True)
-def modules_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
