@@ -1,7 +1,11 @@
 """Correlation and detection."""
 
 from dit_mlflow.evaluation.attainable import attainable
-from dit_mlflow.evaluation.correlation import correlation_intervals, correlations
+from dit_mlflow.evaluation.correlation import (
+    correlation_intervals,
+    correlations,
+    correlations_with_intervals,
+)
 from dit_mlflow.evaluation.corruption import Corrupted, Damage, corrupt
 from dit_mlflow.evaluation.datamodeling import Subsets, datamodeling_score, train_on_subsets
 from dit_mlflow.evaluation.detection import detection, recall_curve
@@ -19,6 +23,7 @@ __all__ = [
     "correlation_intervals",
     "correlations",
     "correlations_by_pattern",
+    "correlations_with_intervals",
     "corrupt",
     "datamodeling_score",
     "detection",

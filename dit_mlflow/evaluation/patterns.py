@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.evaluation.correlation import correlations
+from dit_mlflow.evaluation.correlation import correlations_with_intervals
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence import Influence
 
@@ -70,13 +70,13 @@ def correlations_by_pattern(estimate: np.ndarray, truth: np.ndarray, names: np.n
         names: of each sample's pattern, from :func:`patterns`.
 
     Returns:
-        ``early/spearman``, ``early/pearson`` and so on, for the patterns that occur.
+        ``early/spearman``, ``early/pearson`` and so on with their intervals, for the patterns that occur.
     """
     found = Metrics()
     for name in PATTERNS:
         chosen = names == name
         if chosen.any():
-            agreement = correlations(estimate[chosen], truth[chosen]).only("spearman", "pearson")
+            agreement = correlations_with_intervals(estimate[chosen], truth[chosen], ("spearman", "pearson"))
             found = found.and_(agreement.prefixed(f"{name}/"))
     return found
 

@@ -18,8 +18,8 @@ from dit_mlflow.evaluation import (
     Metrics,
     Subsets,
     attainable,
-    correlation_intervals,
     correlations,
+    correlations_with_intervals,
     datamodeling_score,
     detection,
     train_on_subsets,
@@ -263,15 +263,8 @@ def _scored(found: Influence, subject: Subject, window: Window) -> tuple[Metrics
     if subject.truth is None:
         return Metrics(), detected
     estimate, truth = found.of(window), subject.truth.of(window)
-    agreement = correlations(estimate, truth)
-    if window != subject.whole:
-        return agreement, detected
-    bounds = {
-        f"{name}_{side}": bound
-        for name, interval in correlation_intervals(estimate, truth).items()
-        for side, bound in zip(("low", "high"), interval, strict=True)
-    }
-    return Metrics({**agreement.values, **bounds}, agreement.undefined), detected
+    scored = correlations_with_intervals if window == subject.whole else correlations
+    return scored(estimate, truth), detected
 
 
 def _attainable(rows: Sequence[dict[str, object]], subject: Subject) -> float | None:

@@ -14,6 +14,7 @@ from dit_mlflow.evaluation import (
     attainable,
     correlations,
     correlations_by_pattern,
+    correlations_with_intervals,
     detection,
     pattern_counts,
     patterns,
@@ -154,7 +155,10 @@ def _window_metrics(estimate: Influence, truth: Influence | None, window: Window
     found = detection(estimate.of(window), workload.corrupted).prefixed("detection/")
     if truth is None:
         return found
-    return correlations(estimate.of(window), truth.of(window)).prefixed("ground_truth/").and_(found)
+    agreement = correlations(estimate.of(window), truth.of(window)).and_(
+        correlations_with_intervals(estimate.of(window), truth.of(window), ("spearman", "pearson"))
+    )
+    return agreement.prefixed(f"{GROUND_TRUTH}/").and_(found)
 
 
 def _log_parent(
@@ -167,7 +171,9 @@ def _log_parent(
 ) -> None:
     log_metrics(answer.whole)
     log_metrics(_costs(estimate, truth, training_run_id))
-    for name in dict.fromkeys(name for metrics in answer.per_window for name in metrics.values):
+    # Bounds and levels of chance stand on the window's own run; as charts they would only be in the way.
+    figures = (name for metrics in answer.per_window for name in metrics.values)
+    for name in dict.fromkeys(name for name in figures if not name.endswith(("_low", "_high", "_chance"))):
         log_series(f"by_window/{name}", [metrics.values.get(name) for metrics in answer.per_window])
     influence = answer.influence
     windows = list(influence.windows)
