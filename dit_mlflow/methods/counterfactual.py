@@ -56,7 +56,8 @@ def retrain(
     """
     effort = effort or Effort()
     changes = np.zeros((len(question.windows), len(question.queries), len(counterfactuals)))
-    with preserved_random_state(), effort.configured():
+    # One pool for all courses: ray's starts processes of its own each time.
+    with preserved_random_state(), effort.configured(), joblib.Parallel(n_jobs=effort.jobs) as pool:
         replay = question.trajectory.replay(question.workload, dtype)
         shared = _Shared.of(question, replay.dynamics.dtype, effort.memory_budget)
         here = shared.retraining(replay.dynamics)
@@ -65,7 +66,7 @@ def retrain(
             met = np.unique(np.concatenate([step.samples for step in steps if step.index < course.until]))
             affected = np.flatnonzero(counterfactuals.changed_by(met))
             job = _Job(course, steps, _baseline(replay, course, here), counterfactuals)
-            for rows, found in _run(job, affected, shared, here, effort):
+            for rows, found in _run(job, affected, shared, here, effort, pool):
                 for step, window, sign in course.measures:
                     changes[window][:, rows] += sign * found[step]
     return changes, replay.max_drift
@@ -125,7 +126,7 @@ def _baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
 
 
 def _run(
-    job: _Job, affected: np.ndarray, shared: _Shared, here: Retraining, effort: Effort
+    job: _Job, affected: np.ndarray, shared: _Shared, here: Retraining, effort: Effort, pool: joblib.Parallel
 ) -> Iterator[tuple[np.ndarray, Changes]]:
     """Rows and what was found for them, part by part."""
     workers = joblib.effective_n_jobs(effort.jobs)
@@ -155,7 +156,7 @@ def _run(
                 joblib.delayed(_work)(sent, tuple(sys.path), cloudpickle.dumps(job.part(rows)), kept, rows)
                 for rows in left
             )
-            for rows, found in zip(left, joblib.Parallel(n_jobs=effort.jobs)(tasks), strict=True):
+            for rows, found in zip(left, pool(tasks), strict=True):
                 progress.update(len(rows))
                 yield rows, found
 
