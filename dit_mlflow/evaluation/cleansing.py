@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation.mean_interval import mean_interval
-from dit_mlflow.evaluation.mean_scores import mean_scores
+from dit_mlflow.evaluation.mean_scores import sample_scores
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.trajectory import Workload
 from dit_mlflow.trajectory.loop import train_unrecorded
@@ -101,10 +102,12 @@ class Outcome:
         trial: the samples.
         figures: ``validation/loss``, ``test/accuracy`` and so on of the retrained models, ``[draws, repeats]``; the
             same repeat means the same pair of seeds in every trial.
+        by_sample: the same, mean over draws and repeats, for each sample of the split, ``[samples]``.
     """
 
     trial: Trial
     figures: Mapping[str, np.ndarray]
+    by_sample: Mapping[str, np.ndarray]
 
     def mean(self, name: str) -> float:
         """Mean of a figure over draws and repeats."""
@@ -126,14 +129,18 @@ class Outcome:
         return found
 
     def gain(self, other: Outcome) -> Metrics:
-        """How much better each figure is than ``other``'s, seed by seed, with the interval of the mean.
+        """How much better each figure is than ``other``'s: the mean over seeds, and its interval (95 %).
 
-        **Sign**: positive = better, which of a loss means lower and of any other figure higher.
+        The interval tells of other seeds and of other samples in the split: the two half-widths, each by Student's t
+        over paired differences, are added as squares, as if independent. **Sign**: positive = better, which of a loss
+        means lower and of any other figure higher.
         """
         found = Metrics()
         for name in self.figures:
-            difference = sign_of(name) * (self.figures[name].mean(axis=0) - other.figures[name].mean(axis=0))
-            found = found.and_(_with_interval(name, difference))
+            sign = sign_of(name)
+            over_seeds = sign * (self.figures[name].mean(axis=0) - other.figures[name].mean(axis=0))
+            over_samples = sign * (self.by_sample[name] - other.by_sample[name])
+            found = found.and_(_with_interval(name, over_seeds, over_samples))
         return found
 
 
@@ -142,13 +149,15 @@ def sign_of(name: str) -> int:
     return -1 if name.rpartition("/")[2] == "loss" else 1
 
 
-def _with_interval(name: str, values: np.ndarray) -> Metrics:
+def _with_interval(name: str, values: np.ndarray, *further: np.ndarray) -> Metrics:
+    """Mean of ``values``; its interval, widened by that of the means of ``further``."""
     ends = (f"{name}_low", f"{name}_high")
     mean = Metrics({name: float(values.mean())})
-    if len(values) < 2:
-        reason = "1 pair of seeds; at least 2 are needed for an interval"
+    if len(values) < 2 or any(len(more) < 2 for more in further):
+        reason = f"{len(values)} pairs of seeds; an interval needs 2 or more, and as many samples in the split"
         return mean.and_(Metrics(undefined=dict.fromkeys(ends, reason)))
-    return mean.and_(Metrics(dict(zip(ends, mean_interval(values), strict=True))))
+    half = math.hypot(*(np.ptp(mean_interval(part)) / 2 for part in (values, *further)))
+    return mean.and_(Metrics(dict(zip(ends, (mean.values[name] - half, mean.values[name] + half), strict=True))))
 
 
 def tried_out(
@@ -170,19 +179,19 @@ def tried_out(
 
     Cost: ``draws * repeats`` trainings; nothing of them is stored.
     """
-    rows = []
+    found: dict[str, list[np.ndarray]] = {}
     for flagged in trial.flagged:
         workload = change(flagged)
         for init_seed, order_seed in seeds:
             model = train_unrecorded(workload, init_seed, order_seed).eval()
-            row: dict[str, float] = {}
             for split, dataset in (("validation", workload.validation_set), ("test", workload.test_set)):
                 if dataset is not None:
-                    row |= mean_scores(workload, model, dataset).prefixed(f"{split}/").values
-            rows.append(row)
+                    for name, values in sample_scores(workload, model, dataset).items():
+                        found.setdefault(f"{split}/{name}", []).append(values)
             told()
     shape = (len(trial.flagged), len(seeds))
-    return Outcome(trial, {name: np.array([row[name] for row in rows]).reshape(shape) for name in rows[0]})
+    figures = {name: np.array([values.mean() for values in rows]).reshape(shape) for name, rows in found.items()}
+    return Outcome(trial, figures, {name: np.mean(rows, axis=0) for name, rows in found.items()})
 
 
 def choose(outcomes: Sequence[Outcome], metric: str) -> Outcome:
@@ -248,7 +257,7 @@ class Cleansing:
         """Whether cleaning helped, judged on the test split.
 
         ``no``: nothing was to be cleaned, or the mean did not become better; ``yes``: the whole interval of the gain is
-        above 0; ``unclear``: the mean became better, by no more than seeds make it differ.
+        above 0; ``unclear``: the mean became better, by no more than seeds and test samples make it differ.
         """
         name = f"test/{self.metric}"
         gain = self.chosen.gain(self.before).values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -14,7 +15,13 @@ from dit_mlflow.trajectory import Workload, to_like
 
 
 def mean_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> Metrics:
-    """Mean ``loss``, and mean of each of the workload's own metrics, over the samples of a data set.
+    """Means of :func:`sample_scores` over the samples."""
+    found = sample_scores(workload, model, dataset)
+    return Metrics({name: float(values.mean()) for name, values in found.items()})
+
+
+def sample_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> dict[str, np.ndarray]:
+    """``loss``, and each of the workload's own metrics, of every sample of a data set, float64 ``[samples]``.
 
     Args:
         workload: its loss and metrics.
@@ -25,7 +32,7 @@ def mean_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> 
     """
     size = len(dataset)  # type: ignore[arg-type]
     like = next(model.parameters())
-    totals: dict[str, float] = {}
+    parts: dict[str, list[np.ndarray]] = {}
     with torch.no_grad():
         for start in range(0, size, CHUNK):
             indices = range(start, min(start + CHUNK, size))
@@ -34,5 +41,5 @@ def mean_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> 
             if workload.metrics is not None:
                 values |= workload.metrics(model, batch)
             for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + value.double().sum().item()
-    return Metrics({name: total / size for name, total in totals.items()})
+                parts.setdefault(name, []).append(value.double().cpu().numpy())
+    return {name: np.concatenate(found) for name, found in parts.items()}

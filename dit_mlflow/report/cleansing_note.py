@@ -13,7 +13,7 @@ DOING = {"drop": "dropping", "relabel": "relabelling"}
 ANSWERS = {
     "yes": "Cleaning helped",
     "no": "Cleaning did not help",
-    "unclear": "Cleaning may have helped, but no more than seeds make trainings differ",
+    "unclear": "Whether cleaning helped cannot be told, the gain is within what seeds and test samples make of it",
 }
 
 REMARK = {
@@ -27,20 +27,19 @@ REMARK = {
 
 def cleansing_answer(cleansing: Cleansing) -> str:
     """Whether cleaning helped, what else came of as many samples, and how many were truly damaged: three sentences."""
-    chosen, before, name = cleansing.chosen, cleansing.before, f"test/{cleansing.metric}"
+    chosen, before = cleansing.chosen, cleansing.before
+    names = [f"test/{name}" for name in _metrics(cleansing)]
     lead = ANSWERS[cleansing.helped]
     if chosen is before:
-        first = (
-            f"{lead}: on the validation split, nothing was better than to leave the data as it is "
-            f"({name} {before.mean(name):.4f})."
-        )
+        figures = ", ".join(f"{name} {before.mean(name):.4f}" for name in names)
+        first = f"{lead}: on the validation split, nothing is better than to leave the data as it is ({figures})."
     else:
+        took = [f"{n} from {before.mean(n):.4f} to {chosen.mean(n):.4f} ({_gain(chosen, before, n)})" for n in names]
         first = (
             f"{lead}: {DOING[cleansing.action]} {_samples(chosen)} by {chosen.trial.strategy}, which the validation "
-            f"split chose, took {name} from {before.mean(name):.4f} to {chosen.mean(name):.4f} "
-            f"({_gain(chosen, before, name)})."
+            f"split chose, takes {' and '.join(took)}."
         )
-    return " ".join([first, _beside(cleansing, name), _damaged(cleansing)])
+    return " ".join([first, _beside(cleansing, names[0]), _damaged(cleansing)])
 
 
 def _beside(cleansing: Cleansing, name: str) -> str:
@@ -49,12 +48,12 @@ def _beside(cleansing: Cleansing, name: str) -> str:
     others = [strategy for strategy in cleansing.strategies if strategy != chosen.trial.strategy]
     if chosen is cleansing.before:
         best = [choose(cleansing.by(strategy), cleansing.metric) for strategy in others]
-        told = [f"{_way(outcome)} {_figure(outcome, name)} with {_samples(outcome)}" for outcome in best]
-        return f"The best that validation finds of each strategy has {name} {', '.join(told)}."
+        told = [f"{_figure(outcome, name)} with {_samples(outcome)}" for outcome in best]
+        return f"Of each strategy, the number that validation likes best gives {name} {', '.join(told)}."
     same = [o for strategy in others for o in cleansing.by(strategy) if o.trial.count == chosen.trial.count]
-    told = [f"{_way(outcome)} {_figure(outcome, name)}" for outcome in same]
-    random = [f"; over random, {_gain(chosen, o, name)}" for o in same if o.trial.strategy == RANDOM]
-    return f"With as many samples chosen otherwise, it is {', '.join(told)}{''.join(random)}."
+    told = [_figure(outcome, name) for outcome in same]
+    random = [f"; over random: {_gain(chosen, o, name)}" for o in same if o.trial.strategy == RANDOM]
+    return f"As many samples chosen otherwise give {name} {', '.join(told)}{''.join(random)}."
 
 
 def _damaged(cleansing: Cleansing) -> str:
@@ -63,13 +62,9 @@ def _damaged(cleansing: Cleansing) -> str:
         return "Which samples are truly damaged is not known."
     found = cleansing.chosen.trial.found(cleansing.corrupted).values
     if not found:
-        return f"{known} training samples are known to be damaged."
+        return f"{known} samples of the training set are truly damaged."
     damaged = round(found["precision"] * count)
     return f"{damaged} of the {count} are truly damaged, of {known} damaged ones in the training set."
-
-
-def _way(outcome: Outcome) -> str:
-    return "at random" if outcome.trial.strategy == RANDOM else f"by {outcome.trial.strategy}"
 
 
 def _samples(outcome: Outcome) -> str:
@@ -78,18 +73,21 @@ def _samples(outcome: Outcome) -> str:
 
 def _figure(outcome: Outcome, name: str) -> str:
     values = outcome.summary().values
+    if outcome.trial.strategy != RANDOM:
+        return f"{values[name]:.4f} by {outcome.trial.strategy}"
     if f"{name}_lowest_draw" not in values:
-        return f"{values[name]:.4f}"
+        return f"{values[name]:.4f} at random"
     low, high = (values[f"{name}_{end}_draw"] for end in ("lowest", "highest"))
-    return f"{values[name]:.4f} ({low:.4f} to {high:.4f} by the draw)"
+    return f"{values[name]:.4f} at random (draws from {low:.4f} to {high:.4f})"
 
 
 def _gain(outcome: Outcome, other: Outcome, name: str) -> str:
+    """Positive = better."""
     values = outcome.gain(other).values
     if f"{name}_low" not in values:
-        return f"better by {values[name]:+.4f}, one pair of seeds"
+        return f"gain {values[name]:+.4f}, one pair of seeds"
     ends = f"{values[f'{name}_low']:+.4f} to {values[f'{name}_high']:+.4f}"
-    return f"better by {values[name]:+.4f}, 95 % interval {ends} over {outcome.figures[name].shape[1]} pairs of seeds"
+    return f"gain {values[name]:+.4f}, 95 % interval {ends}, {outcome.figures[name].shape[1]} pairs of seeds"
 
 
 def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = ()) -> str:
@@ -104,20 +102,23 @@ def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = (
     headings = ["strategy", "samples", *(escaped(name) for name in _columns(cleansing)), "truly damaged"]
     done = DONE[cleansing.action]
     parts = [
-        f"**{lead}**:{escaped(rest, longest=5000)}",
+        f"**{lead}**: {escaped(rest, longest=5000)}",
         markdown_table(headings, [_row(outcome, cleansing) for outcome in cleansing.outcomes]),
         f"The indices, in Python: `mlflow.artifacts.load_dict('runs:/{run_id}/{done}_indices.json')['indices']`",
         REMARK[cleansing.action],
         "The validation split chose, and influence is measured on it, so that its figures flatter cleaned data; the "
-        "test split was only looked at afterwards. Intervals are over seeds, not over other test samples.",
+        "test split was only looked at afterwards. Intervals of gains are over seeds and test samples.",
         *(escaped(remark, longest=500) for remark in remarks),
     ]
     return "\n\n".join(parts)
 
 
+def _metrics(cleansing: Cleansing) -> list[str]:
+    return list(dict.fromkeys((cleansing.metric, "loss")))
+
+
 def _columns(cleansing: Cleansing) -> list[str]:
-    names = [cleansing.metric, *(["loss"] if cleansing.metric != "loss" else [])]
-    return [f"{split}/{name}" for split in ("validation", "test") for name in names]
+    return [f"{split}/{name}" for split in ("validation", "test") for name in _metrics(cleansing)]
 
 
 def _row(outcome: Outcome, cleansing: Cleansing) -> list[str]:
