@@ -72,13 +72,13 @@ def relabelled(
             f"{new.size} classes for {changed.size} samples of 0 … {workload.num_samples - 1}; expected one for each"
         )
     before = sample_classes(workload)
-    texts = {int(c): workload.label_of(int(np.flatnonzero(before == c)[0])) for c in np.unique(before)}
+    texts = class_names(workload, before)
     given = dict(zip(changed.tolist(), new.tolist(), strict=True))
     label = workload.label
 
     def told(index: int) -> str:
         if index in given:
-            return texts.get(given[index]) or str(given[index])
+            return texts.get(given[index], str(given[index]))
         return str(workload.label_of(index))
 
     found = replace(
@@ -115,6 +115,12 @@ def sample_classes(workload: Workload) -> np.ndarray:
             return np.concatenate([class_labels(workload.batch(part), count).cpu().numpy() for part in parts])
         except Exception as error:  # Of whatever kind: data that is no classification can have any shape.
             raise UnsupportedError(f"the training samples have no classes: {type(error).__name__}: {error}") from error
+
+
+def class_names(workload: Workload, classes: np.ndarray) -> dict[int, str]:
+    """How people read each class that occurs: the label of its first sample; ``classes``: :func:`sample_classes`."""
+    first = {int(found): int(np.flatnonzero(classes == found)[0]) for found in np.unique(classes)}
+    return {found: workload.label_of(index) or str(found) for found, index in first.items()}
 
 
 def _inside(indices: np.ndarray, workload: Workload) -> bool:

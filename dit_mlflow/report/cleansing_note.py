@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dit_mlflow.evaluation.cleansing import RANDOM, Cleansing, Outcome, choose
 from dit_mlflow.report.markdown import escaped, markdown_table
 
+ROWS, REMARKS = 40, 4
+"""Of the table, and of further sentences, at most: MLflow cuts descriptions at 8,000 characters."""
+
 DONE = {"drop": "dropped", "relabel": "relabelled"}
 DOING = {"drop": "dropping", "relabel": "relabelling"}
 
@@ -51,6 +54,10 @@ def _beside(cleansing: Cleansing, name: str) -> str:
         told = [f"{_figure(outcome, name)} with {_samples(outcome)}" for outcome in best]
         return f"Of each strategy, the number that validation likes best gives {name} {', '.join(told)}."
     same = [o for strategy in others for o in cleansing.by(strategy) if o.trial.count == chosen.trial.count]
+    windows = [outcome for outcome in same if outcome.trial.strategy.startswith("influence ")]
+    if windows:
+        window = choose(windows, cleansing.metric)
+        same = [outcome for outcome in same if outcome is window or outcome not in windows]
     told = [_figure(outcome, name) for outcome in same]
     random = [f"; over random: {_gain(chosen, o, name)}" for o in same if o.trial.strategy == RANDOM]
     return f"As many samples chosen otherwise give {name} {', '.join(told)}{''.join(random)}."
@@ -103,12 +110,13 @@ def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = (
     done = DONE[cleansing.action]
     parts = [
         f"**{lead}**: {escaped(rest, longest=5000)}",
-        markdown_table(headings, [_row(outcome, cleansing) for outcome in cleansing.outcomes]),
+        markdown_table(headings, [_row(outcome, cleansing) for outcome in cleansing.outcomes[:ROWS]])
+        + ("\n\nThe other trials are in `cleansing.json`." if len(cleansing.outcomes) > ROWS else ""),
         f"The indices, in Python: `mlflow.artifacts.load_dict('runs:/{run_id}/{done}_indices.json')['indices']`",
         REMARK[cleansing.action],
         "The validation split chose, and influence is measured on it, so that its figures flatter cleaned data; the "
         "test split was only looked at afterwards. Intervals of gains are over seeds and test samples.",
-        *(escaped(remark, longest=500) for remark in remarks),
+        *(escaped(remark, longest=500) for remark in remarks[:REMARKS]),
     ]
     return "\n\n".join(parts)
 

@@ -185,11 +185,12 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         strategies = _strategies(request, trajectory, workload, windows, kind)
         predicted = None
         if request.action == "relabel":
-            predicted = out_of_sample(trajectory.replay(workload), folds=5, seed=0)[1].argmax(axis=1)
+            with preserved_random_state():
+                predicted = out_of_sample(trajectory.replay(workload), folds=5, seed=0)[1].argmax(axis=1)
         tried = trials(strategies, plan.counts)
         if request.action == "drop" and plan.classes is not None:
             check_classes_stay(tried, plan.classes)
-        runs = CleansingRuns(workload, request.action, training_run, seeds, predicted)
+        runs = CleansingRuns(workload, request.action, training_run, seeds, plan.classes, predicted)
         outcomes, failures = _outcomes([untouched(workload.num_samples), *tried], workload, predicted, runs)
         cleansing = Cleansing(tuple(outcomes), plan.metric, request.action, workload.corrupted)
         remarks = [*_against_record(cleansing.before, training_run, known), *failures]

@@ -9,25 +9,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import mlflow
 import numpy as np
 import pandas as pd
-from mlflow import MlflowClient
-from mlflow.entities import Metric
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from dit_mlflow.evaluation import Metrics
+from dit_mlflow.evaluation.changed_data import class_names
 from dit_mlflow.evaluation.cleansing import NO_CLEANING, RANDOM, Cleansing, Outcome, Trial, choose
 from dit_mlflow.report import cleansing_note, cleansing_table, plot_cleansing
 from dit_mlflow.report.cleansing_note import DONE
 from dit_mlflow.tracking.artifacts import active_run_id
 from dit_mlflow.tracking.names import ERROR, HELPED, KIND, TRAINING_RUN
-from dit_mlflow.tracking.runs import log_metrics
+from dit_mlflow.tracking.runs import log_metrics, log_series
 from dit_mlflow.trajectory import Workload
 
 
@@ -40,6 +38,7 @@ class CleansingRuns:
         action: ``drop`` or ``relabel``.
         training_run: the run that recorded the trajectory.
         seeds: ``(init_seed, order_seed)`` of each repeat.
+        classes: of the training samples as labelled, ``[n]``; ``None`` if they have none.
         predicted: the classes ``[n]`` that flagged samples are given; ``None`` = they are dropped.
     """
 
@@ -47,7 +46,13 @@ class CleansingRuns:
     action: str
     training_run: str
     seeds: Sequence[tuple[int, int]]
+    classes: np.ndarray | None
     predicted: np.ndarray | None
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        """Of the classes, as people read them."""
+        return {} if self.classes is None else class_names(self.workload, self.classes)
 
     @property
     def done(self) -> str:
@@ -88,7 +93,7 @@ class CleansingRuns:
             columns["sample"] = [self.workload.describe(int(index)) for index in indices]
         columns["label"] = [label(int(index)) for index in indices]
         if self.predicted is not None:
-            columns["new_class"] = self.predicted[indices]
+            columns["new_label"] = [self._names.get(int(found), str(found)) for found in self.predicted[indices]]
         if self.workload.corrupted:
             columns["corrupted"] = np.isin(indices, np.asarray(self.workload.corrupted))
         return pd.DataFrame(columns)
@@ -99,17 +104,15 @@ class CleansingRuns:
             outcomes = cleansing.by(strategy)
             best = choose(outcomes, cleansing.metric)
             tags = {KIND: "strategy", TRAINING_RUN: self.training_run}
-            with mlflow.start_run(run_name=strategy, nested=True, tags=tags) as run:
+            with mlflow.start_run(run_name=strategy, nested=True, tags=tags):
                 params = {"strategy": strategy, "action": self.action, "chosen.fraction": best.trial.fraction}
                 mlflow.log_params(params | {f"chosen.{self.done}": best.trial.count})
                 log_metrics(self._figures(best, cleansing.before))
-                now = int(time.time() * 1000)
-                series = [
-                    Metric(f"by_fraction/{name}", value, now, outcome.trial.count)
-                    for outcome in [cleansing.before, *outcomes]
-                    for name, value in self._series(outcome).items()
-                ]
-                MlflowClient().log_batch(run.info.run_id, metrics=series[:1000])
+                points = [cleansing.before, *outcomes]
+                series = [self._series(outcome) for outcome in points]
+                for name in dict.fromkeys(name for figures in series for name in figures):
+                    values = [figures.get(name) for figures in series]
+                    log_series(f"by_fraction/{name}", values, [outcome.trial.count for outcome in points])
 
     def log_answer(self, cleansing: Cleansing, remarks: Sequence[str]) -> None:
         """On the active run: the answer, table, figure, and the chosen samples."""
@@ -137,14 +140,17 @@ class CleansingRuns:
         if trial.strategy.startswith("influence"):
             # More were asked for than are harmful: these help, as far as the estimate goes.
             extra["flagged/helpful"] = float((np.take_along_axis(trial.scores, trial.flagged, axis=1) > 0).sum())
+        if self.predicted is not None and self.classes is not None:
+            # Of several draws, as many as on average.
+            other = self.predicted[trial.flagged] != self.classes[trial.flagged]
+            extra["relabelled/changed"] = float(other.sum(axis=1).mean())
         if outcome is not before:
             found = found.and_(outcome.gain(before).prefixed("gain/"))
         return found.and_(Metrics(extra))
 
     def _series(self, outcome: Outcome) -> dict[str, float]:
         means = {name: outcome.mean(name) for name in outcome.figures}
-        found = {**means, **outcome.trial.found(self.workload.corrupted).prefixed("detection/").values}
-        return {name: value for name, value in found.items() if np.isfinite(value)}
+        return {**means, **outcome.trial.found(self.workload.corrupted).prefixed("detection/").values}
 
     def _repeats(self, outcome: Outcome) -> pd.DataFrame:
         draws = len(outcome.trial.flagged)
