@@ -194,22 +194,24 @@ def tried_out(
     return Outcome(trial, figures, {name: np.mean(rows, axis=0) for name, rows in found.items()})
 
 
-def choose(outcomes: Sequence[Outcome], metric: str) -> Outcome:
-    """The outcome that is best on the validation split; no figure of the test split is looked at.
+def rank(outcome: Outcome, metric: str) -> tuple[float, float, int]:
+    """Sorts outcomes, best on the validation split first; no figure of the test split is looked at.
 
     Equally good ones are told apart by the validation loss, then by flagging fewer samples.
+    """
+    figures = [-sign_of(name) * outcome.mean(f"validation/{name}") for name in (metric, "loss")]
+    first, second = (value if np.isfinite(value) else np.inf for value in figures)
+    return first, second, outcome.trial.count
+
+
+def choose(outcomes: Sequence[Outcome], metric: str) -> Outcome:
+    """The outcome that is best on the validation split, by :func:`rank`.
 
     Args:
         outcomes: one or more.
         metric: without the split, such as ``accuracy`` or ``loss``.
     """
-
-    def rank(outcome: Outcome) -> tuple[float, float, int]:
-        figures = [-sign_of(name) * outcome.mean(f"validation/{name}") for name in (metric, "loss")]
-        first, second = (value if np.isfinite(value) else np.inf for value in figures)
-        return first, second, outcome.trial.count
-
-    return min(outcomes, key=rank)
+    return min(outcomes, key=lambda outcome: rank(outcome, metric))
 
 
 Verdict = Literal["yes", "no", "unclear"]

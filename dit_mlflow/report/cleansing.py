@@ -10,13 +10,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dit_mlflow.evaluation.cleansing import NO_CLEANING, RANDOM, Cleansing, Outcome
+from dit_mlflow.evaluation.cleansing import NO_CLEANING, RANDOM, Cleansing, Outcome, rank
 from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL
 
 COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
 """Okabe and Ito's, in the order of the strategies."""
 
 MARKERS = "osD^v<>P"
+
+MAX_LINES = len(COLOURS)
+"""Of more strategies, those that are best on the validation split are drawn."""
 
 
 def plot_cleansing(cleansing: Cleansing) -> Figure:
@@ -37,7 +40,7 @@ def plot_cleansing(cleansing: Cleansing) -> Figure:
     apart = 0.06 * min(np.diff(shares), default=1.0)
     if RANDOM in cleansing.strategies:
         _band(axes, cleansing.by(RANDOM), name, scale)
-    strategies = [strategy for strategy in cleansing.strategies if strategy != RANDOM]
+    strategies = _drawn(cleansing)
     for place, strategy in enumerate(strategies):
         shift = apart * (place - (len(strategies) - 1) / 2)
         x, mean = _line(axes, cleansing.by(strategy), name, scale, place, shift)
@@ -54,6 +57,14 @@ def plot_cleansing(cleansing: Cleansing) -> Figure:
     axes.set_title(f"Does cleaning help? ({'lower' if metric == 'loss' else 'higher'} is better)")
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure
+
+
+def _drawn(cleansing: Cleansing) -> list[str]:
+    """Strategies to draw a line for, in their order."""
+    strategies = [strategy for strategy in cleansing.strategies if strategy != RANDOM]
+    best = {strategy: min(rank(o, cleansing.metric) for o in cleansing.by(strategy)) for strategy in strategies}
+    kept = sorted(strategies, key=lambda strategy: best[strategy])[:MAX_LINES]
+    return [strategy for strategy in strategies if strategy in kept]
 
 
 def _line(

@@ -67,6 +67,14 @@ def test_ring_on_the_line_where_nothing_is_to_be_cleaned() -> None:
     assert ring.get_xydata()[0].tolist() == pytest.approx([0, 60])  # type: ignore[index]
 
 
+def test_of_many_windows_those_are_drawn_that_are_best_on_validation() -> None:
+    many = [outcome(f"influence w{w:02d}", 5, "accuracy", 0.30 + w / 100, 0.9 - w / 100) for w in range(20)]
+    found = Cleansing((*cleansing().outcomes, *many), "accuracy", "drop")
+    (axes,) = plot_cleansing(found).axes
+    drawn = {container.get_label() for container in axes.containers}
+    assert drawn == {"influence", "loss", *(f"influence w{w:02d}" for w in range(15, 20))}
+
+
 def test_one_fraction_and_a_loss() -> None:
     both = cleansing("loss", "relabel", gain=-0.2)
     found = Cleansing(tuple(o for o in both.outcomes if o.trial.count in (0, 5)), "loss", "relabel")
