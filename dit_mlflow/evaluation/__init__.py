@@ -9,6 +9,8 @@ from dit_mlflow.evaluation.correlation import (
 from dit_mlflow.evaluation.corruption import Corrupted, Damage, corrupt
 from dit_mlflow.evaluation.datamodeling import Subsets, datamodeling_score, train_on_subsets
 from dit_mlflow.evaluation.detection import detection, recall_curve
+from dit_mlflow.evaluation.mean_interval import mean_interval
+from dit_mlflow.evaluation.mean_scores import mean_scores, sample_scores
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.evaluation.patterns import correlations_by_pattern, pattern_counts, patterns, window_correlations
 from dit_mlflow.evaluation.stability import stability
@@ -27,9 +29,12 @@ __all__ = [
     "corrupt",
     "datamodeling_score",
     "detection",
+    "mean_interval",
+    "mean_scores",
     "pattern_counts",
     "patterns",
     "recall_curve",
+    "sample_scores",
     "stability",
     "train_on_subsets",
     "trust",

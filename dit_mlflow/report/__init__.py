@@ -1,5 +1,7 @@
 """Plots and tables."""
 
+from dit_mlflow.report.cleansing import cleansing_table, plot_cleansing
+from dit_mlflow.report.cleansing_note import cleansing_answer, cleansing_note
 from dit_mlflow.report.comparison import plot_fidelity_against_cost
 from dit_mlflow.report.plots import plot_against_truth, plot_top_samples
 from dit_mlflow.report.recall import plot_recall_curves
@@ -7,7 +9,11 @@ from dit_mlflow.report.tables import terminal_table, top_samples_table, windows_
 from dit_mlflow.report.window_correlations import plot_window_correlations, window_correlations_table
 
 __all__ = [
+    "cleansing_answer",
+    "cleansing_note",
+    "cleansing_table",
     "plot_against_truth",
+    "plot_cleansing",
     "plot_fidelity_against_cost",
     "plot_recall_curves",
     "plot_top_samples",

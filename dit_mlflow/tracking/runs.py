@@ -73,14 +73,17 @@ def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset 
         mlflow.set_tags({UNDEFINED + name: reason for name, reason in reasons.items()})
 
 
-def log_series(name: str, values: Sequence[float | None]) -> None:
-    """Log one value per step ``0, 1, …`` on the active run, in few requests; ``None`` and NaN are left out."""
+def log_series(name: str, values: Sequence[float | None], steps: Sequence[int] | None = None) -> None:
+    """Log one value per step on the active run, in few requests; ``None`` and NaN are left out.
+
+    ``steps``: default ``0, 1, …``.
+    """
     run = mlflow.active_run()
     assert run is not None
     now = int(time.time() * 1000)
     metrics = [
         Metric(name, float(value), now, step)
-        for step, value in enumerate(values)
+        for step, value in zip(steps or range(len(values)), values, strict=True)
         if value is not None and math.isfinite(value)
     ]
     for start in range(0, len(metrics), BATCH):
