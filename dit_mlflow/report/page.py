@@ -16,7 +16,7 @@ import numpy as np
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence import Influence, Window
 from dit_mlflow.report.exhibits import Subjects, encodable
-from dit_mlflow.report.page_data import Columns, flag_count, json_in_html, page_data
+from dit_mlflow.report.page_data import Columns, flag_count, json_in_html, page_data, readable
 
 SCRIPTS = ("data.js", "chart.js", "charts.js", "detail.js", "table.js", "page.js")
 """In the order in which they need one another; they become one script."""
@@ -26,6 +26,10 @@ COUNTERFACTUALS = {
     "final": "were left out of one window of training, measured at the end of training",
     "cumulative": "were left out from the start of training, measured as the change over a window",
 }
+
+CAUTION = '\n<span class="quiet">Helpful and harmful as for a loss, which should be low.</span>'
+
+UNKNOWN = "How far this can be trusted is not known: no sample was left out exactly."
 
 ROWS = 5
 """Samples of each side in the table for readers without scripts."""
@@ -46,8 +50,8 @@ def influence_page(
 
     It shows the answer in words, influence over the windows, and a table of all samples to sort and filter, with each
     sample's picture, text or table row. It needs no network, no storage and no server; its scripts run in a sandboxed
-    frame. Without scripts, the words and a short table remain. Data reaches the page as JSON and as text nodes only, and
-    a content security policy lets no other script run and nothing be loaded.
+    frame. Without scripts, the words and a short table remain. Data reaches the page as JSON and as text nodes only,
+    and a content security policy lets no other script run and nothing be loaded.
 
     Args:
         estimate: scores. If the whole run ``[0, T)`` is among its windows, that is what samples are ranked and flagged
@@ -57,7 +61,8 @@ def influence_page(
         windows: those to show; default: all of the estimate's.
         metrics: by window, with names as on the runs (``ground_truth/spearman``, ``trust/…``, ``detection/…``).
         training: a few words that name what was trained.
-        sentences: the answer, as plain text.
+        sentences: the answer, as plain text; default: which samples harm and help most and when, and what the metrics
+            say of the whole run.
 
     Scores are embedded as float32. Queries that would take the scores over 2.5 MB are left out, and the page says so;
     the first is always there. Pictures (of at most 600 samples, the most extreme of each window first) take up to
@@ -75,23 +80,52 @@ def influence_page(
         script=script,
         data=json_in_html(data),
         question=_text(question),
-        query=_text(estimate.queries[0] if len(estimate.queries) == 1 else "the query"),
-        sentences="".join(f"<li>{_text(sentence)}</li>" for sentence in sentences),
+        query=_text(_named(estimate.queries[0]) if len(estimate.queries) == 1 else "the query"),
+        caution="" if all("loss" in query for query in estimate.queries) else CAUTION,
+        sentences="".join(f"<li>{_text(sentence)}</li>" for sentence in sentences or _answer(columns, data)),
         flagged=_text(_flag_rule(columns, data)),
         rows=_rows(columns, data),
     )
 
 
 def _question(estimate: Influence, columns: Columns, training: str) -> str:
-    query = estimate.queries[0] if len(estimate.queries) == 1 else f"each of {len(estimate.queries)} queries"
+    several = len(estimate.queries)
+    query = _named(estimate.queries[0]) if several == 1 else f"each of {several} queries"
     change = COUNTERFACTUALS.get(estimate.kind)
-    asked = f"How would {query} change if a training sample {change}?" if change else f"Which samples stand out by {query}?"
-    kind = f", kind {estimate.kind}" if change else ""
+    asked = f"How would {query} change if a training sample {change}?"
+    if change is None:
+        asked = f"Which training samples stand out by {query}?"
+    kind = f" (kind {estimate.kind})" if change else ""
     count = len(columns.windows)
     spans = "1 window" if count < 2 else f"{count} windows"
     steps = f"{spans} of training steps {columns.whole.start}–{columns.whole.end}"
     of = f" of {training}" if training else ""
     return f"{asked} Estimated by {estimate.method}{kind} for {len(estimate.samples):,} samples in {steps}{of}."
+
+
+def _named(query: str) -> str:
+    return f"the {readable(query)}" if query.isidentifier() else query
+
+
+def _answer(columns: Columns, data: Mapping[str, Any]) -> list[str]:
+    first, trust = data["queries"][0], data["columns"][0]["trust"]
+    told = []
+    for side, verb, most in (("harmful", "harms", np.nanargmin), ("helpful", "helps", np.nanargmax)):
+        if not first[side]:
+            told.append(f"no sample is {side}")
+            continue
+        at = first[side][0]
+        when = ""
+        if columns.windows and np.isfinite(columns.estimate[1:, 0, at]).any():
+            when = f", chiefly in steps {columns.names[1 + int(most(columns.estimate[1:, 0, at]))]}"
+        others = " and ".join(str(data["samples"][other]) for other in first[side][1:3])
+        doubt = ""
+        if columns.exact is not None and columns.exact[0, 0, at] * columns.estimate[0, 0, at] < 0:
+            doubt = " (left out exactly, it does the opposite)"
+        then = f", then {others}" if others else ""
+        told.append(f"sample {data['samples'][at]} {verb} most{when}{doubt}{then}")
+    who = "; ".join(told)
+    return [f"{who[0].upper()}{who[1:]} ({columns.names[0]}).", trust or UNKNOWN]
 
 
 def _flag_rule(columns: Columns, data: Mapping[str, Any]) -> str:
@@ -120,4 +154,4 @@ def _text(text: str) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("dit_mlflow.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return (files("dit_mlflow.report") / "assets" / name).read_text(encoding="utf-8")

@@ -163,7 +163,7 @@ def _query(estimate: Influence, columns: Columns, place: int, k: int, known: np.
         found = patterns(estimate.select(list(columns.windows)), name)
         pattern = [PATTERN_NAMES.index(name) for name in found]
     return {
-        "name": encodable(name),
+        "name": encodable(readable(name)),
         "scores": packed(scores),
         "exact": None if known is None or columns.exact is None else packed(columns.exact[:, place, known]),
         "flagged": flagged(first, k).tolist(),
@@ -194,14 +194,23 @@ def _trust(metrics: Metrics | None) -> dict[str, Any]:
             sentences.append(f"Exact retraining agrees with itself to {signed(floor)}.")
     if (recall := values.get("detection/recall_at_k")) is not None:
         by_chance = values.get("detection/recall_at_k_chance")
-        beside = "" if by_chance is None else f" (chance: {by_chance:.0%})"
-        sentences.append(f"Of the damaged samples, {recall:.0%} are among as many lowest scores{beside}.")
+        beside = "" if by_chance is None else f" (chance: {_percent(by_chance)})"
+        sentences.append(f"Of the damaged samples, {_percent(recall)} are among as many lowest scores{beside}.")
     return {"spearman": None if spearman is None else round(spearman, 3), "trust": " ".join(sentences)}
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def signed(value: float) -> str:
     """Two decimals, with a minus sign that is one."""
     return f"{value:.2f}".replace("-", "−")
+
+
+def readable(query: str) -> str:
+    """The query's name in words, if it is one of ours in the form of an identifier."""
+    return query.replace("_", " ") if query.isidentifier() else query
 
 
 def packed(values: np.ndarray) -> str:

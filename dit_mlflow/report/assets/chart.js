@@ -40,7 +40,7 @@ function windowChart(options) {
     chart.append(drawn("text", { x: box.left - 8, y: y(at) + 4, class: "tick end" }, text));
   }
   chart.append(
-    drawn("text", { transform: `translate(14 ${(box.top + box.bottom) / 2}) rotate(-90)`, class: "axis middle" }, `${options.yTitle} ${unitName(unit)}`.trim()),
+    drawn("text", { transform: `translate(14 ${(box.top + box.bottom) / 2}) rotate(-90)`, class: "axis middle" }, [options.yTitle, unitName(unit)].join(" ").trim()),
     drawn("text", { x: (box.left + box.right) / 2, y: height - 4, class: "axis middle" }, "window (training steps)"),
   );
   if (band) drawBand(chart, band, x, y, slot);
@@ -97,7 +97,7 @@ function drawSeries(chart, one, x, y) {
     const [cx, cy] = [x(place), y(value)];
     const shape = one.dashed
       ? drawn("path", { d: `M${cx} ${cy - 5}L${cx + 5} ${cy}L${cx} ${cy + 5}L${cx - 5} ${cy}Z`, class: "point hollow" })
-      : drawn("circle", { cx, cy, r: 3.2, class: "point" });
+      : drawn("circle", { cx, cy, r: one.signed ? 4 : 3.2, class: one.signed && value !== 0 ? `point ${value > 0 ? "above" : "below"}` : "point" });
     const told = `${one.name}, ${data.columns[windowColumns[place]].name}: ${number(value, unitOf([value]))} ${unitName(unitOf([value]))}`;
     shape.append(drawn("title", {}, told.trim()));
     group.append(shape);

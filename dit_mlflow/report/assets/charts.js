@@ -1,30 +1,29 @@
 /* The overview of the samples that matter most, and the small bars in the table. */
 
-const GUTTER = 176;
-
 const valuesOf = (position) => windowColumns.map((column) => score(column, position));
 const bandOf = () => windowColumns.map((column) => query().band[column]);
-const effect = () => `change of ${query().name.length > 34 ? "the query" : query().name}`;
+const effect = () => `influence: change of ${query().name.length > 26 ? "query" : query().name}`;
 
 function drawOverview() {
   const place = byId("overview");
   const width = Math.max(480, place.clientWidth);
+  const gutter = Math.min(320, Math.max(176, 0.25 * width));
   const chosen = [...query().helpful.map((position) => [position, "helpful"]), ...query().harmful.map((position) => [position, "harmful"])];
   if (state.open !== null && !chosen.some(([position]) => position === state.open)) chosen.push([state.open, "chosen"]);
   const series = chosen.map(([position, side]) => ({
     position, side, values: valuesOf(position), name: `sample ${data.samples[position]}`, open: () => openSample(position),
   }));
   const { chart, x, y, box } = windowChart({
-    width, height: 340, right: GUTTER, series, band: bandOf(), picked: state.column, pick: pickColumn,
+    width, height: 340, right: gutter, series, band: bandOf(), picked: state.column, pick: pickColumn,
     yTitle: effect(), title: "Influence over windows of the most harmful and most helpful samples",
   });
   for (const one of series) one.drawn.classList.toggle("open", one.position === state.open);
-  labelLines(chart, series, x, y, box);
+  labelLines(chart, series, x, y, box, gutter);
   place.replaceChildren(chart);
 }
 
 /* Names at the lines' ends, moved apart where they would cover one another. */
-function labelLines(chart, series, x, y, box) {
+function labelLines(chart, series, x, y, box, gutter) {
   const gap = 25;
   const ends = series.map((one) => {
     const last = one.values.map(Number.isFinite).lastIndexOf(true);
@@ -41,9 +40,9 @@ function labelLines(chart, series, x, y, box) {
     if (picture) group.append(drawn("image", { href: picture, x: left, y: at - 11, width: 22, height: 22 }));
     const text = left + (picture ? 28 : 2);
     const index = `${data.samples[one.position]}`;
-    const rest = shortened([label(one.position), picture ? null : line(one.position)].filter(Boolean).join(" · "), Math.floor((GUTTER - (text - box.right) - 8) / 6.4) - index.length - 2);
+    const rest = shortened((picture && gutter < 240 ? label(one.position) : null) || line(one.position) || label(one.position) || "", Math.floor((gutter - (text - box.right) - 8) / 6.4) - index.length - 2);
     group.append(
-      drawn("rect", { x: left - 2, y: at - gap / 2, width: GUTTER - 14, height: gap, class: "hit" }),
+      drawn("rect", { x: left - 2, y: at - gap / 2, width: gutter - 14, height: gap, class: "hit" }),
       drawn("text", { x: text, y: at + 4 }, drawn("tspan", { class: "strong" }, index), drawn("tspan", { dx: 6, class: "rest" }, rest)),
     );
     group.addEventListener("click", one.open);
@@ -63,16 +62,20 @@ function labelLines(chart, series, x, y, box) {
   });
 }
 
-/* Places near the wanted ones, in their order, at least gap apart, within the bounds if there is room. */
+/* Places as near the wanted ones (ascending) as can be, gap apart, within the bounds if there is room. */
 function spreadOut(wanted, gap, top, bottom) {
-  const places = [];
-  wanted.forEach((place, rank) => places.push(Math.max(place, top, rank ? places[rank - 1] + gap : top)));
-  let limit = bottom;
-  for (let rank = places.length - 1; rank >= 0; rank -= 1) {
-    places[rank] = Math.min(places[rank], limit);
-    limit = places[rank] - gap;
-  }
-  return places;
+  const blocks = [];
+  wanted.forEach((place, rank) => {
+    blocks.push({ sum: place - rank * gap, size: 1 });
+    for (let last = blocks.length - 1; last > 0 && blocks[last - 1].sum / blocks[last - 1].size > blocks[last].sum / blocks[last].size; last -= 1) {
+      const { sum, size } = blocks.pop();
+      blocks[last - 1].sum += sum;
+      blocks[last - 1].size += size;
+    }
+  });
+  const start = blocks.flatMap((block) => Array(block.size).fill(block.sum / block.size));
+  const latest = bottom - (wanted.length - 1) * gap;
+  return start.map((place, rank) => Math.max(top, Math.min(place, latest)) + rank * gap);
 }
 
 /* Text for SVG, which cannot isolate what turns the direction of writing: without those characters. */

@@ -37,6 +37,11 @@ function facts(position) {
   return element("dl", { class: "facts" }, ...told);
 }
 
+function ordinal(rank) {
+  const ending = rank % 100 >= 11 && rank % 100 <= 13 ? "th" : { 1: "st", 2: "nd", 3: "rd" }[rank % 10] || "th";
+  return `${rank.toLocaleString("en")}${ending}`;
+}
+
 function rankOf(position) {
   const own = score(0, position);
   if (!Number.isFinite(own)) return "–";
@@ -45,7 +50,7 @@ function rankOf(position) {
     if (own < 0 ? score(0, other) < own : score(0, other) > own) beyond += 1;
   }
   const side = own < 0 ? "harmful" : own > 0 ? "helpful" : "neither harmful nor helpful";
-  return own === 0 ? side : `${(beyond + 1).toLocaleString("en")}. most ${side} of ${count.toLocaleString("en")}, ${data.columns[0].name}`;
+  return own === 0 ? side : `${beyond ? `${ordinal(beyond + 1)} most` : "most"} ${side} of ${count.toLocaleString("en")} (${data.columns[0].name})`;
 }
 
 function aside(position) {
@@ -56,11 +61,10 @@ function aside(position) {
   if (hasExact) key.append(element("span", { class: "key-exact" }, "◇"), "exact (left out, retrained) ");
   key.append(element("span", { class: "key-band" }), "90 % of all samples");
   holder.draw = (width) => {
-    const mean = score(0, position);
-    const series = [{ values: valuesOf(position), side: mean < 0 ? "harmful" : "helpful", name: "estimated" }];
+    const series = [{ values: valuesOf(position), side: "chosen", signed: true, name: "estimated" }];
     if (hasExact) series.push({ values: exactValues, side: "exact", dashed: true, name: "exact" });
     const { chart } = windowChart({
-      width: Math.max(300, width), height: 240, right: 12, series, band: bandOf(), picked: state.column, pick: pickColumn, yTitle: effect(),
+      width: Math.max(300, width), height: 240, right: 12, series, band: bandOf(), picked: state.column, pick: pickColumn, yTitle: "influence",
       title: `Influence over windows of sample ${data.samples[position]}`,
     });
     holder.replaceChildren(chart, key, numbers(position));

@@ -72,6 +72,7 @@ function fill(select, names) {
 
 function start() {
   byId("overall-name").textContent = data.columns[0].name;
+  byId("trust").hidden = data.columns.every((column) => column.trust === "");
   byId("damaged").hidden = data.damaged === null;
   byId("label").hidden = data.labels === null || data.labels.length > 200;
   byId("pattern").hidden = queries[0].patterns === null;

@@ -49,10 +49,10 @@ function drawHead() {
   const cells = shownColumns().map((column) => {
     const sorted = sortKey() === column.key;
     const unit = column.column ? unitName(columnUnit(column.column())) : "";
-    const words = [nameOf(column), unit && element("small", {}, ` ${unit}`)].filter(Boolean);
-    const attributes = { scope: "col", class: column.kind || null, "data-key": column.key };
-    if (!column.value) return element("th", attributes, ...words);
-    const button = element("button", { type: "button" }, ...words, element("span", { class: "arrow", "aria-hidden": "true" }, sorted ? (state.descending ? "▼" : "▲") : ""));
+    const attributes = { scope: "col", class: `${column.kind || ""} ${column.key}`, "data-key": column.key };
+    if (!column.value) return element("th", attributes, nameOf(column));
+    const arrow = sorted ? element("span", { class: "arrow", "aria-hidden": "true" }, state.descending ? "▼" : "▲") : null;
+    const button = element("button", { type: "button" }, nameOf(column), arrow, unit ? element("small", {}, ` ${unit}`) : null);
     button.addEventListener("click", () => sortBy(column.key));
     return element("th", { ...attributes, "aria-sort": sorted ? (state.descending ? "descending" : "ascending") : "none" }, button);
   });
