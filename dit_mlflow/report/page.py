@@ -125,7 +125,7 @@ def _answer(columns: Columns, data: Mapping[str, Any]) -> list[str]:
         then = f", then {others}" if others else ""
         told.append(f"sample {data['samples'][at]} {verb} most{when}{doubt}{then}")
     who = "; ".join(told)
-    return [f"{who[0].upper()}{who[1:]} ({columns.names[0]}).", trust or UNKNOWN]
+    return [f"{who[0].upper()}{who[1:]} ({columns.names[0]}).", *(trust or [UNKNOWN])]
 
 
 def _flag_rule(columns: Columns, data: Mapping[str, Any]) -> str:

@@ -180,7 +180,7 @@ def _quantiles(scores: np.ndarray) -> list[float] | None:
 
 
 def _trust(metrics: Metrics | None) -> dict[str, Any]:
-    """How far a column can be trusted: its rank correlation with exact leave-one-out, and a sentence."""
+    """How far a column can be trusted: its rank correlation with exact leave-one-out, and sentences."""
     values = {} if metrics is None else dict(metrics.values)
     spearman = values.get("ground_truth/spearman", values.get("trust/spearman"))
     sentences = []
@@ -189,18 +189,18 @@ def _trust(metrics: Metrics | None) -> dict[str, Any]:
         interval = "" if low is None or high is None else f", 95 % interval {signed(low)} to {signed(high)}"
         count = values.get("trust/samples")
         over = "" if count is None else f", over {count:.0f} samples"
-        sentences.append(f"Agreement with exact leave-one-out: Spearman {signed(spearman)}{interval}{over}.")
-        if (floor := values.get("ground_truth/attainable_spearman")) is not None:
-            sentences.append(f"Exact retraining agrees with itself to {signed(floor)}.")
+        floor = values.get("ground_truth/attainable_spearman")
+        most = "" if floor is None else f" (exact retraining with itself: {signed(floor)})"
+        sentences.append(f"Agreement with exact leave-one-out: Spearman {signed(spearman)}{interval}{over}{most}.")
     if (recall := values.get("detection/recall_at_k")) is not None:
         by_chance = values.get("detection/recall_at_k_chance")
         beside = "" if by_chance is None else f" (chance: {_percent(by_chance)})"
         sentences.append(f"Of the damaged samples, {_percent(recall)} are among as many lowest scores{beside}.")
-    return {"spearman": None if spearman is None else round(spearman, 3), "trust": " ".join(sentences)}
+    return {"spearman": None if spearman is None else round(spearman, 3), "trust": sentences}
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
 def signed(value: float) -> str:

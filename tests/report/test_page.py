@@ -135,10 +135,12 @@ def test_overview_patterns_band_and_words() -> None:
     assert names == patterns(found.select(windows)).tolist()
     np.testing.assert_allclose(query["band"][2], np.quantile(scores[1, 0], (0.05, 0.95)))
     assert [column["spearman"] for column in page.data["columns"]] == [0.713, None, -0.5, None, None]
-    assert page.data["columns"][2]["trust"] == (
+    assert page.data["columns"][2]["trust"] == [
         "Agreement with exact leave-one-out: Spearman −0.50, 95 % interval −0.90 to 0.10."
-    )
-    assert "88 %" in page.data["columns"][0]["trust"]
+    ]
+    agreement, found_again = page.data["columns"][0]["trust"]
+    assert "Spearman 0.71." in agreement
+    assert "88\N{NO-BREAK SPACE}%" in found_again
     assert "One & two" in page.texts
     assert any("50 samples in 4 windows of training steps 0–40 of digits <b>" in text for text in page.texts)
 

@@ -63,7 +63,7 @@ function drawPicker() {
   });
   byId("picker").replaceChildren(...named);
   if (focused) byId("picker").children[Number(focused)].focus();
-  byId("trust").textContent = data.columns[state.column].trust;
+  byId("trust").textContent = data.columns[state.column].trust.join(" ");
 }
 
 function fill(select, names) {
@@ -72,7 +72,7 @@ function fill(select, names) {
 
 function start() {
   byId("overall-name").textContent = data.columns[0].name;
-  byId("trust").hidden = data.columns.every((column) => column.trust === "");
+  byId("trust").hidden = data.columns.every((column) => column.trust.length === 0);
   byId("damaged").hidden = data.damaged === null;
   byId("label").hidden = data.labels === null || data.labels.length > 200;
   byId("pattern").hidden = queries[0].patterns === null;
