@@ -23,6 +23,7 @@ from dit_mlflow.evaluation import (
 from dit_mlflow.influence import Influence, Kind, Window, track
 from dit_mlflow.methods import confirm, leave_one_out
 from dit_mlflow.report import (
+    influence_page,
     plot_against_truth,
     plot_recall_curves,
     plot_top_samples,
@@ -193,6 +194,10 @@ def _log_parent(
         curves = {f"{found.method}, whole run": found.of(whole) for found in (estimate, truth) if found is not None}
         figure = plot_recall_curves(curves, workload.corrupted)
         mlflow.log_figure(figure, f"{INFLUENCE}/recall_curve.png")
+    measured = dict(zip([*windows, whole], [*answer.per_window, answer.whole], strict=True))
+    held = confirmed if truth is None else truth
+    page = influence_page(estimate, held, workload, windows, measured, workload_title(workload))
+    mlflow.log_text(page, f"{INFLUENCE}/report.html")
     figure = plot_top_samples(influence, describe=workload.describe)
     mlflow.log_figure(figure, f"{INFLUENCE}/influence_over_windows.png")
     if truth is not None:

@@ -73,6 +73,7 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
         "window_correlations.json",
         "recall_curve.png",
         "against_leave_one_out.png",
+        "report.html",
     }
     table = mlflow.load_table("influence/top_samples.json", run_ids=[parent.info.run_id])
     corrupted = set(table.loc[table["corrupted"], "sample"])
