@@ -10,7 +10,7 @@ from dit_mlflow.report.over_windows import plot_top_samples
 from dit_mlflow.report.pattern_panels import plot_patterns
 from dit_mlflow.report.recall import plot_recall_curves
 from dit_mlflow.report.sentences import Findings, answer_sentences
-from dit_mlflow.report.tables import terminal_table, top_samples_table, windows_table
+from dit_mlflow.report.tables import paragraph, terminal_table, top_samples_table, windows_table
 from dit_mlflow.report.training_note import training_note
 from dit_mlflow.report.window_correlations import plot_window_correlations, window_correlations_table
 from dit_mlflow.report.window_samples import plot_window_samples
@@ -23,6 +23,7 @@ __all__ = [
     "comparison_note",
     "comparison_sentences",
     "influence_note",
+    "paragraph",
     "plot_against_truth",
     "plot_fidelity_against_cost",
     "plot_heat_map",

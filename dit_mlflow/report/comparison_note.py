@@ -11,6 +11,9 @@ from dit_mlflow.report.markdown import GAP, escaped, markdown_table
 TIE = 0.005
 """Figures closer than this are called equal: they read the same with two digits, or nearly so."""
 
+CEILING = 0.995
+"""What leave-one-out in the recorded precision agrees with itself by, from which on that is not worth a word."""
+
 COLUMNS = {
     "spearman": "Spearman",
     "pearson": "Pearson",
@@ -82,7 +85,7 @@ def _fidelity(worked: pd.DataFrame, retraining: Collection[str], attainable: flo
     rest = cheap[~cheap["method"].isin(names)]
     if len(rest):
         text += f"; next is {rest['method'].iloc[0]} ({rest['spearman'].iloc[0]:.2f})"
-    if attainable is not None:
+    if attainable is not None and attainable < CEILING:
         text += f"; rounding lets nothing get beyond {attainable:.2f}"
     return text + "."
 

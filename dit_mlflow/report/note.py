@@ -138,7 +138,7 @@ def _next(links: Links) -> str:
         lines.append(f"- {_link('Model metrics', links.charts)}: the charts `by_window/…`")
     if links.windows:
         lines.append("- each window is a child run; its link is in the table")
-    return "\n".join(["**Where to look next:**", "", *lines]) if lines else ""
+    return "\n".join(["#### Where to look next", "", *lines]) if lines else ""
 
 
 def _link(name: str, target: str) -> str:

@@ -21,10 +21,10 @@ TURNED = 0.5
 """A sample is said to hurt elsewhere if it does so by this share of what it helped by where it helped most."""
 
 MEANING = {
-    "early": "is early: most of it falls in the first half of training",
-    "late": "is late: most of it falls in the second half of training",
-    "stable": "is stable: it keeps its sign and is spread over training",
-    "fluctuating": "fluctuates: it changes its sign during training",
+    "early": "most of their influence falls in the first half of training",
+    "late": "most of their influence falls in the second half of training",
+    "stable": "their influence keeps its sign and is spread over training",
+    "fluctuating": "their influence changes its sign during training",
 }
 
 
@@ -97,10 +97,10 @@ def _one(found: Findings, sample: int, sign: int, verb: str, change: str, first:
     place = int(np.nanargmax(sign * scores))
     name = found.gallery.name(int(found.influence.samples[sample]))
     object_, quantity = (" the model", f"the {found.query}") if first else ("", "it")
-    said = f"its removal {change} {quantity} by {amount(scores[place])}"
+    said = f"removal {change} {quantity} by {amount(scores[place])}"
     if len(windows) == 1:
         return f"{name} {verb}{object_} most: {said}"
-    text = f"{name} {verb}{object_} most, above all in steps {windows[place]}, where {said}"
+    text = f"{name} {verb}{object_} most, above all in steps {windows[place]} ({said})"
     other = int(np.nanargmin(sign * scores))
     if sign * scores[other] < -TURNED * sign * scores[place]:
         text += f", but {'helped' if verb == 'hurt' else 'hurt'} in steps {windows[other]}"
@@ -164,15 +164,12 @@ def _damaged(found: Findings) -> str | None:
     if key not in found.whole.values or not k:
         return None
     recall, chance = found.whole.values[key], found.whole.values[f"{key}_chance"]
-    text = (
-        f"of {k} deliberately damaged samples, {round(recall * k)} are among the {k} most harmful over the whole run "
-        f"(by chance {chance * k:.1f})"
-    )
+    text = f"of {k} damaged samples, {round(recall * k)} are among the {k} most harmful of the whole run"
     by_window = [metrics.values.get(key, -1.0) for metrics in found.per_window]
     best = int(np.argmax(by_window))
     if by_window[best] > recall:
-        text += f", {round(by_window[best] * k)} by steps {found.influence.windows[best]} alone"
-    return text
+        text += f", {round(by_window[best] * k)} among those of steps {found.influence.windows[best]}"
+    return f"{text} (by chance {chance * k:.1f})"
 
 
 def _pattern(found: Findings) -> str | None:
@@ -183,8 +180,8 @@ def _pattern(found: Findings) -> str | None:
         return None
     ((name, count),) = counts.most_common(1)
     total = len(found.influence.samples)
-    who = "most samples" if count > total / 2 else "the largest group of samples"
-    return f"the influence of {who} ({count} of {total}) {MEANING[name]}"
+    who = "most samples" if count > total / 2 else "the largest group"
+    return f"{who} ({count} of {total}) {'are' if count > total / 2 else 'is'} {name}: {MEANING[name]}"
 
 
 def _capitalised(text: str) -> str:

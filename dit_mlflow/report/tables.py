@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -12,6 +13,9 @@ from dit_mlflow.report.gallery import Gallery
 
 TOP = 10
 """Samples listed per window and side."""
+
+LINE = 110
+"""Characters of a line in the terminal."""
 
 DIGITS = 4
 """Significant digits of numbers in tables; all of them are in the stored scores and the metrics."""
@@ -73,6 +77,11 @@ def rounded(table: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
     """The table with its floating-point numbers at ``digits`` significant digits."""
     floats = [name for name in table if table[name].dtype.kind == "f"]
     return table.assign(**{str(name): table[name].map(lambda value: float(f"{value:.{digits}g}")) for name in floats})
+
+
+def paragraph(text: str) -> str:
+    """Plain text broken into lines of a terminal's width."""
+    return textwrap.fill(text, LINE, break_on_hyphens=False)
 
 
 def terminal_table(table: pd.DataFrame, names: Mapping[str, str]) -> str:

@@ -22,7 +22,8 @@ def training_note(run_id: str, trajectory: Trajectory) -> str:
     settings = {} if workload is None else workload.settings
     parts = [
         f"{_trained(trajectory, reference, settings)} {_recorded(trajectory)}",
-        "**Which training samples mattered, and when?** In a checkout of dit-mlflow, or anywhere:",
+        "**Which training samples mattered, and when?** In a checkout of dit-mlflow the first command, elsewhere the "
+        "second:",
         "\n".join(["```", *_commands(run_id, reference), "```"]),
         "In Python:",
         "\n".join(["```", *_python(run_id, reference), "```"]),

@@ -81,12 +81,17 @@ def _entry(
     text = excerpt(appearance, columns, 1)
     line = literal(f"{index}: {gallery.line(index)}".removesuffix(": "), 120)
     about = textwrap.wrap(line, columns, max_lines=1 if text else 2, placeholder=" …")
-    figures = f"{score:+.3g}" if exact is None else f"{score:+.3g}; leave-one-out {exact:+.3g}"
-    lines = [*([text] if text else []), *about, figures.replace("-", "−")]
+    figures = signed(score) if exact is None else f"{signed(score)}; leave-one-out {signed(exact)}"
+    lines = [*([text] if text else []), *about, figures]
     write_lines(axes, start, ROW - 0.05, "\n".join(lines))
     room = width - start - 0.1
     axes.barh(0.1, room, height=0.06, left=start, color=NEUTRAL, alpha=0.3)
     axes.barh(0.1, room * abs(score) / largest, height=0.06, left=start, color=colour)
+
+
+def signed(value: float) -> str:
+    """Three significant digits, with a sign."""
+    return f"{value:+.3g}".replace("-", "−")
 
 
 def _inches(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:

@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from mlflow import ActiveRun, MlflowClient
 from mlflow.entities import Run
-from tqdm.auto import tqdm
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import (
@@ -26,6 +25,7 @@ from dit_mlflow.evaluation import (
 )
 from dit_mlflow.influence import Influence, Kind, Window, track
 from dit_mlflow.methods import confirm, leave_one_out
+from dit_mlflow.progress import progress_over
 from dit_mlflow.report import (
     Findings,
     Gallery,
@@ -176,7 +176,7 @@ def run_influence(
             log_influence(confirmed, folder=CONFIRMED)
         samples = _log_parent(answer, estimate, truth, confirmed, workload, training_run_id)
         # The UI lists the newest first: the last window is logged first, so that they stand in order.
-        positions = tqdm(range(len(windows))[::-1], desc="logging windows", disable=None, leave=False)
+        positions = progress_over(range(len(windows))[::-1], "logging windows", "window")
         exact = truth or confirmed
         runs = [_log_window(answer, k, exact, samples, workload, training_run_id) for k in positions][::-1]
         set_note(run.info.run_id, influence_note(findings, influence_links(run, training_run_id, runs)))

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from dit_mlflow.errors import TrainingError, TrajectoryError, WorkloadError
+from dit_mlflow.progress import progress_bar
 from dit_mlflow.trajectory.random_state import preserved_random_state
 from dit_mlflow.trajectory.recorder import TrajectoryRecorder
 from dit_mlflow.trajectory.trajectory import Trajectory
@@ -88,7 +88,7 @@ def train_recorded(
         torch.manual_seed(order_seed)
         with (
             recording(model, optimizer) as recorder,
-            tqdm(total=plan.num_steps, desc="training", unit="step", disable=None) as progress,
+            progress_bar(plan.num_steps, "training") as progress,
         ):
             for epoch in range(len(plan.epoch_ends)):
                 if recorder.num_steps == max_steps:
