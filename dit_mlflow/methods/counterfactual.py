@@ -15,13 +15,13 @@ import cloudpickle
 import joblib
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course, courses
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.effort import Effort
-from dit_mlflow.methods.retraining import Baseline, Changes, Counterfactuals, Retraining
+from dit_mlflow.methods.retraining import Advanced, Baseline, Changes, Counterfactuals, Retraining
+from dit_mlflow.progress import progress_bar
 from dit_mlflow.trajectory import State, Workload
 from dit_mlflow.trajectory.dynamics import Dynamics
 from dit_mlflow.trajectory.manifest import Manifest
@@ -86,7 +86,8 @@ class _Shared:
     @classmethod
     def of(cls, question: Question, dtype: torch.dtype | None, memory_budget: int) -> _Shared:
         # What only training and reports need may be hard to send.
-        lean = replace(question.workload, optimizer=None, scheduler=None, test_set=None, describe=None, metrics=None)
+        lean = replace(question.workload, optimizer=None, scheduler=None, test_set=None, metrics=None)
+        lean = replace(lean, describe=None, show=None, label=None)
         stored = question.trajectory.batches
         return cls(lean, question.trajectory.manifest, stored, question.queries, dtype, memory_budget)
 
@@ -107,8 +108,8 @@ class _Job:
     def part(self, rows: np.ndarray) -> _Job:
         return replace(self, counterfactuals=self.counterfactuals.part(rows))
 
-    def run(self, retraining: Retraining) -> Changes:
-        return retraining.run(self.course, self.steps, self.baseline, self.counterfactuals)
+    def run(self, retraining: Retraining, advanced: Advanced | None = None) -> Changes:
+        return retraining.run(self.course, self.steps, self.baseline, self.counterfactuals, advanced)
 
 
 def _baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
@@ -135,20 +136,20 @@ def _run(
     parts = np.array_split(affected, count) if count else []
     kept = _Kept(effort.folder, shared, job)
     left = []
-    title = f"retraining {job.course.start}-{job.course.until}"
-    with tqdm(total=len(affected), desc=title, disable=None, leave=False) as progress:
+    length = len(job.steps)
+    title = f"retraining, steps {job.course.start}-{job.course.stop}"
+    with progress_bar(len(affected) * length, title) as progress:
         for rows in parts:
             found = kept.load(rows)
             if found is None:
                 left.append(rows)
                 continue
-            progress.update(len(rows))
+            progress.update(len(rows) * length)
             yield rows, found
         if workers == 1:
             for rows in left:
-                found = job.part(rows).run(here)
+                found = job.part(rows).run(here, progress.update)
                 kept.save(rows, found)
-                progress.update(len(rows))
                 yield rows, found
         elif left:
             sent = _packed(shared)
@@ -157,7 +158,7 @@ def _run(
                 for rows in left
             )
             for rows, found in zip(left, pool(tasks), strict=True):
-                progress.update(len(rows))
+                progress.update(len(rows) * length)
                 yield rows, found
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dit_mlflow.report.plots import HELPFUL, MARKED, NEUTRAL
+from dit_mlflow.report.plots import HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
 
 COLOURS = {"query": HELPFUL, "ranking": "#009E73", "suspicion": MARKED}
 LEGEND = {
@@ -32,7 +32,7 @@ def plot_fidelity_against_cost(
         training: seconds of the training itself, drawn as a line.
     """
     shown = table.dropna(subset=["spearman"]).sort_values("spearman", ascending=True).reset_index(drop=True)
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = new_figure(5.6)
     axes = figure.subplots()
     for measures, colour in COLOURS.items():
         rows = shown[shown["measures"] == measures]
@@ -51,7 +51,7 @@ def plot_fidelity_against_cost(
     axes.set_xlabel("seconds")
     axes.set_ylabel("Spearman correlation with exact leave-one-out\n(whole run; bars: 95 % interval)")
     axes.set_title("Which method, at what cost")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)
     return figure
 
 
@@ -67,5 +67,5 @@ def _label_points(axes: Axes, shown: pd.DataFrame) -> None:
             y += 0.05
         taken += [(x, y), (x - 0.05, spearman)]
         line = {"arrowstyle": "-", "lw": 0.4, "color": NEUTRAL} if y > spearman else None
-        style: dict[str, Any] = {"xytext": (10**x * 1.09, y), "fontsize": 8, "va": "center", "arrowprops": line}
+        style: dict[str, Any] = {"xytext": (10**x * 1.09, y), "fontsize": SMALL, "va": "center", "arrowprops": line}
         axes.annotate(name, (seconds, spearman), **style)

@@ -11,7 +11,6 @@ from functools import partial
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from tqdm.auto import tqdm
 
 from dit_mlflow.errors import InputError, TrainingError, UnsupportedError, WorkloadError
 from dit_mlflow.evaluation import mean_scores
@@ -32,6 +31,7 @@ from dit_mlflow.influence import Kind, Window, check_kind, parse_windows, track
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods import method
 from dit_mlflow.methods.confident_learning import out_of_sample
+from dit_mlflow.progress import progress_bar
 from dit_mlflow.report import cleansing_answer, cleansing_table, terminal_table
 from dit_mlflow.tracking.artifacts import load_trajectory, log_influence
 from dit_mlflow.tracking.cleansing_runs import CleansingRuns
@@ -241,7 +241,7 @@ def _outcomes(
     outcomes: list[Outcome] = []
     failures: list[str] = []
     total = sum(len(trial.flagged) for trial in tried) * len(runs.seeds)
-    with tqdm(total=total, desc="trainings", unit="training", disable=None) as progress:
+    with progress_bar(total, "trainings", "training") as progress:
         for trial in tried:
             before = outcomes[0] if outcomes else None
             attempt = partial(tried_out, trial, _change(workload, predicted), runs.seeds, progress.update)

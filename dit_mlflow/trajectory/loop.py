@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from dit_mlflow.errors import TrainingError, TrajectoryError, WorkloadError
+from dit_mlflow.progress import progress_bar
 from dit_mlflow.trajectory.random_state import preserved_random_state
 from dit_mlflow.trajectory.recorder import TrajectoryRecorder
 from dit_mlflow.trajectory.trajectory import Trajectory
@@ -150,7 +150,7 @@ def _train(
         torch.manual_seed(order_seed)
         with (
             witnessing(model, optimizer) as witness,
-            tqdm(total=plan.num_steps, desc="training", unit="step", disable=quiet or None) as progress,
+            progress_bar(plan.num_steps, "training", shown=not quiet) as progress,
         ):
             for epoch in range(len(plan.epoch_ends)):
                 if witness.num_steps == max_steps:

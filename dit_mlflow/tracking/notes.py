@@ -1,0 +1,50 @@
+"""Notes on runs, and the links in them."""
+
+from __future__ import annotations
+
+import logging
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+from dit_mlflow.report.note import Links
+from dit_mlflow.report.training_note import training_note
+from dit_mlflow.tracking.names import INFLUENCE
+from dit_mlflow.trajectory import Trajectory
+
+_log = logging.getLogger(__name__)
+
+
+def set_note(run_id: str, note: str) -> None:
+    """Make ``note`` (Markdown) the description of a run that has none; a user's own stays."""
+    client = MlflowClient()
+    if not client.get_run(run_id).data.tags.get(MLFLOW_RUN_NOTE, "").strip():
+        client.set_tag(run_id, MLFLOW_RUN_NOTE, note)
+
+
+def page(run: Run, tab: str = "") -> str:
+    """A run's page, or a tab of it, as the target of a link in a note: relative to where the UI is served."""
+    # Without the query, the UI opens in its mode for language models.
+    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{tab}?workflowType=machine_learning"
+
+
+def influence_links(run: Run, training_run_id: str, windows: list[Run]) -> Links:
+    """Where the note of the influence run ``run`` leads, whose windows have the runs ``windows``."""
+    client = MlflowClient()
+    training = client.get_run(training_run_id)
+    names = [item.path.rpartition("/")[2] for item in client.list_artifacts(run.info.run_id, INFLUENCE)]
+    return Links(
+        training=(training.info.run_name or training_run_id, page(training)),
+        windows=[page(window) for window in windows],
+        artifacts={name: page(run, f"/artifacts/{INFLUENCE}/{name}") for name in names},
+        charts=page(run, "/model-metrics"),
+    )
+
+
+def note_training(run_id: str, trajectory: Trajectory) -> None:
+    """Leave the note of a training run. A failure is logged, since training is over and its result counts."""
+    try:
+        set_note(run_id, training_note(run_id, trajectory))
+    except Exception as error:  # Of whatever kind: stores raise what their libraries do.
+        _log.warning("the note of run %s could not be written: %s", run_id, error)
