@@ -15,7 +15,7 @@ CEILING = 0.995
 """What leave-one-out in the recorded precision agrees with itself by, from which on that is not worth a word."""
 
 COLUMNS = {
-    "spearman": "Spearman",
+    "spearman": "Spearman (95 % interval)",
     "pearson": "Pearson",
     "lds": "LDS",
     "recall_at_k": "damaged found",
@@ -134,7 +134,7 @@ def _table(table: pd.DataFrame) -> str:
         if not row["failed"]:
             cells = [_cell(name, row.get(name)) for name in columns]
             if "spearman" in columns:
-                cells[0] += escaped(_interval(pd.Series(row)))
+                cells[0] += _bounds(pd.Series(row))
         rows.append(
             [escaped(str(row["method"])), *(cells if not row["failed"] else [cells[0], *[""] * (len(cells) - 1)])]
         )
@@ -148,8 +148,12 @@ def _cell(name: str, value: object) -> str:
 
 
 def _interval(row: pd.Series) -> str:
+    return _bounds(row).replace("(", "(95 % interval ")
+
+
+def _bounds(row: pd.Series) -> str:
     low, high = row.get("spearman_low"), row.get("spearman_high")
-    return "" if low is None or pd.isna(low) or pd.isna(high) else f" (95 % interval {low:.2f} to {high:.2f})"
+    return "" if low is None or pd.isna(low) or pd.isna(high) else f" ({low:.2f} to {high:.2f})"
 
 
 def _known(table: pd.DataFrame, name: str) -> bool:

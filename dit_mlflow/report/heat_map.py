@@ -25,6 +25,9 @@ def plot_heat_map(influence: Influence, gallery: Gallery | None = None, k: int =
     shown, harmful = _chosen(scores, k)
     figure = new_figure(1.7 + 0.205 * max(len(shown), 3))
     axes = figure.subplots()
+    if not shown:
+        axes.text(0.5, 0.5, "no sample mattered on average", transform=axes.transAxes, ha="center")
+        return figure
     count = len(influence.windows)
     values = scores[:, shown].T
     values[~np.isfinite(influence.scores[:, 0, shown].T)] = np.nan

@@ -1,7 +1,7 @@
 """The notes of influence runs and of their windows: Markdown, shown at the top of a run's page in MLflow's UI.
 
 The UI shows the first four lines or so until the reader asks for more: the answer stands first. It breaks lines where
-the text does, and has no room between the columns of a table.
+the text does, and has no room between the columns of a table, nor below one.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _next(links: Links) -> str:
         lines.append(f"- {_link('Model metrics', links.charts)}: the charts `by_window/…`")
     if links.windows:
         lines.append("- each window is a child run; its link is in the table")
-    return "\n".join(["#### Where to look next", "", *lines]) if lines else ""
+    return "\n".join(["<br>**Where to look next**", "", *lines]) if lines else ""
 
 
 def _link(name: str, target: str) -> str:

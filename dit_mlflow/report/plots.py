@@ -14,9 +14,8 @@ from dit_mlflow.report.markdown import one_line
 HELPFUL, HARMFUL, NEUTRAL, MARKED = "#0072B2", "#D55E00", "#8C8C8C", "#E69F00"
 """Okabe and Ito's colours, distinct under every common colour blindness."""
 
-DIVERGING = LinearSegmentedColormap.from_list("harmful-helpful", [HARMFUL, "#F7F7F7", HELPFUL])
+DIVERGING = LinearSegmentedColormap.from_list("influence", [HARMFUL, "#F7F7F7", HELPFUL]).with_extremes(bad="#D0D0D0")
 """Harmful, nothing, helpful; to be centred on 0."""
-DIVERGING.set_bad("#D0D0D0")
 
 WIDTH, DPI = 8.0, 150
 """Inches and dots per inch of every plot. MLflow's UI shows it 580 to 900 pixels wide: a point is a pixel there."""

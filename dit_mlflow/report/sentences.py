@@ -164,7 +164,8 @@ def _damaged(found: Findings) -> str | None:
     if key not in found.whole.values or not k:
         return None
     recall, chance = found.whole.values[key], found.whole.values[f"{key}_chance"]
-    text = f"of {k} damaged samples, {round(recall * k)} are among the {k} most harmful of the whole run"
+    hits = round(recall * k)
+    text = f"of {k} damaged samples, {hits} {'is' if hits == 1 else 'are'} among the {k} most harmful of the whole run"
     by_window = [metrics.values.get(key, -1.0) for metrics in found.per_window]
     best = int(np.argmax(by_window))
     if by_window[best] > recall:
