@@ -35,7 +35,7 @@ from dit_mlflow.report import (
 from dit_mlflow.tracking.artifacts import log_influence
 from dit_mlflow.tracking.names import CONFIRMED, GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.runs import log_metrics, log_series, peak_memory_mb, project_run
-from dit_mlflow.tracking.training import workload_params, workload_title
+from dit_mlflow.tracking.training import seeds_title, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload
 
 
@@ -112,7 +112,9 @@ def run_influence(
         project_run_id: the run that ``mlflow run`` made for this job; ``None`` = start one.
     """
     tags = {KIND: "influence", METHOD: "dit", TRAINING_RUN: training_run_id}
-    title = f"influence {workload_title(workload)} {kind}"
+    seeds = MlflowClient().get_run(training_run_id).data.params
+    seeded = seeds_title(seeds.get("resolved.init_seed", 0), seeds.get("resolved.order_seed", 0))
+    title = f"influence {workload_title(workload)}{seeded} {kind}"
     with project_run(project_run_id, title, tags) as run:
         mlflow.log_params(
             {
