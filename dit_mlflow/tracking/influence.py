@@ -149,7 +149,8 @@ def run_influence(
             confirmed = confirm(answer.influence, trajectory, workload, checks.confirm)
             log_influence(confirmed, folder=CONFIRMED)
         _log_parent(answer, estimate, truth, confirmed, workload, training_run_id)
-        for index in range(len(windows)):
+        # Last first: the UI lists the newest run on top.
+        for index in reversed(range(len(windows))):
             _log_window(answer, index, truth, workload, training_run_id)
     return answer
 
@@ -218,8 +219,9 @@ def _log_window(answer: Answer, index: int, truth: Influence | None, workload: W
     with mlflow.start_run(run_name=name, nested=True, tags=tags):
         bounds = {"window_index": index, "window_start": window.start, "window_end": window.end}
         mlflow.log_params({"method": influence.method, "kind": influence.kind, **bounds})
-        mlflow.log_metrics({"window_start": window.start, "window_end": window.end})
         log_metrics(answer.per_window[index])
+        # After the others: the page that compares runs begins with the metric that was logged first.
+        mlflow.log_metrics({"window_start": window.start, "window_end": window.end})
         if truth is not None:
             figure = plot_against_truth(influence, truth, [index], workload.corrupted)
             mlflow.log_figure(figure, "against_leave_one_out.png")
