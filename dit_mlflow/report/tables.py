@@ -24,11 +24,12 @@ def windows_table(influence: Influence, metrics: Sequence[Metrics]) -> pd.DataFr
     extremes = influence.top(1)
     extremes = extremes[extremes["query"] == influence.queries[0]].set_index(["window_index", "side"])
     for index, (window, found) in enumerate(zip(influence.windows, metrics, strict=True)):
-        row: dict[str, object] = {"window": index, "start": window.start, "end": window.end}
+        # Where the UI compares tables, it begins with the column after the first.
+        row: dict[str, object] = {"window": index}
         for side in ("harmful", "helpful"):
             known = (index, side) in extremes.index
             row[f"most_{side}"] = int(extremes.loc[(index, side), "sample_index"]) if known else None
-        rows.append(row | dict(found.values))
+        rows.append(row | {"start": window.start, "end": window.end} | dict(found.values))
     return pd.DataFrame(rows)
 
 

@@ -29,14 +29,15 @@ def numbers(texts: list[str]) -> list[float]:
 def test_windows_of_a_run(page, site, shot, names) -> None:
     page.goto(printed(site.world.said, "windows", site))
     expect(page.get_by_text("5 matching runs")).to_be_visible()
-    expect(page.get_by_text("Windows of influence mnist logreg local (4)")).to_be_visible()
+    section = page.get_by_test_id("experiment-view-compare-runs-section-header").first
+    expect(section).to_have_text(re.compile(r"Windows of influence mnist logreg local\s*\(4\)"))
     assert names() == WINDOWS
     bars = card(page, "ground_truth/spearman").locator(".bartext")
     expect(bars).to_have_count(5)
     history = site.client.get_metric_history(site.world.local, COMPARED)
     logged = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
     # From bottom to top; the UI shows two decimals.
-    assert numbers(bars.all_inner_texts()) == pytest.approx(logged[::-1], abs=0.0051)
+    assert numbers(bars.all_text_contents()) == pytest.approx(logged[::-1], abs=0.0051)
     axes = card(page, "Parallel Coordinates").locator(".parcoords")
     axes.scroll_into_view_if_needed()
     expect(axes).to_be_visible()
@@ -81,8 +82,10 @@ def test_trainings(page, site, shot) -> None:
 
 def test_tables_of_two_influence_runs_side_by_side(page, site, shot) -> None:
     page.goto(printed(site.world.said, "influence runs", site).replace("=CHART", "=ARTIFACT"))
-    expect(page.get_by_text("Table: influence/windows.json")).to_be_visible()
-    expect(page.get_by_text("Compare: most_harmful")).to_be_visible()
+    expect(page.get_by_role("combobox").filter(has_text="influence/windows.json")).to_be_visible()
+    expect(page.get_by_role("combobox", name="selected option: most_harmful")).to_be_visible()
+    for run_id in (site.world.local, site.world.cumulative):
+        expect(page.get_by_role("grid").last.locator(f"a[href*='{run_id}']")).to_be_visible()
     shot("compare-tables")
 
 

@@ -9,7 +9,7 @@ from world import WINDOWS
 def test_runs_stand_at_top_level_and_windows_open_below_in_order(page, site, shot, names) -> None:
     page.goto(site.runs())
     expect(page.get_by_role("link", name="influence mnist logreg local", exact=True)).to_be_visible()
-    expect(page.get_by_text("16 matching runs")).to_be_visible()
+    expect(page.get_by_text("19 matching runs")).to_be_visible()
     top = [
         "compare mnist logreg local",
         "influence mnist logreg cumulative",
@@ -43,7 +43,7 @@ def test_saved_views_are_offered_by_name(page, site, shot, names) -> None:
     assert names() == ["train mnist logreg", "train mnist logreg init 1 order 0"]
     # As a table, with the columns that matter.
     for heading in ("validation/loss", "test/accuracy", "resolved.init_seed"):
-        expect(page.get_by_role("columnheader").filter(has_text=heading)).to_be_visible()
+        expect(page.get_by_role("columnheader").filter(has_text=heading).first).to_be_visible()
 
 
 def test_windows_are_found_by_range(page, site, names) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from conftest import pixels
 from playwright.sync_api import expect
 from world import SMALL, WINDOWS
@@ -68,7 +67,7 @@ def test_training_run_leads_to_its_model(page, site, shot) -> None:
     page.goto(site.run(site.world.first))
     expect(page.get_by_role("heading", name="train mnist logreg")).to_be_visible()
     shot("training-run")
-    page.get_by_role("link", name="model", exact=True).first.click()
+    page.get_by_role("grid").get_by_role("link", name="model", exact=True).click()
     expect(page.get_by_role("button", name="Register model")).to_be_visible()
     accuracy = site.client.get_run(site.world.first).data.metrics["validation/accuracy"]
     row = page.get_by_role("row").filter(has_text="validation/accuracy")
@@ -77,8 +76,10 @@ def test_training_run_leads_to_its_model(page, site, shot) -> None:
     shot("model")
 
 
-@pytest.mark.parametrize("page_of", ["local", "comparison"])
-def test_charts_of_a_run(page, site, shot, page_of) -> None:
-    page.goto(site.run(getattr(site.world, page_of), "model-metrics"))
-    expect(page.get_by_text("ground_truth/attainable_spearman", exact=True).first).to_be_visible()
-    shot(f"charts-of-{page_of}")
+def test_charts_of_windows_are_on_the_run(page, site, shot) -> None:
+    page.goto(site.run(site.world.local, "model-metrics"))
+    page.get_by_role("searchbox", name="Search metric charts").fill("by_window/ground_truth/spearman")
+    charts = page.get_by_test_id("experiment-view-compare-runs-card")
+    expect(charts).to_have_count(1)
+    expect(charts.locator(".scatterlayer .points path")).to_have_count(len(WINDOWS))
+    shot("influence-run-charts")
