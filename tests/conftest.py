@@ -11,6 +11,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from browsing import browser, page, shot  # noqa: E402, F401
+from browsing import browser, page, shot  # noqa: F401
 
 torch.set_num_threads(1)

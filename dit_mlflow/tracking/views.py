@@ -100,7 +100,7 @@ def scatter(title: str, x: str, y: str) -> Chart:
 
 
 def parallel(params: Sequence[str], metrics: Sequence[str]) -> Chart:
-    """Parallel coordinates: a line for each run, coloured by the last metric. Four axes have room for their names."""
+    """Parallel coordinates: a line for each run, coloured by the last metric. Three axes have room for their names."""
     return _chart("PARALLEL", selectedParams=list(params), selectedMetrics=list(metrics), showAllRuns=False)
 
 
@@ -117,7 +117,7 @@ def windows_view(run: Run) -> View:
         key=PREFIX + run.info.run_id,
         name=f"Windows of {run.info.run_name}",
         runs=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'",
-        charts=(*map(bars, found), parallel([], ["window_start", *found])),
+        charts=(*map(bars, found), parallel([], ["window_start", *found[:2]])),
         columns=("metrics.window_start", "metrics.window_end", *(f"metrics.{name}" for name in found)),
         order="metrics.window_start",
         ascending=True,
@@ -136,7 +136,7 @@ def methods_view(run: Run) -> View:
             lines("by_window/ground_truth/spearman"),
             lines("by_window/detection/auroc"),
             scatter("Agreement against cost", cost, whole[0]),
-            parallel(["method"], [cost, "detection/auroc", whole[0]]),
+            parallel(["method"], [cost, whole[0]]),
             *map(bars, whole),
         ),
         columns=("params.method", *(f"metrics.{name}" for name in (*whole, "detection/recall_at_k", cost))),

@@ -44,7 +44,9 @@ def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[S
         pytest.skip(str(missing()))
     own = tmp_path_factory.getbasetemp()
     folder = (own if worker_id == "master" else own.parent) / "browser-world"
-    import os; folder = Path(os.environ.get("XW", folder))
+    import os
+
+    folder = Path(os.environ.get("XW", folder))
     folder.mkdir(exist_ok=True)
     story = folder / "world.json"
     with FileLock(f"{folder}.lock"):

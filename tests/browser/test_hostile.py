@@ -1,4 +1,4 @@
-"""Strings from data are shown as they are, wherever MLflow shows them: nothing runs, nothing is asked from elsewhere."""
+"""Strings from data are shown as they are, wherever MLflow shows them, and nothing of them runs."""
 
 from __future__ import annotations
 

@@ -13,9 +13,13 @@ HARMFUL = (213, 94, 0)
 
 def table(page) -> list[list[str]]:
     """Cells of the table that an artifact is shown as, headings first."""
-    rows = page.get_by_role("table").get_by_role("row")
-    return rows.evaluate_all(
-        "rows => rows.map(row => [...row.querySelectorAll('[role=cell],[role=columnheader],td,th')].map(e => e.innerText.trim()))"
+    cells = "[role=cell],[role=columnheader],td,th"
+    return (
+        page.get_by_role("table")
+        .get_by_role("row")
+        .evaluate_all(
+            f"rows => rows.map(row => [...row.querySelectorAll('{cells}')].map(cell => cell.innerText.trim()))"
+        )
     )
 
 
