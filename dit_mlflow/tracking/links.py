@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 
 import mlflow
 from mlflow import ActiveRun, MlflowClient
@@ -10,10 +11,25 @@ from mlflow.entities import Run
 
 from dit_mlflow.tracking.names import INFLUENCE, KIND
 from dit_mlflow.tracking.remote import without_password
-from dit_mlflow.tracking.views import INFLUENCES, TRAININGS, View, methods_view, save_views, windows_view
+from dit_mlflow.tracking.views import (
+    INFLUENCES,
+    TRAININGS,
+    View,
+    methods_view,
+    save_views,
+    strategies_view,
+    windows_view,
+)
 
 MODE = "workflowType=machine_learning"
 """Without it the UI opens in its mode for language models."""
+
+COMPARED: dict[str, tuple[str, Callable[[Run], View]]] = {
+    INFLUENCE: ("windows", windows_view),
+    "comparison": ("methods", methods_view),
+    "cleansing": ("strategies", strategies_view),
+}
+"""For each kind of run with children: what these are, and the view that compares them."""
 
 
 def run_link(run: Run) -> str:
@@ -28,20 +44,19 @@ def view_link(experiment_id: str, view: View) -> str:
 
 
 def save_comparisons(run_id: str) -> dict[str, str]:
-    """Save the views that compare what an influence run or a comparison found; returns the links to them, by name.
+    """Save the views that compare what a run of :data:`COMPARED` found; returns the links to them, by name.
 
     To be called once the run's own metrics are logged; the links start with ``#``. Empty for runs of other kinds, and
     where the store does not keep views.
     """
     run = MlflowClient().get_run(run_id)
-    make = {INFLUENCE: windows_view, "comparison": methods_view}.get(run.data.tags.get(KIND, ""))
-    if make is None:
+    kind = run.data.tags.get(KIND, "")
+    if kind not in COMPARED:
         return {}
-    view = make(run)
-    experiment = run.info.experiment_id
+    title, make = COMPARED[kind]
+    view, experiment = make(run), run.info.experiment_id
     if not save_views(experiment, view):
         return {}
-    title = "windows" if make is windows_view else "methods"
     named = {title: view, "influence runs": INFLUENCES, "trainings": TRAININGS}
     return {name: view_link(experiment, found) for name, found in named.items()}
 

@@ -145,6 +145,20 @@ def methods_view(run: Run) -> View:
     )
 
 
+def strategies_view(run: Run) -> View:
+    """The strategies of a cleansing beside each other, over the number of samples that each took."""
+    measured = [f"{data}/{figure}" for figure in ("accuracy", "loss") for data in ("validation", "test")]
+    return View(
+        key=PREFIX + run.info.run_id,
+        name=f"Strategies of {run.info.run_name}",
+        runs=f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and tags.`{KIND}` = 'strategy'",
+        charts=tuple(lines(f"by_fraction/{name}") for name in measured),
+        columns=("params.strategy", "params.chosen.fraction", *(f"metrics.{name}" for name in measured)),
+        order="params.strategy",
+        ascending=True,
+    )
+
+
 TRAININGS = View(
     key=PREFIX + "trainings",
     name="Trainings",

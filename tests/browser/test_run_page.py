@@ -67,6 +67,18 @@ def test_plot_is_shown_as_a_picture(page, site, shot) -> None:
     assert (np.abs(seen - HARMFUL).sum(axis=2) < 12).sum() > 100
 
 
+def test_report_is_alive_inside_the_ui(page, site, shot) -> None:
+    page.goto(site.run(site.world.local, "artifacts/influence/report.html"))
+    report = page.frame_locator("iframe")
+    expect(report.get_by_role("heading", name="Which training samples mattered, and when?")).to_be_visible()
+    rows = report.locator("#samples tbody tr")
+    expect(rows.first).to_be_visible()
+    expect(report.locator("#count")).to_contain_text(str(SMALL["n_train"]))
+    report.get_by_label("damaged", exact=True).select_option("yes")
+    expect(rows).to_have_count(round(0.1 * SMALL["n_train"]))
+    shot("report")
+
+
 def test_training_run_leads_to_its_model(page, site, shot) -> None:
     page.goto(site.run(site.world.first))
     expect(page.get_by_role("heading", name="train mnist logreg")).to_be_visible()

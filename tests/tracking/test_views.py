@@ -62,11 +62,11 @@ def test_views_fit_into_the_tags_of_every_mlflow() -> None:
         mlflow.entities.RunInfo("f" * 32, "1", "u", "FINISHED", 0, 1, "active", run_name="n" * 60),
         mlflow.entities.RunData([mlflow.entities.Metric("ground_truth/spearman", 1, 0, 0)], [], []),
     )
-    for made in (TRAININGS, INFLUENCES, views.windows_view(run), views.methods_view(run)):
+    for made in (TRAININGS, INFLUENCES, views.windows_view(run), views.methods_view(run), views.strategies_view(run)):
         assert len(made.encoded(1_790_000_000_000)) < 5000
 
 
-@pytest.mark.parametrize("kind", ["training", "influence", "comparison"])
+@pytest.mark.parametrize("kind", ["training", "influence", "comparison", "cleansing"])
 def test_links_name_the_run_and_the_views(store: str, kind: str) -> None:
     with mlflow.start_run(tags={"dit.kind": kind}) as run:
         mlflow.log_metric("ground_truth/spearman", 0.5)
@@ -75,7 +75,7 @@ def test_links_name_the_run_and_the_views(store: str, kind: str) -> None:
     if kind == "training":
         assert found == {}
     else:
-        first = {"influence": "windows", "comparison": "methods"}[kind]
+        first = {"influence": "windows", "comparison": "methods", "cleansing": "strategies"}[kind]
         assert list(found) == [first, "influence runs", "trainings"]
         assert f"viewStateShareKey=dit-{run_id}&" in found[first]
         assert TAG + f"dit-{run_id}" in tags("1")
