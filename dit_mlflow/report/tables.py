@@ -43,11 +43,13 @@ def windows_table(influence: Influence, metrics: Sequence[Metrics]) -> pd.DataFr
         *(name for name in known if name not in _FIRST and name.endswith(_LAST)),
     ]
     for index, (window, found) in enumerate(zip(influence.windows, metrics, strict=True)):
-        row: dict[str, object] = {"window": index, "start": window.start, "end": window.end}
+        # Where the UI compares tables, it begins with the column after the first.
+        row: dict[str, object] = {"window": index}
         for side in ("harmful", "helpful"):
             there = (index, side) in extremes.index
             row[f"most_{side}"] = int(extremes.loc[(index, side), "sample_index"]) if there else None
-        rows.append(row | {name: found.values.get(name) for name in names})
+        bounds = {"start": window.start, "end": window.end}
+        rows.append(row | bounds | {name: found.values.get(name) for name in names})
     return rounded(pd.DataFrame(rows))
 
 

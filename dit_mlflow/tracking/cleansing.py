@@ -35,9 +35,10 @@ from dit_mlflow.progress import progress_bar
 from dit_mlflow.report import cleansing_answer, cleansing_table, terminal_table
 from dit_mlflow.tracking.artifacts import load_trajectory, log_influence
 from dit_mlflow.tracking.cleansing_runs import CleansingRuns
+from dit_mlflow.tracking.links import where_to_look
 from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.names import KIND, METHOD, TRAINING_RUN
-from dit_mlflow.tracking.runs import project_run, where_to_look
+from dit_mlflow.tracking.runs import project_run
 from dit_mlflow.tracking.training import run_training, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
 from dit_mlflow.trajectory.random_state import preserved_random_state

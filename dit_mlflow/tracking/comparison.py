@@ -39,11 +39,12 @@ from dit_mlflow.report import (
 from dit_mlflow.tracking.artifacts import load_influence, load_trajectory, log_influence
 from dit_mlflow.tracking.figures import log_plot
 from dit_mlflow.tracking.influence import parse_ground_truth
+from dit_mlflow.tracking.links import where_to_look
 from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.notes import set_note
 from dit_mlflow.tracking.over_seeds import stability_table, summarised
-from dit_mlflow.tracking.runs import log_metrics, log_series, project_run, where_to_look
+from dit_mlflow.tracking.runs import log_metrics, log_series, project_run
 from dit_mlflow.tracking.training import run_training, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
 

@@ -46,10 +46,11 @@ from dit_mlflow.report import (
 )
 from dit_mlflow.tracking.artifacts import log_influence
 from dit_mlflow.tracking.figures import log_plot
+from dit_mlflow.tracking.links import run_link
 from dit_mlflow.tracking.names import CONFIRMED, GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRAINING_RUN
-from dit_mlflow.tracking.notes import influence_links, page, set_note
+from dit_mlflow.tracking.notes import influence_links, set_note
 from dit_mlflow.tracking.runs import log_metrics, log_series, peak_memory_mb, project_run
-from dit_mlflow.tracking.training import workload_params, workload_title
+from dit_mlflow.tracking.training import seeds_title, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload
 
 
@@ -134,7 +135,9 @@ def run_influence(
         project_run_id: the run that ``mlflow run`` made for this job; ``None`` = start one.
     """
     tags = {KIND: "influence", METHOD: "dit", TRAINING_RUN: training_run_id}
-    title = f"influence {workload_title(workload)} {kind}"
+    seeds = MlflowClient().get_run(training_run_id).data.params
+    seeded = seeds_title(seeds.get("resolved.init_seed", 0), seeds.get("resolved.order_seed", 0))
+    title = f"influence {workload_title(workload)}{seeded} {kind}"
     with project_run(project_run_id, title, tags) as run:
         mlflow.log_params(
             {
@@ -259,15 +262,16 @@ def _log_window(
     with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
         bounds = {"window_index": index, "window_start": window.start, "window_end": window.end}
         mlflow.log_params({"method": influence.method, "kind": influence.kind, **bounds})
-        mlflow.log_metrics({"window_start": window.start, "window_end": window.end})
         log_metrics(answer.per_window[index])
+        # After the others: the page that compares runs begins with the metric that was logged first.
+        mlflow.log_metrics({"window_start": window.start, "window_end": window.end})
         known = None if exact is None else exact.of(window)
         log_plot(plot_window_samples(influence, index, answer.findings.gallery, known), "top_samples.png")
         mlflow.log_table(samples[samples["window_index"] == index], "top_samples.json")
         if exact is not None and answer.findings.checked:
             figure = plot_against_truth(influence, exact, [index], workload.corrupted)
             log_plot(figure, "against_leave_one_out.png")
-        parent = (answer.run.info.run_name or "the influence run", page(answer.run))
+        parent = (answer.run.info.run_name or "the influence run", run_link(answer.run))
         set_note(run.info.run_id, window_note(answer.findings, index, parent))
     return run
 

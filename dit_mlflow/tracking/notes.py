@@ -10,6 +10,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from dit_mlflow.report.note import Links
 from dit_mlflow.report.training_note import training_note
+from dit_mlflow.tracking.links import run_link
 from dit_mlflow.tracking.names import INFLUENCE
 from dit_mlflow.trajectory import Trajectory
 
@@ -23,22 +24,16 @@ def set_note(run_id: str, note: str) -> None:
         client.set_tag(run_id, MLFLOW_RUN_NOTE, note)
 
 
-def page(run: Run, tab: str = "") -> str:
-    """A run's page, or a tab of it, as the target of a link in a note: relative to where the UI is served."""
-    # Without the query, the UI opens in its mode for language models.
-    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{tab}?workflowType=machine_learning"
-
-
 def influence_links(run: Run, training_run_id: str, windows: list[Run]) -> Links:
     """Where the note of the influence run ``run`` leads, whose windows have the runs ``windows``."""
     client = MlflowClient()
     training = client.get_run(training_run_id)
     names = [item.path.rpartition("/")[2] for item in client.list_artifacts(run.info.run_id, INFLUENCE)]
     return Links(
-        training=(training.info.run_name or training_run_id, page(training)),
-        windows=[page(window) for window in windows],
-        artifacts={name: page(run, f"/artifacts/{INFLUENCE}/{name}") for name in names},
-        charts=page(run, "/model-metrics"),
+        training=(training.info.run_name or training_run_id, run_link(training)),
+        windows=[run_link(window) for window in windows],
+        artifacts={name: run_link(run, f"/artifacts/{INFLUENCE}/{name}") for name in names},
+        charts=run_link(run, "/model-metrics"),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.tracking.names import ERROR, KIND, UNDEFINED
 from dit_mlflow.tracking.plugin import DitRunContext
-from dit_mlflow.tracking.remote import without_password
 
 BATCH = 1000
 """Metrics per request, the most that MLflow takes."""
@@ -98,14 +96,3 @@ def peak_memory_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def where_to_look(run: ActiveRun) -> str:
-    """Where the MLflow UI shows the run; for a store without a server, how to start one first."""
-    path = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
-    uri = without_password(mlflow.get_tracking_uri())
-    if uri.startswith("http"):
-        return f"open           {uri.rstrip('/')}{path}"
-    return (
-        f"start          mlflow ui --backend-store-uri {shlex.quote(uri)}\nthen open      http://127.0.0.1:5000{path}"
-    )

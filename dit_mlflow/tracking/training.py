@@ -41,7 +41,8 @@ def run_training(
     Returns:
         The run's id. If training fails, the run is FAILED and holds what was recorded until then.
     """
-    with project_run(project_run_id, f"train {workload_title(workload)}", {KIND: "training"}) as run:
+    title = f"train {workload_title(workload)}{seeds_title(init_seed, order_seed)}"
+    with project_run(project_run_id, title, {KIND: "training"}) as run:
         run_id = str(run.info.run_id)
         mlflow.log_params(
             {
@@ -76,6 +77,11 @@ def workload_title(workload: Workload) -> str:
     """Short name for runs: the project's folder and its model, if it has such a setting."""
     parts = [(workload.reference or "workload").rpartition("/")[2], str(workload.settings.get("model", ""))]
     return " ".join(part for part in parts if part)
+
+
+def seeds_title(init_seed: int | str, order_seed: int | str) -> str:
+    """What tells trainings apart by name: nothing for the default seeds."""
+    return "" if int(init_seed) == int(order_seed) == 0 else f" init {init_seed} order {order_seed}"
 
 
 def workload_params(workload: Workload) -> dict[str, Any]:
