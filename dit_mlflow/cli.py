@@ -157,6 +157,22 @@ def verify(context: click.Context, target: str, workload: str) -> None:
     run_job("verification", job)
 
 
+@cli.command()
+@click.option("--influence-run", default="", help="A finished influence run.")
+@click.option("--model-name", default="", help="Of the registered model; made if there is none.")
+@click.option("--model", default="", help="Which model of the training run: m-<id> or models:/…; needed if several.")
+@click.option("--influence-model", default="", help="Register a model of this name that answers for new rows as well.")
+def register(**options: str) -> None:
+    """Keep the results of an influence run with the model: its artifacts, metrics, description and tags."""
+
+    def job(project_run_id: str | None) -> str:
+        from dit_mlflow.tracking.registration_job import RegistrationRequest, register_job
+
+        return register_job(RegistrationRequest(**options), project_run_id)
+
+    run_job("registration", job)
+
+
 def parse_settings(arguments: Sequence[str]) -> dict[str, str]:
     """``["--model", "dnn", "--lr=0.1"]`` as a dict; raises :class:`InputError` for anything else."""
     settings: dict[str, str] = {}

@@ -73,13 +73,15 @@ def sample_losses(workload: Workload, samples: Sequence[int] | None = None, of: 
     Raises:
         InputError: there is no such data set or sample.
     """
-
-    def loss(batch: Batch) -> Callable[[nn.Module], Tensor]:
-        return lambda model: workload.sample_losses(model, _moved(batch, model), 1)
-
     return [
-        Query(f"loss of {of} sample {index}", loss(batch)) for index, batch in _single_samples(workload, samples, of)
+        loss_of_batch(workload, batch, f"loss of {of} sample {index}")
+        for index, batch in _single_samples(workload, samples, of)
     ]
+
+
+def loss_of_batch(workload: Workload, batch: Batch, name: str) -> Query:
+    """The loss of a batch that holds one sample, as a query with this name."""
+    return Query(name, lambda model: workload.sample_losses(model, _moved(batch, model), 1))
 
 
 def logits(

@@ -14,15 +14,19 @@ if TYPE_CHECKING:
         log_trajectory,
     )
     from dit_mlflow.tracking.influence import run_influence
+    from dit_mlflow.tracking.influence_model import log_influence_model
     from dit_mlflow.tracking.recording import record_trajectory
+    from dit_mlflow.tracking.registration import register_influence
     from dit_mlflow.tracking.training import run_training
 
 _HOME_OF = {
     "load_influence": "artifacts",
     "load_trajectory": "artifacts",
     "log_influence": "artifacts",
+    "log_influence_model": "influence_model",
     "log_trajectory": "artifacts",
     "record_trajectory": "recording",
+    "register_influence": "registration",
     "run_influence": "influence",
     "run_training": "training",
 }
@@ -31,8 +35,10 @@ __all__ = [
     "load_influence",
     "load_trajectory",
     "log_influence",
+    "log_influence_model",
     "log_trajectory",
     "record_trajectory",
+    "register_influence",
     "run_influence",
     "run_training",
 ]

@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.influence import Influence
+from dit_mlflow.tracking.found_models import load_model_influence
 from dit_mlflow.tracking.names import INFLUENCE, RECORDING, TRAINING_RUN, TRAJECTORY
 from dit_mlflow.tracking.remote import open_remote, reading, without_password
 from dit_mlflow.trajectory import Trajectory
@@ -64,12 +65,24 @@ def log_influence(influence: Influence, run_id: str | None = None, folder: str =
         mlflow.log_artifacts(str(influence.save(temporary)), folder, run_id=run_id)
 
 
-def load_influence(run_id: str, folder: str = INFLUENCE) -> Influence:
-    """The influence that a run logged.
+def load_influence(source: str, folder: str = INFLUENCE) -> Influence:
+    """The influence that a run logged, or that is kept with a model.
+
+    Args:
+        source: a run's id, ``runs:/<id>`` or ``runs:/<id>/<folder>``; or a model, as ``models:/<name>/<version>``,
+            ``models:/<name>@<alias>`` or ``models:/m-<id>``.
+        folder: of its artifacts.
 
     Raises:
-        InputError: no such run, or it has no influence.
+        InputError: no such run or model, or it has no influence.
     """
+    if source.startswith("models:"):
+        return load_model_influence(source, folder)
+    if source.startswith("runs:/"):
+        run_id, _, path = source.removeprefix("runs:/").strip("/").partition("/")
+        folder = path or folder
+    else:
+        run_id = source
     run = find_run(run_id)
     with TemporaryDirectory() as temporary:
         with reading(run, f"{folder}/"):

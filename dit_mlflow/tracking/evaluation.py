@@ -1,0 +1,135 @@
+"""What the evaluator logs: influence of every training sample on every row of the evaluation data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.models.evaluation.artifacts import JsonEvaluationArtifact
+from mlflow.models.evaluation.base import EvaluationResult
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.evaluation import Metrics
+from dit_mlflow.influence.rows import BatchOfRow, Features
+from dit_mlflow.report import Gallery, plot_top_samples
+from dit_mlflow.report.rows import check_top, mean_over_rows, mean_table, rows_metrics, rows_table
+from dit_mlflow.tracking.artifacts import log_influence
+from dit_mlflow.tracking.figures import log_plot
+from dit_mlflow.tracking.names import KIND, ROW_INFLUENCE, TRAINING_RUN
+from dit_mlflow.tracking.row_influence import RowQuestion
+from dit_mlflow.tracking.runs import log_metrics
+from dit_mlflow.trajectory import Workload
+
+ROWS_TABLE, MEAN_TABLE = "influence_on_rows", "influence_on_mean"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``evaluator_config``; see :class:`dit_mlflow.tracking.evaluator.DitEvaluator`."""
+
+    training_run: str
+    windows: str | int = "1"
+    kind: str = "local"
+    workload: Workload | str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    top: int = 5
+    batch: BatchOfRow | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], model_id: str | None) -> Settings:
+        """Check names and values, and that the model was logged by the training run.
+
+        Raises:
+            InputError: an unknown name, no training run, or the model of another one.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in config if name not in known]
+        if unknown:
+            raise InputError(f"evaluator_config has {', '.join(map(repr, unknown))}; it takes: {', '.join(known)}")
+        check_top(config.get("top", cls.top))
+        asked = config.get("training_run")
+        if model_id is None:
+            if not asked:
+                raise InputError(
+                    "evaluator_config names no training_run, and the model is not one that MLflow knows the run of; "
+                    "give {'training_run': <id of the run with the trajectory>}"
+                )
+            logger.warning("no logged model was given, so nothing says whether it is the one of run %s", asked)
+            return cls(**config)
+        logged_by = MlflowClient().get_logged_model(model_id).source_run_id
+        if asked and asked != logged_by:
+            raise InputError(
+                f"model {model_id} was logged by run {logged_by}, not by training_run={asked}; influence tells of the "
+                "model that its own run trained. Leave training_run out, or evaluate the model of that run"
+            )
+        return cls(**{**config, "training_run": logged_by})
+
+
+def evaluate_rows(
+    settings: Settings, features: Features, targets: np.ndarray | None, run_id: str, model_id: str | None
+) -> EvaluationResult:
+    """Compute influence on each row's loss, and log it on the evaluation run.
+
+    Logged: the tables ``influence_on_rows.json`` (most harmful and helpful training samples of each row and window) and
+    ``influence_on_mean.json`` (of the mean loss); all scores as ``row_influence/``, which
+    ``load_influence(run_id, "row_influence")`` brings back; and, of the whole training, the metrics of
+    :func:`dit_mlflow.report.rows.rows_metrics` with ``dit/`` before their names.
+
+    Args:
+        settings: of the evaluation.
+        features, targets: rows; see :func:`dit_mlflow.influence.row_losses`.
+        run_id: the evaluation run, which is active.
+        model_id: of the evaluated model; with it, MLflow itself logs the metrics of the result.
+
+    Raises:
+        DitError: see :meth:`RowQuestion.of` and :meth:`RowQuestion.answer`.
+    """
+    question = RowQuestion.of(
+        settings.training_run, settings.windows, settings.kind, settings.workload, settings.settings
+    )
+    windows, whole = list(question.windows), question.whole
+    asked = windows if whole in windows else [*windows, whole]
+    answer = question.answer(features, targets, settings.batch, asked)  # type: ignore[arg-type]
+    workload, top = question.workload, settings.top
+    shown = answer.influence.select(windows)
+    shown = replace(shown, metadata={**shown.metadata, "training_run": settings.training_run})
+    _tag(run_id, settings.training_run)
+    log_influence(shown, run_id, ROW_INFLUENCE)
+    tables = {
+        ROWS_TABLE: rows_table(shown, answer.losses, top, workload.corrupted, workload.describe),
+        MEAN_TABLE: mean_table(shown, top, workload.corrupted, workload.describe),
+    }
+    for name, table in tables.items():
+        _log_table(run_id, table, f"{name}.json")
+    if len(windows) > 1:
+        figure = plot_top_samples(mean_over_rows(shown), Gallery(workload))
+        log_plot(figure, f"{ROW_INFLUENCE}/influence_over_windows.png")
+    found = rows_metrics(answer.influence, answer.losses, whole, top, workload.corrupted).prefixed("dit/")
+    log_metrics(found if model_id is None else Metrics({}, found.undefined))
+    artifacts = {name: JsonEvaluationArtifact(mlflow.get_artifact_uri(f"{name}.json")) for name in tables}
+    return EvaluationResult(dict(found.values), artifacts, run_id)
+
+
+def _tag(run_id: str, training_run: str) -> None:
+    """A run that is something else already stays that."""
+    client = MlflowClient()
+    if KIND not in client.get_run(run_id).data.tags:
+        client.set_tag(run_id, KIND, "evaluation")
+        client.set_tag(run_id, TRAINING_RUN, training_run)
+
+
+def _log_table(run_id: str, table: pd.DataFrame, path: str) -> None:
+    client = MlflowClient()
+    # To a table that is there, MLflow adds rows.
+    if any(item.path == path for item in client.list_artifacts(run_id)):
+        client.log_dict(run_id, table.to_dict(orient="split", index=False), path)
+    else:
+        client.log_table(run_id, table, path)
