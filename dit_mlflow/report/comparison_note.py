@@ -127,18 +127,20 @@ def _failed(table: pd.DataFrame) -> str:
 
 def _table(table: pd.DataFrame) -> str:
     columns = {name: heading for name, heading in COLUMNS.items() if _known(table, name)}
+    if not columns:
+        return ""
     ordered = table.sort_values("spearman", ascending=False, kind="stable") if "spearman" in columns else table
     rows = []
     for row in ordered.to_dict("records"):
-        cells = [f"failed: {escaped(str(row.get('error', '')), 80)}" if row["failed"] else "" for _ in columns]
-        if not row["failed"]:
+        if row["failed"]:
+            reason = escaped(str(row.get("error", "")), 80)
+            cells = [f"failed: {reason}", *[""] * (len(columns) - 1)]
+        else:
             cells = [_cell(name, row.get(name)) for name in columns]
             if "spearman" in columns:
                 cells[0] += _bounds(pd.Series(row))
-        rows.append(
-            [escaped(str(row["method"])), *(cells if not row["failed"] else [cells[0], *[""] * (len(cells) - 1)])]
-        )
-    return markdown_table(["method", *columns.values()], rows, GAP) if columns else ""
+        rows.append([escaped(str(row["method"])), *cells])
+    return markdown_table(["method", *columns.values()], rows, GAP)
 
 
 def _cell(name: str, value: object) -> str:

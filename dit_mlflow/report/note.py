@@ -125,7 +125,8 @@ def _windows(found: Findings, links: Links) -> str:
             figure = f"{100 * value:.0f} %" if value is not None and heading == "damaged found" else f"{value or 0:.2f}"
             row.append("undefined" if value is None else figure)
         rows.append(row)
-    return markdown_table(["steps", "most harmful", "most helpful", *shown], rows, GAP)
+    steps = "steps" if every == 1 else f"steps (1 of {every} windows)"
+    return markdown_table([steps, "most harmful", "most helpful", *shown], rows, GAP)
 
 
 def _next(links: Links) -> str:

@@ -17,10 +17,10 @@ from dit_mlflow.trajectory import Trajectory
 _log = logging.getLogger(__name__)
 
 
-def set_note(run_id: str, note: str) -> None:
-    """Make ``note`` (Markdown) the description of a run that has none; a user's own stays."""
+def set_note(run_id: str, note: str, former: str | None = None) -> None:
+    """Make ``note`` (Markdown) the description of a run that has none, or ``former``; a user's own stays."""
     client = MlflowClient()
-    if not client.get_run(run_id).data.tags.get(MLFLOW_RUN_NOTE, "").strip():
+    if client.get_run(run_id).data.tags.get(MLFLOW_RUN_NOTE, "").strip() in ("", former):
         client.set_tag(run_id, MLFLOW_RUN_NOTE, note)
 
 
@@ -37,9 +37,13 @@ def influence_links(run: Run, training_run_id: str, windows: list[Run]) -> Links
     )
 
 
-def note_training(run_id: str, trajectory: Trajectory) -> None:
-    """Leave the note of a training run. A failure is logged, since training is over and its result counts."""
+def note_training(run_id: str, trajectory: Trajectory, begun: Trajectory | None = None) -> None:
+    """Leave the note of a training run, in place of that on ``begun``, which ``trajectory`` goes on from.
+
+    It is not worth a failure, nor a warning: training is over and counts.
+    """
     try:
-        set_note(run_id, training_note(run_id, trajectory))
+        former = None if begun is None else training_note(run_id, begun)
+        set_note(run_id, training_note(run_id, trajectory), former)
     except Exception as error:  # Of whatever kind: stores raise what their libraries do.
-        _log.warning("the note of run %s could not be written: %s", run_id, error)
+        _log.info("the note of run %s could not be written: %s", run_id, error)

@@ -71,7 +71,7 @@ def record_trajectory(
             model, optimizer, folder, workload, resume=begun or False, on_written=upload, **options
         )
         _tag(run)
-        stack.callback(_note, run, recorder)
+        stack.callback(_note, run, recorder, upload, begun)
         stack.callback(_log_training_set, run, recorder, workload)
         yield stack.enter_context(recorder)
 
@@ -120,12 +120,14 @@ def _finish(upload: Upload) -> None:
     )
 
 
-def _note(run: Run, recorder: TrajectoryRecorder) -> None:
+def _note(run: Run, recorder: TrajectoryRecorder, upload: Upload | None, begun: Trajectory | None) -> None:
+    if upload is not None and upload.failure is not None:
+        return  # A store that is lost answers late, or never.
     try:
         trajectory = Trajectory.open(recorder.directory)
     except TrajectoryError:  # Nothing was recorded; what went wrong is said elsewhere.
         return
-    note_training(run.info.run_id, trajectory)
+    note_training(run.info.run_id, trajectory, begun)
 
 
 def _log_training_set(run: Run, recorder: TrajectoryRecorder, workload: Workload | None) -> None:
