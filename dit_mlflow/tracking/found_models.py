@@ -96,15 +96,22 @@ def load_model_influence(reference: str, folder: str = INFLUENCE) -> Influence:
         return Influence.load(path)
 
 
+def versions_of(name: str) -> list[ModelVersion]:
+    """The versions of a registered model, in the order of their numbers; none if there is no such model."""
+    quote = '"' if "'" in name else "'"
+    found = MlflowClient().search_model_versions(f"name = {quote}{name}{quote}")
+    return sorted(found, key=lambda version: int(version.version))
+
+
 def _version(reference: str, rest: str) -> ModelVersion:
     if "@" in rest:
         name, _, alias = rest.rpartition("@")
         return _asked(reference, lambda client: client.get_model_version_by_alias(name, alias))
     name, _, number = rest.rpartition("/")
     if number == "latest":
-        versions = _asked(reference, lambda client: client.get_latest_versions(name))
+        versions = _asked(reference, lambda _: versions_of(name))
         if versions:
-            return max(versions, key=lambda version: int(version.version))
+            return versions[-1]
     elif number.isdecimal():
         return _asked(reference, lambda client: client.get_model_version(name, number))
     raise InputError(f"model {reference!r}: no version {number!r}; expected {FORMS}")

@@ -13,7 +13,6 @@ from typing import Any
 import mlflow
 import pandas as pd
 import torch
-from mlflow import MlflowClient
 from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, DataType, Schema
@@ -23,6 +22,7 @@ from dit_mlflow.errors import InputError
 from dit_mlflow.influence import row_losses
 from dit_mlflow.influence.rows import sample_as_row
 from dit_mlflow.report.rows import check_top, rows_table
+from dit_mlflow.tracking.found_models import versions_of
 from dit_mlflow.tracking.names import KIND, TRAINING_RUN
 from dit_mlflow.tracking.registration import INFLUENCE_MODEL, check_name
 from dit_mlflow.tracking.row_influence import RowQuestion
@@ -183,17 +183,7 @@ def _reference(recorded: WorkloadReference | None, given: str) -> str:
 
 def _registered(name: str, checksum: str) -> LoggedInfluenceModel | None:
     """The latest version of a registered model that has this configuration."""
-    found = [
-        version
-        for version in MlflowClient().search_model_versions(_named(name))
-        if version.tags.get(CONFIG) == checksum
-    ]
+    found = [version for version in versions_of(name) if version.tags.get(CONFIG) == checksum]
     if not found:
         return None
-    latest = max(found, key=lambda version: int(version.version))
-    return LoggedInfluenceModel(str(latest.source).removeprefix("models:/"), str(latest.version))
-
-
-def _named(name: str) -> str:
-    quote = '"' if "'" in name else "'"
-    return f"name = {quote}{name}{quote}"
+    return LoggedInfluenceModel(str(found[-1].source).removeprefix("models:/"), str(found[-1].version))

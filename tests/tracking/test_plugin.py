@@ -37,6 +37,19 @@ def test_mlflow_finds_the_plugin_and_does_not_import_torch_for_it() -> None:
     assert "torch" not in modules_after(statement)
 
 
+def test_mlflow_finds_the_evaluator_and_does_not_import_torch_for_it() -> None:
+    (found,) = (p for p in entry_points(group="mlflow.model_evaluator") if p.name == "dit")
+    assert found.load().__name__ == "DitEvaluator"
+    statement = (
+        "from mlflow.models.evaluation.evaluator_registry import _model_evaluation_registry as registry\n"
+        "evaluator = registry.get_evaluator('dit')\n"
+        "assert evaluator.can_evaluate(model_type='dit', evaluator_config={})\n"
+        "for other in ('classifier', 'regressor', None):\n"
+        "    assert not evaluator.can_evaluate(model_type=other, evaluator_config={})"
+    )
+    assert not {"torch", "dit_mlflow.trajectory"} & modules_after(statement)
+
+
 def test_runs_of_a_process_that_uses_trajectories_are_tagged(store: str) -> None:
     importlib.import_module("dit_mlflow.trajectory")
 
