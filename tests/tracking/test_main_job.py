@@ -200,10 +200,11 @@ def test_output_is_the_answer_alone_when_piped(store: str) -> None:
     command += [f"--{name}={value}" for name, value in SMALL.items()]
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=300)
     assert finished.stderr == ""
-    first, *_, last = finished.stdout.strip().splitlines()
+    first, *lines = finished.stdout.strip().splitlines()
     assert first.startswith("Influence (local) on mean_validation_loss")
-    assert last.startswith("then open      http://127.0.0.1:5000/#/experiments/")
-    assert last.endswith("?workflowType=machine_learning")
+    (opened,) = (line for line in lines if line.startswith("then open"))
+    assert opened.startswith("then open      http://127.0.0.1:5000/#/experiments/")
+    assert opened.endswith("?workflowType=machine_learning")
     (parent,) = runs("influence")
     mean = load_influence(parent.info.run_id).scores[:, 0].mean(axis=0)
     assert f"\nSample {mean.argmin()} (" in finished.stdout
