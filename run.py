@@ -21,6 +21,7 @@ MLFLOW = ["-m", "mlflow"]
 COMMANDS = {
     "influence": [*MLFLOW, "run", str(HERE), "-e", "influence", "--env-manager", "local"],
     "compare": [*MLFLOW, "run", str(HERE), "-e", "compare", "--env-manager", "local"],
+    "cleanse": [*MLFLOW, "run", str(HERE), "-e", "cleanse", "--env-manager", "local"],
     "ui": [*MLFLOW, "ui"],
     "test": ["-m", "pytest"],
     "setup": ["-c", "pass"],
@@ -29,6 +30,7 @@ USAGE = """usage: python3 run.py COMMAND [ARGUMENT ...]
 
   influence [-P name=value ...]   the main job: train, compute influence per window, log everything to MLflow
   compare [-P name=value ...]     methods side by side: fidelity, detection, cost
+  cleanse [-P name=value ...]     drop the samples that influence flags, train again, see whether it helped
   ui [--port N ...]               the MLflow UI on those results
   test [pytest argument ...]      the tests
   setup                           only make or update the environment, with what the tests need"""

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tracking"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import mlflow
 import pandas as pd

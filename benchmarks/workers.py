@@ -1,8 +1,8 @@
 """How much faster exact leave-one-out is with two worker processes than with one: ``python benchmarks/workers.py``.
 
 One thread in every process. One worker is this process, as without ``jobs``. Clock seconds, medians, taken in turns;
-the first round, in which workers load libraries, stands by itself. The workers stand ready, as a cluster does: what
-dask and ray need to start two of their own is told apart.
+the first round, in which workers load libraries, stands by itself. The cluster stands ready: what dask and ray need to
+start one of their own is told apart. Below joblib, ray starts new processes in every call, which load libraries again.
 """
 
 from __future__ import annotations

@@ -108,6 +108,35 @@ def compare(context: click.Context, /, **options: Any) -> None:
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
+@click.option("--training-run", default="", help="Run with a trajectory; empty: train first.")
+@click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist.")
+@click.option("--drop", default="0.05,0.1,0.2,0.3", help="Shares of the training samples, with commas between.")
+@click.option("--action", default="drop", help="drop, or relabel by cross-validated predictions.")
+@click.option("--windows", default="1", help="As for influence; of several, the validation split chooses.")
+@click.option("--kind", default="final", help="local, final or cumulative.")
+@click.option("--repeats", default=3, help="Pairs of seeds to train again with, the recorded one first.")
+@click.option("--draws", default=5, help="Random draws of as many samples, for comparison; 0: none.")
+@click.option("--metric", default="", help="To choose and judge by; empty: accuracy if there is one, else loss.")
+@click.option("--memory-mb", default=0, help="MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
+@click.option("--init-seed", default=0, help="As for train.")
+@click.option("--order-seed", default=0, help="As for train.")
+@click.pass_context
+def cleanse(context: click.Context, /, **options: Any) -> None:
+    """Drop (or relabel) the samples of lowest influence and train again, beside at random and by loss.
+
+    The validation split chooses how many, the test split judges. Further options are settings of the workload, if it is
+    to be trained first.
+    """
+
+    def job(project_run_id: str | None) -> str:
+        from dit_mlflow.tracking.cleansing import CleansingRequest, cleanse_job
+
+        return cleanse_job(CleansingRequest(settings=parse_settings(context.args), **options), project_run_id)
+
+    run_job("cleansing", job)
+
+
+@cli.command(context_settings=_TAKES_SETTINGS)
 @click.argument("target")
 @click.option("--workload", default="", help="As for train; empty: the trajectory's own.")
 @click.pass_context
@@ -182,6 +211,9 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Of MLflow, for every file that comes from the store; our own bars say how far the work is.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # The making of a database, and a link for every run that ends; ours are printed once, at the end.
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     cli(prog_name="dit-mlflow")
 
 

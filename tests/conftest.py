@@ -10,4 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from browsing import browser, page, shot  # noqa: F401
+
 torch.set_num_threads(1)

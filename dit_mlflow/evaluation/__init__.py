@@ -1,10 +1,16 @@
 """Correlation and detection."""
 
 from dit_mlflow.evaluation.attainable import attainable
-from dit_mlflow.evaluation.correlation import correlation_intervals, correlations
+from dit_mlflow.evaluation.correlation import (
+    correlation_intervals,
+    correlations,
+    correlations_with_intervals,
+)
 from dit_mlflow.evaluation.corruption import Corrupted, Damage, corrupt
 from dit_mlflow.evaluation.datamodeling import Subsets, datamodeling_score, train_on_subsets
 from dit_mlflow.evaluation.detection import detection, recall_curve
+from dit_mlflow.evaluation.mean_interval import mean_interval
+from dit_mlflow.evaluation.mean_scores import mean_scores, sample_scores
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.evaluation.patterns import correlations_by_pattern, pattern_counts, patterns, window_correlations
 from dit_mlflow.evaluation.stability import stability
@@ -19,12 +25,16 @@ __all__ = [
     "correlation_intervals",
     "correlations",
     "correlations_by_pattern",
+    "correlations_with_intervals",
     "corrupt",
     "datamodeling_score",
     "detection",
+    "mean_interval",
+    "mean_scores",
     "pattern_counts",
     "patterns",
     "recall_curve",
+    "sample_scores",
     "stability",
     "train_on_subsets",
     "trust",

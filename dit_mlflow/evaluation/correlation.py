@@ -67,6 +67,29 @@ def correlation_intervals(
     return intervals
 
 
+def correlations_with_intervals(
+    estimate: np.ndarray,
+    truth: np.ndarray,
+    names: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+) -> Metrics:
+    """What :func:`correlations` gives, each with ``_low`` and ``_high`` from :func:`correlation_intervals`.
+
+    Args:
+        estimate, truth, resamples, confidence: as there.
+        names: of the correlations to give; default: all.
+    """
+    found = correlations(estimate, truth).only(*(NAMES if names is None else names))
+    intervals = correlation_intervals(estimate, truth, confidence, resamples, names=names)
+    bounds = {
+        f"{name}_{side}": bound
+        for name, interval in intervals.items()
+        for side, bound in zip(("low", "high"), interval, strict=True)
+    }
+    return Metrics({**found.values, **bounds}, found.undefined)
+
+
 def _why_undefined(estimate: np.ndarray, truth: np.ndarray) -> str | None:
     if len(estimate) < 2:
         return f"{len(estimate)} samples have both an estimate and ground truth; at least 2 are needed"

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.evaluation.correlation import correlations
+from dit_mlflow.evaluation.correlation import correlations_with_intervals
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence import Influence
 
@@ -19,8 +19,8 @@ def patterns(
 ) -> np.ndarray:
     r"""The pattern of every sample, ``[samples]`` of names from :data:`PATTERNS`, or ``none``: all scores 0 or NaN.
 
-    Each window's scores are first divided by their root mean square over samples: else the first windows, in which the
-    loss falls fastest, would make every sample early. With :math:`p_k = |s_k| / \sum_k |s_k|` over windows:
+    Scores are first :func:`standardised`: else the first windows, in which the loss falls fastest, would make every
+    sample early. With :math:`p_k = |s_k| / \sum_k |s_k|` over windows:
 
     - ``fluctuating``: the signs that are in the minority hold more than ``mixed`` of all :math:`|s_k|`;
     - ``early``, ``late``: otherwise, and the first (last) half of the windows holds at least ``concentrated`` of it; a
@@ -41,10 +41,7 @@ def patterns(
             f"patterns of {len(influence.windows)} windows with concentrated={concentrated}, mixed={mixed}; expected "
             "2 windows or more, 0.5 < concentrated <= 1 and 0 <= mixed <= 0.5"
         )
-    position = 0 if query is None else influence.queries.index(query)
-    scores = np.nan_to_num(influence.scores[:, position])
-    size = np.sqrt((scores**2).mean(axis=1, keepdims=True))
-    scores = np.divide(scores, size, out=np.zeros_like(scores), where=size > 0)
+    scores = standardised(influence, query)
     total = np.abs(scores).sum(axis=0)
     count = len(scores)
     first = np.clip(count / 2 - np.arange(count), 0, 1) @ np.abs(scores)
@@ -55,6 +52,17 @@ def patterns(
         default="stable",
     )
     return np.asarray(found)
+
+
+def standardised(influence: Influence, query: str | None = None) -> np.ndarray:
+    """Scores ``[windows, samples]`` of one query, each window's divided by their root mean square over samples.
+
+    NaN counts as 0, and a window in which all scores are 0 keeps them.
+    """
+    position = 0 if query is None else influence.queries.index(query)
+    scores = np.nan_to_num(influence.scores[:, position])
+    size = np.sqrt((scores**2).mean(axis=1, keepdims=True))
+    return np.divide(scores, size, out=np.zeros_like(scores), where=size > 0)
 
 
 def pattern_counts(names: np.ndarray) -> Metrics:
@@ -70,13 +78,13 @@ def correlations_by_pattern(estimate: np.ndarray, truth: np.ndarray, names: np.n
         names: of each sample's pattern, from :func:`patterns`.
 
     Returns:
-        ``early/spearman``, ``early/pearson`` and so on, for the patterns that occur.
+        ``early/spearman``, ``early/pearson`` and so on with their intervals, for the patterns that occur.
     """
     found = Metrics()
     for name in PATTERNS:
         chosen = names == name
         if chosen.any():
-            agreement = correlations(estimate[chosen], truth[chosen]).only("spearman", "pearson")
+            agreement = correlations_with_intervals(estimate[chosen], truth[chosen], ("spearman", "pearson"))
             found = found.and_(agreement.prefixed(f"{name}/"))
     return found
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.evaluation.correlation import correlation_intervals, correlations
+from dit_mlflow.evaluation.correlation import correlations_with_intervals
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence import Influence, check_kind
 from dit_mlflow.influence.question import Question
@@ -77,19 +77,12 @@ def trust(
 
 def _agreement(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
     known = np.isfinite(estimate) & np.isfinite(truth)
-    count = {"samples": float(known.sum())}
-    names = ("spearman", "pearson")
-    agreement = correlations(estimate, truth).only(*names)
+    count = Metrics({"samples": float(known.sum())})
+    agreement = correlations_with_intervals(estimate, truth, ("spearman", "pearson"), RESAMPLES)
     if agreement.undefined:
-        return Metrics(count, {**agreement.undefined, "spread_ratio": agreement.undefined["spearman"]})
-    intervals = correlation_intervals(estimate, truth, resamples=RESAMPLES, names=names)
-    bounds = {
-        f"{name}_{side}": bound
-        for name, interval in intervals.items()
-        for side, bound in zip(("low", "high"), interval, strict=True)
-    }
+        return count.and_(agreement).and_(Metrics(undefined={"spread_ratio": agreement.undefined["spearman"]}))
     ratio = float(np.std(estimate[known]) / np.std(truth[known]))
-    return Metrics({**count, **agreement.values, **bounds, "spread_ratio": ratio})
+    return count.and_(agreement).and_(Metrics({"spread_ratio": ratio}))
 
 
 def _linearity(question: Question, scores: np.ndarray, dtype: torch.dtype | None, effort: Effort | None) -> Metrics:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from tqdm.auto import tqdm
 
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
@@ -23,6 +22,7 @@ from dit_mlflow.influence.kind import Sweep
 from dit_mlflow.influence.ledger import Ledger, Row
 from dit_mlflow.influence.query import Query
 from dit_mlflow.influence.update import Pulled, UpdateAdjoint
+from dit_mlflow.progress import progress_bar
 from dit_mlflow.trajectory import State
 from dit_mlflow.trajectory.replay import Replay
 from dit_mlflow.trajectory.statistics import DifferentiableStatistics, running_statistics
@@ -86,7 +86,7 @@ class Engine:
         first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
         rows: list[Row] = []
         adjoint: Adjoint | None = None
-        with tqdm(total=last - first, desc="influence", unit="step", disable=None) as progress:
+        with progress_bar(last - first, "influence") as progress:
             later: State | None = None
             for t, state in self.replay.backward(first, last, self.memory_budget, self._update.needs_values):
                 if later is not None:

@@ -15,13 +15,13 @@ import cloudpickle
 import joblib
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course, courses
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.effort import Effort
-from dit_mlflow.methods.retraining import Baseline, Changes, Counterfactuals, Retraining
+from dit_mlflow.methods.retraining import Advanced, Baseline, Changes, Counterfactuals, Retraining
+from dit_mlflow.progress import progress_bar
 from dit_mlflow.trajectory import State, Workload
 from dit_mlflow.trajectory.dynamics import Dynamics
 from dit_mlflow.trajectory.manifest import Manifest
@@ -56,7 +56,8 @@ def retrain(
     """
     effort = effort or Effort()
     changes = np.zeros((len(question.windows), len(question.queries), len(counterfactuals)))
-    with preserved_random_state(), effort.configured():
+    # One pool for all courses: ray's starts processes of its own each time.
+    with preserved_random_state(), effort.configured(), joblib.Parallel(n_jobs=effort.jobs) as pool:
         replay = question.trajectory.replay(question.workload, dtype)
         shared = _Shared.of(question, replay.dynamics.dtype, effort.memory_budget)
         here = shared.retraining(replay.dynamics)
@@ -65,7 +66,7 @@ def retrain(
             met = np.unique(np.concatenate([step.samples for step in steps if step.index < course.until]))
             affected = np.flatnonzero(counterfactuals.changed_by(met))
             job = _Job(course, steps, _baseline(replay, course, here), counterfactuals)
-            for rows, found in _run(job, affected, shared, here, effort):
+            for rows, found in _run(job, affected, shared, here, effort, pool):
                 for step, window, sign in course.measures:
                     changes[window][:, rows] += sign * found[step]
     return changes, replay.max_drift
@@ -85,7 +86,8 @@ class _Shared:
     @classmethod
     def of(cls, question: Question, dtype: torch.dtype | None, memory_budget: int) -> _Shared:
         # What only training and reports need may be hard to send.
-        lean = replace(question.workload, optimizer=None, scheduler=None, test_set=None, describe=None, metrics=None)
+        lean = replace(question.workload, optimizer=None, scheduler=None, test_set=None, metrics=None)
+        lean = replace(lean, describe=None, show=None, label=None)
         stored = question.trajectory.batches
         return cls(lean, question.trajectory.manifest, stored, question.queries, dtype, memory_budget)
 
@@ -106,8 +108,8 @@ class _Job:
     def part(self, rows: np.ndarray) -> _Job:
         return replace(self, counterfactuals=self.counterfactuals.part(rows))
 
-    def run(self, retraining: Retraining) -> Changes:
-        return retraining.run(self.course, self.steps, self.baseline, self.counterfactuals)
+    def run(self, retraining: Retraining, advanced: Advanced | None = None) -> Changes:
+        return retraining.run(self.course, self.steps, self.baseline, self.counterfactuals, advanced)
 
 
 def _baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
@@ -125,7 +127,7 @@ def _baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
 
 
 def _run(
-    job: _Job, affected: np.ndarray, shared: _Shared, here: Retraining, effort: Effort
+    job: _Job, affected: np.ndarray, shared: _Shared, here: Retraining, effort: Effort, pool: joblib.Parallel
 ) -> Iterator[tuple[np.ndarray, Changes]]:
     """Rows and what was found for them, part by part."""
     workers = joblib.effective_n_jobs(effort.jobs)
@@ -134,20 +136,20 @@ def _run(
     parts = np.array_split(affected, count) if count else []
     kept = _Kept(effort.folder, shared, job)
     left = []
-    title = f"retraining {job.course.start}-{job.course.until}"
-    with tqdm(total=len(affected), desc=title, disable=None, leave=False) as progress:
+    length = len(job.steps)
+    title = f"retraining, steps {job.course.start}-{job.course.stop}"
+    with progress_bar(len(affected) * length, title) as progress:
         for rows in parts:
             found = kept.load(rows)
             if found is None:
                 left.append(rows)
                 continue
-            progress.update(len(rows))
+            progress.update(len(rows) * length)
             yield rows, found
         if workers == 1:
             for rows in left:
-                found = job.part(rows).run(here)
+                found = job.part(rows).run(here, progress.update)
                 kept.save(rows, found)
-                progress.update(len(rows))
                 yield rows, found
         elif left:
             sent = _packed(shared)
@@ -155,8 +157,8 @@ def _run(
                 joblib.delayed(_work)(sent, tuple(sys.path), cloudpickle.dumps(job.part(rows)), kept, rows)
                 for rows in left
             )
-            for rows, found in zip(left, joblib.Parallel(n_jobs=effort.jobs)(tasks), strict=True):
-                progress.update(len(rows))
+            for rows, found in zip(left, pool(tasks), strict=True):
+                progress.update(len(rows) * length)
                 yield rows, found
 
 

@@ -84,6 +84,7 @@ class DitConfirmed(Method):
     kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
     per_window: ClassVar[bool] = True
     measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
+    retrains: ClassVar[bool] = True
 
     share: float = 0.1
     dtype: torch.dtype | None = None

@@ -91,6 +91,7 @@ class LeaveOneOut(Method):
     kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
     per_window: ClassVar[bool] = True
     measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
+    retrains: ClassVar[bool] = True
 
     samples: Sequence[int] | int | None = None
     dtype: torch.dtype | None = None

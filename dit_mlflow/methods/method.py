@@ -44,12 +44,14 @@ class Method(ABC):
         per_window: whether it has scores for windows; otherwise it answers for ``[0, T)`` alone.
         measures: ``query`` = the change of the query when the sample is removed, in its units; ``ranking`` = the same
             sign and order, in units of its own; ``suspicion`` = low scores are suspicious, whatever the query.
+        retrains: whether it retrains without samples, as its yardstick does.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]] = ()
     per_window: ClassVar[bool] = False
     measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "ranking"
+    retrains: ClassVar[bool] = False
 
     @abstractmethod
     def estimate(self, question: Question) -> Estimate:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,6 +99,9 @@ class Reweighted(Counterfactuals):
 Changes = dict[int, np.ndarray]
 """Step of measurement -> change of each query ``[queries, R]``."""
 
+Advanced = Callable[[int], object]
+"""Told how many steps of retraining were made; fewer than none where some must be made again."""
+
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
@@ -129,15 +132,21 @@ class Retraining:
         self._side_by_side: bool | None = None
 
     def run(
-        self, course: Course, steps: Sequence[Step], baseline: Baseline, counterfactuals: Counterfactuals
+        self,
+        course: Course,
+        steps: Sequence[Step],
+        baseline: Baseline,
+        counterfactuals: Counterfactuals,
+        advanced: Advanced | None = None,
     ) -> Changes:
         """Changes of the queries at each measure of ``course``, whose recorded steps are ``steps``."""
+        advanced = advanced or (lambda count: None)
         found = None
         if self._prefer_side_by_side(baseline.start, steps[0], len(counterfactuals)):
-            found = self._side_by_side_changes(course, steps, baseline, counterfactuals)
+            found = self._side_by_side_changes(course, steps, baseline, counterfactuals, advanced)
         if found is None:
             self._side_by_side = False
-            found = self._single_changes(course, steps, baseline, counterfactuals)
+            found = self._single_changes(course, steps, baseline, counterfactuals, advanced)
         return found
 
     def ask(self, state: State) -> Tensor:
@@ -145,7 +154,12 @@ class Retraining:
         return self._ask(state.parameters, state.buffers)
 
     def _single_changes(
-        self, course: Course, steps: Sequence[Step], baseline: Baseline, counterfactuals: Counterfactuals
+        self,
+        course: Course,
+        steps: Sequence[Step],
+        baseline: Baseline,
+        counterfactuals: Counterfactuals,
+        advanced: Advanced,
     ) -> Changes:
         """One retraining after the other, each as the recorded one ran."""
         changes = self._no_changes(baseline, counterfactuals)
@@ -155,13 +169,19 @@ class Retraining:
             for step in steps:
                 weights = _weights(step, course, one, self._like(rollout))[0]
                 rollout.advance(step, self.dynamics.load(step), weights)
+                advanced(1)
                 if (before := baseline.values.get(step.index + 1)) is not None:
                     after = self._ask(rollout.parameters, rollout.buffers)
                     changes[step.index + 1][:, column] = (after - before).cpu().numpy()
         return changes
 
     def _side_by_side_changes(
-        self, course: Course, steps: Sequence[Step], baseline: Baseline, counterfactuals: Counterfactuals
+        self,
+        course: Course,
+        steps: Sequence[Step],
+        baseline: Baseline,
+        counterfactuals: Counterfactuals,
+        advanced: Advanced,
     ) -> Changes | None:
         """Retrainings under one ``vmap``, in chunks; row 0 of each is the recorded training.
 
@@ -169,6 +189,7 @@ class Retraining:
         """
         size = self._chunk_size(baseline.start, steps[0])
         changes = self._no_changes(baseline, counterfactuals)
+        made = 0
         for first in range(0, len(counterfactuals), size):
             chunk = slice(first, first + size)
             part = counterfactuals.part(np.arange(len(counterfactuals))[chunk])
@@ -177,8 +198,11 @@ class Retraining:
                 weights = _weights(step, course, part, self._like(rollout))
                 weights = torch.cat([torch.ones_like(weights[:1]), weights])
                 rollout.advance(step, self.dynamics.load(step), weights)
+                advanced(len(part))
+                made += len(part)
                 if (state := baseline.states.get(step.index + 1)) is not None:
                     if not self._control_holds(rollout, state, baseline.start):
+                        advanced(-made)
                         return None
                     values = self._ask_all(rollout)
                     changes[step.index + 1][:, chunk] = (values[:, 1:] - values[:, :1]).cpu().numpy()

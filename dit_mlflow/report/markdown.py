@@ -8,10 +8,20 @@ from collections.abc import Iterable, Sequence
 LONGEST = 200
 """Characters of a text from data, by default."""
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|>~])")
-_ENTITIES = str.maketrans({"$": "&#36;", ":": "&#58;", "@": "&#64;"})
-"""Before these, the renderer of MLflow's model registry shows the backslash."""
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\u202a-\u202e\u2066-\u2069]+")
+GAP = "&emsp;"
+"""Room between columns; the tables of MLflow's UI have none."""
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~=])")
+_REFERENCES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", ":": "&#58;", "@": "&#64;"}
+"""Instead of marks before which MLflow's UI, or HTML, would show a backslash."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
+
+
+def one_line(text: str, longest: int | None = None) -> str:
+    """``text`` from data without control characters, line breaks and turns of direction; if cut, with an ellipsis."""
+    plain = " ".join(_CONTROL.sub(" ", text).split())
+    return plain if longest is None or len(plain) <= longest else plain[: longest - 1] + "…"
 
 
 def escaped(text: str, longest: int = LONGEST) -> str:
@@ -19,15 +29,11 @@ def escaped(text: str, longest: int = LONGEST) -> str:
 
     Characters that turn the direction of what follows are taken out; longer texts end in an ellipsis.
     """
-    plain = _CONTROL.sub(" ", text).strip()
-    if len(plain) > longest:
-        plain = plain[: longest - 1] + "…"
-    plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # Entities last: their own "#" is not to be escaped.
-    return _SPECIAL.sub(r"\\\1", plain).translate(_ENTITIES)
+    plain = one_line(text, longest)
+    return "".join(_REFERENCES.get(mark) or _SPECIAL.sub(r"\\\1", mark) for mark in plain)
 
 
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are Markdown already."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], gap: str = "") -> str:
+    """A table of cells that are Markdown already; ``gap`` (:data:`GAP`) follows every cell but a row's last."""
+    lines = [f"{gap} | ".join(cells) for cells in (headings, *rows)]
+    return "\n".join(f"| {line} |" for line in (lines[0], " | ".join(["---"] * len(headings)), *lines[1:]))

@@ -9,10 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.detection import recall_curve
-from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL
+from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
 
 COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
 """Okabe and Ito's; of more curves than colours, the next seven are dashed, then dotted."""
+
+
+FEW = 4
+"""Curves whose legend finds room below the line of chance."""
 
 
 def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int]) -> Figure:
@@ -23,15 +27,15 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
             out.
         corrupted: indices of the damaged samples; inspecting as many is marked, it is where recall@k is read off.
     """
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = new_figure(5.2)
     axes = figure.subplots()
     drawn = {name: found for name, found in scores.items() if np.isfinite(found[list(corrupted)]).any()}
     share = 100 * len(corrupted) / max((len(found) for found in scores.values()), default=1)
     axes.plot([0, 100], [0, 100], color=NEUTRAL, lw=1, ls=":", label="chance")
     axes.plot([0, share, 100], [0, 100, 100], color=NEUTRAL, lw=1, ls="--", label="best possible")
     axes.axvline(share, lw=0.8, color=NEUTRAL, alpha=0.5)
-    note: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": 8, "color": "#555555"}
-    axes.annotate("recall@k", (share, 1), **note)
+    note: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": SMALL, "color": "#555555"}
+    axes.annotate(f"recall@k: {len(corrupted)} samples inspected, as many as are damaged", (share, 1), **note)
     for place, (name, found) in enumerate(drawn.items()):
         inspected, recall = recall_curve(found, corrupted)
         line: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "ls": ("-", "--", ":")[place // len(COLOURS)]}
@@ -41,5 +45,8 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
     axes.set_xlabel("training samples inspected, lowest scores first (%)")
     axes.set_ylabel("damaged samples found (%)")
     axes.set_title("How many samples must be looked at to find the damaged ones?")
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    if len(drawn) > FEW:
+        figure.legend(loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False)
+    else:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.08), fontsize=SMALL, frameon=False)
     return figure

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence import Influence
+from dit_mlflow.report.gallery import Gallery
 
 TOP = 10
 """Samples listed per window and side."""
 
+LINE = 110
+"""Characters of a line in the terminal."""
+
+DIGITS = 4
+"""Significant digits of numbers in tables; all of them are in the stored scores and the metrics."""
+
+_FIRST = ("ground_truth/spearman", "trust/spearman", "detection/recall_at_k", "detection/auroc", "ground_truth/pearson")
+_LAST = ("_low", "_high", "_chance")
+
 
 def windows_table(influence: Influence, metrics: Sequence[Metrics]) -> pd.DataFrame:
     """One row per window: bounds, its most harmful and most helpful sample, and the window's metrics.
+
+    The metrics that are looked at first stand first; bounds of intervals and levels of chance stand last.
 
     Args:
         influence: scores; the first query is described.
@@ -23,44 +36,54 @@ def windows_table(influence: Influence, metrics: Sequence[Metrics]) -> pd.DataFr
     rows: list[dict[str, object]] = []
     extremes = influence.top(1)
     extremes = extremes[extremes["query"] == influence.queries[0]].set_index(["window_index", "side"])
+    known = dict.fromkeys(name for found in metrics for name in found.values)
+    names = [
+        *(name for name in _FIRST if name in known),
+        *(name for name in known if name not in _FIRST and not name.endswith(_LAST)),
+        *(name for name in known if name not in _FIRST and name.endswith(_LAST)),
+    ]
     for index, (window, found) in enumerate(zip(influence.windows, metrics, strict=True)):
-        row: dict[str, object] = {"window": index, "start": window.start, "end": window.end}
+        # Where the UI compares tables, it begins with the column after the first.
+        row: dict[str, object] = {"window": index}
         for side in ("harmful", "helpful"):
-            known = (index, side) in extremes.index
-            row[f"most_{side}"] = int(extremes.loc[(index, side), "sample_index"]) if known else None
-        rows.append(row | dict(found.values))
-    return pd.DataFrame(rows)
+            there = (index, side) in extremes.index
+            row[f"most_{side}"] = int(extremes.loc[(index, side), "sample_index"]) if there else None
+        bounds = {"start": window.start, "end": window.end}
+        rows.append(row | bounds | {name: found.values.get(name) for name in names})
+    return rounded(pd.DataFrame(rows))
 
 
-def top_samples_table(
-    influence: Influence,
-    truth: Influence | None,
-    corrupted: Sequence[int],
-    describe: Callable[[int], str] | None,
-) -> pd.DataFrame:
-    """The :data:`TOP` most harmful and helpful samples of each window and query, with what is known of them."""
-    table = influence.top(TOP)
+def top_samples_table(influence: Influence, truth: Influence | None, gallery: Gallery, k: int = TOP) -> pd.DataFrame:
+    """The ``k`` most harmful and helpful samples of each window and query, with what is known of them.
+
+    Window by window, the harmful ones first; the columns that are looked at first stand first.
+    """
+    table = influence.top(k)
     if truth is not None:
         keys = ["sample_index", "window_index", "query"]
         exact = truth.to_frame()[[*keys, "score"]].rename(columns={"score": "leave_one_out"})
         table = table.merge(exact, on=keys, how="left")
-    if corrupted:
-        table["corrupted"] = table["sample_index"].isin(list(corrupted))
-    if describe is not None:
-        table["sample"] = table["sample_index"].map(lambda index: describe(int(index)))
-    first = [
-        "window_start",
-        "window_end",
-        "side",
-        "rank",
-        "sample_index",
-        "sample",
-        "corrupted",
-        "score",
-        "leave_one_out",
-    ]
+    table["window"] = table["window_start"].astype(str) + "-" + table["window_end"].astype(str)
+    if gallery.corrupted:
+        table["corrupted"] = table["sample_index"].isin(gallery.corrupted)
+    lines = table["sample_index"].map(lambda index: gallery.line(int(index)))
+    if lines.astype(bool).any():
+        table["sample"] = lines
+    table = table.sort_values(["query", "window_index", "side", "rank"], kind="stable", ignore_index=True)
+    first = ["window", "side", "sample_index", "score", "sample", "corrupted", "leave_one_out", "rank"]
     known = [name for name in first if name in table]
-    return table[[*known, *(name for name in table if name not in known)]]
+    return rounded(table[[*known, *(name for name in table if name not in known)]])
+
+
+def rounded(table: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
+    """The table with its floating-point numbers at ``digits`` significant digits."""
+    floats = [name for name in table if table[name].dtype.kind == "f"]
+    return table.assign(**{str(name): table[name].map(lambda value: float(f"{value:.{digits}g}")) for name in floats})
+
+
+def paragraph(text: str) -> str:
+    """Plain text broken into lines of a terminal's width."""
+    return textwrap.fill(text, LINE, break_on_hyphens=False)
 
 
 def terminal_table(table: pd.DataFrame, names: Mapping[str, str]) -> str:

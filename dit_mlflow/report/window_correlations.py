@@ -8,27 +8,25 @@ from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.patterns import window_correlations
 from dit_mlflow.influence import Influence
+from dit_mlflow.report.plots import SMALL, label_windows, new_figure
 
 
 def plot_window_correlations(influence: Influence) -> Figure:
     """Heat map of :func:`dit_mlflow.evaluation.window_correlations`, with numbers up to 12 windows."""
     matrix = window_correlations(influence)
     count = len(matrix)
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    figure = new_figure(6.2)
     axes = figure.subplots()
     image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr")
-    names = [str(window) for window in influence.windows]
-    places = np.unique(np.linspace(0, count - 1, min(count, 12)).round().astype(int))
-    axes.set_xticks(places, [names[k] for k in places], rotation=45 if count > 6 else 0)
-    axes.set_yticks(places, [names[k] for k in places])
+    label_windows(axes, influence.windows)
+    axes.set_yticks(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()], fontsize=SMALL)
     if count <= 12:
         for (row, column), value in np.ndenumerate(matrix):
             colour = "white" if abs(value) > 0.6 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=colour)
-    axes.set_xlabel("window (training steps)")
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=SMALL, color=colour)
     axes.set_ylabel("window (training steps)")
     axes.set_title(f"Do the same samples matter early and late?\n({influence.method}, {influence.kind})", fontsize=11)
-    figure.colorbar(image, label="Spearman correlation of the samples' influence")
+    figure.colorbar(image, label="Spearman correlation of the samples' influence").ax.tick_params(labelsize=SMALL)
     return figure
 
 

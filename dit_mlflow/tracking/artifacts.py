@@ -17,6 +17,7 @@ from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.influence import Influence
 from dit_mlflow.tracking.found_models import load_model_influence
 from dit_mlflow.tracking.names import INFLUENCE, RECORDING, TRAINING_RUN, TRAJECTORY
+from dit_mlflow.tracking.notes import note_training
 from dit_mlflow.tracking.remote import open_remote, reading, without_password
 from dit_mlflow.trajectory import Trajectory
 from dit_mlflow.trajectory.manifest import FILE_NAME
@@ -32,6 +33,7 @@ def log_trajectory(trajectory: Trajectory | str | Path, run_id: str | None = Non
         for name in (*trajectory.manifest.files, FILE_NAME):
             mlflow.log_artifact(str(folder / name), TRAJECTORY, run_id=run_id)
     MlflowClient().set_tag(run_id, RECORDING, "true")
+    note_training(run_id, trajectory)
 
 
 def load_trajectory(run_id: str) -> Trajectory:

@@ -18,8 +18,8 @@ from dit_mlflow.evaluation import (
     Metrics,
     Subsets,
     attainable,
-    correlation_intervals,
     correlations,
+    correlations_with_intervals,
     datamodeling_score,
     detection,
     train_on_subsets,
@@ -27,13 +27,24 @@ from dit_mlflow.evaluation import (
 from dit_mlflow.influence import Influence, Window, check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods import NAMES, Effort, leave_one_out, method
-from dit_mlflow.report import plot_fidelity_against_cost, plot_recall_curves, terminal_table
+from dit_mlflow.progress import progress_over
+from dit_mlflow.report import (
+    comparison_note,
+    comparison_sentences,
+    paragraph,
+    plot_fidelity_against_cost,
+    plot_recall_curves,
+    terminal_table,
+)
 from dit_mlflow.tracking.artifacts import load_influence, load_trajectory, log_influence
+from dit_mlflow.tracking.figures import log_plot
 from dit_mlflow.tracking.influence import parse_ground_truth
+from dit_mlflow.tracking.links import where_to_look
 from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.notes import set_note
 from dit_mlflow.tracking.over_seeds import stability_table, summarised
-from dit_mlflow.tracking.runs import log_metrics, log_series, project_run, where_to_look
+from dit_mlflow.tracking.runs import log_metrics, log_series, project_run
 from dit_mlflow.tracking.training import run_training, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
 
@@ -127,15 +138,15 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
                 "resolved.seeds": request.seeds,
             }
         )
-        rows = [_child(request, name, subject) for subject in subjects for name in names]
+        asked = [(subject, name) for subject in subjects for name in names]
+        rows = [_child(request, name, subject) for subject, name in progress_over(asked, "comparing", "method")]
         ceiling = _attainable(rows, subjects[0])
         table = summarised(pd.DataFrame(rows))
         training = _training_seconds(subjects)
         mlflow.log_table(table, "comparison.json")
         mlflow.log_table(pd.DataFrame(rows), "by_seed.json")
         if "spearman" in table and table["spearman"].notna().any():
-            figure = plot_fidelity_against_cost(table, ceiling, training)
-            mlflow.log_figure(figure, "fidelity_against_cost.png")
+            log_plot(plot_fidelity_against_cost(table, ceiling, training), "fidelity_against_cost.png")
         if request.seeds > 1:
             done = [str(row["run_id"]) for row in rows if not row["failed"]]
             whole = {run_id: load_influence(run_id).of(subjects[0].whole) for run_id in done}
@@ -143,9 +154,11 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         if workload.corrupted:
             first = [row for row in rows if row["training_run"] == subjects[0].run_id and not row["failed"]]
             scores = {str(row["method"]): load_influence(str(row["run_id"])).of(subjects[0].whole) for row in first}
-            mlflow.log_figure(plot_recall_curves(scores, workload.corrupted), "recall_curve.png")
+            log_plot(plot_recall_curves(scores, workload.corrupted), "recall_curve.png")
         if ceiling is not None:
             mlflow.log_metric("ground_truth/attainable_spearman", ceiling)
+        retraining = [name for name in names if method(name).retrains]
+        set_note(run.info.run_id, comparison_note(table, retraining, len(subjects), kind, attainable=ceiling))
         if table["failed"].all():
             raise InputError(f"every method failed; the first: {rows[0]['error']}")
     headings = {
@@ -163,11 +176,14 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
     shown = table.drop(columns=[] if table["failed"].any() else ["error"])
     lines = [
         "",
-        f"{len(names)} methods, {len(subjects)} trainings, whole run; low, high: 95 % interval "
+        f"{len(names)} method{'s' * (len(names) > 1)}, {len(subjects)} training{'s' * (len(subjects) > 1)}, whole run; "
+        "low, high: 95 % interval "
         f"{'over samples' if len(subjects) == 1 else 'of the mean over trainings'}",
         *([f"attainable: leave-one-out in the recorded precision reaches {ceiling:.3f}"] if ceiling else []),
         "",
         terminal_table(shown, headings),
+        "",
+        *(paragraph(text) for text in comparison_sentences(table, retraining, ceiling)),
         "",
         f"training run   {', '.join(subject.run_id for subject in subjects)}",
         f"comparison run {run.info.run_id}",
@@ -263,15 +279,8 @@ def _scored(found: Influence, subject: Subject, window: Window) -> tuple[Metrics
     if subject.truth is None:
         return Metrics(), detected
     estimate, truth = found.of(window), subject.truth.of(window)
-    agreement = correlations(estimate, truth)
-    if window != subject.whole:
-        return agreement, detected
-    bounds = {
-        f"{name}_{side}": bound
-        for name, interval in correlation_intervals(estimate, truth).items()
-        for side, bound in zip(("low", "high"), interval, strict=True)
-    }
-    return Metrics({**agreement.values, **bounds}, agreement.undefined), detected
+    scored = correlations_with_intervals if window == subject.whole else correlations
+    return scored(estimate, truth), detected
 
 
 def _attainable(rows: Sequence[dict[str, object]], subject: Subject) -> float | None:

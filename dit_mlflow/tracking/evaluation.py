@@ -17,9 +17,10 @@ from mlflow.models.evaluation.base import EvaluationResult
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence.rows import BatchOfRow, Features
-from dit_mlflow.report import plot_top_samples
+from dit_mlflow.report import Gallery, plot_top_samples
 from dit_mlflow.report.rows import check_top, mean_over_rows, mean_table, rows_metrics, rows_table
 from dit_mlflow.tracking.artifacts import log_influence
+from dit_mlflow.tracking.figures import log_plot
 from dit_mlflow.tracking.names import KIND, ROW_INFLUENCE, TRAINING_RUN
 from dit_mlflow.tracking.row_influence import RowQuestion
 from dit_mlflow.tracking.runs import log_metrics
@@ -109,8 +110,8 @@ def evaluate_rows(
     for name, table in tables.items():
         _log_table(run_id, table, f"{name}.json")
     if len(windows) > 1:
-        figure = plot_top_samples(mean_over_rows(shown), describe=workload.describe)
-        mlflow.log_figure(figure, f"{ROW_INFLUENCE}/influence_over_windows.png")
+        figure = plot_top_samples(mean_over_rows(shown), Gallery(workload))
+        log_plot(figure, f"{ROW_INFLUENCE}/influence_over_windows.png")
     found = rows_metrics(answer.influence, answer.losses, whole, top, workload.corrupted).prefixed("dit/")
     log_metrics(found if model_id is None else Metrics({}, found.undefined))
     artifacts = {name: JsonEvaluationArtifact(mlflow.get_artifact_uri(f"{name}.json")) for name in tables}

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlflow
+import numpy as np
+import pandas as pd
 import torch
 from mlflow import ActiveRun, MlflowClient
+from mlflow.entities import Run
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import (
@@ -14,6 +17,7 @@ from dit_mlflow.evaluation import (
     attainable,
     correlations,
     correlations_by_pattern,
+    correlations_with_intervals,
     detection,
     pattern_counts,
     patterns,
@@ -21,19 +25,32 @@ from dit_mlflow.evaluation import (
 )
 from dit_mlflow.influence import Influence, Kind, Window, track
 from dit_mlflow.methods import confirm, leave_one_out
+from dit_mlflow.progress import progress_over
 from dit_mlflow.report import (
+    Findings,
+    Gallery,
+    answer_sentences,
+    influence_note,
+    influence_page,
     plot_against_truth,
+    plot_heat_map,
+    plot_patterns,
     plot_recall_curves,
     plot_top_samples,
     plot_window_correlations,
+    plot_window_samples,
     top_samples_table,
     window_correlations_table,
+    window_note,
     windows_table,
 )
 from dit_mlflow.tracking.artifacts import log_influence
+from dit_mlflow.tracking.figures import log_plot
+from dit_mlflow.tracking.links import run_link
 from dit_mlflow.tracking.names import CONFIRMED, GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.notes import influence_links, set_note
 from dit_mlflow.tracking.runs import log_metrics, log_series, peak_memory_mb, project_run
-from dit_mlflow.tracking.training import workload_params, workload_title
+from dit_mlflow.tracking.training import seeds_title, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload
 
 
@@ -76,15 +93,23 @@ class Answer:
 
     Attributes:
         run: the parent run.
-        influence: scores per window.
-        whole: metrics of the whole run ``[0, T)``.
-        per_window: metrics of each window.
+        findings: scores per window, and metrics of the whole run and of each window.
     """
 
     run: ActiveRun
-    influence: Influence
-    whole: Metrics
-    per_window: tuple[Metrics, ...]
+    findings: Findings
+
+    @property
+    def influence(self) -> Influence:
+        return self.findings.influence
+
+    @property
+    def whole(self) -> Metrics:
+        return self.findings.whole
+
+    @property
+    def per_window(self) -> tuple[Metrics, ...]:
+        return self.findings.per_window
 
 
 def run_influence(
@@ -110,7 +135,9 @@ def run_influence(
         project_run_id: the run that ``mlflow run`` made for this job; ``None`` = start one.
     """
     tags = {KIND: "influence", METHOD: "dit", TRAINING_RUN: training_run_id}
-    title = f"influence {workload_title(workload)} {kind}"
+    seeds = MlflowClient().get_run(training_run_id).data.params
+    seeded = seeds_title(seeds.get("resolved.init_seed", 0), seeds.get("resolved.order_seed", 0))
+    title = f"influence {workload_title(workload)}{seeded} {kind}"
     with project_run(project_run_id, title, tags) as run:
         mlflow.log_params(
             {
@@ -139,14 +166,25 @@ def run_influence(
         if checks.trust:
             trusted = trust(estimate, trajectory, workload, checks.trust, truth)
             metrics = [found.and_(more.prefixed("trust/")) for found, more in zip(metrics, trusted, strict=True)]
-        answer = Answer(run, estimate.select(windows), metrics[asked.index(whole)], tuple(metrics[: len(windows)]))
+        checked = int(np.isfinite(truth.of(whole)).sum()) if truth is not None else 0
+        findings = Findings(
+            estimate.select(windows),
+            metrics[asked.index(whole)],
+            tuple(metrics[: len(windows)]),
+            Gallery(workload),
+            checked,
+        )
+        answer = Answer(run, findings)
         confirmed = None
         if truth is None and checks.confirm:
             confirmed = confirm(answer.influence, trajectory, workload, checks.confirm)
             log_influence(confirmed, folder=CONFIRMED)
-        _log_parent(answer, estimate, truth, confirmed, workload, training_run_id)
-        for index in range(len(windows)):
-            _log_window(answer, index, truth, workload, training_run_id)
+        samples = _log_parent(answer, estimate, truth, confirmed, workload, training_run_id)
+        # The UI lists the newest first: the last window is logged first, so that they stand in order.
+        positions = progress_over(range(len(windows))[::-1], "logging windows", "window")
+        exact = truth or confirmed
+        runs = [_log_window(answer, k, exact, samples, workload, training_run_id) for k in positions][::-1]
+        set_note(run.info.run_id, influence_note(findings, influence_links(run, training_run_id, runs)))
     return answer
 
 
@@ -154,7 +192,10 @@ def _window_metrics(estimate: Influence, truth: Influence | None, window: Window
     found = detection(estimate.of(window), workload.corrupted).prefixed("detection/")
     if truth is None:
         return found
-    return correlations(estimate.of(window), truth.of(window)).prefixed("ground_truth/").and_(found)
+    agreement = correlations(estimate.of(window), truth.of(window)).and_(
+        correlations_with_intervals(estimate.of(window), truth.of(window), ("spearman", "pearson"))
+    )
+    return agreement.prefixed(f"{GROUND_TRUTH}/").and_(found)
 
 
 def _log_parent(
@@ -164,17 +205,20 @@ def _log_parent(
     confirmed: Influence | None,
     workload: Workload,
     training_run_id: str,
-) -> None:
+) -> pd.DataFrame:
+    """Returns the table of the top samples."""
     log_metrics(answer.whole)
     log_metrics(_costs(estimate, truth, training_run_id))
-    for name in dict.fromkeys(name for metrics in answer.per_window for name in metrics.values):
+    # Bounds and levels of chance stand on the window's own run; as charts they would only be in the way.
+    figures = (name for metrics in answer.per_window for name in metrics.values)
+    for name in dict.fromkeys(name for name in figures if not name.endswith(("_low", "_high", "_chance"))):
         log_series(f"by_window/{name}", [metrics.values.get(name) for metrics in answer.per_window])
-    influence = answer.influence
+    influence, gallery = answer.influence, answer.findings.gallery
     windows = list(influence.windows)
     whole = Window(0, max(window.end for window in estimate.windows))
     exact = truth.select(windows) if truth is not None else confirmed
     mlflow.log_table(windows_table(influence, answer.per_window), f"{INFLUENCE}/windows.json")
-    samples = top_samples_table(influence, exact, workload.corrupted, workload.describe)
+    samples = top_samples_table(influence, exact, gallery)
     mlflow.log_table(samples, f"{INFLUENCE}/top_samples.json")
     if len(windows) > 1:
         names = patterns(influence)
@@ -182,34 +226,54 @@ def _log_parent(
         if truth is not None:
             log_metrics(correlations_by_pattern(estimate.of(whole), truth.of(whole), names).prefixed("patterns/"))
         mlflow.log_table(window_correlations_table(influence), f"{INFLUENCE}/window_correlations.json")
-        mlflow.log_figure(plot_window_correlations(influence), f"{INFLUENCE}/window_correlations.png")
+        log_plot(plot_window_correlations(influence), f"{INFLUENCE}/window_correlations.png")
+        log_plot(plot_patterns(influence, names), f"{INFLUENCE}/patterns.png")
     if workload.corrupted:
         curves = {f"{found.method}, whole run": found.of(whole) for found in (estimate, truth) if found is not None}
-        figure = plot_recall_curves(curves, workload.corrupted)
-        mlflow.log_figure(figure, f"{INFLUENCE}/recall_curve.png")
-    figure = plot_top_samples(influence, describe=workload.describe)
-    mlflow.log_figure(figure, f"{INFLUENCE}/influence_over_windows.png")
+        log_plot(plot_recall_curves(curves, workload.corrupted), f"{INFLUENCE}/recall_curve.png")
+    log_plot(plot_top_samples(influence, gallery), f"{INFLUENCE}/influence_over_windows.png")
+    log_plot(plot_heat_map(influence, gallery), f"{INFLUENCE}/heat_map.png")
+    measured = dict(zip([*windows, whole], [*answer.per_window, answer.whole], strict=True))
+    held = confirmed if truth is None else truth
+    sentences = answer_sentences(answer.findings)
+    report = influence_page(estimate, held, workload, windows, measured, workload_title(workload), sentences)
+    mlflow.log_text(report, f"{INFLUENCE}/report.html")
     if truth is not None:
         log_influence(truth.select(windows), folder=GROUND_TRUTH)
         everywhere = range(len(estimate.windows))
         figure = plot_against_truth(estimate, truth, everywhere, workload.corrupted)
-        mlflow.log_figure(figure, f"{INFLUENCE}/against_leave_one_out.png")
+        log_plot(figure, f"{INFLUENCE}/against_leave_one_out.png")
+    return samples
 
 
-def _log_window(answer: Answer, index: int, truth: Influence | None, workload: Workload, training_run_id: str) -> None:
+def window_run_name(window: Window, index: int, count: int) -> str:
+    """``w03 240-320``: names of ``count`` windows sort as the windows do."""
+    return f"w{index:0{max(2, len(str(count - 1)))}d} {window}"
+
+
+def _log_window(
+    answer: Answer, index: int, exact: Influence | None, samples: pd.DataFrame, workload: Workload, training_run_id: str
+) -> Run:
+    """Log a window's run. ``exact``: leave-one-out, for some samples; ``samples``: the top samples of all windows."""
     influence = answer.influence
     window = influence.windows[index]
-    width = len(str(len(influence.windows) - 1))
     tags = {KIND: "window", METHOD: influence.method, TRAINING_RUN: training_run_id}
-    name = f"w{index:0{max(2, width)}d} {window}"
-    with mlflow.start_run(run_name=name, nested=True, tags=tags):
+    name = window_run_name(window, index, len(influence.windows))
+    with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
         bounds = {"window_index": index, "window_start": window.start, "window_end": window.end}
         mlflow.log_params({"method": influence.method, "kind": influence.kind, **bounds})
-        mlflow.log_metrics({"window_start": window.start, "window_end": window.end})
         log_metrics(answer.per_window[index])
-        if truth is not None:
-            figure = plot_against_truth(influence, truth, [index], workload.corrupted)
-            mlflow.log_figure(figure, "against_leave_one_out.png")
+        # After the others: the page that compares runs begins with the metric that was logged first.
+        mlflow.log_metrics({"window_start": window.start, "window_end": window.end})
+        known = None if exact is None else exact.of(window)
+        log_plot(plot_window_samples(influence, index, answer.findings.gallery, known), "top_samples.png")
+        mlflow.log_table(samples[samples["window_index"] == index], "top_samples.json")
+        if exact is not None and answer.findings.checked:
+            figure = plot_against_truth(influence, exact, [index], workload.corrupted)
+            log_plot(figure, "against_leave_one_out.png")
+        parent = (answer.run.info.run_name or "the influence run", run_link(answer.run))
+        set_note(run.info.run_id, window_note(answer.findings, index, parent))
+    return run
 
 
 def _costs(estimate: Influence, truth: Influence | None, training_run_id: str) -> Metrics:

@@ -11,10 +11,10 @@ from dit_mlflow.errors import InputError, WorkloadError
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence import check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
-from dit_mlflow.report import terminal_table, windows_table
+from dit_mlflow.report import answer_sentences, paragraph, terminal_table, windows_table
 from dit_mlflow.tracking.artifacts import load_trajectory
 from dit_mlflow.tracking.influence import Answer, Checks, run_influence
-from dit_mlflow.tracking.runs import where_to_look
+from dit_mlflow.tracking.links import where_to_look
 from dit_mlflow.tracking.training import run_training
 from dit_mlflow.trajectory import Trajectory, Workload, load_recorded, load_workload
 
@@ -166,7 +166,7 @@ def summary(answer: Answer, training_run: str) -> str:
     whole = {name: answer.whole.values.get(key) for key, name in headings.items()}
     figures = ", ".join(f"{name} {value:.3f}" for name, value in whole.items() if value is not None)
     lines += [f"Whole run: {figures}"] if figures else []
-    lines += [*_trusted(answer.whole), ""]
+    lines += [*_trusted(answer.whole), "", *(paragraph(text) for text in answer_sentences(answer.findings)), ""]
     lines += [
         f"training run   {training_run}",
         f"influence run  {answer.run.info.run_id}",

@@ -11,6 +11,8 @@ DIRTY = "dit.dirty"
 ERROR = "dit.error"
 RECORDING = "dit.trajectory"
 """Set on runs that record, or have recorded, a trajectory."""
+HELPED = "dit.helped"
+"""Of a cleansing run: ``yes``, ``no`` or ``unclear``."""
 UNDEFINED = "dit.undefined."
 """Prefix of tags that say why a metric is missing."""
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from dit_mlflow.evaluation import stability
+from dit_mlflow.evaluation import mean_interval, stability
 
 FIGURES = ("spearman", "pearson", "lds", "recall_at_k", "auroc")
 """Whose variance over trainings is told apart."""
@@ -24,17 +23,12 @@ def summarised(rows: pd.DataFrame) -> pd.DataFrame:
             values = worked[column].dropna()
             row.setdefault(str(column), float(values.mean()) if len(values) else None)
             if len(values) > 1 and f"{column}_low" in worked:
-                low, high = _interval_of_mean(values.to_numpy())
+                low, high = mean_interval(values.to_numpy())
                 row |= {f"{column}_low": low, f"{column}_high": high}
         errors = group["error"].dropna() if "error" in group else pd.Series(dtype=object)
         row |= {"failed": worked.empty, "error": str(errors.iloc[0]) if len(errors) else ""}
         summary.append(row)
     return pd.DataFrame(summary)
-
-
-def _interval_of_mean(values: np.ndarray) -> tuple[float, float]:
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
-    return float(values.mean()) - half, float(values.mean()) + half
 
 
 def stability_table(
@@ -66,7 +60,7 @@ def stability_table(
         table.append({"method": name, "of": "scores", **told, **{key: agreement.get(key) for key in shares}})
         for figure in (figure for figure in FIGURES if figure in group and group[figure].notna().all()):
             values = group[figure].to_numpy(dtype=np.float64)
-            low, high = _interval_of_mean(values)
+            low, high = mean_interval(values)
             parts = stability(values.reshape(*shape, 1)).values
             row = {"method": name, "of": figure, "mean": float(values.mean()), "low": low, "high": high}
             table.append({**row, **{key: parts.get(key) for key in shares}})

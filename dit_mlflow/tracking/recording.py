@@ -20,6 +20,7 @@ from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.tracking.artifacts import active_run_id, artifact_folder, find_run, load_trajectory
 from dit_mlflow.tracking.datasets import SampleSet, log_dataset, workload_source
 from dit_mlflow.tracking.names import KIND, RECORDING, TRAJECTORY
+from dit_mlflow.tracking.notes import note_training
 from dit_mlflow.tracking.upload import Upload
 from dit_mlflow.trajectory import Trajectory, TrajectoryRecorder, Workload
 
@@ -70,6 +71,7 @@ def record_trajectory(
             model, optimizer, folder, workload, resume=begun or False, on_written=upload, **options
         )
         _tag(run)
+        stack.callback(_note, run, recorder, upload, begun)
         stack.callback(_log_training_set, run, recorder, workload)
         yield stack.enter_context(recorder)
 
@@ -116,6 +118,16 @@ def _finish(upload: Upload) -> None:
         "dit_mlflow.tracking.log_trajectory(%r, run_id=%r)",
         *(upload.run_id, upload.folder, str(upload.folder), upload.run_id),
     )
+
+
+def _note(run: Run, recorder: TrajectoryRecorder, upload: Upload | None, begun: Trajectory | None) -> None:
+    if upload is not None and upload.failure is not None:
+        return  # A store that is lost answers late, or never.
+    try:
+        trajectory = Trajectory.open(recorder.directory)
+    except TrajectoryError:  # Nothing was recorded; what went wrong is said elsewhere.
+        return
+    note_training(run.info.run_id, trajectory, begun)
 
 
 def _log_training_set(run: Run, recorder: TrajectoryRecorder, workload: Workload | None) -> None:

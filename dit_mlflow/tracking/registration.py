@@ -25,10 +25,10 @@ from dit_mlflow.report.markdown import escaped
 from dit_mlflow.report.model_card import CardFacts, fidelity, with_card
 from dit_mlflow.tracking.artifacts import find_run, load_trajectory
 from dit_mlflow.tracking.found_models import FoundModel, find_model
+from dit_mlflow.tracking.links import model_link, run_link
 from dit_mlflow.tracking.model_metrics import log_model_metrics, window_series
 from dit_mlflow.tracking.names import INFLUENCE, INFLUENCE_RUN, INFLUENCE_URI, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.remote import reading
-from dit_mlflow.tracking.runs import page_of_model, page_of_run
 
 INFLUENCE_MODEL = "influence_model"
 """Of the tag ``dit.kind`` on models that answer influence queries; they are not what a run trained."""
@@ -281,8 +281,8 @@ def _made(run: Run, training: Run, model: LoggedModel, influence: Influence) -> 
         f"{escaped(name)} {escaped(str(versions[name]))}" for name in ("dit_mlflow", "torch") if name in versions
     )
     links = (
-        f"[influence run]({page_of_run(run)}), [training run]({page_of_run(training)}), "
-        f"[tables, plots and scores]({page_of_model(model)})"
+        f"[influence run]({run_link(run)}), [training run]({run_link(training)}), "
+        f"[tables, plots and scores]({model_link(model)})"
     )
     load = f"`dit_mlflow.tracking.load_influence('models:/{model.model_id}')`"
     return [f"### How it was computed\n\n{how}{f' ({known})' if known else ''}.", f"{links}; {load}"]

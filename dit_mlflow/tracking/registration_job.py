@@ -9,9 +9,10 @@ import mlflow
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.tracking.influence_model import log_influence_model
+from dit_mlflow.tracking.links import version_link, where_is
 from dit_mlflow.tracking.names import INFLUENCE_RUN, KIND, TRAINING_RUN
 from dit_mlflow.tracking.registration import Registration, check_name, register_influence
-from dit_mlflow.tracking.runs import page_of_version, project_run, where_is
+from dit_mlflow.tracking.runs import project_run
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def register_job(request: RegistrationRequest, project_run_id: str | None = None
                 done.training_run, windows, _kind(done.influence.kind), request.influence_model
             )
             lines.append(f"answers rows   models:/{request.influence_model}/{answering.version}")
-    return "\n".join(["", *lines, where_is(page_of_version(done.version))])
+    return "\n".join(["", *lines, where_is(version_link(done.version))])
 
 
 def _summary(done: Registration) -> list[str]:

@@ -5,30 +5,24 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from urllib.parse import quote
 
 import mlflow
 from mlflow import ActiveRun, MlflowClient
 from mlflow.data.dataset import Dataset
-from mlflow.entities import LoggedModel, Metric, Run
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities import Metric
 from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.tracking.names import ERROR, KIND, UNDEFINED
 from dit_mlflow.tracking.plugin import DitRunContext
-from dit_mlflow.tracking.remote import without_password
 
 BATCH = 1000
 """Metrics per request, the most that MLflow takes."""
-WORKFLOW = "?workflowType=machine_learning"
-"""Without it, the UI opens in another mode than that of trained models."""
 
 
 def take_project_run() -> str | None:
@@ -77,14 +71,17 @@ def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset 
         mlflow.set_tags({UNDEFINED + name: reason for name, reason in reasons.items()})
 
 
-def log_series(name: str, values: Sequence[float | None]) -> None:
-    """Log one value per step ``0, 1, …`` on the active run, in few requests; ``None`` and NaN are left out."""
+def log_series(name: str, values: Sequence[float | None], steps: Sequence[int] | None = None) -> None:
+    """Log one value per step on the active run, in few requests; ``None`` and NaN are left out.
+
+    ``steps``: default ``0, 1, …``.
+    """
     run = mlflow.active_run()
     assert run is not None
     now = int(time.time() * 1000)
     metrics = [
         Metric(name, float(value), now, step)
-        for step, value in enumerate(values)
+        for step, value in zip(steps or range(len(values)), values, strict=True)
         if value is not None and math.isfinite(value)
     ]
     for start in range(0, len(metrics), BATCH):
@@ -99,33 +96,3 @@ def peak_memory_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def where_to_look(run: Run) -> str:
-    """Where the MLflow UI shows the run; for a store without a server, how to start one first."""
-    return where_is(page_of_run(run))
-
-
-def where_is(page: str) -> str:
-    """How to open a page of the MLflow UI; for a store without a server, how to start one first."""
-    uri = without_password(mlflow.get_tracking_uri())
-    if uri.startswith("http"):
-        return f"open           {uri.rstrip('/')}/{page}"
-    return (
-        f"start          mlflow ui --backend-store-uri {shlex.quote(uri)}\nthen open      http://127.0.0.1:5000/{page}"
-    )
-
-
-def page_of_run(run: Run) -> str:
-    """Its page in the MLflow UI, as a link from any other page there."""
-    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{WORKFLOW}"
-
-
-def page_of_model(model: LoggedModel) -> str:
-    """The Artifacts tab of a LoggedModel."""
-    return f"#/experiments/{model.experiment_id}/models/{model.model_id}/artifacts{WORKFLOW}"
-
-
-def page_of_version(version: ModelVersion) -> str:
-    """The page of a registered model's version."""
-    return f"#/models/{quote(version.name, safe='')}/versions/{version.version}{WORKFLOW}"

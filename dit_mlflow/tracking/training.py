@@ -7,21 +7,19 @@ from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import mlflow
-import torch
 from mlflow import MlflowClient
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from dit_mlflow.evaluation import Metrics
-from dit_mlflow.influence.query import CHUNK
+from dit_mlflow.evaluation import mean_scores
 from dit_mlflow.tracking.artifacts import load_trajectory
 from dit_mlflow.tracking.datasets import SampleSet, log_dataset, workload_source
 from dit_mlflow.tracking.models import log_model
 from dit_mlflow.tracking.names import KIND, TRAJECTORY
 from dit_mlflow.tracking.recording import record_trajectory
 from dit_mlflow.tracking.runs import log_metrics, log_series, project_run
-from dit_mlflow.trajectory import TrajectoryRecorder, Workload, to_like
+from dit_mlflow.trajectory import TrajectoryRecorder, Workload
 from dit_mlflow.trajectory.dataset import dataset_digest
 from dit_mlflow.trajectory.loop import train_recorded
 
@@ -43,7 +41,8 @@ def run_training(
     Returns:
         The run's id. If training fails, the run is FAILED and holds what was recorded until then.
     """
-    with project_run(project_run_id, f"train {workload_title(workload)}", {KIND: "training"}) as run:
+    title = f"train {workload_title(workload)}{seeds_title(init_seed, order_seed)}"
+    with project_run(project_run_id, title, {KIND: "training"}) as run:
         run_id = str(run.info.run_id)
         mlflow.log_params(
             {
@@ -80,6 +79,11 @@ def workload_title(workload: Workload) -> str:
     return " ".join(part for part in parts if part)
 
 
+def seeds_title(init_seed: int | str, order_seed: int | str) -> str:
+    """What tells trainings apart by name: nothing for the default seeds."""
+    return "" if int(init_seed) == int(order_seed) == 0 else f" init {init_seed} order {order_seed}"
+
+
 def workload_params(workload: Workload) -> dict[str, Any]:
     """Reference and resolved settings, under names that do not collide with ``-P`` parameters."""
     return {
@@ -103,21 +107,4 @@ def _log_scores(
     size = len(dataset)  # type: ignore[arg-type]
     described = SampleSet(source.get("workload", context), dataset_digest(dataset), size, source)
     log_dataset(run_id, described, context)
-    log_metrics(_scores(workload, model, dataset).prefixed(f"{context}/"), model_id, described)
-
-
-def _scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> Metrics:
-    """Mean loss, and mean of the workload's own metrics, over a dataset."""
-    size = len(dataset)  # type: ignore[arg-type]
-    like = next(model.parameters())
-    totals: dict[str, float] = {}
-    with torch.no_grad():
-        for start in range(0, size, CHUNK):
-            indices = range(start, min(start + CHUNK, size))
-            batch = to_like(workload.collate(dataset, indices), like.device, None)
-            values = {"loss": workload.sample_losses(model, batch, len(indices))}
-            if workload.metrics is not None:
-                values |= workload.metrics(model, batch)
-            for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + value.double().sum().item()
-    return Metrics({name: total / size for name, total in totals.items()})
+    log_metrics(mean_scores(workload, model, dataset).prefixed(f"{context}/"), model_id, described)

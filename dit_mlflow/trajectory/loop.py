@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from dit_mlflow.errors import TrainingError, TrajectoryError, WorkloadError
+from dit_mlflow.progress import progress_bar
 from dit_mlflow.trajectory.random_state import preserved_random_state
 from dit_mlflow.trajectory.recorder import TrajectoryRecorder
 from dit_mlflow.trajectory.trajectory import Trajectory
 from dit_mlflow.trajectory.workload import Batch, Workload, to_like
+
+
+class Witness(Protocol):
+    """What the loop tells of itself: the recorder, or nobody."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps made so far."""
+
+    def watch(self, loader: DataLoader[Batch]) -> Iterable[Batch]:
+        """The batches of ``loader``."""
+
+    def log(self, loss: float | Tensor) -> None:
+        """A step was made."""
+
+
+W = TypeVar("W", bound=Witness)
 
 
 def train(
@@ -68,6 +86,50 @@ def train_recorded(
     Raises:
         TrajectoryError: the trajectory could not be written; the training was made to its end.
     """
+    try:
+        model, recorder = _train(workload, recording, init_seed, order_seed, max_steps)
+    except TrainingError as error:
+        raise TrainingError(f"{error}. The steps before it are recorded") from error
+    if recorder.failure is not None:
+        raise TrajectoryError(
+            f"the trajectory could not be written to {recorder.directory}: {recorder.failure}; what is there ends "
+            "earlier than training did"
+        ) from recorder.failure
+    return model
+
+
+def train_unrecorded(workload: Workload, init_seed: int = 0, order_seed: int = 0) -> nn.Module:
+    """:func:`train` without a record and without a progress bar; returns the same model, bit for bit.
+
+    Raises:
+        WorkloadError: the workload lacks what training needs.
+        TrainingError: a loss is not finite.
+    """
+    model, _ = _train(workload, lambda *_: nullcontext(_Nobody()), init_seed, order_seed, quiet=True)
+    return model
+
+
+class _Nobody:
+    """Counts steps, which is all that the loop needs of a witness."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+
+    def watch(self, loader: DataLoader[Batch]) -> Iterable[Batch]:
+        return loader
+
+    def log(self, loss: float | Tensor) -> None:
+        self.num_steps += 1
+
+
+def _train(
+    workload: Workload,
+    witnessing: Callable[[nn.Module, Optimizer], AbstractContextManager[W]],
+    init_seed: int,
+    order_seed: int,
+    max_steps: int | None = None,
+    quiet: bool = False,
+) -> tuple[nn.Module, W]:
     plan = workload.plan
     assert workload.optimizer is not None
     with preserved_random_state():
@@ -87,41 +149,35 @@ def train_recorded(
         )
         torch.manual_seed(order_seed)
         with (
-            recording(model, optimizer) as recorder,
-            tqdm(total=plan.num_steps, desc="training", unit="step", disable=None) as progress,
+            witnessing(model, optimizer) as witness,
+            progress_bar(plan.num_steps, "training", shown=not quiet) as progress,
         ):
             for epoch in range(len(plan.epoch_ends)):
-                if recorder.num_steps == max_steps:
+                if witness.num_steps == max_steps:
                     break
                 last = len(loader) - 1
                 total = 0.0
-                for position, batch in enumerate(recorder.watch(loader)):
+                for position, batch in enumerate(witness.watch(loader)):
                     total += _backward(workload, model, batch, position)
                     if (position + 1) % workload.accumulate and position != last:
                         continue
                     total += _finish_gradient(workload, model)
                     if not math.isfinite(total):
                         raise TrainingError(
-                            f"the loss is {total} at step {recorder.num_steps} (epoch {epoch}); try a lower "
-                            f"learning rate, or look for infinite inputs. The {recorder.num_steps} steps before "
-                            "are recorded"
+                            f"the loss is {total} at step {witness.num_steps} (epoch {epoch}); try a lower "
+                            "learning rate, or look for infinite inputs"
                         )
                     optimizer.step()
                     # The model's, not the optimizer's: clipping looks at every gradient.
                     model.zero_grad()
-                    recorder.log(total)
+                    witness.log(total)
                     if scheduler is not None:
                         scheduler.step()
                     total = 0.0
                     progress.update()
-                    if recorder.num_steps == max_steps:
+                    if witness.num_steps == max_steps:
                         break
-    if recorder.failure is not None:
-        raise TrajectoryError(
-            f"the trajectory could not be written to {recorder.directory}: {recorder.failure}; what is there ends "
-            "earlier than training did"
-        ) from recorder.failure
-    return model
+    return model, witness
 
 
 def _backward(workload: Workload, model: nn.Module, batch: Batch, position: int) -> float:

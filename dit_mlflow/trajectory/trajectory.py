@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.progress import progress_bar, progress_over
 from dit_mlflow.trajectory.checkpoint_layout import check_layouts
 from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile
 from dit_mlflow.trajectory.shards import Shard, sha256, unflatten
@@ -248,7 +248,7 @@ class Trajectory:
 
         Cost: reads all files.
         """
-        for name in tqdm(self.manifest.files, desc="files", unit="file", disable=None, leave=False):
+        for name in progress_over(list(self.manifest.files), "files", "file"):
             self._checked(name)
         epochs = [step.epoch for part in self.manifest.steps for step in self._read_steps(part)]
         ends = [t for t, (one, other) in enumerate(pairwise([*epochs, None]), start=1) if one != other]
@@ -267,8 +267,9 @@ class Trajectory:
         """The second half of :meth:`verify`."""
         replay = self.replay(workload)
         states = replay.forward(0, self.num_steps)
-        for _ in tqdm(states, total=self.num_steps + 1, desc="replay", unit="step", disable=None, leave=False):
-            pass
+        with progress_bar(self.num_steps + 1, "replay") as progress:
+            for _ in states:
+                progress.update()
         return Verification(dict(replay.drift))
 
     @contextmanager

@@ -24,7 +24,10 @@ def test_sample_and_direction_are_those_of_plain_retrainings(kind: Any, tmp_path
     estimate = track(trajectory, workload, windows, kind)
     found = trust(estimate, trajectory, workload, samples=10, seed=3)
     truth = leave_one_out(trajectory, workload, windows, kind, samples=10, sample_seed=3)
-    assert found == trust(estimate, trajectory, workload, truth=truth)
+    # Not bit for bit: whether retrainings run side by side is decided by the clock.
+    for drawn, given in zip(found, trust(estimate, trajectory, workload, truth=truth), strict=True):
+        assert given.values == pytest.approx(drawn.values, rel=1e-5)
+        assert given.undefined == drawn.undefined
     for k, figures in enumerate(metrics.values for metrics in found):
         known = np.isfinite(truth.of(k))
         scores, exact = estimate.of(k)[known], truth.of(k)[known]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from dit_mlflow import (
     track,
     train,
 )
+from dit_mlflow.methods import counterfactual
 from dit_mlflow.methods.retraining import Retraining
 
 OPTIMIZERS: dict[str, Any] = {
@@ -211,3 +215,26 @@ def test_goes_on_from_what_was_finished(tmp_path: Any, monkeypatch: pytest.Monke
 def test_effort_that_cannot_be_made_is_refused(setting: Any) -> None:
     with pytest.raises(InputError, match="expected"):
         Effort(**setting)
+
+
+@pytest.mark.parametrize("way", ["side by side", "one by one", "control misses"])
+def test_progress_counts_every_step_once(way: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    counted: list[int] = []
+    totals: list[int] = []
+
+    @contextmanager
+    def bar(total: int, title: str) -> Iterator[Any]:
+        totals.append(total)
+        yield SimpleNamespace(update=counted.append)
+
+    monkeypatch.setattr(counterfactual, "progress_bar", bar)
+    side_by_side(way != "one by one", monkeypatch)
+    if way == "control misses":
+        monkeypatch.setattr(Retraining, "_control_holds", lambda *arguments: False)
+    leave_one_out(trajectory, workload, [Window(0, trajectory.num_steps)], samples=[0, 5, 11])
+    assert totals == [3 * trajectory.num_steps]
+    assert sum(counted) == totals[0]
+    # It moves on while the work goes on, not at its end.
+    assert len(counted) >= trajectory.num_steps

@@ -57,6 +57,12 @@ def test_all_methods_from_mlflow_run(store: str) -> None:
     table = mlflow.load_table("comparison.json", run_ids=[parent.info.run_id])
     assert list(table["method"]) == list(NAMES)
     assert "Spearman" in finished.stdout
+    cheap = table[~table["method"].isin(["leave_one_out", "dit_confirmed"])]
+    best = cheap.loc[cheap["spearman"].idxmax(), "method"].replace("_", "\\_")
+    answer, _, rest = parent.data.tags["mlflow.note.content"].partition("best with exact leave")
+    assert best in answer
+    assert len(parent.data.tags["mlflow.note.content"]) < 8000
+    assert rest.count("\n| ") == len(NAMES) + 2
     assert "workflowType=machine_learning" in finished.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from mlflow.entities import Run
 from scipy import stats
 
 import dit_mlflow
-from dit_mlflow import Influence
+from dit_mlflow import Influence, Window
 from dit_mlflow.cli import cli
 from dit_mlflow.tracking import load_influence, load_trajectory
+from dit_mlflow.tracking.influence import window_run_name
 
 REPOSITORY = Path(dit_mlflow.__file__).parents[1]
 SMALL = {"model": "logreg", "n_train": "40", "n_validation": "30", "n_test": "20", "epochs": "4", "batch_size": "16"}
@@ -69,15 +71,19 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
         "windows.json",
         "top_samples.json",
         "influence_over_windows.png",
+        "heat_map.png",
+        "patterns.png",
         "window_correlations.png",
         "window_correlations.json",
         "recall_curve.png",
         "against_leave_one_out.png",
+        "report.html",
     }
     table = mlflow.load_table("influence/top_samples.json", run_ids=[parent.info.run_id])
     corrupted = set(table.loc[table["corrupted"], "sample"])
     assert corrupted
     assert all("(flipped)" in text for text in corrupted)
+    check_notes(parent, training)
 
     again = mlflow_run("main", training_run=training.info.run_id, kind="cumulative", windows="epochs")
     assert again.returncode == 0, again.stderr
@@ -88,6 +94,32 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
     for name, value in parent.data.metrics.items():
         if name.startswith(("detection/", "ground_truth/")):
             assert second.data.metrics[name] == pytest.approx(value)
+
+
+def check_notes(parent: Run, training: Run) -> None:
+    """Every run has a note; that of the answer names what the stored scores say, and leads to what there is."""
+    note = parent.data.tags["mlflow.note.content"]
+    mean = load_influence(parent.info.run_id).scores[:, 0].mean(axis=0)
+    assert note.startswith(f"Sample {mean.argmin()} ")
+    assert f"sample {mean.argmax()} " in note.split("\n")[0]
+    assert "over all 40 samples" in note.split("\n")[0]
+    targets = re.findall(r"\]\(#/experiments/(\d+)/runs/(\w+)([^?]*)\?workflowType=machine_learning\)", note)
+    ids = {run.info.run_id for run in (parent, training, *children(parent))}
+    assert {run_id for _, run_id, _ in targets} == ids
+    assert {experiment for experiment, _, _ in targets} == {parent.info.experiment_id}
+    linked = {tab.rpartition("/")[2] for _, _, tab in targets if tab.startswith("/artifacts/influence/")}
+    missing = artifact_names(parent, "influence") - linked
+    assert missing == {"scores.parquet", "metadata.json", "window_correlations.json"}
+    command = f"mlflow run . -e influence --env-manager local -P training_run={training.info.run_id}\n"
+    assert command in training.data.tags["mlflow.note.content"]
+    for child in children(parent):
+        steps = child.info.run_name.split()[1]
+        assert child.data.tags["mlflow.note.content"].startswith(
+            f"In steps {steps.replace('-', chr(92) + '-')}, sample "
+        )
+        assert artifact_names(child, "") == {"against_leave_one_out.png", "top_samples.png", "top_samples.json"}
+        table = mlflow.load_table("top_samples.json", run_ids=[child.info.run_id])
+        assert set(table["window"]) == {steps}
 
 
 def check_windows(parent: Run, kind: str, bounds: list[tuple[int, int]]) -> None:
@@ -138,8 +170,44 @@ def test_trust_and_confirmed_samples_without_ground_truth(store: str) -> None:
     rows = table.dropna(subset=["leave_one_out"])
     assert len(rows) == 6
     for row in rows.to_dict("records"):
-        assert row["leave_one_out"] == pytest.approx(confirmed.scores[row["window_index"], 0, row["sample_index"]])
-        assert row["score"] == pytest.approx(estimate.scores[row["window_index"], 0, row["sample_index"]])
+        place = row["window_index"], 0, row["sample_index"]
+        assert row["leave_one_out"] == pytest.approx(confirmed.scores[place], rel=1e-3)
+        assert row["score"] == pytest.approx(estimate.scores[place], rel=1e-3)
+    assert "As far as 12 random samples tell" in parent.data.tags["mlflow.note.content"]
+
+
+def test_a_users_own_note_stays(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    project_run = MlflowClient().create_run("1", tags={"mlflow.note.content": "mine"})
+    monkeypatch.setenv("MLFLOW_RUN_ID", project_run.info.run_id)
+    assert invoke("influence", "--ground-truth=none", "--trust=0", "--windows=2").exit_code == 0
+    (parent,) = runs("influence")
+    assert parent.data.tags["mlflow.note.content"] == "mine"
+
+
+def test_window_runs_stand_in_order_everywhere(store: str) -> None:
+    """By name, and in the UI's own order: newest first."""
+    assert invoke("influence", "--ground-truth=none", "--trust=0", "--windows=epochs").exit_code == 0
+    (parent,) = runs("influence")
+    newest_first = sorted(children(parent), key=lambda child: -child.info.start_time)
+    assert [child.info.run_name for child in newest_first] == ["w00 0-3", "w01 3-6", "w02 6-9", "w03 9-12"]
+    names = [window_run_name(Window(t, t + 1), t, 1234) for t in range(1234)]
+    assert names == sorted(names)
+    assert names[7] == "w0007 7-8"
+
+
+def test_output_is_the_answer_alone_when_piped(store: str) -> None:
+    command = [sys.executable, "-m", "dit_mlflow.cli", "influence", "--trust=6", "--ground-truth=none"]
+    command += [f"--{name}={value}" for name, value in SMALL.items()]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=300)
+    assert finished.stderr == ""
+    first, *lines = finished.stdout.strip().splitlines()
+    assert first.startswith("Influence (local) on mean_validation_loss")
+    (opened,) = (line for line in lines if line.startswith("then open"))
+    assert opened.startswith("then open      http://127.0.0.1:5000/#/experiments/")
+    assert opened.endswith("?workflowType=machine_learning")
+    (parent,) = runs("influence")
+    mean = load_influence(parent.info.run_id).scores[:, 0].mean(axis=0)
+    assert f"\nSample {mean.argmin()} (" in finished.stdout
 
 
 def test_train_entry_point_uses_the_project_run(store: str) -> None:

@@ -11,6 +11,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from mlflow.entities import Run
 from torch import nn
 from torch.optim import SGD
@@ -40,6 +41,10 @@ def train_recorded(steps: int = 9, at: dict[int, Callable[[], None]] | None = No
 def only_run() -> Run:
     (run,) = mlflow.search_runs(output_format="list")
     return run
+
+
+def note(run: Run) -> str:
+    return str(mlflow.get_run(run.info.run_id).data.tags["mlflow.note.content"])
 
 
 def test_the_active_run_holds_trajectory_and_dataset(store: str) -> None:
@@ -113,10 +118,13 @@ def test_training_that_fails_leaves_what_was_recorded(store: str) -> None:
     assert run.info.status == "FAILED"
     trajectory = load_trajectory(run.info.run_id)
     assert (trajectory.num_steps, trajectory.complete) == (5, False)
+    assert "5 steps" in note(run)
+    assert "Training was broken off" in note(run)
     assert len(run.inputs.dataset_inputs) == 1
 
 
-def test_a_run_is_resumed(store: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_run_is_resumed(edited: bool, store: str, tmp_path: Path) -> None:
     def some_steps(model: nn.Module, optimizer: SGD, resume: bool) -> None:
         with record_trajectory(model, optimizer, resume=resume) as recorder:
             for batch in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
@@ -128,8 +136,12 @@ def test_a_run_is_resumed(store: str, tmp_path: Path) -> None:
     optimizer = SGD(model.parameters(), lr=0.5, momentum=0.5)
     with mlflow.start_run() as run:
         some_steps(model, optimizer, resume=True)
+    assert "3 steps of SGD in 1 epoch on 24 samples" in note(run)
+    if edited:
+        MlflowClient().set_tag(run.info.run_id, "mlflow.note.content", "mine")
     with mlflow.start_run(run_id=run.info.run_id):
         some_steps(model, optimizer, resume=True)
+    assert note(run) == "mine" if edited else "6 steps of SGD in 2 epochs on 24 samples" in note(run)
     trajectory = load_trajectory(run.info.run_id)
     assert (trajectory.num_steps, trajectory.complete) == (6, True)
     assert trajectory.verify(digits_workload(optimizer=None)).max_drift == 0.0

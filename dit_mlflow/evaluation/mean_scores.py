@@ -1,0 +1,45 @@
+"""How good a model is on a data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from dit_mlflow.evaluation.metrics import Metrics
+from dit_mlflow.influence.query import CHUNK
+from dit_mlflow.trajectory import Workload, to_like
+
+
+def mean_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> Metrics:
+    """Means of :func:`sample_scores` over the samples."""
+    found = sample_scores(workload, model, dataset)
+    return Metrics({name: float(values.mean()) for name, values in found.items()})
+
+
+def sample_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> dict[str, np.ndarray]:
+    """``loss``, and each of the workload's own metrics, of every sample of a data set, float64 ``[samples]``.
+
+    Args:
+        workload: its loss and metrics.
+        model: in the mode in which it is to be judged.
+        dataset: of the workload's kind of samples.
+
+    Cost: a forward pass for the loss and one for the metrics, in chunks.
+    """
+    size = len(dataset)  # type: ignore[arg-type]
+    like = next(model.parameters())
+    parts: dict[str, list[np.ndarray]] = {}
+    with torch.no_grad():
+        for start in range(0, size, CHUNK):
+            indices = range(start, min(start + CHUNK, size))
+            batch = to_like(workload.collate(dataset, indices), like.device, None)
+            values = {"loss": workload.sample_losses(model, batch, len(indices))}
+            if workload.metrics is not None:
+                values |= workload.metrics(model, batch)
+            for name, value in values.items():
+                parts.setdefault(name, []).append(value.double().cpu().numpy())
+    return {name: np.concatenate(found) for name, found in parts.items()}

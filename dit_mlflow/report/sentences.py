@@ -1,0 +1,189 @@
+"""What an influence run found, in three sentences of plain text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dit_mlflow.evaluation import Metrics
+from dit_mlflow.evaluation.patterns import PATTERNS, patterns
+from dit_mlflow.influence import Influence
+from dit_mlflow.report.gallery import Gallery
+from dit_mlflow.report.over_windows import extreme_samples
+
+AGREEMENT = ((0.9, "very high"), (0.7, "high"), (0.5, "moderate"), (0.3, "low"))
+"""The least Spearman correlation with exact leave-one-out that a word stands for; below the last it is very low."""
+
+TURNED = 0.5
+"""A sample is said to hurt elsewhere if it does so by this share of what it helped by where it helped most."""
+
+MEANING = {
+    "early": "most of their influence falls in the first half of training",
+    "late": "most of their influence falls in the second half of training",
+    "stable": "their influence keeps its sign and is spread over training",
+    "fluctuating": "their influence changes its sign during training",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What an influence run found; the first query is spoken of.
+
+    Attributes:
+        influence: scores per window.
+        whole: metrics of the whole run ``[0, T)``.
+        per_window: metrics of each window.
+        gallery: what is known of the samples.
+        checked: samples with an exact ground truth.
+    """
+
+    influence: Influence
+    whole: Metrics
+    per_window: tuple[Metrics, ...]
+    gallery: Gallery
+    checked: int = 0
+
+    @property
+    def query(self) -> str:
+        """As people write it."""
+        return self.influence.queries[0].replace("_", " ")
+
+
+def answer_sentences(found: Findings) -> tuple[str, str, str]:
+    """Which samples hurt and helped most and when; how sure that is; what of damaged samples and patterns."""
+    return _who(found), _how_sure(found), _what_kind(found)
+
+
+def window_sentences(found: Findings, position: int) -> tuple[str, str]:
+    """The first two of :func:`answer_sentences`, for one window."""
+    window = found.influence.windows[position]
+    metrics = found.per_window[position]
+    alone = Findings(found.influence.select([window]), metrics, (metrics,), found.gallery, found.checked)
+    who = _who(alone)
+    return f"In steps {window}, {who[0].lower()}{who[1:]}", _how_sure(alone)
+
+
+def agreement_word(spearman: float) -> str:
+    """The word of :data:`AGREEMENT` for a correlation."""
+    return next((word for least, word in AGREEMENT if spearman >= least), "very low")
+
+
+def amount(value: float) -> str:
+    """A size with two significant digits."""
+    return f"{abs(value):.2g}"
+
+
+def _who(found: Findings) -> str:
+    harmful, helpful = extreme_samples(found.influence, 1)
+    parts: list[str] = []
+    for samples, sign, verb, change in ((harmful, -1, "hurt", "lowers"), (helpful, 1, "helped", "raises")):
+        if samples:
+            parts.append(_one(found, samples[0], sign, verb, change, first=not parts))
+    if not parts:
+        return f"No sample changed the {found.query} on average."
+    if not harmful:
+        parts.append("no sample hurt on average")
+    elif not helpful:
+        parts.append("no sample helped on average")
+    return _capitalised("; ".join(parts)) + "."
+
+
+def _one(found: Findings, sample: int, sign: int, verb: str, change: str, first: bool) -> str:
+    scores = found.influence.scores[:, 0, sample]
+    windows = found.influence.windows
+    place = int(np.nanargmax(sign * scores))
+    name = found.gallery.name(int(found.influence.samples[sample]))
+    object_, quantity = (" the model", f"the {found.query}") if first else ("", "it")
+    said = f"removal {change} {quantity} by {amount(scores[place])}"
+    if len(windows) == 1:
+        return f"{name} {verb}{object_} most: {said}"
+    text = f"{name} {verb}{object_} most, above all in steps {windows[place]} ({said})"
+    other = int(np.nanargmin(sign * scores))
+    if sign * scores[other] < -TURNED * sign * scores[place]:
+        text += f", but {'helped' if verb == 'hurt' else 'hurt'} in steps {windows[other]}"
+    return text
+
+
+def _how_sure(found: Findings) -> str:
+    key = "ground_truth/spearman"
+    every = (found.whole, *found.per_window)
+    total = len(found.influence.samples)
+    count = found.checked
+    if not any(key in metrics.values for metrics in every):
+        reason = next((metrics.undefined[key] for metrics in every if key in metrics.undefined), None)
+        if any("trust/spearman" in metrics.values for metrics in every):
+            key = "trust/spearman"
+            count = int(max(metrics.values.get("trust/samples", 0) for metrics in every))
+        elif reason or (reason := found.whole.undefined.get("trust/spearman")):
+            return f"Agreement with exact retraining cannot be told: {reason}."
+        else:
+            return "How far this can be trusted was not checked: ask for trust=24, or ground_truth=all."
+    over = f" over all {total} samples" if count >= total else ""
+    by_window = [metrics for metrics in found.per_window if key in metrics.values]
+    told = []
+    if by_window and (len(found.per_window) > 1 or key not in found.whole.values):
+        told.append(_agreement(by_window, key, over, " in the windows" if len(found.per_window) > 1 else ""))
+    if key in found.whole.values:
+        told.append(_agreement([found.whole], key, over, " over the whole run" if told else ""))
+    agreement = f"agreement with exact retraining is {' and '.join(told)}."
+    return _capitalised(agreement) if over else f"As far as {count} random samples tell, {agreement}"
+
+
+def _agreement(metrics: Sequence[Metrics], key: str, over: str, where: str) -> str:
+    """``high in the windows (Spearman 0.72 to 0.88 over …)``; if not over all samples, words for the interval."""
+    points = [found.values[key] for found in metrics]
+    figures = f"Spearman {_range(min(points), max(points))}"
+    if over:
+        return f"{_words(min(points), max(points))}{where} ({figures}{over})"
+    low = min(found.values.get(f"{key}_low", found.values[key]) for found in metrics)
+    high = max(found.values.get(f"{key}_high", found.values[key]) for found in metrics)
+    return f"{_words(low, high)}{where} ({figures}, 95 % interval{'s' * (len(metrics) > 1)} {_range(low, high)})"
+
+
+def _words(low: float, high: float) -> str:
+    first, last = agreement_word(low), agreement_word(high)
+    return first if first == last else f"{first} to {last}"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+
+
+def _what_kind(found: Findings) -> str:
+    parts = [part for part in (_damaged(found), _pattern(found)) if part]
+    if not parts:
+        return "No training sample is known to be damaged, and one window alone does not tell when samples matter."
+    return _capitalised("; ".join(parts)) + "."
+
+
+def _damaged(found: Findings) -> str | None:
+    key, k = "detection/recall_at_k", len(found.gallery.corrupted)
+    if key not in found.whole.values or not k:
+        return None
+    recall, chance = found.whole.values[key], found.whole.values[f"{key}_chance"]
+    hits = round(recall * k)
+    text = f"of {k} damaged samples, {hits} {'is' if hits == 1 else 'are'} among the {k} most harmful of the whole run"
+    by_window = [metrics.values.get(key, -1.0) for metrics in found.per_window]
+    best = int(np.argmax(by_window))
+    if by_window[best] > recall:
+        text += f", {round(by_window[best] * k)} among those of steps {found.influence.windows[best]}"
+    return f"{text} (by chance {chance * k:.1f})"
+
+
+def _pattern(found: Findings) -> str | None:
+    if len(found.influence.windows) < 2:
+        return None
+    counts = Counter(name for name in patterns(found.influence).tolist() if name in PATTERNS)
+    if not counts:
+        return None
+    ((name, count),) = counts.most_common(1)
+    total = len(found.influence.samples)
+    who = "most samples" if count > total / 2 else "the largest group"
+    return f"{who} ({count} of {total}) {'are' if count > total / 2 else 'is'} {name}: {MEANING[name]}"
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,56 @@
+"""The list of runs: what stands at top level, what opens below it, and the views that the jobs save."""
+
+from __future__ import annotations
+
+from playwright.sync_api import expect
+from world import WINDOWS
+
+
+def test_runs_stand_at_top_level_and_windows_open_below_in_order(page, site, shot, names) -> None:
+    page.goto(site.runs())
+    expect(page.get_by_role("link", name="influence mnist logreg local", exact=True)).to_be_visible()
+    expect(page.get_by_text("19 matching runs")).to_be_visible()
+    top = [
+        "compare mnist logreg local",
+        "influence mnist logreg cumulative",
+        "train mnist logreg init 1 order 0",
+        "influence mnist logreg local",
+        "train mnist logreg",
+    ]
+    assert names() == top
+    row = page.get_by_role("row").filter(has=page.get_by_role("link", name=top[3], exact=True))
+    row.get_by_role("button").click()
+    expect(page.get_by_role("link", name=WINDOWS[0])).to_be_visible()
+    assert names() == [*top[:4], *WINDOWS, top[4]]
+    shot("run-list-expanded")
+
+
+def test_saved_views_are_offered_by_name(page, site, shot, names) -> None:
+    page.goto(site.runs())
+    page.get_by_test_id("saved-views-trigger").click()
+    offered = [
+        "Trainings",
+        "Influence runs",
+        "Windows of influence mnist logreg local",
+        "Windows of influence mnist logreg cumulative",
+        "Methods of compare mnist logreg local",
+    ]
+    for name in offered:
+        expect(page.get_by_text(name, exact=True)).to_be_visible()
+    shot("saved-views")
+    page.get_by_text("Trainings", exact=True).click()
+    expect(page.get_by_text("2 matching runs")).to_be_visible()
+    assert names() == ["train mnist logreg", "train mnist logreg init 1 order 0"]
+    # As a table, with the columns that matter.
+    for heading in ("validation/loss", "test/accuracy", "resolved.init_seed"):
+        expect(page.get_by_role("columnheader").filter(has_text=heading).first).to_be_visible()
+
+
+def test_windows_are_found_by_range(page, site, names) -> None:
+    page.goto(site.runs())
+    search = page.get_by_test_id("runs-search-autocomplete").locator("input")
+    search.or_(page.get_by_test_id("search-box")).first.fill(
+        "metrics.window_start >= 4 and metrics.window_end <= 9 and tags.`dit.kind` = 'window'"
+    )
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("matching runs")).to_contain_text("6")
