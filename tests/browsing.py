@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
+from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "/usr/bin/chromium", "/usr/lib/chromium/chromium")
 ARGUMENTS = (
@@ -139,3 +141,8 @@ def shot(page: Any) -> Shot:
         return path
 
     return take
+
+
+def pixels(path: Path) -> np.ndarray:
+    """A picture as integers ``[H, W, 3]``."""
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)

@@ -7,7 +7,7 @@ from dit_mlflow.report.comparison import plot_fidelity_against_cost
 from dit_mlflow.report.comparison_note import comparison_note, comparison_sentences
 from dit_mlflow.report.gallery import Gallery
 from dit_mlflow.report.heat_map import plot_heat_map
-from dit_mlflow.report.note import Links, influence_note, window_note
+from dit_mlflow.report.note import Links, compare_line, influence_note, window_note
 from dit_mlflow.report.over_windows import plot_top_samples
 from dit_mlflow.report.page import influence_page
 from dit_mlflow.report.pattern_panels import plot_patterns
@@ -26,6 +26,7 @@ __all__ = [
     "cleansing_answer",
     "cleansing_note",
     "cleansing_table",
+    "compare_line",
     "comparison_note",
     "comparison_sentences",
     "influence_note",

@@ -52,12 +52,14 @@ class Links:
         windows: target of each window's run.
         artifacts: target by artifact name.
         charts: target of the run's metrics.
+        compare: target of each view that compares, by what it compares.
     """
 
     training: tuple[str, str] = ("", "")
     windows: Sequence[str] = ()
     artifacts: Mapping[str, str] = field(default_factory=dict)
     charts: str = ""
+    compare: Mapping[str, str] = field(default_factory=dict)
 
 
 def influence_note(found: Findings, links: Links) -> str:
@@ -130,7 +132,8 @@ def _windows(found: Findings, links: Links) -> str:
 
 
 def _next(links: Links) -> str:
-    lines = [
+    lines = [f"- {compare_line(links.compare)}"] if links.compare else []
+    lines += [
         f"- {_link(f'influence/{name}', links.artifacts[name])}: {what}"
         for name, what in WHERE
         if name in links.artifacts
@@ -140,6 +143,11 @@ def _next(links: Links) -> str:
     if links.windows:
         lines.append("- each window is a child run; its link is in the table")
     return "\n".join(["<br>**Where to look next**", "", *lines]) if lines else ""
+
+
+def compare_line(targets: Mapping[str, str]) -> str:
+    """One line that leads to views that compare, given their targets by what they compare."""
+    return f"Compare in charts: {', '.join(_link(name, target) for name, target in targets.items())}"
 
 
 def _link(name: str, target: str) -> str:

@@ -29,6 +29,7 @@ from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods import NAMES, Effort, leave_one_out, method
 from dit_mlflow.progress import progress_over
 from dit_mlflow.report import (
+    compare_line,
     comparison_note,
     comparison_sentences,
     paragraph,
@@ -39,7 +40,7 @@ from dit_mlflow.report import (
 from dit_mlflow.tracking.artifacts import load_influence, load_trajectory, log_influence
 from dit_mlflow.tracking.figures import log_plot
 from dit_mlflow.tracking.influence import parse_ground_truth
-from dit_mlflow.tracking.links import where_to_look
+from dit_mlflow.tracking.links import save_comparisons, where_to_look
 from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.notes import set_note
@@ -158,7 +159,9 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         if ceiling is not None:
             mlflow.log_metric("ground_truth/attainable_spearman", ceiling)
         retraining = [name for name in names if method(name).retrains]
-        set_note(run.info.run_id, comparison_note(table, retraining, len(subjects), kind, attainable=ceiling))
+        note = comparison_note(table, retraining, len(subjects), kind, attainable=ceiling)
+        views = save_comparisons(run.info.run_id)
+        set_note(run.info.run_id, f"{note}\n\n{compare_line(views)}" if views else note)
         if table["failed"].all():
             raise InputError(f"every method failed; the first: {rows[0]['error']}")
     headings = {

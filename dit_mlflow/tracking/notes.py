@@ -10,7 +10,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from dit_mlflow.report.note import Links
 from dit_mlflow.report.training_note import training_note
-from dit_mlflow.tracking.links import run_link
+from dit_mlflow.tracking.links import run_link, save_comparisons
 from dit_mlflow.tracking.names import INFLUENCE
 from dit_mlflow.trajectory import Trajectory
 
@@ -34,6 +34,7 @@ def influence_links(run: Run, training_run_id: str, windows: list[Run]) -> Links
         windows=[run_link(window) for window in windows],
         artifacts={name: run_link(run, f"/artifacts/{INFLUENCE}/{name}") for name in names},
         charts=run_link(run, "/model-metrics"),
+        compare=save_comparisons(run.info.run_id),
     )
 
 

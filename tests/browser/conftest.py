@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,9 +43,6 @@ def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[S
         pytest.skip(str(missing()))
     own = tmp_path_factory.getbasetemp()
     folder = (own if worker_id == "master" else own.parent) / "browser-world"
-    import os
-
-    folder = Path(os.environ.get("XW", folder))
     folder.mkdir(exist_ok=True)
     story = folder / "world.json"
     with FileLock(f"{folder}.lock"):
@@ -70,11 +66,3 @@ def names(page: Any) -> Any:
         return [name for _, name in sorted(places)]
 
     return listed
-
-
-def pixels(path: Path) -> Any:
-    """A picture as an array ``[H, W, 3]``."""
-    import numpy as np
-    from PIL import Image
-
-    return np.asarray(Image.open(path).convert("RGB"))

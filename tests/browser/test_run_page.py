@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from conftest import pixels
+from browsing import pixels
 from playwright.sync_api import expect
 from world import SMALL, WINDOWS
 
@@ -36,6 +36,30 @@ def test_metrics_parameters_and_children_are_on_the_page(page, site, shot) -> No
     shot("influence-run")
 
 
+def test_note_answers_at_the_top_and_leads_to_the_comparison(page, site, shot) -> None:
+    page.goto(site.run(site.world.local))
+    answer = page.get_by_text("hurt the model most").first
+    expect(answer).to_be_visible()
+    assert answer.bounding_box()["y"] < page.get_by_text("Metrics (").first.bounding_box()["y"]
+    shot("note")
+    page.get_by_text("Show more").click()
+    page.get_by_role("link", name="report.html").scroll_into_view_if_needed()
+    shot("note-whole")
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name="windows", exact=True).click()
+    expect(opened.value.get_by_text("5 matching runs")).to_be_visible()
+    expect(opened.value.get_by_role("heading", name="ground_truth/spearman").first).to_be_visible()
+
+
+def test_note_of_a_comparison_leads_to_its_methods(page, site, shot) -> None:
+    page.goto(site.run(site.world.comparison))
+    page.get_by_text("Show more").click()
+    shot("note-of-methods")
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name="methods", exact=True).click()
+    expect(opened.value.get_by_text("4 matching runs")).to_be_visible()
+
+
 def test_windows_are_shown_as_a_table(page, site, shot) -> None:
     page.goto(site.run(site.world.local, "artifacts/influence/windows.json"))
     expect(page.get_by_role("columnheader").filter(has_text="most_harmful")).to_be_visible()
@@ -63,7 +87,7 @@ def test_plot_is_shown_as_a_picture(page, site, shot) -> None:
     page.wait_for_function("() => [...document.images].some(i => i.alt.endsWith('.png') && i.naturalWidth > 500)")
     box = picture.bounding_box()
     assert box["width"] > 500 and box["height"] > 300
-    seen = pixels(shot("influence-over-windows")).astype(int)
+    seen = pixels(shot("influence-over-windows"))
     assert (np.abs(seen - HARMFUL).sum(axis=2) < 12).sum() > 100
 
 

@@ -82,7 +82,11 @@ def findings(line: str = "digit 7", count: int = 2, windows: tuple[Window, ...] 
 
 
 LINKS = Links(
-    ("train mnist", "#/training"), ["#/w0", "#/w1"], {"report.html": "#/report", "heat_map.png": "#/heat"}, "#/charts"
+    ("train mnist", "#/training"),
+    ["#/w0", "#/w1"],
+    {"report.html": "#/report", "heat_map.png": "#/heat"},
+    "#/charts",
+    {"windows": "#/view?a=1&b=2"},
 )
 
 
@@ -95,7 +99,7 @@ def test_influence_note_answers_first_and_leads_on() -> None:
     first = next(token for token in rendered(note) if token.type == "inline")
     assert shown(first.content).startswith("Sample 0 (digit 7) hurt the model most")
     assert "Agreement with exact retraining is moderate" in shown(first.content)
-    assert hrefs(note) == ["#/training", "#/w0", "#/w1", "#/report", "#/heat", "#/charts"]
+    assert hrefs(note) == ["#/training", "#/w0", "#/w1", "#/view?a=1&b=2", "#/report", "#/heat", "#/charts"]
     cells = [shown(token.content).strip() for token in rendered(note) if token.type == "inline"]
     assert "0 digit 7" in cells
     assert "2 digit 7" in cells
