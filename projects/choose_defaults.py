@@ -6,15 +6,17 @@ Run from the repository, for example::
     python projects/choose_defaults.py projects/adult --set data_dir=data/adult
 
 Each training has a seed of its own (weights and batch order) and the project's own label flips; validation labels are
-clean, and the test split is not looked at. The learning rate is the one of highest mean accuracy; among equals, of lowest
-loss. Of the settings in ``--grid``, those whose best accuracy, averaged over the models, is highest. With ``--rates`` and
-nothing after it, the learning rate is the project's, so that ``--set preset=paper --rates`` tells what the paper's reach.
+clean, and the test split is not looked at. The learning rate is the one of highest mean accuracy; among equals, of
+lowest loss. A training that breaks off has accuracy 0. Of the settings in ``--grid``, those whose best accuracy,
+averaged over the models, is highest. With ``--rates`` and nothing after it, the learning rate is the project's: ``--set
+preset=paper --rates`` tells what the paper's settings reach.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import tempfile
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -22,16 +24,19 @@ from typing import get_args, get_type_hints
 import pandas as pd
 import torch
 
-from dit_mlflow import Workload, load_workload, mean_validation_loss, train
+from dit_mlflow import TrainingError, Workload, load_workload, mean_validation_loss, train
 from dit_mlflow.trajectory.projects import find_factory
 
 RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 
 
 def validation_scores(workload: Workload, seed: int) -> tuple[float, float]:
-    """Accuracy and loss on the validation split after training."""
+    """Accuracy and loss on the validation split after training; none and infinite if it breaks off."""
     with tempfile.TemporaryDirectory() as folder:
-        trajectory = train(workload, Path(folder) / "trajectory", init_seed=seed, order_seed=seed)
+        try:
+            trajectory = train(workload, Path(folder) / "trajectory", init_seed=seed, order_seed=seed)
+        except TrainingError:
+            return 0.0, math.inf
         model = trajectory.checkpoint(trajectory.num_steps).load_into(workload.build_model()).eval()
     assert workload.metrics is not None
     with torch.no_grad():

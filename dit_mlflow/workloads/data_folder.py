@@ -23,8 +23,8 @@ def folder_of(data_dir: str, expected: str) -> Path:
 
 
 def download_folder() -> Path:
-    """Where downloads are kept: ``dit_mlflow/data`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_mlflow" / "data"
+    """Where downloads are kept: ``dit-mlflow-data`` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-mlflow-data"
 
 
 def torchvision(expected: str) -> ModuleType:

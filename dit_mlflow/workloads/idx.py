@@ -7,8 +7,8 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def read_idx(path: Path, shape: Sequence[int]) -> np.ndarray:
         raise WorkloadError(f"{path} cannot be read: {error}") from error
 
 
-def _content(file: IO[bytes], path: Path, shape: Sequence[int]) -> np.ndarray:
+def _content(file: gzip.GzipFile | BufferedReader, path: Path, shape: Sequence[int]) -> np.ndarray:
     axes = 1 + len(shape)
     header = file.read(4 * (1 + axes))
     if header[:4] != bytes((0, 0, UNSIGNED_BYTES, axes)) or len(header) < 4 * (1 + axes):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 from torch import nn
@@ -13,8 +14,8 @@ from dit_mlflow.errors import WorkloadError
 NetworkName = Literal["logreg", "dnn", "cnn"]
 
 
-def network(name: NetworkName, shape: Sequence[int], classes: int = 2, hidden: int = 8) -> nn.Module:
-    """``[B, product of shape] -> [B]`` logits of class 1 for two classes, ``[B, classes]`` for more.
+def network(name: NetworkName, shape: Sequence[int], classes: int = 2, hidden: int = 8) -> Callable[[], nn.Module]:
+    """Makes networks ``[B, product of shape] -> [B]``, logits of class 1, for two classes; ``[B, classes]`` for more.
 
     Args:
         name: ``logreg`` one linear layer; ``dnn`` one hidden layer with ReLU; ``cnn`` 3x3 convolutions of 32 and 64
@@ -28,7 +29,11 @@ def network(name: NetworkName, shape: Sequence[int], classes: int = 2, hidden: i
     """
     if hidden < 1:
         raise WorkloadError(f"hidden is {hidden}; expected 1 or more")
-    features, outputs = math.prod(shape), 1 if classes == 2 else classes
+    return partial(_network, name, tuple(shape), 1 if classes == 2 else classes, hidden)
+
+
+def _network(name: NetworkName, shape: Sequence[int], outputs: int, hidden: int) -> nn.Module:
+    features = math.prod(shape)
     if name == "logreg":
         layers: list[nn.Module] = [nn.Linear(features, outputs)]
     elif name == "dnn":

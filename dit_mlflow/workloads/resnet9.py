@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from dit_mlflow.errors import WorkloadError
@@ -20,8 +23,8 @@ class Residual(nn.Module):
         return inputs + self.body(inputs)
 
 
-def resnet9(classes: int = 10, width: int = 64) -> nn.Module:
-    """``[B, 3072] -> [B, classes]`` logits (``[B]`` for two classes): eight convolutions and a linear layer.
+def resnet9(classes: int = 10, width: int = 64) -> Callable[[], nn.Module]:
+    """Makes networks ``[B, 3072] -> [B, classes]`` (``[B]`` for two classes): eight convolutions and a linear layer.
 
     Each convolution is followed by BatchNorm and has no bias of its own. With ``width`` 64 it has 6.6 million
     parameters; they grow with its square.
@@ -31,7 +34,10 @@ def resnet9(classes: int = 10, width: int = 64) -> nn.Module:
     """
     if width < 1:
         raise WorkloadError(f"width is {width}; expected 1 or more")
-    outputs = 1 if classes == 2 else classes
+    return partial(_resnet9, 1 if classes == 2 else classes, width)
+
+
+def _resnet9(outputs: int, width: int) -> nn.Module:
     layers: list[nn.Module] = [
         nn.Unflatten(1, SHAPE),
         _convolution(3, width),
@@ -46,6 +52,4 @@ def resnet9(classes: int = 10, width: int = 64) -> nn.Module:
 
 
 def _convolution(channels: int, outputs: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-    )
+    return nn.Sequential(nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())

@@ -60,9 +60,7 @@ def _downloaded() -> tuple[Labelled, Labelled]:
     try:
         frame = fetch_openml(data_id=OPENML, as_frame=True).frame
     except Exception as error:
-        raise WorkloadError(
-            f"UCI Adult cannot be downloaded from OpenML: {error!r}; give data_dir: {FILES}"
-        ) from error
+        raise WorkloadError(f"UCI Adult cannot be downloaded from OpenML: {error!r}; give data_dir: {FILES}") from error
     missing = [name for name in (*COLUMNS, "class") if name not in frame]
     if missing:
         raise WorkloadError(f"OpenML's data set {OPENML} has no column {missing[0]!r}; give data_dir: {FILES}")

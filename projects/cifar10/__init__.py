@@ -5,13 +5,11 @@ See README.md in this folder for the settings and the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from torch import nn
 
 from dit_mlflow import Workload, WorkloadError
 from dit_mlflow.evaluation import Damage
@@ -121,22 +119,18 @@ def workload(
     )
     folder = _folder(_download() if data_dir is None else folder_of(data_dir, FILES))
     pool, test, foreign = _images(folder, TRAINING), _images(folder, ["test_batch.bin"]), None
-    names = NAMES
+    names: Sequence[str] = NAMES
     if classes != "all":
         names = NAMES[:2]
         pool, foreign = of_classes(pool, (0, 1))
         test, _ = of_classes(test, (0, 1))
-    if model == "cnn":
-        build: Callable[[], nn.Module] = partial(network, "cnn", SHAPE, len(names))
-    else:
-        build = partial(resnet9, len(names), width)
     return image_workload(
         split(pool, n_train, n_validation, n_test, data_seed, "images of these classes", test),
         shape=SHAPE,
         brightest=255,
         names=names,
         noun="class",
-        model=build,
+        model=network("cnn", SHAPE, len(names)) if model == "cnn" else resnet9(len(names), width),
         recipe=recipe,
         standardise=standardise,
         corruption=corruption,
@@ -181,5 +175,7 @@ def _download() -> Path:
         try:
             datasets.utils.download_and_extract_archive(ARCHIVE, str(root), md5=ARCHIVE_MD5)
         except (OSError, RuntimeError) as error:
-            raise WorkloadError(f"CIFAR-10 cannot be downloaded into {root}: {error}; give data_dir: {FILES}") from error
+            raise WorkloadError(
+                f"CIFAR-10 cannot be downloaded into {root}: {error}; give data_dir: {FILES}"
+            ) from error
     return root

@@ -5,7 +5,6 @@ See README.md in this folder for the settings and how the defaults were chosen.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 from sklearn.datasets import load_digits
@@ -24,7 +23,7 @@ from dit_mlflow.workloads import (
     split,
 )
 
-DEFAULTS: dict[str, Recipe] = {"dnn": Recipe(lr=0.1), "cnn": Recipe(lr=0.1)}
+DEFAULTS: dict[str, Recipe] = {"dnn": Recipe(lr=0.3), "cnn": Recipe(lr=0.1)}
 """Chosen by validation accuracy alone; ``python projects/choose_defaults.py projects/digits`` prints the table."""
 
 
@@ -37,7 +36,7 @@ def workload(
     corrupt: float = 0.1,
     corrupt_seed: int = 0,
     corruption: Damage = "flip",
-    standardise: Standardise = "channel",
+    standardise: Standardise = "pixel",
     hidden: int = 32,
     epochs: int = 21,
     batch_size: int = 64,
@@ -83,7 +82,7 @@ def workload(
         brightest=16,
         names=[str(digit) for digit in range(10)],
         noun="digit",
-        model=partial(network, model, (1, 8, 8), 10, hidden),
+        model=network(model, (1, 8, 8), 10, hidden),
         recipe=recipe,
         standardise=standardise,
         corruption=corruption,

@@ -5,7 +5,6 @@ See README.md in this folder for the settings and the files.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +110,7 @@ def workload(
         brightest=255,
         names=["A", "B"],
         noun="letter",
-        model=partial(network, model, (1, 28, 28), 2, hidden),
+        model=network(model, (1, 28, 28), 2, hidden),
         recipe=recipe,
         standardise=standardise or ("image" if preset == "paper" else "pixel"),
         corruption=corruption,

@@ -5,7 +5,6 @@ See README.md in this folder for the settings, the files and how the defaults we
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -106,9 +105,9 @@ def workload(
         l2=l2,
     )
     size = SIZES.get((preset, model), 256)
-    sizes = [size if given is None else given for given in (n_train, n_validation, n_test)]
+    n_train, n_validation, n_test = (size if given is None else given for given in (n_train, n_validation, n_test))
     posts = read_posts(data_dir, with_others=corruption == "ood")
-    drawn = split(posts.pool, *sizes, data_seed, "posts", posts.test)
+    drawn = split(posts.pool, n_train, n_validation, n_test, data_seed, "posts", posts.test)
     damaged = damage(
         drawn.train.inputs, drawn.train.labels, corruption, corrupt, corrupt_seed, len(GROUPS), posts.others
     )
@@ -129,7 +128,7 @@ def workload(
             prepared(drawn.validation),
             prepared(drawn.test) if len(drawn.test) else drawn.test,
         ),
-        partial(network, model, (training.shape[1],), 2, hidden),
+        network(model, (training.shape[1],), 2, hidden),
         recipe,
         Captions(
             GROUPS,
@@ -142,10 +141,7 @@ def workload(
             detail=lambda index: f"“{_beginning(texts[index])}”",
         ),
         show=lambda index: str(texts[index]),
-        settings={
-            "data_dir": posts.source,
-            **dict(zip(("n_train", "n_validation", "n_test"), sizes, strict=True)),
-        },
+        settings={"data_dir": posts.source, "n_train": n_train, "n_validation": n_validation, "n_test": n_test},
     )
 
 
