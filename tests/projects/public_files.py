@@ -102,14 +102,14 @@ def write_archive(path: Path, files: Mapping[str, bytes], odd: list[tarfile.TarI
 PC, MAC = "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware"
 
 
-def posts(each: int = 8) -> dict[str, bytes]:
+def posts(each: int = 20) -> dict[str, bytes]:
     """Short posts of two groups and a third one, numbered so that order of number is not order of text."""
-    words = {PC: "slot jumper bios board", MAC: "quadra powerbook desk finder", "sci.space": "orbit moon launch rocket"}
     generator = np.random.default_rng(0)
     found = {}
-    for part in ("train", "test"):
-        for group, own in words.items():
+    for group in (PC, MAC, "sci.space"):
+        for part in ("train", "test"):
             for number in range(each):
-                text = " ".join(generator.choice([*own.split(), "cable", "price", f"word{number}"], size=6))
-                found[f"20news-bydate-{part}/{group}/{number + 9}"] = f"{text} {part}".encode()
+                own = [f"{group[-12:].replace('.', '')}{word}" for word in generator.integers(20, size=4)]
+                common = [f"common{word}" for word in generator.integers(20, size=4)]
+                found[f"20news-bydate-{part}/{group}/{number + 9}"] = " ".join(["the", *own, *common, part]).encode()
     return found
