@@ -158,6 +158,9 @@ def _import_folder(folder: Path, source: Path) -> ModuleType:
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(source.resolve()):
         return loaded
+    # Of another folder of that name, whose modules would be found in place of this one's.
+    for stale in [module for module in sys.modules if module.startswith(f"{name}.")]:
+        del sys.modules[stale]
     spec = importlib.util.spec_from_file_location(name, source.resolve(), submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

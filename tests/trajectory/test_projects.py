@@ -39,6 +39,20 @@ def test_folder_below_the_working_directory_comes_first(tmp_path: Path, monkeypa
     assert load_workload("projects/mnist", epochs="4").epochs == 4
 
 
+def test_modules_of_a_project_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two folders of the same name, each with a module beside it."""
+    for epochs in (4, 6):
+        project = tmp_path / str(epochs) / "mine"
+        project.mkdir(parents=True)
+        (project / "numbers_of_mine.py").write_text(f"EPOCHS = {epochs}\n")
+        (project / "__init__.py").write_text(
+            "from workloads import digits_workload\nfrom .numbers_of_mine import EPOCHS\n"
+            "def workload():\n    return digits_workload(epochs=EPOCHS)\n"
+        )
+        monkeypatch.chdir(tmp_path / str(epochs))
+        assert load_workload("mine").epochs == epochs
+
+
 @pytest.mark.parametrize(
     ("reference", "settings", "message"),
     [

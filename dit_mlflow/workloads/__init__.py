@@ -1,0 +1,48 @@
+"""What ready workloads are made of: file formats, splits and damage, small networks, the paper's settings."""
+
+from dit_mlflow.workloads.classification import Captions, accuracy, classification, notes, sample_losses
+from dit_mlflow.workloads.data_folder import download_folder, folder_of, torchvision
+from dit_mlflow.workloads.idx import labelled_images, read_idx
+from dit_mlflow.workloads.images import Standardise, image_workload, standardised
+from dit_mlflow.workloads.networks import NetworkName, network
+from dit_mlflow.workloads.recipe import (
+    Decay,
+    OptimizerName,
+    Preset,
+    Recipe,
+    build_optimizer,
+    inverse_sqrt,
+    recipe_for,
+)
+from dit_mlflow.workloads.resnet9 import resnet9
+from dit_mlflow.workloads.splits import Labelled, Splits, of_classes, split
+
+__all__ = [
+    "Captions",
+    "Decay",
+    "Labelled",
+    "NetworkName",
+    "OptimizerName",
+    "Preset",
+    "Recipe",
+    "Splits",
+    "Standardise",
+    "accuracy",
+    "build_optimizer",
+    "classification",
+    "download_folder",
+    "folder_of",
+    "image_workload",
+    "inverse_sqrt",
+    "labelled_images",
+    "network",
+    "notes",
+    "of_classes",
+    "read_idx",
+    "recipe_for",
+    "resnet9",
+    "sample_losses",
+    "split",
+    "standardised",
+    "torchvision",
+]
