@@ -1,4 +1,4 @@
-"""MNIST, EMNIST, CIFAR-10 from files that the test writes, and scikit-learn's digits: pixels, labels, splits, errors."""
+"""MNIST, EMNIST, CIFAR-10 from files that the test writes, scikit-learn's digits: pixels, labels, splits, errors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_ten_classes(reference: str, settings: dict[str, str]) -> None:
     right = [float(model(batch[0])[i].argmax() == batch[1][i]) for i in range(50)]
     assert workload.metrics(model, batch)["accuracy"].tolist() == right
     assert workload.label_of(0) == str(int(labels[0][0]))
-    with pytest.raises(WorkloadError, match="there are .* digits"):
+    with pytest.raises(WorkloadError, match=r"there are .* digits"):
         load_workload(reference, **settings, n_train=5000)
 
 
@@ -126,7 +126,7 @@ def test_cifar_by_hand(classes: str, tmp_path: Path) -> None:
     assert image.shape == (32, 32, 3)
     # Row 2, column 5 in red, green, blue.
     np.testing.assert_allclose(image[2, 5], training[0, [1 + 69, 1 + 1024 + 69, 1 + 2048 + 69]] / 255)
-    names = "airplane automobile bird cat deer dog frog horse ship truck".split(" ")
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     assert workload.label_of(0) == names[training[0, 0]]
 
 
@@ -168,7 +168,11 @@ IMAGES, NUMBERS = np.zeros((12, 28, 28), dtype=np.uint8), np.array([1, 7] * 6)
         ("train-images-idx3-ubyte", b"", "is not an IDX file"),
         ("train-images-idx3-ubyte", b"\x00\x00\x0d\x03" + idx_bytes(IMAGES)[4:], "it begins with 00 00 0d 03"),
         ("train-images-idx3-ubyte", idx_bytes(IMAGES[:, :27]), r"holds items of \[27, 28\]; expected \[28, 28\]"),
-        ("train-images-idx3-ubyte", idx_bytes(IMAGES)[:4] + b"\xff" * 4 + idx_bytes(IMAGES)[8:16], "more than .* bytes"),
+        (
+            "train-images-idx3-ubyte",
+            idx_bytes(IMAGES)[:4] + b"\xff" * 4 + idx_bytes(IMAGES)[8:16],
+            "more than .* bytes",
+        ),
         ("train-labels-idx1-ubyte", idx_bytes(NUMBERS[:-1]), "has 12 images, .* has 11 labels"),
         ("train-labels-idx1-ubyte", idx_bytes(NUMBERS + 3), "label 10 of image 1 is not one of 0 … 9"),
         ("t10k-images-idx3-ubyte", None, "there is no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz"),
@@ -244,7 +248,7 @@ class Torchvision(ModuleType):
         self.utils = self
         self.fails = False
 
-    def EMNIST(self, root: str, split: str, download: bool) -> Any:  # noqa: N802
+    def EMNIST(self, root: str, split: str, download: bool) -> Any:
         self.asked(root, split == "letters" and download)
         folder = Path(root) / "EMNIST" / "raw"
         write_image_files(folder, LETTERS, (np.array([1, 2] * 6), np.array([1, 2] * 3)))
@@ -263,9 +267,7 @@ class Torchvision(ModuleType):
 @pytest.mark.parametrize(
     ("reference", "folder"), [("projects/emnist", "EMNIST/raw"), ("projects/cifar10", "cifar-10-batches-bin")]
 )
-def test_torchvision_downloads(
-    reference: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchvision_downloads(reference: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = Torchvision()
     monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
@@ -276,5 +278,5 @@ def test_torchvision_downloads(
     assert found.settings["data_dir"] is None
     datasets.fails = True
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
-    with pytest.raises(WorkloadError, match="cannot be downloaded into .*: no network; give data_dir"):
+    with pytest.raises(WorkloadError, match=r"cannot be downloaded into .*: no network; give data_dir"):
         load_workload(reference, **SMALL)
