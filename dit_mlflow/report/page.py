@@ -61,8 +61,7 @@ def influence_page(
         windows: those to show; default: all of the estimate's.
         metrics: by window, with names as on the runs (``ground_truth/spearman``, ``trust/…``, ``detection/…``).
         training: a few words that name what was trained.
-        sentences: the answer, as plain text; default: which samples harm and help most and when, and what the metrics
-            say of the whole run.
+        sentences: the answer, as plain text; default: what the metrics say of the whole run.
 
     Scores are embedded as float32. Queries that would take the scores over 2.5 MB are left out, and the page says so;
     the first is always there. Pictures (of at most 600 samples, the most extreme of each window first) take up to
@@ -72,6 +71,7 @@ def influence_page(
     shown = tuple(estimate.windows if windows is None else windows)
     columns = Columns.of(estimate, truth, shown)
     data = page_data(estimate, columns, subjects, metrics or {})
+    told = sentences or data["columns"][0]["trust"] or [UNKNOWN]
     script = "\n".join(_asset(name) for name in SCRIPTS)
     question = _question(estimate, columns, training)
     return Template(_asset("report.html")).substitute(
@@ -82,7 +82,7 @@ def influence_page(
         question=_text(question),
         query=_text(_named(estimate.queries[0]) if len(estimate.queries) == 1 else "the query"),
         caution="" if all("loss" in query for query in estimate.queries) else CAUTION,
-        sentences="".join(f"<li>{_text(sentence)}</li>" for sentence in sentences or _answer(columns, data)),
+        sentences="".join(f"<li>{_text(sentence)}</li>" for sentence in told),
         flagged=_text(_flag_rule(columns, data)),
         rows=_rows(columns, data),
     )
@@ -105,27 +105,6 @@ def _question(estimate: Influence, columns: Columns, training: str) -> str:
 
 def _named(query: str) -> str:
     return f"the {readable(query)}" if query.isidentifier() else query
-
-
-def _answer(columns: Columns, data: Mapping[str, Any]) -> list[str]:
-    first, trust = data["queries"][0], data["columns"][0]["trust"]
-    told = []
-    for side, verb, most in (("harmful", "harms", np.nanargmin), ("helpful", "helps", np.nanargmax)):
-        if not first[side]:
-            told.append(f"no sample is {side}")
-            continue
-        at = first[side][0]
-        when = ""
-        if columns.windows and np.isfinite(columns.estimate[1:, 0, at]).any():
-            when = f", chiefly in steps {columns.names[1 + int(most(columns.estimate[1:, 0, at]))]}"
-        others = " and ".join(str(data["samples"][other]) for other in first[side][1:3])
-        doubt = ""
-        if columns.exact is not None and columns.exact[0, 0, at] * columns.estimate[0, 0, at] < 0:
-            doubt = " (left out exactly, it does the opposite)"
-        then = f", then {others}" if others else ""
-        told.append(f"sample {data['samples'][at]} {verb} most{when}{doubt}{then}")
-    who = "; ".join(told)
-    return [f"{who[0].upper()}{who[1:]} ({columns.names[0]}).", *(trust or [UNKNOWN])]
 
 
 def _flag_rule(columns: Columns, data: Mapping[str, Any]) -> str:

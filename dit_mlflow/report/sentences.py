@@ -38,6 +38,7 @@ class Findings:
         per_window: metrics of each window.
         gallery: what is known of the samples.
         checked: samples with an exact ground truth.
+        exact: leave-one-out, for some samples and windows.
     """
 
     influence: Influence
@@ -45,6 +46,7 @@ class Findings:
     per_window: tuple[Metrics, ...]
     gallery: Gallery
     checked: int = 0
+    exact: Influence | None = None
 
     @property
     def query(self) -> str:
@@ -61,7 +63,7 @@ def window_sentences(found: Findings, position: int) -> tuple[str, str]:
     """The first two of :func:`answer_sentences`, for one window."""
     window = found.influence.windows[position]
     metrics = found.per_window[position]
-    alone = Findings(found.influence.select([window]), metrics, (metrics,), found.gallery, found.checked)
+    alone = Findings(found.influence.select([window]), metrics, (metrics,), found.gallery, found.checked, found.exact)
     who = _who(alone)
     return f"In steps {window}, {who[0].lower()}{who[1:]}", _how_sure(alone)
 
@@ -97,7 +99,7 @@ def _one(found: Findings, sample: int, sign: int, verb: str, change: str, first:
     place = int(np.nanargmax(sign * scores))
     name = found.gallery.name(int(found.influence.samples[sample]))
     object_, quantity = (" the model", f"the {found.query}") if first else ("", "it")
-    said = f"removal {change} {quantity} by {amount(scores[place])}"
+    said = f"removal {change} {quantity} by {amount(scores[place])}{_doubt(found, sample, place)}"
     if len(windows) == 1:
         return f"{name} {verb}{object_} most: {said}"
     text = f"{name} {verb}{object_} most, above all in steps {windows[place]} ({said})"
@@ -105,6 +107,15 @@ def _one(found: Findings, sample: int, sign: int, verb: str, change: str, first:
     if sign * scores[other] < -TURNED * sign * scores[place]:
         text += f", but {'helped' if verb == 'hurt' else 'hurt'} in steps {windows[other]}"
     return text
+
+
+def _doubt(found: Findings, sample: int, place: int) -> str:
+    """Where an exact retraining is known and went the other way."""
+    window = found.influence.windows[place]
+    if found.exact is None or window not in found.exact.windows:
+        return ""
+    turned = found.exact.of(window)[sample] * found.influence.scores[place, 0, sample] < 0
+    return " by the estimate; left out exactly, it does the opposite" if turned else ""
 
 
 def _how_sure(found: Findings) -> str:

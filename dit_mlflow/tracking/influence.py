@@ -167,22 +167,23 @@ def run_influence(
             trusted = trust(estimate, trajectory, workload, checks.trust, truth)
             metrics = [found.and_(more.prefixed("trust/")) for found, more in zip(metrics, trusted, strict=True)]
         checked = int(np.isfinite(truth.of(whole)).sum()) if truth is not None else 0
+        confirmed = None
+        if truth is None and checks.confirm:
+            confirmed = confirm(estimate.select(windows), trajectory, workload, checks.confirm)
+            log_influence(confirmed, folder=CONFIRMED)
+        exact = truth or confirmed
         findings = Findings(
             estimate.select(windows),
             metrics[asked.index(whole)],
             tuple(metrics[: len(windows)]),
             Gallery(workload),
             checked,
+            exact,
         )
         answer = Answer(run, findings)
-        confirmed = None
-        if truth is None and checks.confirm:
-            confirmed = confirm(answer.influence, trajectory, workload, checks.confirm)
-            log_influence(confirmed, folder=CONFIRMED)
         samples = _log_parent(answer, estimate, truth, confirmed, workload, training_run_id)
         # The UI lists the newest first: the last window is logged first, so that they stand in order.
         positions = progress_over(range(len(windows))[::-1], "logging windows", "window")
-        exact = truth or confirmed
         runs = [_log_window(answer, k, exact, samples, workload, training_run_id) for k in positions][::-1]
         set_note(run.info.run_id, influence_note(findings, influence_links(run, training_run_id, runs)))
     return answer

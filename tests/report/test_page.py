@@ -145,17 +145,6 @@ def test_overview_patterns_band_and_words() -> None:
     assert any("50 samples in 4 windows of training steps 0–40 of digits <b>" in text for text in page.texts)
 
 
-def test_the_answer_says_when_exact_retraining_contradicts() -> None:
-    scores = np.zeros((3, 1, 4))
-    scores[:, 0, 2] = [-1, -5, -6]
-    scores[:, 0, 3] = [3, 1, 4]
-    truth = scores.copy()
-    truth[2, 0, 2] = 0.5
-    said = " ".join(Page(influence_page(result(scores), result(truth), windows=[Window(0, 10), Window(10, 20)])).texts)
-    assert "Sample 2 harms most, chiefly in steps 10–20 (left out exactly, it does the opposite)" in said
-    assert "sample 3 helps most, chiefly in steps 0–10 (whole run)" in said
-
-
 def test_hostile_strings_arrive_and_are_never_markup() -> None:
     count = len(HOSTILE)
     harmless = Samples(["x"] * count, ["x"] * count, ["x"] * count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -53,6 +55,16 @@ def test_first_sentence_says_if_a_sample_turns() -> None:
     assert answer_sentences(findings(turning))[0].endswith("(removal raises it by 2), but hurt in steps 8-12.")
     barely = [[-1.0, 2.0], [-3.0, 1.0], [-0.5, -0.9]]
     assert answer_sentences(findings(barely))[0].endswith("(removal raises it by 2).")
+
+
+def test_first_sentence_says_if_exact_retraining_went_the_other_way() -> None:
+    found = findings(SCORES)
+    exact = found.influence.scores.copy()
+    exact[0, 0, 2] *= -0.1
+    exact[1, 0, 0] = np.nan
+    who, *_ = answer_sentences(replace(found, exact=replace(found.influence, scores=exact)))
+    assert "(removal lowers the mean validation loss by 3); sample 12" in who
+    assert who.endswith("(removal raises it by 0.5 by the estimate; left out exactly, it does the opposite).")
 
 
 def test_first_sentence_claims_nothing_without_scores() -> None:
