@@ -168,7 +168,11 @@ IMAGES, NUMBERS = np.zeros((12, 28, 28), dtype=np.uint8), np.array([1, 7] * 6)
         ("train-images-idx3-ubyte", b"", "is not an IDX file"),
         ("train-images-idx3-ubyte", b"\x00\x00\x0d\x03" + idx_bytes(IMAGES)[4:], "it begins with 00 00 0d 03"),
         ("train-images-idx3-ubyte", idx_bytes(IMAGES[:, :27]), r"holds items of \[27, 28\]; expected \[28, 28\]"),
-        ("train-images-idx3-ubyte", idx_bytes(IMAGES)[:4] + b"\xff" * 4 + idx_bytes(IMAGES)[8:16], "more than .* bytes"),
+        (
+            "train-images-idx3-ubyte",
+            idx_bytes(IMAGES)[:4] + b"\xff" * 4 + idx_bytes(IMAGES)[8:16],
+            "more than .* bytes",
+        ),
         ("train-labels-idx1-ubyte", idx_bytes(NUMBERS[:-1]), "has 12 images, .* has 11 labels"),
         ("train-labels-idx1-ubyte", idx_bytes(NUMBERS + 3), "label 10 of image 1 is not one of 0 … 9"),
         ("t10k-images-idx3-ubyte", None, "there is no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz"),
@@ -263,9 +267,7 @@ class Torchvision(ModuleType):
 @pytest.mark.parametrize(
     ("reference", "folder"), [("projects/emnist", "EMNIST/raw"), ("projects/cifar10", "cifar-10-batches-bin")]
 )
-def test_torchvision_downloads(
-    reference: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchvision_downloads(reference: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = Torchvision()
     monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)

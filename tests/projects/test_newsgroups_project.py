@@ -118,7 +118,9 @@ def test_odd_members_are_passed_over_and_nothing_is_written(tmp_path: Path) -> N
 
 
 def test_headers_quotes_and_signatures_are_left_out(tmp_path: Path) -> None:
-    around = b"From: someone@somewhere\nSubject: Re: price\n\nHe writes:\n> quoted words\nmine %s\n\nthanks\n--\nsigned\n"
+    around = (
+        b"From: someone@somewhere\nSubject: Re: price\n\nHe writes:\n> quoted words\nmine %s\n\nthanks\n--\nsigned\n"
+    )
     write_archive(tmp_path / "a.tar.gz", {name: around % text for name, text in posts().items()})
     workload = loaded(tmp_path / "a.tar.gz")
     bodies = {f"mine {text.decode()}\n\nthanks" for text in posts().values()}
