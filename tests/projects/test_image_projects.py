@@ -1,4 +1,4 @@
-"""MNIST, EMNIST, CIFAR-10 from files that the test writes, and scikit-learn's digits: pixels, labels, splits, errors."""
+"""MNIST, EMNIST, CIFAR-10 from files that the test writes, scikit-learn's digits: pixels, labels, splits, errors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_ten_classes(reference: str, settings: dict[str, str]) -> None:
     right = [float(model(batch[0])[i].argmax() == batch[1][i]) for i in range(50)]
     assert workload.metrics(model, batch)["accuracy"].tolist() == right
     assert workload.label_of(0) == str(int(labels[0][0]))
-    with pytest.raises(WorkloadError, match="there are .* digits"):
+    with pytest.raises(WorkloadError, match=r"there are .* digits"):
         load_workload(reference, **settings, n_train=5000)
 
 
@@ -126,7 +126,7 @@ def test_cifar_by_hand(classes: str, tmp_path: Path) -> None:
     assert image.shape == (32, 32, 3)
     # Row 2, column 5 in red, green, blue.
     np.testing.assert_allclose(image[2, 5], training[0, [1 + 69, 1 + 1024 + 69, 1 + 2048 + 69]] / 255)
-    names = "airplane automobile bird cat deer dog frog horse ship truck".split(" ")
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     assert workload.label_of(0) == names[training[0, 0]]
 
 
@@ -248,7 +248,7 @@ class Torchvision(ModuleType):
         self.utils = self
         self.fails = False
 
-    def EMNIST(self, root: str, split: str, download: bool) -> Any:  # noqa: N802
+    def EMNIST(self, root: str, split: str, download: bool) -> Any:
         self.asked(root, split == "letters" and download)
         folder = Path(root) / "EMNIST" / "raw"
         write_image_files(folder, LETTERS, (np.array([1, 2] * 6), np.array([1, 2] * 3)))
@@ -278,5 +278,5 @@ def test_torchvision_downloads(reference: str, folder: str, tmp_path: Path, monk
     assert found.settings["data_dir"] is None
     datasets.fails = True
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
-    with pytest.raises(WorkloadError, match="cannot be downloaded into .*: no network; give data_dir"):
+    with pytest.raises(WorkloadError, match=r"cannot be downloaded into .*: no network; give data_dir"):
         load_workload(reference, **SMALL)
