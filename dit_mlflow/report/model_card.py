@@ -8,16 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dit_mlflow.influence import Influence
-from dit_mlflow.report.markdown import escaped, markdown_table
+from dit_mlflow.report.markdown import GAP, escaped, markdown_table
 
 BEGIN, END = "<!-- influence by dit-mlflow -->", "<!-- end of influence -->"
 """Around our part, so that it can be written anew and what people wrote beside it stays. Not shown."""
 
 LONGEST = 5000
 """Characters of a description, the most that MLflow's databases take."""
-
-GAP = "&emsp;"
-"""MLflow shows tables in descriptions without any space between columns."""
 
 COLUMNS = {"ground_truth/spearman": "Spearman", "trust/spearman": "Spearman", "detection/recall_at_k": "recall@k"}
 """Metrics of windows in the table, the first of each heading that is known."""
@@ -108,7 +105,7 @@ def _windows(influence: Influence, facts: CardFacts, most: int) -> str:
         values = [facts.by_window[name][at] for name in columns.values()]
         figures = ["–" if value is None else f"{value:.3f}" for value in values]
         rows.append([str(influence.windows[at]), *ends, *figures])
-    table = markdown_table([name + GAP for name in headings], [[cell + GAP for cell in row] for row in rows])
+    table = markdown_table(headings, rows, GAP)
     left_out = f", {count - len(shown)} windows are left out here" if len(shown) < count else ""
     # A line below the table also keeps it clear of the next heading, to which MLflow leaves no space.
     return f"### Windows of training\n\n{table}\n\nSamples are numbered as in the training set{left_out}."

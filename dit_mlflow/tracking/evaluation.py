@@ -73,21 +73,19 @@ class Settings:
         return cls(**{**config, "training_run": logged_by})
 
 
-def evaluate_rows(
-    settings: Settings, features: Features, targets: np.ndarray | None, run_id: str, model_id: str | None
-) -> EvaluationResult:
+def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | None, run_id: str) -> EvaluationResult:
     """Compute influence on each row's loss, and log it on the evaluation run.
 
     Logged: the tables ``influence_on_rows.json`` (most harmful and helpful training samples of each row and window) and
     ``influence_on_mean.json`` (of the mean loss); all scores as ``row_influence/``, which
-    ``load_influence(run_id, "row_influence")`` brings back; and, of the whole training, the metrics of
-    :func:`dit_mlflow.report.rows.rows_metrics` with ``dit/`` before their names.
+    ``load_influence(run_id, "row_influence")`` brings back. The metrics of the result, which are for the caller to log
+    since only it knows the model, are those of :func:`dit_mlflow.report.rows.rows_metrics`, of the whole training, with
+    ``dit/`` before their names.
 
     Args:
         settings: of the evaluation.
         features, targets: rows; see :func:`dit_mlflow.influence.row_losses`.
         run_id: the evaluation run, which is active.
-        model_id: of the evaluated model; with it, MLflow itself logs the metrics of the result.
 
     Raises:
         DitError: see :meth:`RowQuestion.of` and :meth:`RowQuestion.answer`.
@@ -113,7 +111,7 @@ def evaluate_rows(
         figure = plot_top_samples(mean_over_rows(shown), Gallery(workload))
         log_plot(figure, f"{ROW_INFLUENCE}/influence_over_windows.png")
     found = rows_metrics(answer.influence, answer.losses, whole, top, workload.corrupted).prefixed("dit/")
-    log_metrics(found if model_id is None else Metrics({}, found.undefined))
+    log_metrics(Metrics({}, found.undefined))
     artifacts = {name: JsonEvaluationArtifact(mlflow.get_artifact_uri(f"{name}.json")) for name in tables}
     return EvaluationResult(dict(found.values), artifacts, run_id)
 

@@ -53,9 +53,16 @@ class DitEvaluator(ModelEvaluator):
             DitError: a setting, the data or the model cannot be used.
         """
         from dit_mlflow.errors import InputError
+        from dit_mlflow.evaluation import Metrics
         from dit_mlflow.tracking.evaluation import Settings, evaluate_rows
+        from dit_mlflow.tracking.runs import log_metrics
 
         if extra_metrics or custom_artifacts:
             raise InputError("extra_metrics and custom_artifacts belong to MLflow's own evaluators; leave them out")
-        settings = Settings.of(evaluator_config, model_id)
-        return evaluate_rows(settings, dataset.features_data, dataset.labels_data, run_id, model_id)
+        # Of a registered version, MLflow hands over the model without its id, and logs no metrics on it.
+        known = model_id or getattr(model, "model_id", None)
+        settings = Settings.of(evaluator_config, known)
+        result = evaluate_rows(settings, dataset.features_data, dataset.labels_data, run_id)
+        if model_id is None:
+            log_metrics(Metrics(result.metrics), known)
+        return result

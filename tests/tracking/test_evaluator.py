@@ -134,14 +134,20 @@ def test_data_in_other_forms(store: str) -> None:
     dataset = mlflow.data.from_pandas(frame(), targets="label")
     nested = pd.DataFrame({"image": list(inputs.reshape(-1, 8, 8)), "label": targets})
     pyfunc = mlflow.pyfunc.load_model(model)
+    mlflow.register_model(model, "digits")
     for chosen, data, answers in (
         (model, inputs, targets),
+        ("models:/digits/1", inputs, targets),
         (model, dataset, None),
         (pyfunc, nested, "label"),
         (None, inputs.astype(np.float64), targets.astype(np.float64)),
     ):
         mlflow.clear_active_model()
-        found = evaluated(chosen, workload, data, answers, training_run=training_run)
+        config = {} if chosen else {"training_run": training_run}
+        found = evaluated(chosen, workload, data, answers, **config)
+        assert mlflow.get_run(found.run_id).data.metrics == pytest.approx(found.metrics)
+        kept = {(m.key, m.run_id) for m in mlflow.get_logged_model(model.removeprefix("models:/")).metrics}
+        assert (("dit/mean_loss", found.run_id) in kept) == (chosen is not None)
         np.testing.assert_array_equal(load_influence(found.run_id, "row_influence").scores, expected)
 
 
