@@ -22,6 +22,7 @@ COMMANDS = {
     "influence": [*MLFLOW, "run", str(HERE), "-e", "influence", "--env-manager", "local"],
     "compare": [*MLFLOW, "run", str(HERE), "-e", "compare", "--env-manager", "local"],
     "cleanse": [*MLFLOW, "run", str(HERE), "-e", "cleanse", "--env-manager", "local"],
+    "register": [*MLFLOW, "run", str(HERE), "-e", "register", "--env-manager", "local"],
     "ui": [*MLFLOW, "ui"],
     "test": ["-m", "pytest"],
     "setup": ["-c", "pass"],
@@ -31,6 +32,7 @@ USAGE = """usage: python3 run.py COMMAND [ARGUMENT ...]
   influence [-P name=value ...]   the main job: train, compute influence per window, log everything to MLflow
   compare [-P name=value ...]     methods side by side: fidelity, detection, cost
   cleanse [-P name=value ...]     drop the samples that influence flags, train again, see whether it helped
+  register -P name=value ...      keep influence with the model: influence_run=ID and model_name=NAME
   ui [--port N ...]               the MLflow UI on those results
   test [pytest argument ...]      the tests
   setup                           only make or update the environment, with what the tests need"""
