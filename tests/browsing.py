@@ -27,6 +27,8 @@ ARGUMENTS = (
     "--disable-sync",
 )
 WIDTH, HEIGHT = 1400, 900
+WAIT = 60_000
+"""Milliseconds for something to appear: a machine with other work is slow, and what is there is not waited for."""
 LOCAL = {"127.0.0.1", None}
 SCREENSHOTS = "build/screenshots"
 REQUIRED = os.environ.get("DIT_REQUIRE_SERVERS") == "1"
@@ -86,7 +88,7 @@ def launched() -> Iterator[Any]:
 
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=chromium(), args=list(ARGUMENTS))
-        expect.set_options(timeout=15_000)
+        expect.set_options(timeout=WAIT)
         yield found
         found.close()
 
@@ -98,7 +100,7 @@ def page(browser: Any) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT})
     context.add_init_script(SETTLED)
     found = context.new_page()
-    found.set_default_timeout(15_000)
+    found.set_default_timeout(WAIT)
     watch(found, faults)
     yield found
     context.close()
