@@ -39,7 +39,7 @@ MLFLOWS_OWN = (
     # MLflow's layout, when many charts appear at once.
     (r"ResizeObserver loop completed with undelivered notifications", r""),
     # Its charts, when they are drawn before they have a size, on a machine that is slow.
-    (r"^Error: <\w+> attribute \w+: .*NaN", r"/static-files/static/js/[^/]+\.js$"),
+    (r"^Error: <\w+> attribute \w+: ", r"/static-files/static/js/[^/]+\.js$"),
 )
 """Errors that MLflow's UI writes to the console by itself: text and place of each."""
 
