@@ -205,8 +205,8 @@ def run_job(kind: str, job: Callable[[str | None], str]) -> None:
         raise
 
 
-def main() -> None:
-    """The console script ``dit-mlflow``."""
+def prepare_environment() -> None:
+    """Settings of the environment that must be made before torch and MLflow are loaded."""
     # Read when torch is loaded. Spinning threads make small models ten times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Of MLflow, for every file that comes from the store; our own bars say how far the work is.
@@ -214,6 +214,11 @@ def main() -> None:
     # The making of a database, and a link for every run that ends; ours are printed once, at the end.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+
+def main() -> None:
+    """The console script ``dit-mlflow``."""
+    prepare_environment()
     cli(prog_name="dit-mlflow")
 
 

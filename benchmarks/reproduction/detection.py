@@ -1,0 +1,268 @@
+"""Flipped labels among the lowest scores: by method, window and share of flips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dit_mlflow.evaluation import detection
+from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
+
+from .cases import Case, seeds_of
+from .scored import THIRDS, WHOLE, flipped_scores
+from .table import Series, Table, Unit, grid, listed, mean_of, number
+
+SHARES = (0.04, 0.08, 0.1, 0.12, 0.16, 0.2, 0.3)
+QUICK_SHARES = (0.1, 0.3)
+MEASURES = ("accuracy", "recall_at_k", "auroc", "average_precision")
+CLAIMED = 0.98
+"""Accuracy in finding flipped labels, "above" (arXiv 2502.10793, abstract)."""
+
+MARGIN = 0.01
+"""AUROC that counts as no difference."""
+
+SOURCES = {
+    ("dit", "local"): "DIT",
+    ("leave_one_out", "local"): "exact leave-one-out",
+    ("tracin", "none"): "TracIn",
+    ("influence_function", "none"): "influence function",
+    ("loss", "none"): "loss",
+    ("aum", "none"): "AUM",
+    ("confident_learning", "none"): "confident learning (cleanlab)",
+}
+"""What is compared over the whole run, where the kinds are one."""
+
+PUBLISHED = {
+    ("adult", "logreg"): {0.1: 0.53, 0.2: 0.66, 0.3: 0.69},
+    ("adult", "dnn"): {0.1: 0.53, 0.2: 0.65, 0.3: 0.72},
+}
+"""Recall among the lowest k, measured with the published code."""
+
+
+class Detection(Table):
+    """How well low scores find flipped labels."""
+
+    name = "detection"
+    title = "Flipped labels"
+    facets = ("kind", "window", "share")
+    figures = (*MEASURES, "seconds", "loss_fallen")
+
+    def units(self, cases: Sequence[Case], seeds: int, quick: bool) -> list[Unit]:
+        shares = QUICK_SHARES if quick else SHARES
+        return [Unit(case, seed, share) for case in cases for seed in seeds_of(case, seeds) for share in shares]
+
+    def measure(self, unit: Unit) -> pd.DataFrame:
+        found = flipped_scores(unit.case, unit.seed, unit.share)
+        rows = []
+        for method, kind in found.values:
+            for window in found.windows:
+                values = detection(found.of(method, kind, window), found.corrupted).values
+                # On all of training the three kinds are one.
+                if not values or (window == WHOLE and kind in ("final", "cumulative")):
+                    continue
+                spent = " ".join((method, *(() if kind == "none" else (kind,)), window))
+                row = {
+                    "kind": kind,
+                    "window": window,
+                    "share": unit.share,
+                    **{name: values[name] for name in MEASURES},
+                    "seconds": found.seconds.get(spent, np.nan),
+                    "loss_fallen": found.figures.get(f"loss_fallen_by_{window}", np.nan) if method == "dit" else np.nan,
+                }
+                rows.append(
+                    {"data": unit.case.data, "model": unit.case.model, "method": method, "seed": unit.seed, **row}
+                )
+        return pd.DataFrame(rows)
+
+    def series(self, rows: pd.DataFrame) -> Iterable[Series]:
+        """Over the share of flips in percent; of single epochs, over epochs, by share."""
+        for row in rows.to_dict("records"):
+            percent = round(100 * row["share"])
+            for name in MEASURES:
+                if str(row["window"]).isdecimal():
+                    yield f"by_window/flipped_{percent}/detection/{name}", int(row["window"]), row[name]
+                else:
+                    place = WHOLE if row["window"] == WHOLE else f"{row['kind']}_{row['window']}"
+                    yield f"by_percent_flipped/{place}/detection/{name}", percent, row[name]
+
+    def condensed(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Without the single epochs, which the figure shows."""
+        return rows[~rows["window"].astype(str).str.isdecimal()]
+
+    def figure(self, rows: pd.DataFrame) -> Figure:
+        """AUROC of each epoch's scores, a panel for each case; all of training as lines."""
+        share = min(rows["share"].unique(), key=lambda value: abs(value - 0.1))
+        shown = rows[rows["share"] == share]
+        cases = list(dict.fromkeys(zip(shown["data"], shown["model"], strict=True)))
+        columns = min(3, len(cases))
+        figure = new_figure(1.0 + 2.1 * -(-len(cases) // columns))
+        panels = figure.subplots(-(-len(cases) // columns), columns, sharey=True, squeeze=False)
+        for axes, (data, model) in zip(panels.flat, cases, strict=False):
+            own = shown[(shown["data"] == data) & (shown["model"] == model)]
+            epochs = own[(own["method"] == "dit") & own["window"].astype(str).str.isdecimal()]
+            table = epochs.assign(window=epochs["window"].astype(int)).pivot(
+                index="window", columns="seed", values="auroc"
+            )
+            axes.plot(table.index + 1, table.mean(axis=1), color=HELPFUL, lw=1.8, label="DIT, one epoch")
+            axes.fill_between(table.index + 1, table.min(axis=1), table.max(axis=1), color=HELPFUL, alpha=0.15, lw=0)
+            whole = own[own["window"] == WHOLE].groupby("method")["auroc"].mean()
+            lines = {
+                "dit": (HELPFUL, "--", "DIT, all of training"),
+                "leave_one_out": ("black", ":", "exact leave-one-out, all of training"),
+                "loss": (HARMFUL, "-.", "loss at the end"),
+                "confident_learning": (MARKED, "-", "confident learning"),
+            }
+            for method, (colour, style, label) in lines.items():
+                if method in whole:
+                    axes.axhline(whole[method], color=colour, ls=style, lw=1.1, label=label)
+            axes.axhline(0.5, color=NEUTRAL, lw=0.6)
+            axes.set_title(f"{data} {model}", fontsize=SMALL + 1)
+            axes.tick_params(labelsize=SMALL)
+        for axes in panels.flat[len(cases) :]:
+            axes.set_visible(False)
+        found = {
+            label: handle
+            for axes in panels.flat
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=SMALL)
+        figure.supylabel(f"AUROC of {100 * share:.0f} % flipped labels (chance 0.5)", fontsize=10)
+        figure.supxlabel("epoch; mean over seeds, band: all seeds", fontsize=10)
+        return figure
+
+    def section(self, rows: pd.DataFrame) -> str:
+        rows = self.condensed(rows)
+        whole = rows[rows["window"] == WHOLE].assign(
+            by=lambda table: [SOURCES[pair] for pair in zip(table["method"], table["kind"], strict=True)]
+        )
+        thirds = rows[(rows["method"] == "dit") & (rows["kind"] == "local")]
+        shares = sorted(rows["share"].unique())
+        tenth = min(shares, key=lambda value: abs(value - 0.1))
+        words = [*_accuracy_words(whole), *_convergence_words(thirds)]
+        at = whole[whole["share"] == tenth]
+        percent = f"{100 * tenth:.0f} % flipped"
+        names = list(SOURCES.values())
+        words += [
+            f"## All of training, AUROC, {percent}\n",
+            grid(at, ["data", "model"], "by", names, lambda cell: mean_of(cell["auroc"], 2)),
+            "## All of training, accuracy of DIT by share of flips (flagging none: 1 minus the share)\n",
+            _by_share(whole[whole["method"] == "dit"], "accuracy", shares),
+            "## All of training, recall among the k lowest, k = number flipped (chance: the share)\n",
+            "DIT:\n",
+            _by_share(whole[whole["method"] == "dit"], "recall_at_k", shares),
+            "Exact leave-one-out (not of the CNNs, where it costs too much):\n",
+            _by_share(whole[whole["method"] == "leave_one_out"], "recall_at_k", shares),
+            "Confident learning:\n",
+            _by_share(whole[whole["method"] == "confident_learning"], "recall_at_k", shares),
+            f"## Parts of training, AUROC of DIT, {percent}\n",
+            grid(
+                rows[(rows["method"] == "dit") & (rows["share"] == tenth)],
+                ["data", "model", "kind"],
+                "window",
+                [*THIRDS, WHOLE],
+                lambda cell: mean_of(cell["auroc"], 2),
+            ),
+            f"Exact leave-one-out, `local`, {percent}:\n",
+            grid(
+                rows[(rows["method"] == "leave_one_out") & (rows["share"] == tenth)],
+                ["data", "model"],
+                "window",
+                [*THIRDS, WHOLE],
+                lambda cell: mean_of(cell["auroc"], 2),
+            ),
+            f"## Every seed: AUROC of DIT, all of training, {percent}\n",
+            grid(
+                at[at["method"] == "dit"].assign(seeds="in order"),
+                ["data", "model"],
+                "seeds",
+                ["in order"],
+                lambda cell: listed(cell["auroc"]),
+            ),
+            *_published(whole),
+        ]
+        return "\n\n".join(words)
+
+
+def _by_share(rows: pd.DataFrame, figure: str, shares: Sequence[float]) -> str:
+    named = rows.assign(percent=[f"{100 * share:.0f} %" for share in rows["share"]])
+    return grid(
+        named,
+        ["data", "model"],
+        "percent",
+        [f"{100 * share:.0f} %" for share in shares],
+        lambda cell: mean_of(cell[figure], 2),
+    )
+
+
+def _accuracy_words(whole: pd.DataFrame) -> list[str]:
+    means = whole.groupby(["method", "data", "model", "share"], sort=False)["accuracy"].mean()
+    dit = means["dit"]
+    held = dit[dit > CLAIMED]
+    where = "; ".join(f"{data} {model} at {100 * share:.0f} %" for data, model, share in held.index) or "nowhere"
+    others = {
+        SOURCES_OF[name]: int((means[name] > CLAIMED).sum())
+        for name in ("leave_one_out", "confident_learning", "loss")
+        if name in means
+    }
+    counts = ", ".join(f"{name} in {count}" for name, count in others.items())
+    return [
+        f"**Claim: more than {100 * CLAIMED:.0f} % of flipped labels are told rightly.** DIT over all of training reaches "
+        f"that mean accuracy in {len(held)} of {len(dit)} settings (data, model, share of flips): {where}. "
+        f"With few flips, accuracy flatters: flagging nothing is right for {100 * (1 - dit.index.get_level_values('share').min()):.0f} % "
+        f"of the samples. Of the others, {counts}."
+    ]
+
+
+SOURCES_OF = {method: words for (method, _), words in SOURCES.items()}
+
+
+def _convergence_words(thirds: pd.DataFrame) -> list[str]:
+    table = thirds[thirds["window"].isin(["late", WHOLE])].pivot_table(
+        index=["data", "model", "seed", "share"], columns="window", values=["auroc", "seconds"]
+    )
+    differences = (table["auroc"]["late"] - table["auroc"][WHOLE]).groupby(["data", "model"], sort=False).mean()
+    ratio = (table["seconds"]["late"] / table["seconds"][WHOLE]).median()
+    fallen = thirds[thirds["window"] == "late"]["loss_fallen"].median()
+    good, bad = differences[differences >= -MARGIN], differences[differences < -MARGIN]
+
+    def named(part: pd.Series) -> str:
+        return ", ".join(f"{data} {model} ({number(value, 2)})" for (data, model), value in part.items()) or "none"
+
+    return [
+        "**Claim: the convergence period finds flipped labels as well as all of training, for less.** Taken as the last "
+        f"third of the steps, before which the validation loss had fallen by {100 * fallen:.0f} % (median) of all that it "
+        f"falls, a `local` sweep over it costs {number(ratio, 2)} of the sweep over all of training (median, CPU time). Its AUROC is as "
+        f"good (difference in the mean over shares and seeds at least −{MARGIN}) in {len(good)} of {len(differences)} cases: {named(good)}. "
+        f"It is worse in: {named(bad)}."
+    ]
+
+
+def _published(whole: pd.DataFrame) -> list[str]:
+    lines = []
+    for (data, model), recalls in PUBLISHED.items():
+        own = whole[(whole["data"] == data) & (whole["model"] == model) & (whole["method"] == "dit")]
+        for share, theirs in recalls.items():
+            values = own[np.isclose(own["share"], share)]["recall_at_k"]
+            if len(values):
+                cells = {
+                    "ours": mean_of(values, 2),
+                    "published code": number(theirs, 2),
+                    "gap": number(values.mean() - theirs, 2),
+                }
+                lines += [
+                    {"data": data, "model": model, "flipped": f"{100 * share:.0f} %", "of": name, "value": text}
+                    for name, text in cells.items()
+                ]
+    if not lines:
+        return []
+    table = grid(
+        pd.DataFrame(lines),
+        ["data", "model", "flipped"],
+        "of",
+        ("ours", "published code", "gap"),
+        lambda cell: str(cell["value"].iloc[0]),
+    )
+    return ["## Recall among the k lowest, against the published code\n", table]

@@ -1,0 +1,126 @@
+"""What a table of the reproduction is, and how its numbers are written."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dit_mlflow.evaluation import mean_interval
+from dit_mlflow.report.markdown import markdown_table
+
+from .cases import Case, seeds_of
+
+KEYS = ["data", "model", "method"]
+"""With ``seed``, what a child run is."""
+
+Series = tuple[str, int, float]
+"""Name of a metric, its step, its value."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is measured in one go: a training, and something about it.
+
+    Attributes:
+        case, seed: the training.
+        share: of flipped labels, where that matters.
+    """
+
+    case: Case
+    seed: int
+    share: float = 0.0
+
+
+class Table(ABC):
+    """A table (or figure) of the paper.
+
+    Attributes:
+        name: in ``-P table=…``.
+        title: as a heading.
+        facets: columns that tell apart the rows of one child run.
+        figures: columns with numbers.
+        jobs: units at a time; 0 = as many as asked for.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    facets: ClassVar[tuple[str, ...]] = ()
+    figures: ClassVar[tuple[str, ...]]
+    jobs: ClassVar[int] = 0
+
+    def units(self, cases: Sequence[Case], seeds: int, quick: bool) -> list[Unit]:
+        """What is to be measured; the units of a case and seed stand together."""
+        return [Unit(case, seed) for case in cases for seed in seeds_of(case, seeds)]
+
+    @abstractmethod
+    def measure(self, unit: Unit) -> pd.DataFrame:
+        """Rows with the columns :data:`KEYS`, :attr:`facets` and :attr:`figures`."""
+
+    @abstractmethod
+    def series(self, rows: pd.DataFrame) -> Iterable[Series]:
+        """What the child run of ``rows`` logs."""
+
+    def condensed(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """One row per child and combination of facets that the summary tells apart."""
+        return rows
+
+    @abstractmethod
+    def figure(self, rows: pd.DataFrame) -> Figure:
+        """Of all seeds."""
+
+    @abstractmethod
+    def section(self, rows: pd.DataFrame) -> str:
+        """Of ``docs/reproduction.md``, in Markdown, without the heading."""
+
+
+def summary(rows: pd.DataFrame, keys: Sequence[str], figures: Sequence[str]) -> pd.DataFrame:
+    """Mean over seeds, its interval (95 %, Student's t), minimum, maximum and number of seeds, a row per figure."""
+    found = []
+    for key, group in rows.groupby(list(keys), sort=False, dropna=False):
+        for figure in figures:
+            values = group[figure].dropna().to_numpy()
+            if len(values):
+                low, high = mean_interval(values) if len(values) > 1 else (np.nan, np.nan)
+                numbers = {"mean": values.mean(), "low": low, "high": high, "min": values.min(), "max": values.max()}
+                found.append({**dict(zip(keys, key, strict=True)), "figure": figure, **numbers, "seeds": len(values)})
+    return pd.DataFrame(found)
+
+
+def mean_of(values: pd.Series, digits: int = 3) -> str:
+    """``0.983 (0.97 to 0.99)``: the mean and its interval; a dash without values."""
+    known = values.dropna().to_numpy()
+    if not len(known):
+        return "–"
+    mean = number(known.mean(), digits)
+    if len(known) < 2:
+        return mean
+    low, high = mean_interval(known)
+    return f"{mean} ({number(low, digits)} to {number(high, digits)})"
+
+
+def listed(values: pd.Series, digits: int = 2) -> str:
+    """All seeds, in order."""
+    return " ".join(number(value, digits) for value in values)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number, a dash for none; typographic minus."""
+    return "–" if pd.isna(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
+def grid(
+    rows: pd.DataFrame, down: Sequence[str], across: str, columns: Sequence[str], cell: Callable[[pd.DataFrame], str]
+) -> str:
+    """A Markdown table with a row for each combination of ``down`` and a column for each of ``columns`` in ``across``."""
+    lines = []
+    for key, group in rows.groupby(list(down), sort=False):
+        cells = [cell(group[group[across] == column]) for column in columns]
+        if any(text != "–" for text in cells):
+            lines.append([*map(str, key), *cells])
+    return markdown_table([*down, *map(str, columns)], lines)
