@@ -14,7 +14,8 @@ from dit_mlflow.evaluation.cleansing import NO_CLEANING, RANDOM, random_scores, 
 from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
 
 from .cases import Case, seeds_of
-from .scored import MEMORY, WHOLE, fingerprint, flipped_scores
+from .memory import remembered
+from .scored import WHOLE, fingerprint, flipped_scores
 from .table import Series, Table, Unit, grid, listed, mean_of, number
 
 SHARES = (0.1, 0.2, 0.3)
@@ -131,16 +132,17 @@ class Cleansing(Table):
         total = len(means["dit"])
         above = int((means["dit"] > means[RANDOM]).sum())
         counts = ", ".join(f"`{name}` in {count}" for name, count in wins.items())
+        gains = [number(means[name].mean(), 1) for name in ("dit", RANDOM, FLIPPED)]
         return (
-            "As many samples as were flipped are dropped, lowest score first, and training begins anew; nothing is repaired by an "
-            f"oracle, so that false positives cost what they cost. Dropping what DIT flags gains {number(means['dit'].mean(), 1)} points of "
-            f"test accuracy in the mean over {total} settings (data, model, share of flips), at random {number(means[RANDOM].mean(), 1)}, "
-            f"the truly flipped ones {number(means[FLIPPED].mean(), 1)}. DIT is above random in {above} of {total}. Methods that gain "
-            f"more than DIT: {counts}."
+            "**Cleansing** (the paper repairs flagged labels by an oracle, so that false positives cost nothing; here "
+            "as many samples as were flipped are dropped, lowest score first, and training begins anew). Dropping what "
+            f"DIT flags gains {gains[0]} points of test accuracy in the mean over {total} settings (data, model, share "
+            f"of flips), at random {gains[1]}, the truly flipped ones {gains[2]}. DIT is above random in {above} of "
+            f"{total}. Methods that gain more than DIT: {counts}."
         )
 
 
-@MEMORY.cache
+@remembered
 def _cleaned(unit: Unit, code: str) -> list[dict[str, object]]:
     """What came of every way to flag, and of none."""
     found = flipped_scores(unit.case, unit.seed, unit.share)

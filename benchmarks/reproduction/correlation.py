@@ -9,22 +9,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation import correlations
-from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
+from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL
 
+from .panels import legend_above, of_case, over_epochs, panels
 from .scored import KINDS, WHOLE, scores
-from .table import Series, Table, Unit, grid, listed, mean_of, number
+from .table import Series, Table, Unit, every_seed, grid, mean_of, number
 
 MEASURES = ("pearson", "spearman", "kendall", "jaccard_30")
 PLACES = ("first", "middle", "last", "all epochs")
 BASELINES = ("dit", "sgd_influence", "tracin", "no_hessians", "influence_function")
-COLOURS = {
-    "dit": HELPFUL,
-    "final_query": HARMFUL,
-    "tracin": MARKED,
-    "no_hessians": "#CC79A7",
-    "influence_function": NEUTRAL,
-    "sgd_influence": "#009E73",
-}
+COLOURS = {"dit": HELPFUL, "final_query": HARMFUL, "tracin": MARKED}
 
 CLAIMED = 0.99
 """Correlation with leave-one-out, "up to" (arXiv 2502.10793, abstract)."""
@@ -108,7 +102,8 @@ class Correlation(Table):
             f"correlation over seeds of the whole run is {number(best.min())} to {number(best.max())}, and reaches "
             f"{CLAIMED} in {reached} of {len(best)} cases. Where it stays below, the estimate is still the exact "
             "derivative: against central differences in float64 the sweep is off by "
-            f"{error.median():.0e} of the largest score (median over cases and seeds; at most {error.max():.0e}). What is missing is linearity: "
+            f"{error.median():.0e} of the largest score (median over cases and seeds; at most {error.max():.0e}). "
+            "What is missing is linearity: "
             "removing a sample is not a small change there.",
             "## Whole run, Pearson\n",
             "All of training is one window, asked at its end: there the final model's query is the right one.\n",
@@ -124,17 +119,11 @@ class Correlation(Table):
                 lambda cell: mean_of(cell["value"]),
             ),
             "## Every seed: whole run, Pearson, `dit`\n",
-            grid(
-                dit.assign(seeds="in order"),
-                ["data", "model"],
-                "seeds",
-                ["in order"],
-                lambda cell: listed(cell["pearson"], 3),
-            ),
+            every_seed(dit, ["data", "model"], "pearson", 3),
             "## Windows of one epoch, Spearman, `dit`\n",
             self._windows(windows, "dit"),
-            "The mean of `cumulative` windows with the final model's query instead of the window's own (the shortcut of "
-            "the published code):\n",
+            "The same windows with the final model's query instead of the window's own (the shortcut of the published "
+            "code):\n",
             self._windows(windows, "final_query"),
             "TracIn, held against each kind:\n",
             self._windows(windows, "tracin"),
@@ -181,31 +170,15 @@ def published_table(rows: pd.DataFrame) -> str:
 
 def plot_over_windows(rows: pd.DataFrame) -> Figure:
     """Spearman correlation over the windows, a panel for each case, ``cumulative``: the query makes the difference."""
-    shown = rows[(rows["kind"] == "cumulative") & rows["method"].isin(["dit", "final_query", "tracin"])]
-    cases = list(dict.fromkeys(zip(shown["data"], shown["model"], strict=True)))
-    columns = min(3, len(cases)) or 1
-    figure = new_figure(0.9 + 2.1 * -(-len(cases) // columns))
-    panels = figure.subplots(-(-len(cases) // columns), columns, sharey=True, squeeze=False)
-    for axes, (data, model) in zip(panels.flat, cases, strict=False):
-        for method in ("dit", "final_query", "tracin"):
-            own = shown[(shown["data"] == data) & (shown["model"] == model) & (shown["method"] == method)]
-            table = own.assign(window=own["window"].astype(int)).pivot(
-                index="window", columns="seed", values="spearman"
-            )
-            style = {"color": COLOURS[method], "marker": "o" if len(table) < 4 else None, "ms": 3}
-            axes.plot(table.index + 1, table.mean(axis=1), lw=1.6, label=method, **style)
-            if len(table.columns) > 1:
-                axes.fill_between(
-                    table.index + 1, table.min(axis=1), table.max(axis=1), color=COLOURS[method], alpha=0.15, lw=0
-                )
+    labels = {"dit": "DIT, asked at each window's end", "final_query": "the final model's query", "tracin": "TracIn"}
+    shown = rows[(rows["kind"] == "cumulative") & rows["method"].isin(list(labels))]
+    figure, drawn = panels(shown, 3, 1.9)
+    for case, axes in drawn.items():
+        own = of_case(shown, case)
+        for method, label in labels.items():
+            over_epochs(axes, own[own["method"] == method], "spearman", COLOURS[method], label)
         axes.axhline(0, color=NEUTRAL, lw=0.6)
-        axes.set_title(f"{data} {model}", fontsize=SMALL + 1)
-        axes.tick_params(labelsize=SMALL)
-    for axes in panels.flat[len(cases) :]:
-        axes.set_visible(False)
-    labels = {"dit": "DIT, query at each window's end", "final_query": "the final model's query", "tracin": "TracIn"}
-    handles, names = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, [labels[name] for name in names], loc="outside lower center", ncols=3, frameon=False)
-    figure.supylabel("Spearman correlation with exact leave-one-out", fontsize=10)
-    figure.supxlabel("epoch (window); line: mean over seeds, band: all seeds", fontsize=10)
+    legend_above(figure, 3)
+    figure.supylabel("Spearman with exact leave-one-out", fontsize=10)
+    figure.supxlabel("epoch (a cumulative window each); line: mean over seeds, band: all seeds", fontsize=10)
     return figure

@@ -19,8 +19,10 @@ from dit_mlflow.trajectory.loop import train_unrecorded
 
 from .authors import authors_scores
 from .cases import Case
-from .scored import MEMORY, fingerprint
-from .table import Series, Table, Unit, grid, listed, mean_of, number
+from .memory import remembered
+from .panels import legend_above
+from .scored import fingerprint
+from .table import Series, Table, Unit, every_seed, grid, mean_of, number
 
 BASE = {"n_train": 256, "epochs": 21, "hidden": 8}
 SCALES: dict[str, tuple[int, ...]] = {
@@ -130,13 +132,7 @@ class Cost(Table):
             axes.axhline(1, color="black", lw=0.7, ls=":")
             axes.grid(axis="y", lw=0.3)
         figure.axes[0].set_ylabel("CPU time / that of the training")
-        figure.legend(
-            *figure.axes[0].get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=3,
-            frameon=False,
-            fontsize=SMALL,
-        )
+        legend_above(figure, 5)
         return figure
 
     def section(self, rows: pd.DataFrame) -> str:
@@ -147,11 +143,13 @@ class Cost(Table):
         against = (wide["published"] / wide["dit cumulative"]).groupby(["scale", "at"], sort=False).mean()
         retraining = (wide["leave_one_out"] / wide["dit cumulative"]).groupby(["scale", "at"], sort=False).mean()
         words = [
-            f"On {data} {model}: {BASE['n_train']} samples, {BASE['epochs']} epochs with a window each, hidden layer of "
-            f"{BASE['hidden']}, but for the one that is varied. CPU time as a multiple of the plain training, mean over seeds with "
-            "its interval. The published method (`benchmarks/reproduction/authors.py`: a sweep from every epoch's end, one sample at a time) "
-            f"takes {number(against.min(), 0)} to {number(against.max(), 0)} times the CPU time of DIT for `cumulative` windows; "
-            f"retraining without every sample, side by side, {number(retraining.min(), 0)} to {number(retraining.max(), 0)} times.",
+            "**Cost.** The published method (`benchmarks/reproduction/authors.py`: a sweep from every epoch's end, one "
+            f"sample at a time) takes {number(against.min(), 0)} to {number(against.max(), 0)} times the CPU time of "
+            "DIT for `cumulative` windows; retraining without every sample, side by side in float32, "
+            f"{number(retraining.min(), 0)} to {number(retraining.max(), 0)} times.",
+            f"On {data} {model}: {BASE['n_train']} samples, {BASE['epochs']} epochs with a window each, hidden layer "
+            f"of {BASE['hidden']}, but for the one that is varied. CPU time of one thread as a multiple of the plain "
+            "training in the same process.",
         ]
         for scale in scales:
             own = shown[shown["scale"] == scale]
@@ -168,18 +166,12 @@ class Cost(Table):
         seeds = shown[(shown["scale"] == scales[0]) & shown["method"].isin(["dit cumulative", "published"])]
         words += [
             f"## Every seed: {scales[0]}\n",
-            grid(
-                seeds.assign(seeds="in order"),
-                ["of", "at"],
-                "seeds",
-                ["in order"],
-                lambda cell: listed(cell["ratio"], 1),
-            ),
+            every_seed(seeds, ["of", "at"], "ratio", 1),
         ]
         return "\n\n".join(words)
 
 
-@MEMORY.cache
+@remembered
 def _spent(case: Case, seed: int, windows_text: str, code: str) -> dict[str, float]:
     """CPU seconds of the training and of every method, one thread each."""
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from mlflow import ActiveRun, MlflowClient
 from mlflow.artifacts import download_artifacts, load_text
 from mlflow.entities import Run
 
-from .scored import ROOT
+from .memory import ROOT
 
 FIGURE, SECTION = "figure.png", "section.md"
 
@@ -24,39 +24,55 @@ TITLES = {
 
 HEAD = """# The paper, reproduced
 
-Written by `mlflow run . -e reproduce`; do not edit. Xu and Wu, "Dynamic Influence Tracker: Measuring Time-Varying Sample
-Influence During Training" (arXiv 2502.10793): its data, models and settings (the preset `paper` of the projects; digits, which the
-paper does not have, with the project's defaults), on data split, flips, weights and batch orders of their own for every seed.
+Written by `mlflow run . -e reproduce`; do not edit. Xu and Wu, "Dynamic Influence Tracker: Measuring Time-Varying
+Sample Influence During Training" (arXiv 2502.10793): its data, models and settings (the preset `paper` of the
+projects; digits, which the paper does not have, with the project's defaults). Every seed has its own data split, flips,
+weights and batch order.
 
-    mlflow run . -e reproduce --env-manager local -P table=all -P seeds=8 -P data=<folder with adult/ and 20news-bydate.tar.gz>
+    mlflow run . -e reproduce --env-manager local -P seeds={seeds} -P data=<folder with adult/ and 20news-bydate.tar.gz>
 
-Means are over seeds, with 95 % intervals (Student's t) in brackets. Truth is exact leave-one-out, in float64 for correlations: of all
-samples, but for the CNNs (24 random samples and 2 seeds on MNIST, 32 random samples on digits) which have three windows (first, middle
-and last epoch), as has the kind `final` on newsgroups. "Published code" is what the authors' code gave (Adult, seeds 0 to 2, with its
-own split). EMNIST and CIFAR-10 need files that are not fetched here: `projects/emnist`, `projects/cifar10`.
+Numbers are means over seeds with 95 % intervals (Student's t) in brackets, and all seeds where it says so. Truth is
+exact leave-one-out, in float64 for correlations, of all samples; but for the CNNs of random ones: 24 (and two seeds)
+on MNIST, 32 on digits, with three windows, the first, the middle and the last epoch, as has the kind `final` on
+newsgroups. "Published code" is what the authors' code gave (Adult, seeds 0 to 2, a split of its own). EMNIST and
+CIFAR-10 need files that were not at hand: `projects/emnist`, `projects/cifar10`.
+
+# What held
+"""
+
+QUICK = """# The paper, reproduced in small
+
+Written by `mlflow run . -e reproduce -P quick=true`: 96 samples and 6 epochs. That everything works, not what is true.
+
+# What held
 """
 
 
 def write_document(run: ActiveRun, quick: bool) -> str:
-    """Write the document and its figures; returns where it is.
+    """Write the document and its figures, from the latest finished run of each table; returns where it is.
 
-    A quick reproduction goes to ``build/`` and holds quick runs only.
+    What the sections say before their first heading stands together at the top. A quick reproduction goes to ``build/``
+    and holds quick runs only.
     """
     folder = ROOT / "build" if quick else ROOT / "docs"
     pictures = folder / "reproduction"
     pictures.mkdir(parents=True, exist_ok=True)
-    parts = [HEAD]
+    claims, parts, seeds = [], [], "8"
     for table, title in TITLES.items():
         found = _latest(run.info.experiment_id, table, quick)
         if found is None:
             continue
+        seeds = found.data.params["resolved.seeds"]
         _fetch(found, pictures / f"{table}.png")
-        section = load_text(f"runs:/{found.info.run_id}/{SECTION}").replace("\n## ", "\n### ")
-        seconds, seeds = found.data.metrics["cost/reproduction_seconds"], found.data.params["resolved.seeds"]
-        command = f"`-P table={table} -P seeds={seeds}{' -P quick=true' if quick else ''}`, {seconds / 60:.0f} minutes with what was known before"
-        parts += [f"# {title}\n", f"{command}.\n", f"![{title}](reproduction/{table}.png)\n", section, ""]
+        said, _, tables = load_text(f"runs:/{found.info.run_id}/{SECTION}").partition("\n## ")
+        claims += [f"- {line}" for line in said.split("\n\n") if line.startswith("**")]
+        notes = [f"{line}\n" for line in said.split("\n\n") if line.strip() and not line.startswith("**")]
+        command = f"`-P table={table} -P seeds={seeds}`\n"
+        parts += [f"# {title}\n", f"![{title}](reproduction/{table}.png)\n", command, *notes]
+        parts += ["### " + tables.replace("\n## ", "\n### ") + "\n"]
+    text = "\n".join([QUICK if quick else HEAD.format(seeds=seeds), *claims, "", *parts]).strip() + "\n"
     path = folder / "reproduction.md"
-    path.write_text(re.sub(r"\n{3,}", "\n\n", "\n".join(parts).replace("\n# ", "\n## ")), encoding="utf-8")
+    path.write_text(re.sub(r"\n{3,}", "\n\n", text.replace("\n# ", "\n## ")), encoding="utf-8")
     return str(path.relative_to(ROOT))
 
 

@@ -11,11 +11,19 @@ from matplotlib.figure import Figure
 from dit_mlflow.evaluation import correlations
 from dit_mlflow.report.plots import DIVERGING, SMALL, new_figure
 
+from .panels import cases_of, legend_above, of_case
 from .scored import KINDS, WHOLE, Scores, scores
-from .table import Series, Table, Unit, grid, listed, mean_of, number
+from .table import Series, Table, Unit, every_seed, grid, mean_of, number
 
-METHODS = ("leave_one_out", "dit")
-FIGURES = ("first_last", "first_middle", "middle_last", "neighbours")
+WORDS = {"leave_one_out": "exact leave-one-out", "dit": "DIT"}
+METHODS = tuple(WORDS)
+FIGURES = {
+    "first_last": "first and last",
+    "first_middle": "first and middle",
+    "middle_last": "middle and last",
+    "neighbours": "neighbours, mean",
+}
+"""Pairs of windows, and how they are called in the document."""
 
 PUBLISHED = {("adult", "logreg"): -0.25, ("adult", "dnn"): -0.29}
 """Exact leave-one-out with the published code, ``cumulative``, first and last window."""
@@ -61,7 +69,7 @@ class EarlyLate(Table):
 
     def figure(self, rows: pd.DataFrame) -> Figure:
         """First against last window: a point per seed, by case and kind, exact and estimated."""
-        cases = list(dict.fromkeys(zip(rows["data"], rows["model"], strict=True)))
+        cases = cases_of(rows)
         figure = new_figure(1.2 + 0.42 * len(cases))
         for axes, kind in zip(figure.subplots(1, 3, sharey=True), KINDS, strict=True):
             for method, shift, marker in (("leave_one_out", -0.15, "o"), ("dit", 0.15, "D")):
@@ -69,7 +77,7 @@ class EarlyLate(Table):
                 places = [cases.index(case) + shift for case in zip(own["data"], own["model"], strict=True)]
                 colour = DIVERGING(1.0 if method == "dit" else 0.0)
                 axes.scatter(
-                    own["first_last"], places, s=16, marker=marker, color=colour, alpha=0.6, lw=0, label=method
+                    own["first_last"], places, s=16, marker=marker, color=colour, alpha=0.6, lw=0, label=WORDS[method]
                 )
             axes.axvline(0, color="black", lw=0.8)
             axes.set_xlim(-1.05, 1.05)
@@ -77,8 +85,7 @@ class EarlyLate(Table):
             axes.grid(axis="y", lw=0.3)
         figure.axes[0].set_yticks(range(len(cases)), [" ".join(case) for case in cases], fontsize=SMALL)
         figure.axes[0].invert_yaxis()
-        handles, _ = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, ["exact leave-one-out", "DIT"], loc="outside lower center", ncols=2, frameon=False)
+        legend_above(figure, 2)
         figure.supxlabel(
             "Spearman correlation of the first and the last window's influence; a point per seed", fontsize=10
         )
@@ -94,36 +101,37 @@ class EarlyLate(Table):
                 f"{weak} of {len(means)} cases for `{kind}` ({number(means.min(), 2)} to {number(means.max(), 2)})"
             )
         estimated = rows[rows["method"] == "dit"]["matrix_difference"].mean()
+        pairs = list(FIGURES.values())
         words = [
             "**Claim: early and late influence are weakly correlated.** By exact leave-one-out, the mean Spearman "
             f"correlation between the first and the last epoch is below {WEAK} in "
             + "; ".join(lines)
             + ". DIT tells the "
-            f"same: over all pairs of windows it differs from the exact correlation by {number(estimated, 2)} in the mean.",
+            f"same: over all pairs of windows it differs from the exact one by {number(estimated, 2)} in the mean.",
         ]
         for kind in KINDS:
-            own = rows[rows["kind"] == kind].melt(
-                ["data", "model", "method"], ["first_last", "first_middle", "middle_last", "neighbours"]
-            )
+            own = rows[rows["kind"] == kind].melt(["data", "model", "method"], list(FIGURES))
+            own["variable"] = own["variable"].map(FIGURES)
             words += [
                 f"## `{kind}`\n",
-                grid(own, ["data", "model", "method"], "variable", FIGURES, lambda cell: mean_of(cell["value"], 2)),
+                grid(
+                    own,
+                    ["data", "model", "method"],
+                    "variable",
+                    pairs,
+                    lambda cell: mean_of(cell["value"], 2),
+                ),
             ]
         seeds = exact[exact["kind"] == "cumulative"]
         words += [
             "## Every seed: first and last epoch, exact, `cumulative`\n",
-            grid(
-                seeds.assign(seeds="in order"),
-                ["data", "model"],
-                "seeds",
-                ["in order"],
-                lambda cell: listed(cell["first_last"]),
-            ),
+            every_seed(seeds, ["data", "model"], "first_last"),
         ]
+        ours = {case: of_case(seeds, case)["first_last"] for case in PUBLISHED}
         beside = [
-            f"{data} {model} {number(theirs, 2)} (ours {mean_of(seeds[(seeds['data'] == data) & (seeds['model'] == model)]['first_last'], 2)})"
-            for (data, model), theirs in PUBLISHED.items()
-            if ((seeds["data"] == data) & (seeds["model"] == model)).any()
+            f"{' '.join(case)} {number(theirs, 2)} (ours {mean_of(ours[case], 2)})"
+            for case, theirs in PUBLISHED.items()
+            if len(ours[case])
         ]
         if beside:
             words.append("Exact leave-one-out with the published code, seeds 0 to 2: " + "; ".join(beside) + ".")

@@ -14,6 +14,7 @@ from dit_mlflow.evaluation.patterns import PATTERNS
 from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
 
 from .cases import Case
+from .panels import cases_of, legend_above
 from .scored import WHOLE, Scores, scores
 from .table import Series, Table, Unit, grid, mean_of
 
@@ -61,7 +62,7 @@ class Patterns(Table):
 
     def figure(self, rows: pd.DataFrame) -> Figure:
         """Shares as stacked bars, exact above estimated."""
-        cases = list(dict.fromkeys(zip(rows["data"], rows["model"], strict=True)))
+        cases = cases_of(rows)
         figure = new_figure(1.1 + 0.55 * len(cases))
         for axes, kind in zip(figure.subplots(1, 2, sharey=True), KINDS, strict=True):
             for method, shift in (("leave_one_out", -0.2), ("dit", 0.2)):
@@ -77,7 +78,7 @@ class Patterns(Table):
             axes.set_xlim(0, 1)
         figure.axes[0].set_yticks(range(len(cases)), [" ".join(case) for case in cases], fontsize=SMALL)
         figure.axes[0].invert_yaxis()
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        legend_above(figure, 4)
         figure.supxlabel(
             "share of the samples, mean over seeds; above: exact leave-one-out, below, paler: DIT", fontsize=10
         )
@@ -89,22 +90,23 @@ class Patterns(Table):
         all_four = int((everywhere > 0.01).all(axis=1).sum())
         same = own.groupby(["data", "model", "kind"], sort=False)["same"].mean()
         words = [
-            "**Claim: there are four patterns.** With the definition of `dit_mlflow.evaluation.patterns` (the paper gives "
-            f"words, no formula), each of the four holds more than 1 % of the samples in {all_four} of {len(everywhere)} "
-            "(case, kind), by exact leave-one-out. DIT gives a sample the same pattern as exact leave-one-out does for "
-            f"{100 * same.min():.0f} to {100 * same.max():.0f} % of the samples.",
+            "**Claim: there are four patterns.** With the definition of `dit_mlflow.evaluation.patterns` (the paper "
+            "gives words, no formula), each of the four holds more than 1 % of the samples, by exact leave-one-out, in "
+            f"{all_four} of {len(everywhere)} (case, kind). DIT gives a sample the same pattern "
+            f"as exact leave-one-out does for {100 * same.min():.0f} to {100 * same.max():.0f} % of the samples.",
             "Cases with windows for every epoch; the CNNs have three.",
         ]
         for kind in KINDS:
             shares = exact[exact["kind"] == kind].melt(["data", "model", "seed"], list(PATTERNS))
-            fidelity = own[own["kind"] == kind].melt(
-                ["data", "model", "seed"], ["same", *(f"spearman_{name}" for name in PATTERNS)]
-            )
+            figures = ["same", *(f"spearman_{name}" for name in PATTERNS)]
+            fidelity = own[own["kind"] == kind].melt(["data", "model", "seed"], figures)
             fidelity["variable"] = fidelity["variable"].str.removeprefix("spearman_")
             words += [
                 f"## `{kind}`: shares, exact\n",
                 grid(shares, ["data", "model"], "variable", PATTERNS, lambda cell: mean_of(cell["value"], 2)),
-                f"## `{kind}`: share with the same pattern, and Spearman of the whole run's scores with exact leave-one-out within each pattern of DIT\n",
+                f"## `{kind}`: fidelity\n",
+                "Share of samples to which DIT gives the exact pattern, and Spearman correlation of the whole run's "
+                "scores with exact leave-one-out among the samples of each pattern of DIT (8 of them or more):\n",
                 grid(
                     fidelity, ["data", "model"], "variable", ("same", *PATTERNS), lambda cell: mean_of(cell["value"], 2)
                 ),

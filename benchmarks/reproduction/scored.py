@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import joblib
 import numpy as np
 import torch
 
 from dit_mlflow import Influence, Trajectory, Window, Workload, leave_one_out, parse_windows, track, train
 from dit_mlflow.evaluation import mean_scores
+from dit_mlflow.influence import Kind
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods import method
 from dit_mlflow.methods.counterfactual import retrain
@@ -25,10 +25,9 @@ from dit_mlflow.methods.tracin import TracIn
 
 from .cases import Case
 from .final_query import final_query
+from .memory import ROOT, remembered
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-MEMORY = joblib.Memory(ROOT / "build" / "reproduction", verbose=0)
 SOURCES = (
     *(ROOT / "dit_mlflow" / folder for folder in ("trajectory", "influence", "methods", "evaluation", "workloads")),
     ROOT / "projects",
@@ -36,7 +35,7 @@ SOURCES = (
 )
 """What scores depend on: where one of these changes, they are computed again."""
 
-KINDS = ("local", "final", "cumulative")
+KINDS: tuple[Kind, ...] = ("local", "final", "cumulative")
 WHOLE = "whole"
 THIRDS = ("early", "middle", "late")
 
@@ -121,7 +120,7 @@ def _trained(workload: Workload, seed: int) -> Iterator[Trajectory]:
         yield train(workload, Path(folder) / "trajectory", init_seed=seed, order_seed=seed)
 
 
-@MEMORY.cache
+@remembered
 def _clean(case: Case, seed: int, code: str) -> Scores:
     workload = case.workload(seed)
     with _trained(workload, seed) as trajectory:
@@ -135,12 +134,8 @@ def _clean(case: Case, seed: int, code: str) -> Scores:
         for kind in KINDS:
             few = kind == "final" and case.final_windows == "ends"
             tested = [*(epochs[k][0] for k in ends), WHOLE] if few else names
-            asked.ask(
-                "leave_one_out",
-                kind,
-                tested,
-                lambda of, kind=kind: leave_one_out(trajectory, workload, of, kind, samples=case.truth),
-            )
+            exactly = partial(leave_one_out, trajectory, workload, kind=kind, samples=case.truth)
+            asked.ask("leave_one_out", kind, tested, exactly)
             asked.ask_method("dit", names, kind)
         asked.ask("final_query", "cumulative", names, lambda of: track(trajectory, workload, of, "cumulative", linear))
         asked.ask_method("tracin", names)
@@ -163,7 +158,7 @@ def _sweep_error(trajectory: Trajectory, workload: Workload, window: Window, see
     return float(np.abs(exact[drawn] - differences).max() / np.abs(exact).max())
 
 
-@MEMORY.cache
+@remembered
 def _flipped(case: Case, seed: int, share: float, code: str) -> Scores:
     workload = case.workload(seed, share)
     with _trained(workload, seed) as trajectory:

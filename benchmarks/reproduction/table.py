@@ -92,6 +92,12 @@ def summary(rows: pd.DataFrame, keys: Sequence[str], figures: Sequence[str]) -> 
     return pd.DataFrame(found)
 
 
+def every_seed(rows: pd.DataFrame, down: Sequence[str], figure: str, digits: int = 2) -> str:
+    """A Markdown table of ``figure`` in the order of the seeds, a row for each combination of ``down``."""
+    lines = [[*map(str, key), listed(group[figure], digits)] for key, group in rows.groupby(list(down), sort=False)]
+    return markdown_table([*down, "seeds 0, 1, …"], lines)
+
+
 def mean_of(values: pd.Series, digits: int = 3) -> str:
     """``0.983 (0.97 to 0.99)``: the mean and its interval; a dash without values."""
     known = values.dropna().to_numpy()
@@ -117,7 +123,7 @@ def number(value: float, digits: int = 3) -> str:
 def grid(
     rows: pd.DataFrame, down: Sequence[str], across: str, columns: Sequence[str], cell: Callable[[pd.DataFrame], str]
 ) -> str:
-    """A Markdown table with a row for each combination of ``down`` and a column for each of ``columns`` in ``across``."""
+    """A Markdown table: a row for each combination of ``down``, a column for each of ``columns`` in ``across``."""
     lines = []
     for key, group in rows.groupby(list(down), sort=False):
         cells = [cell(group[group[across] == column]) for column in columns]
