@@ -21,6 +21,7 @@ _HOMES = {
     "influence_function_ekfac": "influence_function_ekfac:InfluenceFunctionEkfac",
     "grad_dot": "grad_dot:GradDot",
     "grad_cos": "grad_cos:GradCos",
+    "mirrored_influence": "mirrored_influence:MirroredInfluence",
     "self_influence": "self_influence:SelfInfluence",
     "loss": "loss:Loss",
     "grad_norm": "grad_norm:GradNorm",
