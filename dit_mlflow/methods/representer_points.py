@@ -28,11 +28,11 @@ class RepresenterPoints(Method):
     At a stationary point of ``mean CE(W a_i, y_i) + l2 |W|^2``, with ``a_i`` the features that the final model gives
     its last layer (a 1 at the end for the bias), the outputs are a sum over training samples (theorem 3.1):
 
-    .. math:: W a = \sum_i \alpha_i k(a_i, a), \qquad \alpha_i = -\frac{1}{2 l_2 n} \frac{\partial CE_i}{\partial (W a_i)},
-        \qquad k(a, b) = \langle a, b \rangle
+    .. math:: W a = \sum_i \alpha_i k(a_i, a), \qquad k(a, b) = \langle a, b \rangle, \qquad
+        \alpha_i = -\frac{1}{2 l_2 n} \frac{\partial CE_i}{\partial (W a_i)}
 
-    Training hardly ends there, so a copy of the last layer is fine-tuned to it, as in the paper. A sample's score is what
-    taking its term away does to the query, to first order:
+    Training hardly ends there, so a copy of the last layer is fine-tuned to it, as in the paper. A sample's score is
+    what taking its term away does to the query, to first order:
 
     .. math:: I_j = - \langle \nabla_W q, \alpha_j a_j^T \rangle
 
