@@ -23,6 +23,7 @@ _HOMES = {
     "grad_cos": "grad_cos:GradCos",
     "mirrored_influence": "mirrored_influence:MirroredInfluence",
     "representer_points": "representer_points:RepresenterPoints",
+    "trak": "trak:Trak",
     "self_influence": "self_influence:SelfInfluence",
     "loss": "loss:Loss",
     "grad_norm": "grad_norm:GradNorm",

@@ -137,6 +137,16 @@ def class_logits(dynamics: Dynamics, state: State, batch: Batch, size: int) -> T
         )
 
 
+def training_labels(dynamics: Dynamics, state: State) -> Tensor:
+    """Class of every training sample, ``[n]``; raises :class:`UnsupportedError` if the labels are no classes."""
+    workload, labels = dynamics.workload, []
+    for indices in np.array_split(np.arange(workload.num_samples), -(-workload.num_samples // CHUNK)):
+        batch = _moved(state, workload.batch(indices))
+        _, classes = class_logits(dynamics, state, batch, len(indices)).shape
+        labels.append(class_labels(batch, classes))
+    return torch.cat(labels)
+
+
 def first_samples(dynamics: Dynamics, state: State, size: int) -> Batch:
     """The first training samples, on the device and in the dtype of ``state``."""
     return _moved(state, dynamics.workload.batch(np.arange(size)))
