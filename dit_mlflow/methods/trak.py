@@ -40,7 +40,8 @@ class Trak(Method):
     The paper averages over models trained anew on halves of the data; the checkpoints of one training stand in for them
     here, and share what is peculiar to it. Ours rather than its authors' library (traker): that scores test *samples*
     through a class written for each task, where a query here is any scalar of the model; it needs batches that
-    ``vmap`` takes and writes its features to disk. Without projection, both give the same numbers.
+    ``vmap`` takes, writes its features to disk, and gives each checkpoint's kernel a scale of its own. Without
+    projection and damping, both give the same numbers but for that scale.
 
     Attributes:
         dim: projected dimensions ``k``; default: a quarter of the training samples, 2048 at most, since the kernel of
@@ -126,7 +127,7 @@ class Trak(Method):
 def _log_odds(workload: Workload, model: nn.Module, batch: Batch, labels: Tensor) -> Tensor:
     """``log(p / (1 - p))`` of each sample's own class, ``[B]``."""
     logits = workload.class_logits(model, batch, len(labels))
-    own = nn.functional.one_hot(labels, logits.shape[1]).bool()
+    own = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
     return (logits * own).sum(dim=1) - logits.masked_fill(own, -torch.inf).logsumexp(dim=1)
 
 

@@ -180,7 +180,8 @@ class TwoLogits(nn.Module):
         return torch.cat([-half, half], dim=1)
 
 
-def test_scores_are_those_of_the_authors_library(tmp_path: Any) -> None:
+def test_scores_are_those_of_the_authors_library_but_for_a_factor(tmp_path: Any) -> None:
+    """It divides the inverse kernel by its mean entry; all checkpoints have the same one here, ``f`` being linear."""
     trak = pytest.importorskip("trak")
     from trak.projectors import NoOpProjector
 
@@ -220,4 +221,5 @@ def test_scores_are_those_of_the_authors_library(tmp_path: Any) -> None:
         theirs.score(batch=[asked[:, columns], wanted], num_samples=16)
     expected = theirs.finalize_scores("all")
     found = Trak(dim=5, checkpoints=2, damping=0.0)(trajectory, workload, queries=[log_odds(i) for i in range(16)])
-    np.testing.assert_allclose(-found.scores[0].T, expected, rtol=1e-2, atol=1e-3 * np.abs(expected).max())
+    scores = -found.scores[0].T
+    np.testing.assert_allclose(scores / np.linalg.norm(scores), expected / np.linalg.norm(expected), atol=1e-5)
