@@ -41,8 +41,10 @@ class KnnShapley(Method):
         k: neighbours.
         features: where distances (Euclidean) are taken. ``penultimate`` = what the final model's last linear layer is
             given, in evaluation mode: the model's own idea of likeness, there for texts and all else that it takes
-            (the paper has a network's features of images too); wrong labels that it has learned by heart already
-            stand nearer to their class there (on 256 digits, a tenth flipped: AUROC 0.86, from pixels 0.98). ``inputs`` = the samples' first tensor, flattened, free of the model.
+            (the paper has a network's features of images too). But samples whose wrong labels it has learned by heart
+            already stand nearer to that class there. ``inputs`` = the samples' first tensor, flattened, free of the
+            model: better where likeness shows in the numbers themselves (256 digits, a tenth of the labels flipped,
+            mean of four trainings: AUROC 0.98, against 0.86), meaningless for token numbers.
 
     Raises:
         UnsupportedError: the labels are not classes, the model has no linear layer on one row per sample, or the inputs

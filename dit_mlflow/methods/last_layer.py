@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,17 +116,18 @@ class LastLayer:
     @contextmanager
     def _listening(self) -> Iterator[list[tuple[str, Tensor]]]:
         calls: list[tuple[str, Tensor]] = []
-        hooks = [
-            module.register_forward_pre_hook(
-                lambda _, given, name=name: calls.append((name, given[0].detach().clone()))
-            )
-            for name, module in self._linear.items()
-        ]
-        try:
+
+        def keep(name: str, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+            given = arguments[0] if arguments else named["input"]
+            calls.append((name, given.detach().clone()))  # what follows may work in place
+
+        with ExitStack() as hooks:
+            for name, module in self._linear.items():
+                hook = module.register_forward_pre_hook(
+                    lambda _, arguments, named, name=name: keep(name, arguments, named), with_kwargs=True
+                )
+                hooks.callback(hook.remove)
             yield calls
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def class_logits(dynamics: Dynamics, state: State, batch: Batch, size: int) -> Tensor:

@@ -70,8 +70,12 @@ class MirroredInfluence(Method):
 
     def _rates(self, replay: Replay, window: Window) -> dict[str, float]:
         """``eta`` of each parameter."""
-        by_step = [learning_rates(replay, replay.trajectory.step(t)) for t in range(window.start, window.end)]
-        rates = {name: self.lr or max(rates[name] for rates in by_step) for name in by_step[0]}
+        rates = learning_rates(replay, replay.trajectory.step(window.start))
+        if self.lr is not None:
+            return dict.fromkeys(rates, self.lr)
+        for t in range(window.start + 1, window.end):
+            later = learning_rates(replay, replay.trajectory.step(t))
+            rates = {name: max(rate, later[name]) for name, rate in rates.items()}
         if not any(rates.values()):
             raise UnsupportedError(
                 f"the learning rate is 0 in all of steps {window.start} to {window.end}; mirrored_influence takes its "

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Subset, TensorDataset
 from workloads import datasets, digits_workload
 
 from dit_mlflow import InputError, UnsupportedError, Workload, train
 from dit_mlflow.methods import method
-from dit_mlflow.methods.knn_shapley import KnnShapley
+from dit_mlflow.methods.knn_shapley import KnnShapley, knn_shapley_values
 
 SMALL = 8
 
@@ -78,6 +79,51 @@ def test_values_do_not_depend_on_how_many_distances_are_held_at_once(
     monkeypatch.setattr("dit_mlflow.methods.knn_shapley.ROWS", 3)
     monkeypatch.setattr("dit_mlflow.methods.last_layer.CHUNK", 5)
     np.testing.assert_allclose(method("knn_shapley")(trajectory, workload).scores, whole, rtol=1e-9, atol=1e-12)
+
+
+class Headed(nn.Module):
+    """A layer that is not called, batch statistics, dropout, and features by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5))
+        self.head = nn.Linear(6, 3)
+        self.spare = nn.Linear(3, 2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(input=self.body(inputs))  # type: ignore[no-any-return]
+
+
+class Named(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Samples as dicts."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return dict(zip(("pixels", "labels"), self.base[index], strict=True))
+
+
+def test_features_are_those_of_evaluation_mode_from_any_batch(tmp_path: Any) -> None:
+    train_set, validation_set = datasets()
+    workload = digits_workload(
+        model=Headed,
+        loss=lambda model, batch: cross_entropy(model(batch["pixels"]), batch["labels"], reduction="none"),
+        outputs=lambda model, batch: model(batch["pixels"]),
+        train_set=Named(train_set),
+        validation_set=Named(validation_set),
+    )
+    trajectory = train(workload, tmp_path / "t")
+    model = trajectory.checkpoint(9).load_into(workload.build_model()).eval()
+    (inputs, labels), (asked, own) = train_set.tensors, validation_set.tensors
+    points, rows = (model.body(x).detach().double().numpy() for x in (inputs, asked))  # type: ignore[operator]
+    expected = knn_shapley_values(points, labels.numpy(), rows, own.numpy(), 5)
+    found = KnnShapley(k=5)(trajectory, workload)
+    assert found.metadata["layer"] == "head"
+    np.testing.assert_allclose(found.of(0), expected, rtol=1e-9)
 
 
 class NoLinear(nn.Module):

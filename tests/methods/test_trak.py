@@ -121,7 +121,7 @@ def test_gradients_are_the_same_side_by_side_and_one_by_one(tmp_path: Any, monke
     monkeypatch.setattr(gradients_module, "_one_by_one", lambda *given: fallen_back.append(1) or real(*given))
     side_by_side = Trak(dim=PARAMETERS)(trajectory, workload).scores
     assert not fallen_back
-    monkeypatch.setattr(torch.func, "vmap", lambda *_, **__: real_failure)
+    monkeypatch.setattr(torch.func, "vmap", lambda *_, **__: failing)
     one_by_one = Trak(dim=PARAMETERS)(trajectory, workload).scores
     assert len(fallen_back) == 3
     np.testing.assert_allclose(one_by_one, side_by_side, rtol=1e-3, atol=1e-5 * np.abs(side_by_side).max())
@@ -131,7 +131,21 @@ def test_gradients_are_the_same_side_by_side_and_one_by_one(tmp_path: Any, monke
     np.testing.assert_allclose(in_parts, side_by_side, rtol=1e-3, atol=1e-5 * np.abs(side_by_side).max())
 
 
-def real_failure(*_: Any) -> Any:
+@pytest.mark.parametrize("dim", [7, 10**6])
+def test_batch_statistics_are_constants_side_by_side_too(
+    dim: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = digits_workload(
+        model=lambda: nn.Sequential(nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3))
+    )
+    trajectory = train(workload, tmp_path / "t")
+    found = Trak(dim=dim)(trajectory, workload).scores
+    monkeypatch.setattr(torch.func, "vmap", lambda *_, **__: failing)
+    expected = Trak(dim=dim)(trajectory, workload).scores
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+def failing(*_: Any) -> Any:
     raise RuntimeError("vmap cannot")
 
 
