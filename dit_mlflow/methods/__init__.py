@@ -21,12 +21,16 @@ _HOMES = {
     "influence_function_ekfac": "influence_function_ekfac:InfluenceFunctionEkfac",
     "grad_dot": "grad_dot:GradDot",
     "grad_cos": "grad_cos:GradCos",
+    "mirrored_influence": "mirrored_influence:MirroredInfluence",
+    "representer_points": "representer_points:RepresenterPoints",
+    "trak": "trak:Trak",
     "self_influence": "self_influence:SelfInfluence",
     "loss": "loss:Loss",
     "grad_norm": "grad_norm:GradNorm",
     "aum": "aum:Aum",
     "forgetting_events": "forgetting_events:ForgettingEvents",
     "confident_learning": "confident_learning:ConfidentLearning",
+    "knn_shapley": "knn_shapley:KnnShapley",
 }
 """Name -> module and class in this package, in the order that tables show."""
 

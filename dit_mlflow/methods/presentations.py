@@ -48,7 +48,15 @@ def _margins(dynamics: Dynamics, step: Step, state: State, micro: MicroBatch) ->
 
 def class_labels(batch: Any, classes: int) -> torch.Tensor:
     """Class numbers ``[B]`` of a batch; raises :class:`UnsupportedError` if its labels are none."""
-    labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    if isinstance(batch, Mapping):
+        labels = batch.get("labels")
+    else:
+        labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
+    if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
+        raise UnsupportedError(
+            f"batches of type {type(batch).__name__} hold no tensor of labels, batch[1] or batch['labels']; this "
+            "method needs a classification"
+        )
     whole = labels.reshape(-1).long()
     if (
         labels.numel() != len(labels)

@@ -1,0 +1,167 @@
+"""A classifier as a linear layer on features of what came before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset
+
+from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.methods.presentations import class_labels
+from dit_mlflow.trajectory import State, to_like
+from dit_mlflow.trajectory.dynamics import Dynamics
+from dit_mlflow.trajectory.workload import Batch
+
+CHUNK = 256
+"""Samples per forward pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Samples as the last layer meets them: features ``[n, F]``, labels ``[n]``, logits ``[n, classes]``; float64."""
+
+    features: Tensor
+    labels: Tensor
+    logits: Tensor
+
+
+class LastLayer:
+    """The linear layer that is called last on the way to a model's class logits, in evaluation mode.
+
+    Args:
+        dynamics: of the trajectory.
+        state: the model's.
+
+    Raises:
+        UnsupportedError: there is no linear layer, or it is not called with one row per sample.
+    """
+
+    def __init__(self, dynamics: Dynamics, state: State) -> None:
+        self.dynamics = dynamics
+        self.state = state
+        self._linear = {n: m for n, m in dynamics.model.named_modules() if isinstance(m, nn.Linear)}
+        self._size = min(CHUNK, dynamics.workload.num_samples)
+        self._batch = first_samples(dynamics, state, self._size)
+        name, features, _ = self._pass(state, self._batch, self._size)
+        if not name or features.dim() != 2 or len(features) != self._size:
+            found = f"its last one, {name!r}, is given {list(features.shape)}" if name else "it calls none"
+            raise UnsupportedError(
+                f"the penultimate layer's features of {type(dynamics.model).__name__} are the rows [samples, features] "
+                f"that its last torch.nn.Linear is given; {found} for {self._size} samples"
+            )
+        self.name = name
+
+    @property
+    def module(self) -> nn.Linear:
+        return self._linear[self.name]
+
+    @property
+    def weight(self) -> str:
+        """The weight's name, ``[O, F]``."""
+        return _own_name(self.dynamics.model, self.module.weight)
+
+    @property
+    def bias(self) -> str | None:
+        """The bias's name, ``[O]``, if there is one."""
+        return None if self.module.bias is None else _own_name(self.dynamics.model, self.module.bias)
+
+    def of(self, dataset: Dataset[Any]) -> Labelled:
+        """Every sample of ``dataset``.
+
+        Raises:
+            UnsupportedError: its labels are no classes, or the model's features not finite.
+        """
+        size = len(dataset)  # type: ignore[arg-type]
+        features, labels, logits = [], [], []
+        for indices in np.array_split(np.arange(size), -(-size // CHUNK)):
+            batch = _moved(self.state, self.dynamics.workload.collate(dataset, indices))
+            _, rows, found = self._pass(self.state, batch, len(indices))
+            features.append(rows.double())
+            labels.append(class_labels(batch, found.shape[1]).to(found.device))
+            logits.append(found.double())
+        joined = Labelled(torch.cat(features), torch.cat(labels), torch.cat(logits))
+        if not joined.features.isfinite().all():
+            raise UnsupportedError(f"what the layer {self.name!r} is given is not finite: the training has diverged")
+        return joined
+
+    def check_linear(self) -> None:
+        """Raise :class:`UnsupportedError` unless the logits are the layer's output, and its weights nothing else's."""
+        _, features, _ = self._pass(self.state, self._batch, self._size)
+        moved = State(dict(self.state.parameters), self.state.buffers)
+        moved.parameters[self.weight] = 2 * moved.parameters[self.weight]
+        bias = None if self.bias is None else moved.parameters[self.bias]
+        expected = as_logits(nn.functional.linear(features, moved.parameters[self.weight], bias))
+        logits = class_logits(self.dynamics, moved, self._batch, self._size)
+        if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=1e-3, atol=1e-4):
+            raise UnsupportedError(
+                f"the logits of {type(self.dynamics.model).__name__} are not those of its last linear layer, "
+                f"{self.name!r}, alone: something follows it, or its weights are used elsewhere too. This method needs "
+                "a model that ends in a linear layer; use influence_function or trak, which do not"
+            )
+
+    def _pass(self, state: State, batch: Batch, size: int) -> tuple[str, Tensor, Tensor]:
+        """The last linear layer called, what it was given, and the logits."""
+        with self._listening() as calls:
+            logits = class_logits(self.dynamics, state, batch, size)
+        name, features = calls[-1] if calls else ("", torch.empty(0))
+        return name, features, logits
+
+    @contextmanager
+    def _listening(self) -> Iterator[list[tuple[str, Tensor]]]:
+        calls: list[tuple[str, Tensor]] = []
+
+        def keep(name: str, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+            given = arguments[0] if arguments else named["input"]
+            calls.append((name, given.detach().clone()))  # what follows may work in place
+
+        with ExitStack() as hooks:
+            for name, module in self._linear.items():
+                hook = module.register_forward_pre_hook(
+                    lambda _, arguments, named, name=name: keep(name, arguments, named), with_kwargs=True
+                )
+                hooks.callback(hook.remove)
+            yield calls
+
+
+def class_logits(dynamics: Dynamics, state: State, batch: Batch, size: int) -> Tensor:
+    """Logits ``[size, classes]`` of the model at ``state``, in evaluation mode, without a graph."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        return dynamics.evaluate(
+            state.parameters, state.buffers, lambda model: dynamics.workload.class_logits(model, batch, size)
+        )
+
+
+def training_labels(dynamics: Dynamics, state: State) -> Tensor:
+    """Class of every training sample, ``[n]``; raises :class:`UnsupportedError` if the labels are no classes."""
+    workload, labels = dynamics.workload, []
+    for indices in np.array_split(np.arange(workload.num_samples), -(-workload.num_samples // CHUNK)):
+        batch = _moved(state, workload.batch(indices))
+        _, classes = class_logits(dynamics, state, batch, len(indices)).shape
+        labels.append(class_labels(batch, classes))
+    return torch.cat(labels)
+
+
+def first_samples(dynamics: Dynamics, state: State, size: int) -> Batch:
+    """The first training samples, on the device and in the dtype of ``state``."""
+    return _moved(state, dynamics.workload.batch(np.arange(size)))
+
+
+def _moved(state: State, batch: Batch) -> Batch:
+    like = next(iter(state.parameters.values()))
+    return to_like(batch, like.device, like.dtype)
+
+
+def as_logits(output: Tensor) -> Tensor:
+    """Logits ``[n, classes]`` of a last layer's output: a single one, ``z``, stands for ``(-z / 2, z / 2)``."""
+    return torch.cat([-output / 2, output / 2], dim=1) if output.shape[1] == 1 else output
+
+
+def _own_name(model: nn.Module, tensor: Tensor) -> str:
+    return next(name for name, value in model.named_parameters() if value is tensor)

@@ -1,0 +1,84 @@
+"""Gradients of a scalar of each training sample, as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dit_mlflow.methods.snapshot import CHUNK, GRADIENTS_IN_MEMORY, Snapshot
+from dit_mlflow.trajectory import to_like
+from dit_mlflow.trajectory.dynamics import Parameters
+from dit_mlflow.trajectory.workload import Batch, tensors_of, with_tensors
+
+Output = Callable[[nn.Module, Batch, Tensor], Tensor]
+"""``(model, batch, labels [B]) -> [B]``: one scalar per sample."""
+
+
+def sample_gradients(snapshot: Snapshot, output: Output, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Values ``[B]`` of ``output`` and its gradients ``[B, P]`` by the trained parameters, over the training set.
+
+    Args:
+        snapshot: the model, in evaluation mode.
+        output: of each sample; must not mix samples.
+        labels: given to ``output`` along with the samples, ``[n]``.
+
+    Cost: a forward and a backward pass for each sample, side by side under ``torch.func.vmap`` where model and batches
+    allow it, otherwise one after the other. Memory: :data:`GRADIENTS_IN_MEMORY` bytes of gradients, and what the passes
+    of as many samples take.
+    """
+    size = snapshot.dynamics.workload.num_samples
+    one = sum(value.nbytes for value in snapshot.trained.values())
+    at_once = max(1, min(CHUNK, GRADIENTS_IN_MEMORY // one))
+    for indices in np.array_split(np.arange(size), -(-size // at_once)):
+        yield _rows(snapshot, output, indices, labels[torch.from_numpy(indices).to(labels.device)])
+
+
+def _rows(snapshot: Snapshot, output: Output, indices: np.ndarray, labels: Tensor) -> tuple[Tensor, Tensor]:
+    batch = _batch(snapshot, indices)
+    fixed = {name: value.detach() for name, value in snapshot.parameters.items()}
+    with torch.no_grad():
+        expected = _evaluate(snapshot, fixed, output, batch, labels)
+
+    def value(moved: Parameters, label: Tensor, *sample: Tensor) -> Tensor:
+        single = with_tensors(batch, [tensor.unsqueeze(0) for tensor in sample])
+        return _evaluate(snapshot, {**fixed, **moved}, output, single, label.unsqueeze(0))[0]
+
+    trained = {name: fixed[name] for name in snapshot.trained}
+    side_by_side = torch.func.vmap(
+        torch.func.grad_and_value(value), in_dims=(None, *[0] * (1 + len(tensors_of(batch))))
+    )
+    try:
+        gradients, values = side_by_side(trained, labels, *tensors_of(batch))
+    except (RuntimeError, ValueError, NotImplementedError):
+        return expected, _one_by_one(snapshot, output, indices, labels)
+    # A batch may hold what is not one row per sample; its values then come out wrong.
+    if values.shape != expected.shape or not torch.allclose(values, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
+        return expected, _one_by_one(snapshot, output, indices, labels)
+    return expected, torch.cat([part.flatten(1) for part in gradients.values()], dim=1)
+
+
+def _one_by_one(snapshot: Snapshot, output: Output, indices: np.ndarray, labels: Tensor) -> Tensor:
+    rows = []
+    for index, label in zip(indices, labels, strict=True):
+        (value,) = _evaluate(
+            snapshot, snapshot.parameters, output, _batch(snapshot, np.array([index])), label.unsqueeze(0)
+        )
+        parts = torch.autograd.grad(value, list(snapshot.trained.values()), allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([part.flatten() for part in parts]))
+    return torch.stack(rows)
+
+
+def _batch(snapshot: Snapshot, indices: np.ndarray) -> Batch:
+    like = next(iter(snapshot.parameters.values()))
+    return to_like(snapshot.dynamics.workload.batch(indices), like.device, like.dtype)
+
+
+def _evaluate(snapshot: Snapshot, parameters: Parameters, output: Output, batch: Batch, labels: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return snapshot.dynamics.evaluate(
+            parameters, snapshot.state.buffers, lambda model: output(model, batch, labels)
+        )
