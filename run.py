@@ -22,6 +22,7 @@ COMMANDS = {
     "influence": [*MLFLOW, "run", str(HERE), "-e", "influence", "--env-manager", "local"],
     "compare": [*MLFLOW, "run", str(HERE), "-e", "compare", "--env-manager", "local"],
     "cleanse": [*MLFLOW, "run", str(HERE), "-e", "cleanse", "--env-manager", "local"],
+    "reproduce": [*MLFLOW, "run", str(HERE), "-e", "reproduce", "--env-manager", "local"],
     "register": [*MLFLOW, "run", str(HERE), "-e", "register", "--env-manager", "local"],
     "ui": [*MLFLOW, "ui"],
     "test": ["-m", "pytest"],
@@ -32,6 +33,7 @@ USAGE = """usage: python3 run.py COMMAND [ARGUMENT ...]
   influence [-P name=value ...]   the main job: train, compute influence per window, log everything to MLflow
   compare [-P name=value ...]     methods side by side: fidelity, detection, cost
   cleanse [-P name=value ...]     drop the samples that influence flags, train again, see whether it helped
+  reproduce [-P name=value ...]   the paper's tables, on its data: docs/reproduction.md
   register -P name=value ...      keep influence with the model: influence_run=ID and model_name=NAME
   ui [--port N ...]               the MLflow UI on those results
   test [pytest argument ...]      the tests
@@ -47,7 +49,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     name, *rest = arguments
-    extras = {"test": "[dev]", "setup": "[dev]", "compare": "[methods]"}
+    extras = {"test": "[dev]", "setup": "[dev]", "compare": "[methods]", "reproduce": "[methods]"}
     set_up(extras.get(name, ""))
     environment = {
         "MLFLOW_TRACKING_URI": f"sqlite:///{(HERE / 'mlflow.db').as_posix()}",

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import joblib
 import mlflow
@@ -84,6 +85,8 @@ def reproduce(request: ReproductionRequest, project_run_id: str | None = None) -
     if request.seeds < 1 or request.jobs < 0:
         raise InputError(f"seeds={request.seeds}, jobs={request.jobs}; expected 1 seed or more, and 0 jobs or more")
     tables = request.tables
+    if find_spec("cleanlab") is None:
+        raise InputError("the reproduction compares with cleanlab: pip install -e '.[methods]'")
     chosen = cases(request.datasets, request.quick, request.data)
     for data in dict.fromkeys(case.data for case in chosen):
         # Data that cannot be had are found out now, not in an hour.
