@@ -13,11 +13,11 @@ from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL
 
 from .cases import Case, seeds_of
 from .panels import legend_above, of_case, over_epochs, panels
-from .scored import THIRDS, WHOLE, flipped_scores
+from .scored import TENTH, THIRDS, WHOLE, flipped_scores
 from .table import Series, Table, Unit, every_seed, grid, mean_of, number
 
-SHARES = (0.04, 0.08, 0.1, 0.12, 0.16, 0.2, 0.3)
-FEW_SHARES = (0.1, 0.3)
+SHARES = (0.04, 0.08, TENTH, 0.12, 0.16, 0.2, 0.3)
+FEW_SHARES = (TENTH, 0.3)
 MEASURES = ("accuracy", "recall_at_k", "auroc", "average_precision")
 CLAIMED = 0.98
 """Accuracy in finding flipped labels, "above" (arXiv 2502.10793, abstract)."""
@@ -109,7 +109,7 @@ class Detection(Table):
 
     def figure(self, rows: pd.DataFrame) -> Figure:
         """AUROC of each epoch's scores, a panel for each case; all of training as lines."""
-        share = nearest_tenth(rows)
+        share = TENTH
         shown = rows[rows["share"] == share]
         figure, drawn = panels(shown, 3, 1.9)
         for case, axes in drawn.items():
@@ -133,7 +133,7 @@ class Detection(Table):
         )
         thirds = rows[(rows["method"] == "dit") & (rows["kind"] == "local")]
         shares = sorted(rows["share"].unique())
-        tenth = nearest_tenth(rows)
+        tenth = TENTH
         words = [*_accuracy_words(whole), *_convergence_words(thirds)]
         at = whole[whole["share"] == tenth]
         percent = f"{100 * tenth:.0f} % flipped"
@@ -171,11 +171,6 @@ class Detection(Table):
             *_published(whole),
         ]
         return "\n\n".join(words)
-
-
-def nearest_tenth(rows: pd.DataFrame) -> float:
-    """The share of flips nearest to 10 %."""
-    return float(min(rows["share"].unique(), key=lambda value: abs(value - 0.1)))
 
 
 def _by_share(rows: pd.DataFrame, figure: str, shares: Sequence[float]) -> str:

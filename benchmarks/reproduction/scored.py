@@ -39,6 +39,9 @@ KINDS: tuple[Kind, ...] = ("local", "final", "cumulative")
 WHOLE = "whole"
 THIRDS = ("early", "middle", "late")
 
+TENTH = 0.1
+"""Share of flipped labels at which exact leave-one-out is asked for the thirds as well."""
+
 CHECKED, STEP = 4, 1e-6
 """Samples whose scores are held against central differences, and by how much their weight is changed: little, because
 pooling and ReLU have kinks that a larger change meets."""
@@ -178,8 +181,9 @@ def _flipped(case: Case, seed: int, share: float, code: str) -> Scores:
         for name in ("influence_function", "aum", "confident_learning"):
             asked.ask_method(name, [WHOLE])
         if case.detects:
-            asked.ask_method("leave_one_out", list(THIRDS))
             asked.ask_method("leave_one_out", [WHOLE], note=WHOLE)
+            if share == TENTH:
+                asked.ask_method("leave_one_out", list(THIRDS))
         losses = _validation_losses(trajectory, workload, [0, *(window.end for window in thirds.values())])
         fallen = {
             f"loss_fallen_by_{third}": float((losses[0] - losses[k]) / (losses[0] - losses.min()))
