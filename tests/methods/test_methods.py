@@ -193,9 +193,9 @@ def test_norms_are_the_same_side_by_side_and_one_by_one(
     }[case]
     workload = digits_workload(epochs=1, **changes)
     trajectory = train(workload, tmp_path / "t")
-    fallen_back, real = [], Snapshot._norms_one_by_one
+    fallen_back, real = [], Snapshot._squares_one_by_one
     monkeypatch.setattr(
-        Snapshot, "_norms_one_by_one", lambda self, indices: fallen_back.append(1) or real(self, indices)
+        Snapshot, "_squares_one_by_one", lambda self, indices: fallen_back.append(1) or real(self, indices)
     )
     found = method("grad_norm")(trajectory, workload).of(0)
     assert bool(fallen_back) == (case != "dicts")
