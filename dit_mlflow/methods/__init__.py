@@ -17,6 +17,7 @@ _HOMES = {
     "sgd_influence": "sgd_influence:SgdInfluence",
     "tracin": "tracin:TracIn",
     "tracin_checkpoints": "tracin_checkpoints:TracInCheckpoints",
+    "source": "source:Source",
     "influence_function": "influence_function:InfluenceFunction",
     "influence_function_lissa": "influence_function_lissa:InfluenceFunctionLissa",
     "influence_function_arnoldi": "influence_function_arnoldi:InfluenceFunctionArnoldi",

@@ -77,6 +77,9 @@ def hessian_product(snapshot: Snapshot, vector: np.ndarray, weights: np.ndarray 
 
     Args:
         weights: ``[n]``; ``None`` = the mean loss. Samples with weight 0 cost nothing.
+
+    Raises:
+        UnsupportedError: it is not finite.
     """
     dynamics = snapshot.dynamics
     size = dynamics.workload.num_samples
@@ -90,7 +93,14 @@ def hessian_product(snapshot: Snapshot, vector: np.ndarray, weights: np.ndarray 
         if dynamics.workload.regularizer is not None:
             value = dynamics.evaluate(snapshot.parameters, snapshot.state.buffers, dynamics.workload.regularizer)
             _add_product(total, value, inputs, direction)
-    return torch.cat([part.flatten() for part in total]).double().cpu().numpy()
+    found = torch.cat([part.flatten() for part in total]).double().cpu().numpy()
+    if not np.isfinite(found).all():
+        raise UnsupportedError(
+            "a product with the Hessian of the training loss is not finite: the loss has no second derivative at a "
+            "state that this method looks at, or training diverged. Use a method without Hessians (tracin, grad_dot), "
+            "or leave_one_out"
+        )
+    return found
 
 
 def _add_product(total: list[Tensor], value: Tensor, inputs: list[Tensor], direction: Vectors) -> None:

@@ -50,7 +50,7 @@ class InfluenceFunctionArnoldi(NewtonStep):
 
     def _solver(self, snapshot: Snapshot, rows: np.ndarray) -> Solver:
         start: np.ndarray = np.random.default_rng(self.seed).standard_normal(rows.shape[1])
-        space = krylov_space(lambda vector: _finite(hessian_product(snapshot, vector)), start, self.iterations)
+        space = krylov_space(lambda vector: hessian_product(snapshot, vector), start, self.iterations)
         values, vectors = space.eigen
         # Below rounding, an eigenvalue is 0 and its vector arbitrary.
         rounding = np.abs(values).max() * np.finfo(_dtype(snapshot)).eps
@@ -67,15 +67,6 @@ class InfluenceFunctionArnoldi(NewtonStep):
             return (inside / (values + damping)) @ leading if (values + damping > 0).all() else None
 
         return solve
-
-
-def _finite(vector: np.ndarray) -> np.ndarray:
-    if not np.isfinite(vector).all():
-        raise UnsupportedError(
-            "a product with the Hessian of the final model is not finite: the loss has no second derivative there, or "
-            "training diverged. Use a method without Hessians (tracin, grad_dot), or leave_one_out"
-        )
-    return vector
 
 
 def _dtype(snapshot: Snapshot) -> np.dtype:

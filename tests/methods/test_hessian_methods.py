@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from workloads import datasets, digits_model, digits_workload
 
-from dit_mlflow import InputError, Trajectory, UnsupportedError, Workload, sample_losses, train
+from dit_mlflow import InputError, Trajectory, UnsupportedError, Workload, parameter_value, sample_losses, train
 from dit_mlflow.methods.hessian import by_parameter, hessian_product
 from dit_mlflow.methods.influence_function import InfluenceFunction
 from dit_mlflow.methods.influence_function_arnoldi import InfluenceFunctionArnoldi
@@ -229,7 +229,22 @@ def test_datainf_says_where_it_does_not_apply(workload: Workload, trajectory: Tr
     with pytest.raises(UnsupportedError, match="regularizer is of no sample"):
         InfluenceFunctionDatainf()(trajectory, workload)
     plain = workload_in_double(regularizer=None)
-    with pytest.raises(UnsupportedError, match="layer '0' trains 390 parameters; .* at most largest_layer=100,"):
+    with pytest.raises(UnsupportedError, match=r"layer '0' trains 390 parameters; .* at most largest_layer=100,"):
         InfluenceFunctionDatainf(largest_layer=100)(train(plain, tmp_path / "p"), plain)
     with pytest.raises(InputError, match="damping=0"):
         InfluenceFunctionDatainf(damping=0)
+
+
+@pytest.mark.parametrize("method", [InfluenceFunction, InfluenceFunctionLissa, InfluenceFunctionArnoldi])
+def test_a_loss_without_second_derivative_is_refused_not_nan(method: Any, tmp_path: Any) -> None:
+    """``|z|^1.5`` at the logit 0 that no training moves."""
+    workload = digits_workload(model=zeros, loss=lambda model, batch: model(batch[0])[:, 0].abs().pow(1.5))
+    queries = [parameter_value("weight", 0, 20)]
+    with pytest.raises(UnsupportedError, match="is not finite"):
+        method()(train(workload, tmp_path / "t"), workload, queries=queries)
+
+
+def zeros() -> nn.Module:
+    model = nn.Linear(64, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    return model
