@@ -17,6 +17,7 @@ _HOMES = {
     "sgd_influence": "sgd_influence:SgdInfluence",
     "tracin": "tracin:TracIn",
     "tracin_checkpoints": "tracin_checkpoints:TracInCheckpoints",
+    "dvemb": "dvemb:Dvemb",
     "source": "source:Source",
     "influence_function": "influence_function:InfluenceFunction",
     "influence_function_lissa": "influence_function_lissa:InfluenceFunctionLissa",
