@@ -49,7 +49,7 @@ class InfluenceFunctionArnoldi(NewtonStep):
     seed: int = 0
 
     def _solver(self, snapshot: Snapshot, rows: np.ndarray) -> Solver:
-        start: np.ndarray = np.random.default_rng(self.seed).standard_normal(rows.shape[1])
+        start = np.random.default_rng(self.seed).standard_normal((rows.shape[1],))
         space = krylov_space(lambda vector: hessian_product(snapshot, vector), start, self.iterations)
         values, vectors = space.eigen
         # Below rounding, an eigenvalue is 0 and its vector arbitrary.

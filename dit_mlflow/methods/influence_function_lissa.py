@@ -64,7 +64,7 @@ class InfluenceFunctionLissa(NewtonStep):
 
     def _solver(self, snapshot: Snapshot, rows: np.ndarray) -> Solver:
         random = np.random.default_rng(self.seed)
-        start: np.ndarray = random.standard_normal(rows.shape[1])
+        start = random.standard_normal((rows.shape[1],))
         space = krylov_space(lambda vector: hessian_product(snapshot, vector), start, SPECTRUM_ITERATIONS)
         smallest, largest = (float(space.eigen[0][k]) for k in (0, -1))
 

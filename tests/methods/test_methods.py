@@ -30,7 +30,10 @@ from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.influence_function import InfluenceFunction
 from dit_mlflow.methods.snapshot import Snapshot
 
-GRADIENT_METHODS = ["tracin", "tracin_checkpoints", "grad_dot", "grad_cos", "grad_norm", "influence_function"]
+GRADIENT_METHODS = [
+    *["tracin", "tracin_checkpoints", "grad_dot", "grad_cos", "grad_norm", "source", "dvemb"],
+    *["influence_function", "influence_function_lissa", "influence_function_arnoldi", "influence_function_datainf"],
+]
 
 
 def groups(model: nn.Sequential) -> torch.optim.Optimizer:
