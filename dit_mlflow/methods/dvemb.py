@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.adjoint import vector_jacobian
 from dit_mlflow.influence.engine import Engine, Objective
 from dit_mlflow.influence.question import Question
@@ -40,6 +41,9 @@ class Dvemb(Method):
         dtype: ``None`` = as recorded.
         memory_budget: bytes, see :func:`dit_mlflow.track`.
 
+    Raises:
+        UnsupportedError: the embeddings overflow, or as :func:`dit_mlflow.track`.
+
     Cost: as ``dit``, and for each query a forward pass more per step; the paper's embeddings answer later queries for
     an inner product each, at the price of a vector of the model's size for every sample of every step. It fails where
     gradients say little of curvature: squared losses, wrong labels, early training.
@@ -55,9 +59,13 @@ class Dvemb(Method):
 
     def estimate(self, question: Question) -> Estimate:
         engine = _GradientsForHessians(question.trajectory.replay(question.workload, self.dtype), self.memory_budget)
-        parts = [scores for _, scores in in_parts(engine, question)]
-        dtype = str(self.dtype or "recorded")
-        return Estimate(np.concatenate(parts, axis=1), dtype, {"max_drift": engine.replay.max_drift})
+        scores = np.concatenate([part for _, part in in_parts(engine, question)], axis=1)
+        if not np.isfinite(scores).all():
+            raise UnsupportedError(
+                "the data value embeddings of this training overflow: learning rates times squared gradients are so "
+                "large that gradients in place of Hessians drive every step apart. Use dit, or shorter local windows"
+            )
+        return Estimate(scores, str(self.dtype or "recorded"), {"max_drift": engine.replay.max_drift})
 
 
 class _GradientsForHessians(Engine):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.methods.hessian import NewtonStep, Solver, hessian_product
@@ -53,7 +54,7 @@ class InfluenceFunctionArnoldi(NewtonStep):
         space = krylov_space(lambda vector: hessian_product(snapshot, vector), start, self.iterations)
         values, vectors = space.eigen
         # Below rounding, an eigenvalue is 0 and its vector arbitrary.
-        rounding = np.abs(values).max() * np.finfo(_dtype(snapshot)).eps
+        rounding = np.abs(values).max() * torch.finfo(next(iter(snapshot.trained.values())).dtype).eps
         kept = [k for k in np.argsort(-np.abs(values), kind="stable")[: self.rank] if np.abs(values[k]) > rounding]
         if not kept:
             raise UnsupportedError(
@@ -67,7 +68,3 @@ class InfluenceFunctionArnoldi(NewtonStep):
             return (inside / (values + damping)) @ leading if (values + damping > 0).all() else None
 
         return solve
-
-
-def _dtype(snapshot: Snapshot) -> np.dtype:
-    return next(iter(snapshot.trained.values())).detach().cpu().numpy().dtype

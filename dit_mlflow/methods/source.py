@@ -52,7 +52,7 @@ class Source(Method):
             be computed (too long, or negative curvature makes it overflow).
 
     Cost: a replay; per segment and query up to ``iterations`` Hessian-vector products over the training set for each of
-    its ``states``, usually 10 to 40; per segment three passes. It fails where the course changes within a segment, and
+    its ``states``, usually about 10; per segment three passes. It fails where the course changes within a segment, and
     where learning rates are so large that steps are no flow.
     """
 

@@ -11,7 +11,7 @@ from oracles import train_again
 from torch import nn
 from workloads import digits_workload
 
-from dit_mlflow import Trajectory, Window, Workload, parse_windows, sample_losses, track, train
+from dit_mlflow import Trajectory, UnsupportedError, Window, Workload, parse_windows, sample_losses, track, train
 from dit_mlflow.methods import method
 from dit_mlflow.methods.dvemb import Dvemb
 
@@ -96,3 +96,12 @@ def test_it_is_the_sweep_where_the_hessian_is_made_of_gradients(optimizer: Any, 
     found = Dvemb(dtype=torch.float64)(trajectory, workload, windows, kind, queries).scores
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max())
     assert np.abs(method("tracin")(trajectory, workload, windows, queries=queries).scores - expected).max() > 1e-3
+
+
+def test_embeddings_that_overflow_are_refused(tmp_path: Any) -> None:
+    """Steps so large that ``1 - eta G`` drives them apart, where the Hessians of the sweep do not."""
+    workload = digits_workload(optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=5.0), epochs=20)
+    trajectory = train(workload, tmp_path / "t")
+    assert np.isfinite(method("dit")(trajectory, workload).scores).all()
+    with pytest.raises(UnsupportedError, match=r"overflow.*Use dit"):
+        Dvemb()(trajectory, workload)
