@@ -110,12 +110,12 @@ def test_lissa_with_batches_of_its_own_comes_near(workload: Workload, trajectory
     expected = own @ np.linalg.solve(hessian + np.eye(len(hessian)), query) / len(own)
 
     def error(repeats: int, seed: int) -> float:
-        settings: dict[str, Any] = {"damping": 1.0, "attempts": 1, "batch_size": 12, "depth": 50, "noise": 0.9}
+        settings: dict[str, Any] = {"damping": 1.0, "attempts": 1, "batch_size": 12, "depth": 30, "noise": 0.9}
         found = InfluenceFunctionLissa(**settings, repeats=repeats, seed=seed)(trajectory, workload)
         return float(np.linalg.norm(found.of(0) - expected) / np.linalg.norm(expected))
 
-    once, often = (np.mean([error(repeats, seed) for seed in range(4)]) for repeats in (1, 8))
-    assert often < 0.6 * once < 0.1
+    once, often = (np.mean([error(repeats, seed) for seed in range(3)]) for repeats in (1, 6))
+    assert often < 0.8 * once < 0.1
     assert error(1, 0) == error(1, 0)
 
 
