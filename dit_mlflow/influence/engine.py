@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,42 @@ from dit_mlflow.influence.query import Query
 from dit_mlflow.influence.update import Pulled, UpdateAdjoint
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.trajectory import State
+from dit_mlflow.trajectory.dynamics import MicroBatch
 from dit_mlflow.trajectory.replay import Replay
 from dit_mlflow.trajectory.statistics import DifferentiableStatistics, running_statistics
 from dit_mlflow.trajectory.step import Step
 
 ADJOINTS_IN_MEMORY = 2**30
 """Bytes that adjoints may take, unless told otherwise, before queries are answered in several walks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """``m(theta, b, w) = <g_t(theta, b, w), lambda_g> + <B_t(theta, b), lambda_b>``, for ``rows`` adjoints.
+
+    Attributes:
+        gradients: ``g_t`` by parameter, with its graph.
+        statistics: ``B_t``, with its graph.
+        weights: ``w``, ``[sum B]``.
+        held: ``theta``: the parameters that the optimizer holds.
+        moving: ``b``: the running statistics.
+        by_gradient, by_statistic: ``lambda_g`` and ``lambda_b``, ``[A, *shape]`` each.
+        rows: ``A``.
+    """
+
+    gradients: Mapping[str, Tensor]
+    statistics: Sequence[Tensor]
+    weights: Tensor
+    held: Mapping[str, Tensor]
+    moving: Sequence[Tensor]
+    by_gradient: Sequence[Tensor]
+    by_statistic: Sequence[Tensor]
+    rows: int
+
+    def derivatives(self, inputs: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        """``dm / d input``, ``[A, *shape]`` each."""
+        outputs, cotangents = [*self.gradients.values(), *self.statistics], [*self.by_gradient, *self.by_statistic]
+        return vector_jacobian(outputs, inputs, cotangents, self.rows, batched)
 
 
 class Engine:
@@ -151,20 +182,31 @@ class Engine:
                 _refuse_dead_ends(gradients.values())
                 self._looked_for_dead_ends = True
             pulled = self._update(state, gradients, step, adjoint)
-            by_weight, *rest = vector_jacobian(
-                [*gradients.values(), *(buffers[name] for name in moving)],
-                [weights, *(theta[name] for name in held), *moving.values()],
-                [*pulled.gradients, *self._moving.split_rows(adjoint.buffers)],
+            objective = Objective(
+                gradients,
+                [buffers[name] for name in moving],
+                weights,
+                {name: theta[name] for name in held},
+                list(moving.values()),
+                pulled.gradients,
+                self._moving.split_rows(adjoint.buffers),
                 adjoint.rows,
-                self._batched,
             )
+            by_weight, by_theta, by_buffer = self._derivatives(objective, state, step, batches)
         self._watch(step, gradients, weights, pulled, largest=float(by_weight.abs().max()))
-        by_theta, by_buffer = rest[: len(held)], rest[len(held) :]
         for total, part in zip(self._held.split_rows(pulled.adjoint.parameters), by_theta, strict=True):
             total += part
         if by_buffer:
             pulled.adjoint.buffers = self._moving.join_rows(by_buffer, adjoint.rows)
         return pulled.adjoint, -by_weight
+
+    def _derivatives(
+        self, objective: Objective, state: State, step: Step, batches: list[MicroBatch]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Of ``m``: by the samples' weights ``[A, sum B]``, by the parameters (the Hessian), by the statistics."""
+        inputs = [objective.weights, *objective.held.values(), *objective.moving]
+        by_weight, *rest = objective.derivatives(inputs, self._batched)
+        return by_weight, rest[: len(objective.held)], rest[len(objective.held) :]
 
     def _statistics(self) -> AbstractContextManager[Any]:
         return DifferentiableStatistics() if self._moving.shapes else nullcontext()

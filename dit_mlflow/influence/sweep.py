@@ -70,7 +70,7 @@ def track(
     question = Question.of(trajectory, workload, windows, kind, queries)
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget)
-        parts = [scores for _, scores in _in_parts(engine, question)]
+        parts = [scores for _, scores in in_parts(engine, question)]
     return question.answer(
         np.concatenate(parts, axis=1), "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift
     )
@@ -104,7 +104,7 @@ def self_influence(
     own = np.zeros((len(question.windows), 1, workload.num_samples))
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget)
-        for first, scores in _in_parts(engine, question):
+        for first, scores in in_parts(engine, question):
             samples = np.arange(first, first + scores.shape[1])
             own[:, 0, samples] = scores[:, samples - first, samples]
     return replace(question, queries=(Query("own loss", queries[0].function),)).answer(
@@ -112,7 +112,7 @@ def self_influence(
     )
 
 
-def _in_parts(engine: Engine, question: Question) -> Iterator[tuple[int, np.ndarray]]:
+def in_parts(engine: Engine, question: Question) -> Iterator[tuple[int, np.ndarray]]:
     """Number of the first query, and scores ``[windows, some queries, samples]``: as many queries as memory allows."""
     planned = sweeps(question.kind, question.windows, question.trajectory.num_steps)
     size = len(question.queries)

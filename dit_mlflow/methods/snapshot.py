@@ -75,33 +75,52 @@ class Snapshot:
             return np.concatenate([losses.double().cpu().numpy() for _, losses in self.batches()])
 
     def products(self, vectors: Vectors) -> np.ndarray:
-        """``<grad l_i, v>`` for every row ``v`` and training sample, ``[rows, n]``.
+        """``<grad l_i, v>`` for every row ``v`` and training sample, ``[rows, n]``; parameters left out count as 0.
 
         No gradient of a single sample is formed: with ``g(u) = sum_i u_i grad l_i``, it is ``d <g, v> / d u_i``. Cost:
         a forward and a backward pass of the training set, and one more backward pass for each row.
         """
-        cotangents = [vectors[name] for name in self.trained]
+        inputs = [value for name, value in self.trained.items() if name in vectors]
+        cotangents = [vectors[name] for name in self.trained if name in vectors]
         rows = len(cotangents[0])
         parts = []
         for _, losses in self.batches():
             weights = torch.ones_like(losses, requires_grad=True)
-            gradients = torch.autograd.grad(
-                losses, list(self.trained.values()), weights, create_graph=True, allow_unused=True
-            )
+            gradients = torch.autograd.grad(losses, inputs, weights, create_graph=True, allow_unused=True)
             pairs = [(g, v) for g, v in zip(gradients, cotangents, strict=True) if g is not None]
             (found,) = vector_jacobian([g for g, _ in pairs], [weights], [v for _, v in pairs], rows, batched=False)
             parts.append(found.double().cpu().numpy())
         return np.concatenate(parts, axis=1)
 
+    def combinations(self, coefficients: np.ndarray, names: Sequence[str]) -> Vectors:
+        """``sum_i c_i grad l_i`` of some parameters, for every row of ``coefficients`` ``[rows, n]``.
+
+        Cost: a forward pass of the training set, and a backward pass for each row.
+        """
+        inputs = [self.trained[name] for name in names]
+        total = [torch.zeros((len(coefficients), *value.shape)).to(value) for value in inputs]
+        for indices, losses in self.batches():
+            weights = torch.from_numpy(coefficients[:, indices]).to(losses)
+            for part, found in zip(
+                total, vector_jacobian([losses], inputs, [weights], len(weights), batched=False), strict=True
+            ):
+                part += found
+        return dict(zip(names, total, strict=True))
+
     def norms(self) -> np.ndarray:
-        """``|grad l_i|`` of every training sample, ``[n]``.
+        """``|grad l_i|`` of every training sample, ``[n]``; cost as :meth:`squares`."""
+        return np.sqrt(self.squares().sum(axis=0))
+
+    def squares(self) -> np.ndarray:
+        """``|d l_i / d p|^2`` of every trained parameter ``p`` and training sample, ``[parameters, n]``.
 
         Cost: a pass forward and backward over the training set, side by side under ``torch.func.vmap`` where the model
         and the batches allow it, otherwise sample by sample.
         """
-        return np.concatenate([self._norms_side_by_side(indices, losses) for indices, losses in self.batches()])
+        parts = [self._squares_side_by_side(indices, losses) for indices, losses in self.batches()]
+        return np.concatenate(parts).T
 
-    def _norms_side_by_side(self, indices: np.ndarray, losses: Tensor) -> np.ndarray:
+    def _squares_side_by_side(self, indices: np.ndarray, losses: Tensor) -> np.ndarray:
         batch = self._batch(indices)
         fixed = {name: value.detach() for name, value in self.parameters.items()}
         trained = {name: fixed[name] for name in self.trained}
@@ -112,30 +131,31 @@ class Snapshot:
 
         def squares(*sample: Tensor) -> tuple[Tensor, Tensor]:
             gradients, value = torch.func.grad_and_value(loss)(trained, *sample)
-            return torch.stack([part.double().square().sum() for part in gradients.values()]).sum(), value
+            return torch.stack([part.double().square().sum() for part in gradients.values()]), value
 
         at_once = max(1, GRADIENTS_IN_MEMORY // sum(value.nbytes for value in self.trained.values()))
         try:
             found, values = torch.func.vmap(squares, chunk_size=at_once)(*tensors_of(batch))
         except (RuntimeError, ValueError, NotImplementedError):
-            return self._norms_one_by_one(indices)
+            return self._squares_one_by_one(indices)
         # A batch may hold what is not one row per sample; its losses then come out wrong.
         if values.shape != losses.shape or not torch.allclose(values, losses, rtol=1e-3, atol=1e-5, equal_nan=True):
-            return self._norms_one_by_one(indices)
-        return found.sqrt().cpu().numpy()
+            return self._squares_one_by_one(indices)
+        return found.cpu().numpy()
 
-    def _norms_one_by_one(self, indices: np.ndarray) -> np.ndarray:
-        norms = []
+    def _squares_one_by_one(self, indices: np.ndarray) -> np.ndarray:
+        rows = []
         for index in indices:
             (loss,) = self._losses(self.parameters, self._batch(np.array([index])), 1)
             found = torch.autograd.grad(loss, list(self.trained.values()), allow_unused=True, materialize_grads=True)
-            norms.append(np.sqrt(sum(float(part.double().square().sum()) for part in found)))
-        return np.array(norms)
+            rows.append([float(part.double().square().sum()) for part in found])
+        return np.array(rows)
 
-    def batches(self) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Indices and losses ``[B]`` of the training set, part by part."""
-        size = self.dynamics.workload.num_samples
-        for indices in np.array_split(np.arange(size), -(-size // CHUNK)):
+    def batches(self, samples: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Indices and losses ``[B]`` of some training samples (default: all), part by part."""
+        chosen = np.arange(self.dynamics.workload.num_samples) if samples is None else samples
+        parts = -(-len(chosen) // CHUNK)
+        for indices in np.array_split(chosen, parts) if parts else ():
             yield indices, self._losses(self.parameters, self._batch(indices), len(indices))
 
     def _batch(self, indices: np.ndarray) -> Batch:

@@ -30,7 +30,10 @@ from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.influence_function import InfluenceFunction
 from dit_mlflow.methods.snapshot import Snapshot
 
-GRADIENT_METHODS = ["tracin", "tracin_checkpoints", "grad_dot", "grad_cos", "grad_norm", "influence_function"]
+GRADIENT_METHODS = [
+    *["tracin", "tracin_checkpoints", "grad_dot", "grad_cos", "grad_norm", "source", "dvemb"],
+    *["influence_function", "influence_function_lissa", "influence_function_arnoldi", "influence_function_datainf"],
+]
 
 
 def groups(model: nn.Sequential) -> torch.optim.Optimizer:
@@ -193,9 +196,9 @@ def test_norms_are_the_same_side_by_side_and_one_by_one(
     }[case]
     workload = digits_workload(epochs=1, **changes)
     trajectory = train(workload, tmp_path / "t")
-    fallen_back, real = [], Snapshot._norms_one_by_one
+    fallen_back, real = [], Snapshot._squares_one_by_one
     monkeypatch.setattr(
-        Snapshot, "_norms_one_by_one", lambda self, indices: fallen_back.append(1) or real(self, indices)
+        Snapshot, "_squares_one_by_one", lambda self, indices: fallen_back.append(1) or real(self, indices)
     )
     found = method("grad_norm")(trajectory, workload).of(0)
     assert bool(fallen_back) == (case != "dicts")

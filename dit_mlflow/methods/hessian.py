@@ -1,0 +1,127 @@
+"""Products with the Hessian of the training loss at a recorded state, and Newton steps by way of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.influence.question import Question
+from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.snapshot import Snapshot, Vectors, snapshots
+
+Solver = Callable[[float], np.ndarray | None]
+"""``damping -> (H + damping)^{-1}`` of some rows, ``[rows, P]``; ``None`` = it cannot be had."""
+
+
+@dataclass(frozen=True)
+class NewtonStep(Method):
+    r"""Methods that take the Newton step of removing a sample from a minimum, and differ in how they solve for it.
+
+    .. math:: I_j = \frac1n \langle (H + \delta)^{-1} \nabla q, \nabla l_j \rangle
+
+    at the final model, in evaluation mode; ``H`` is the Hessian of the mean training loss (and the regularizer; not of
+    an optimizer's weight decay). Where the system cannot be solved, the damping is raised tenfold until it can; the
+    result's metadata hold the damping, and the largest relative residual ``|(H + delta) x - grad q| / |grad q|``.
+
+    Attributes:
+        damping: ``delta`` to begin with.
+        attempts: dampings to try.
+
+    Raises:
+        UnsupportedError: no damping led to a finite solution.
+    """
+
+    damping: float = 0.01
+    attempts: int = 6
+
+    @abstractmethod
+    def _solver(self, snapshot: Snapshot, rows: np.ndarray) -> Solver:
+        """Of the systems with the right-hand sides ``rows``, ``[rows, P]``."""
+
+    def estimate(self, question: Question) -> Estimate:
+        replay = question.trajectory.replay(question.workload)
+        ((_, snapshot),) = snapshots(replay, [question.trajectory.num_steps])
+        rows = flattened(snapshot.query_gradients(question.queries))
+        solve = self._solver(snapshot, rows)
+        for attempt in range(self.attempts):
+            damping = self.damping * 10**attempt
+            solutions = solve(damping)
+            if solutions is not None and np.isfinite(solutions).all():
+                break
+        else:
+            raise UnsupportedError(
+                f"the Hessian of the final model cannot be inverted with a damping up to {damping:g}; training is far "
+                "from a minimum. Give a larger damping, or use dit, which needs none"
+            )
+        residual = max(relative_residual(snapshot, *pair, damping) for pair in zip(rows, solutions, strict=True))
+        scores = snapshot.products(by_parameter(snapshot, solutions)) / question.workload.num_samples
+        return Estimate(scores[None], details={"damping": damping, "residual": residual, "max_drift": replay.max_drift})
+
+
+def relative_residual(snapshot: Snapshot, gradient: np.ndarray, solution: np.ndarray, damping: float) -> float:
+    """``|(H + damping) x - gradient| / |gradient|``; 0 without a gradient."""
+    norm = np.linalg.norm(gradient)
+    left = hessian_product(snapshot, solution) + damping * solution - gradient
+    return float(np.linalg.norm(left) / norm) if norm else 0.0
+
+
+def hessian_product(snapshot: Snapshot, vector: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """``H v``, ``[P]``, float64, for ``sum_i weights_i l_i`` and the regularizer.
+
+    Args:
+        weights: ``[n]``; ``None`` = the mean loss. Samples with weight 0 cost nothing.
+
+    Raises:
+        UnsupportedError: it is not finite.
+    """
+    dynamics = snapshot.dynamics
+    size = dynamics.workload.num_samples
+    weights = np.full(size, 1 / size) if weights is None else weights
+    direction = by_parameter(snapshot, vector[None])
+    inputs = list(snapshot.trained.values())
+    total = [torch.zeros_like(value) for value in inputs]
+    with sdpa_kernel(SDPBackend.MATH):
+        for indices, losses in snapshot.batches(np.flatnonzero(weights)):
+            _add_product(total, losses @ torch.from_numpy(weights[indices]).to(losses), inputs, direction)
+        if dynamics.workload.regularizer is not None:
+            value = dynamics.evaluate(snapshot.parameters, snapshot.state.buffers, dynamics.workload.regularizer)
+            _add_product(total, value, inputs, direction)
+    found = torch.cat([part.flatten() for part in total]).double().cpu().numpy()
+    if not np.isfinite(found).all():
+        raise UnsupportedError(
+            "a product with the Hessian of the training loss is not finite: the loss has no second derivative at a "
+            "state that this method looks at, or training diverged. Use a method without Hessians (tracin, grad_dot), "
+            "or leave_one_out"
+        )
+    return found
+
+
+def _add_product(total: list[Tensor], value: Tensor, inputs: list[Tensor], direction: Vectors) -> None:
+    gradients = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+    pairs = [(g, v[0]) for g, v in zip(gradients, direction.values(), strict=True) if g is not None and g.requires_grad]
+    if not pairs:
+        return
+    found = torch.autograd.grad(
+        [g for g, _ in pairs], inputs, [v for _, v in pairs], allow_unused=True, materialize_grads=True
+    )
+    for part, term in zip(total, found, strict=True):
+        part += term
+
+
+def flattened(vectors: Vectors) -> np.ndarray:
+    """``[rows, P]``, float64."""
+    return torch.cat([value.flatten(1) for value in vectors.values()], dim=1).double().cpu().numpy()
+
+
+def by_parameter(snapshot: Snapshot, rows: np.ndarray) -> Vectors:
+    """``[rows, P]`` by parameter."""
+    sizes = [value.numel() for value in snapshot.trained.values()]
+    parts = zip(snapshot.trained.items(), torch.from_numpy(rows).split(sizes, dim=1), strict=True)
+    return {name: part.reshape(len(rows), *value.shape).to(value) for (name, value), part in parts}
