@@ -31,9 +31,9 @@ class TracInRenormalized(Method):
     The norm is over the parameters that training moves there; the learning rates are not part of it. A presentation
     without gradient adds 0. The query's gradient keeps its length, which is the same for all samples.
 
-    Sign as ``tracin``; a ranking, since the length that is divided out is part of what a step does. Where one draw gives
-    a large gradient and another a small one (timesteps), a sample no longer ranks high for what it happened to draw;
-    where large gradients are a sample's own (a wrong label), that signal is lost as well, so agreement with
+    Sign as ``tracin``; a ranking, since the length that is divided out is part of what a step does. Where one draw
+    gives a large gradient and another a small one (timesteps), a sample no longer ranks high for what it happened to
+    draw; where large gradients are a sample's own (a wrong label), that signal is lost as well, so agreement with
     leave-one-out may well fall. What ``tracin`` leaves out, it leaves out too.
 
     Cost: that of ``tracin``, and a backward pass for each sample of each step, many at once (but one by one through
