@@ -45,16 +45,16 @@ def workload(
         n_train, n_validation, n_test: samples in each split, drawn without overlap; there are 1,797.
         data_seed: seed of the split, and of the fixed draws.
         corrupt, corrupt_seed: share of training images to add noise to for good, and seed of it.
-        timesteps: of the noising process.
+        timesteps: of the noising process, 21 or more.
         draws: timesteps with their noise that each sample carries for evaluation.
         hidden: width of the network's two hidden layers.
         epochs, batch_size: of training.
         optimizer, lr, momentum, weight_decay: of the optimizer; momentum is SGD's.
         decay: ``sqrt`` divides the learning rate by ``sqrt(t + 1)`` at step ``t``.
     """
-    for name, value in (("timesteps", timesteps), ("draws", draws), ("hidden", hidden)):
-        if value < 1:
-            raise WorkloadError(f"{name} is {value}; expected 1 or more")
+    for name, value, least in (("timesteps", timesteps, 21), ("draws", draws, 1), ("hidden", hidden, 1)):
+        if value < least:
+            raise WorkloadError(f"{name} is {value}; expected {least} or more")
     if draws > timesteps:
         raise WorkloadError(f"draws is {draws}; expected at most one for each of the {timesteps} timesteps")
     recipe = Recipe(lr, decay, 0.0, epochs, batch_size, optimizer, momentum, weight_decay)

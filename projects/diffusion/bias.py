@@ -63,8 +63,9 @@ class Presentations:
         return Presentations(self.step[kept], self.sample[kept], self.timestep_bin[kept], self.norm[kept])
 
     def norm_by_bin(self) -> np.ndarray:
-        """Mean gradient norm by part of the timesteps, ``[BINS]``."""
-        return np.array([self.norm[self.timestep_bin == part].mean() for part in range(BINS)])
+        """Mean gradient norm by part of the timesteps, ``[BINS]``; 0 where none was drawn."""
+        count = np.bincount(self.timestep_bin, minlength=BINS)
+        return np.bincount(self.timestep_bin, self.norm, minlength=BINS) / np.maximum(count, 1)
 
     def luck(self, samples: int) -> np.ndarray:
         """The gradient norms to expect of the timesteps that each sample drew, whatever its image, summed."""
