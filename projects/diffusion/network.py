@@ -42,8 +42,8 @@ class Noising:
     """The forward process of DDPM (Ho et al. 2020, arXiv 2006.11239) and its loss.
 
     Timestep ``n`` of ``0 … N - 1`` leaves ``x_n = sqrt(a_n) x + sqrt(1 - a_n) e`` of an image ``x``, with normal noise
-    ``e`` and ``a_n = prod_{m <= n} (1 - beta_m)``; ``beta`` rises evenly from ``0.1 / N`` to ``20 / N``, which is theirs
-    for ``N = 1000``.
+    ``e`` and ``a_n = prod_{m <= n} (1 - beta_m)``; ``beta`` rises evenly from ``0.1 / N`` to ``20 / N``, which is
+    theirs for ``N = 1000``.
 
     Attributes:
         timesteps: ``N``.
