@@ -134,9 +134,7 @@ def _rows(
                 "luck in top": float(np.mean([len(top & lucky) / TOP for top in tops])),
                 "luck and size": spearman(mean, luck),
                 "agreement, mean loss": spearman(found[k, 0], truth[k, 0]),
-                "agreement, samples": float(
-                    np.mean([spearman(a, b) for a, b in zip(single, truth[k, 1:], strict=True)])
-                ),
+                "agreement, samples": float(np.mean(agreements)),
                 "first and last fifth": spearman(found[1, 0], found[PARTS, 0]) if k == 0 else np.nan,
             }
 
