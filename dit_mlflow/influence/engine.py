@@ -81,7 +81,7 @@ class Engine:
         self._largest: list[float] = []
         self._attends: bool | None = None
         # Batching a backward pass over rows unrolls convolutions into a slow fallback.
-        self._batched = not any(isinstance(module, _CONVOLUTIONS) for module in self.dynamics.model.modules())
+        self._batched = not any(isinstance(module, CONVOLUTIONS) for module in self.dynamics.model.modules())
         manifest = replay.trajectory.manifest
         shapes = {name: torch.Size(layout.shape) for name, layout in manifest.model.parameters.items()}
         self._held = Flat({name: shapes[name] for group in manifest.optimizer.groups for name in group})
@@ -293,4 +293,5 @@ class _Calls(TorchFunctionMode):
 
 
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Layers through which a backward pass of many rows at once is slower than one after the other."""

@@ -16,6 +16,7 @@ _HOMES = {
     "leave_one_out": "leave_one_out:LeaveOneOut",
     "sgd_influence": "sgd_influence:SgdInfluence",
     "tracin": "tracin:TracIn",
+    "tracin_renormalized": "tracin_renormalized:TracInRenormalized",
     "tracin_checkpoints": "tracin_checkpoints:TracInCheckpoints",
     "dvemb": "dvemb:Dvemb",
     "source": "source:Source",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,6 +17,9 @@ from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.snapshot import Snapshot
 from dit_mlflow.trajectory.replay import Replay
 from dit_mlflow.trajectory.step import Step
+
+Effects = Callable[[Replay, Step, Snapshot, dict[str, Tensor]], np.ndarray]
+"""``(replay, step, s_t, grad q by parameter [queries, *shape]) -> [queries, sum B]``: what each presentation did."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +39,28 @@ class TracIn(Method):
     measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
 
     def estimate(self, question: Question) -> Estimate:
-        replay = question.trajectory.replay(question.workload)
-        first, last = min(w.start for w in question.windows), max(w.end for w in question.windows)
-        scores = np.zeros(question.shape)
-        for t, state in enumerate(replay.forward(first, last), start=first):
-            counting = [k for k, window in enumerate(question.windows) if t in window]
-            if not counting:
-                continue
-            step = question.trajectory.step(t)
-            snapshot = Snapshot(replay.dynamics, replay.trajectory.manifest.optimizer, state, step)
-            effects = _effects(replay, step, snapshot, snapshot.query_gradients(question.queries))
-            for k in counting:
-                np.add.at(scores[k].T, step.samples, effects.T)
-        return Estimate(scores, details={"max_drift": replay.max_drift})
+        return sum_over_steps(question, effects)
 
 
-def _effects(replay: Replay, step: Step, snapshot: Snapshot, gradients: dict[str, Tensor]) -> np.ndarray:
-    """``eta c_j <grad l_j, grad q>``, ``[queries, sum B]``."""
+def sum_over_steps(question: Question, effects: Effects) -> Estimate:
+    """Add up the effects of every presentation of a sample, in each window. Cost: a replay, besides the effects."""
+    replay = question.trajectory.replay(question.workload)
+    first, last = min(w.start for w in question.windows), max(w.end for w in question.windows)
+    scores = np.zeros(question.shape)
+    for t, state in enumerate(replay.forward(first, last), start=first):
+        counting = [k for k, window in enumerate(question.windows) if t in window]
+        if not counting:
+            continue
+        step = question.trajectory.step(t)
+        snapshot = Snapshot(replay.dynamics, replay.trajectory.manifest.optimizer, state, step)
+        found = effects(replay, step, snapshot, snapshot.query_gradients(question.queries))
+        for k in counting:
+            np.add.at(scores[k].T, step.samples, found.T)
+    return Estimate(scores, details={"max_drift": replay.max_drift})
+
+
+def effects(replay: Replay, step: Step, snapshot: Snapshot, gradients: dict[str, Tensor]) -> np.ndarray:
+    """``eta c_j <grad l_j, grad q>`` of each presentation in the step, ``[queries, sum B]``."""
     dynamics = replay.dynamics
     parameters = {**snapshot.state.parameters, **snapshot.trained}
     like = next(iter(snapshot.trained.values())).detach()
@@ -62,8 +71,8 @@ def _effects(replay: Replay, step: Step, snapshot: Snapshot, gradients: dict[str
     rates = learning_rates(replay, step)
     pairs = [(found[name], rates[name] * gradients[name]) for name in snapshot.trained if name in found]
     rows = len(next(iter(gradients.values())))
-    (effects,) = vector_jacobian([g for g, _ in pairs], [weights], [v for _, v in pairs], rows, batched=False)
-    return effects.double().cpu().numpy()
+    (products,) = vector_jacobian([g for g, _ in pairs], [weights], [v for _, v in pairs], rows, batched=False)
+    return products.double().cpu().numpy()
 
 
 def learning_rates(replay: Replay, step: Step) -> dict[str, float]:
