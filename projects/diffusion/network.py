@@ -34,7 +34,7 @@ class NoisePredictor(nn.Module):
     def forward(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
         moment = timesteps.to(noisy.dtype)[:, None] / self.timesteps
         angles = moment * math.pi * torch.arange(1, FREQUENCIES + 1, dtype=noisy.dtype, device=noisy.device)
-        return self.layers(torch.cat([noisy, angles.sin(), angles.cos()], dim=1))  # type: ignore[no-any-return]
+        return self.layers(torch.cat([noisy, angles.sin(), angles.cos()], dim=1))
 
 
 @dataclass(frozen=True)
