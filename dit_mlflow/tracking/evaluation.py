@@ -96,21 +96,21 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
     windows, whole = list(question.windows), question.whole
     asked = windows if whole in windows else [*windows, whole]
     answer = question.answer(features, targets, settings.batch, asked)  # type: ignore[arg-type]
-    workload, top = question.workload, settings.top
+    gallery, top = Gallery(question.workload), settings.top
     shown = answer.influence.select(windows)
     shown = replace(shown, metadata={**shown.metadata, "training_run": settings.training_run})
     _tag(run_id, settings.training_run)
     log_influence(shown, run_id, ROW_INFLUENCE)
     tables = {
-        ROWS_TABLE: rows_table(shown, answer.losses, top, workload.corrupted, workload.describe),
-        MEAN_TABLE: mean_table(shown, top, workload.corrupted, workload.describe),
+        ROWS_TABLE: rows_table(shown, answer.losses, top, gallery),
+        MEAN_TABLE: mean_table(shown, top, gallery),
     }
     for name, table in tables.items():
         _log_table(run_id, table, f"{name}.json")
     if len(windows) > 1:
-        figure = plot_top_samples(mean_over_rows(shown), Gallery(workload))
+        figure = plot_top_samples(mean_over_rows(shown), gallery)
         log_plot(figure, f"{ROW_INFLUENCE}/influence_over_windows.png")
-    found = rows_metrics(answer.influence, answer.losses, whole, top, workload.corrupted).prefixed("dit/")
+    found = rows_metrics(answer.influence, answer.losses, whole, top, gallery.corrupted).prefixed("dit/")
     log_metrics(Metrics({}, found.undefined))
     artifacts = {name: JsonEvaluationArtifact(mlflow.get_artifact_uri(f"{name}.json")) for name in tables}
     return EvaluationResult(dict(found.values), artifacts, run_id)

@@ -237,7 +237,7 @@ def _log_parent(
     measured = dict(zip([*windows, whole], [*answer.per_window, answer.whole], strict=True))
     held = confirmed if truth is None else truth
     sentences = answer_sentences(answer.findings)
-    report = influence_page(estimate, held, workload, windows, measured, workload_title(workload), sentences)
+    report = influence_page(estimate, held, gallery, windows, measured, workload_title(workload), sentences)
     mlflow.log_text(report, f"{INFLUENCE}/report.html")
     if truth is not None:
         log_influence(truth.select(windows), folder=GROUND_TRUTH)

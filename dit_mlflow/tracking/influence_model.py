@@ -21,6 +21,7 @@ import dit_mlflow
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence import row_losses
 from dit_mlflow.influence.rows import sample_as_row
+from dit_mlflow.report import Gallery
 from dit_mlflow.report.rows import check_top, rows_table
 from dit_mlflow.tracking.found_models import versions_of
 from dit_mlflow.tracking.names import KIND, TRAINING_RUN
@@ -78,8 +79,7 @@ class InfluenceModel(PythonModel):
             raise InputError(f"expected a DataFrame with the column {self._target!r}, which holds targets; got {shown}")
         targets = model_input[self._target].to_numpy()
         answer = self._question.answer(model_input.drop(columns=self._target), targets)
-        workload = self._question.workload
-        return rows_table(answer.influence, answer.losses, self._top, workload.corrupted, workload.describe)
+        return rows_table(answer.influence, answer.losses, self._top, Gallery(self._question.workload))
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from scipy import stats
+from workloads import digits_workload
 
 import dit_mlflow
 from dit_mlflow import Influence, Window
 from dit_mlflow.cli import cli
-from dit_mlflow.tracking import load_influence, load_trajectory
-from dit_mlflow.tracking.influence import window_run_name
+from dit_mlflow.tracking import load_influence, load_trajectory, run_influence, run_training
+from dit_mlflow.tracking.influence import Checks, window_run_name
 
 REPOSITORY = Path(dit_mlflow.__file__).parents[1]
 SMALL = {"model": "logreg", "n_train": "40", "n_validation": "30", "n_test": "20", "epochs": "4", "batch_size": "16"}
@@ -322,3 +323,16 @@ def test_termination_leaves_no_run_running(store: str) -> None:
     trajectory = load_trajectory(training.info.run_id)
     assert trajectory.num_steps > 0
     assert not trajectory.complete
+
+
+def test_a_workload_that_cannot_tell_of_its_samples_costs_no_answer(store: str) -> None:
+    def fail(index: int) -> str:
+        raise KeyError(index)
+
+    workload = digits_workload(show=fail, describe=fail, label=fail, corrupted=(1,))
+    training_run = run_training(workload)
+    trajectory = load_trajectory(training_run)
+    windows = [Window(0, 4), Window(4, 9)]
+    answer = run_influence(training_run, trajectory, workload, windows, "local", Checks())
+    assert mlflow.get_run(answer.run.info.run_id).info.status == "FINISHED"
+    assert "report.html" in artifact_names(answer.run, "influence")  # type: ignore[arg-type]
