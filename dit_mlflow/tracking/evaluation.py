@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -27,6 +27,16 @@ from dit_mlflow.tracking.runs import log_metrics
 from dit_mlflow.trajectory import Workload
 
 ROWS_TABLE, MEAN_TABLE = "influence_on_rows", "influence_on_mean"
+
+TYPES: dict[str, tuple[Any, str]] = {
+    "training_run": (str, "the id of a run"),
+    "windows": ((str, int), "'epochs', a number of equal windows, or ranges '0:80,80:160'"),
+    "kind": (str, "local, final or cumulative"),
+    "workload": ((str, Workload), "a reference, or a dit_mlflow.Workload"),
+    "settings": (Mapping, "settings of the workload by name"),
+    "batch": ((Callable, type(None)), "a function batch(features, targets)"),
+}
+"""Of the settings, and in words."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +64,9 @@ class Settings:
         unknown = [name for name in config if name not in known]
         if unknown:
             raise InputError(f"evaluator_config has {', '.join(map(repr, unknown))}; it takes: {', '.join(known)}")
+        for name, (types, expected) in TYPES.items():
+            if name in config and not isinstance(config[name], types):
+                raise InputError(f"evaluator_config has {name}={config[name]!r}; expected {expected}")
         check_top(config.get("top", cls.top))
         asked = config.get("training_run")
         if model_id is None:
