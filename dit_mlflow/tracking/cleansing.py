@@ -35,6 +35,7 @@ from dit_mlflow.progress import progress_bar
 from dit_mlflow.report import cleansing_answer, cleansing_table, terminal_table
 from dit_mlflow.tracking.artifacts import load_trajectory, log_influence
 from dit_mlflow.tracking.cleansing_runs import CleansingRuns
+from dit_mlflow.tracking.datasets import log_datasets_of
 from dit_mlflow.tracking.links import where_to_look
 from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.names import KIND, METHOD, TRAINING_RUN
@@ -189,6 +190,7 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
                 "resolved.training_run": training_run,
             }
         )
+        log_datasets_of(training_run, run.info.run_id)
         strategies = _strategies(request, trajectory, workload, windows, kind)
         predicted = None
         if request.action == "relabel":

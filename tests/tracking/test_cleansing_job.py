@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from test_main_job import SMALL, artifact_names, children, mlflow_run, runs
+from test_main_job import SMALL, artifact_names, children, inputs, mlflow_run, runs
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -103,6 +103,7 @@ def test_without_cleaning_the_recorded_training_comes_out_bit_for_bit(store: str
     assert {name: again[name] for name in again} == {name: training.data.metrics[name] for name in again}
     assert {"validation/loss", "validation/accuracy", "test/loss", "test/accuracy"} == set(again)
     (parent,) = runs("cleansing")
+    assert inputs(parent) == inputs(training) != {}
     assert "Training again on all samples" not in parent.data.tags["mlflow.note.content"]
     # On another machine it may not, which is then said.
     MlflowClient().log_metric(training.info.run_id, "validation/loss", 9.0)

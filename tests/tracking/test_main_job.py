@@ -39,6 +39,11 @@ def mlflow_run(entry_point: str, **parameters: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
 
 
+def inputs(run: Run) -> dict[str, str]:
+    """Digests of the data sets that a run was on, by their context."""
+    return {item.tags[0].value: item.dataset.digest for item in run.inputs.dataset_inputs}
+
+
 def runs(kind: str | None = None, **tags: str) -> list[Run]:
     found = mlflow.search_runs(search_all_experiments=True, output_format="list")
     wanted = tags | ({"dit.kind": kind} if kind else {})
@@ -165,6 +170,9 @@ def test_trust_and_confirmed_samples_without_ground_truth(store: str) -> None:
     assert "over 12 samples left out exactly, Spearman" in finished.output
     for child in children(parent):
         assert {"trust/spearman", "trust/smoothness", "trust/spread_ratio"} <= child.data.metrics.keys()
+    (training,) = runs("training")
+    assert inputs(mlflow.get_run(parent.info.run_id)) == inputs(mlflow.get_run(training.info.run_id))
+    assert set(inputs(training)) == {"training", "validation", "test"}
     estimate, confirmed = (load_influence(parent.info.run_id, folder) for folder in ("influence", "confirmed"))
     assert np.isfinite(confirmed.scores).sum(axis=2).tolist() == [[3], [3]]
     table = mlflow.load_table("influence/top_samples.json", run_ids=[parent.info.run_id])
