@@ -190,11 +190,12 @@ def run_job(kind: str, job: Callable[[str | None], str]) -> None:
     """Run a job and print what it says; if it fails, exit code 1, a clear message and no run left RUNNING."""
     from mlflow.exceptions import MlflowException
 
-    from dit_mlflow.tracking.runs import fail_project_run, take_project_run
+    from dit_mlflow.tracking.broken_off import fail_project_run
 
     # As an exception, a termination passes through the runs' context managers, which end them.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    project_run_id = take_project_run()
+    # Made by ``mlflow run`` for this process; taken away, so that later runs do not attach to it by accident.
+    project_run_id = os.environ.pop("MLFLOW_RUN_ID", None)
     try:
         click.echo(job(project_run_id))
     except (DitError, MlflowException) as error:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import pwd
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import urlopen
+
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 READY_SECONDS = 120.0
 HOST = "127.0.0.1"
@@ -46,7 +51,33 @@ class Store:
 @contextmanager
 def sqlite(folder: Path) -> Iterator[Store]:
     """A database file, and artifacts in a folder beside it."""
-    yield Store(f"sqlite:///{folder / 'mlflow.db'}", (folder / "artifacts").as_uri())
+    yield Store(database(folder), (folder / "artifacts").as_uri())
+
+
+def database(folder: Path, artifacts: str = "") -> str:
+    """The URI of a SQLite database in ``folder``, with MLflow's tables; the one that is there, if there is one.
+
+    ``artifacts``: where the experiment that MLflow makes itself puts them; default: beside the database.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "mlflow.db"
+    if not path.exists():
+        with closing(sqlite3.connect(empty_database())) as empty, closing(sqlite3.connect(path)) as made:
+            empty.backup(made)
+            location = artifacts or (folder / "mlruns" / "0").as_uri()
+            made.execute("UPDATE experiments SET artifact_location = ?", [location])
+            made.commit()
+    return f"sqlite:///{path}"
+
+
+@cache
+def empty_database() -> Path:
+    """Made once: MLflow's tables come from its whole history of migrations, which takes a second or more."""
+    folder = Path(tempfile.mkdtemp(prefix="dit-database-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    store = SqlAlchemyStore(f"sqlite:///{folder / 'mlflow.db'}", (folder / "mlruns").as_uri())
+    store.engine.dispose()
+    return folder / "mlflow.db"
 
 
 @contextmanager
@@ -55,7 +86,7 @@ def server(folder: Path, backend: str = "") -> Iterator[Store]:
     port = free_port()
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", backend or f"sqlite:///{folder / 'mlflow.db'}"),
+        *("--backend-store-uri", backend or database(folder, "mlflow-artifacts:/0")),
         *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
     ]
     url = f"http://{HOST}:{port}"
@@ -105,7 +136,7 @@ def s3(folder: Path) -> Iterator[Store]:
     }
     command = [sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(port)]
     with running(command, folder / "s3.log", lambda: answers(f"{endpoint}/moto-api/")):
-        store = Store(f"sqlite:///{folder / 'mlflow.db'}", "s3://dit/artifacts", environment, folder / "s3.log")
+        store = Store(database(folder), "s3://dit/artifacts", environment, folder / "s3.log")
         s3_client(store).create_bucket(Bucket="dit")
         yield store
 
@@ -153,12 +184,12 @@ def running(
         yield
     finally:
         process.send_signal(end)
-        try:
+        # On a machine with other work it may take its time; what it wrote is written.
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=20)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def postgresql_program(name: str) -> str:

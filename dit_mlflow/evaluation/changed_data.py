@@ -119,8 +119,14 @@ def sample_classes(workload: Workload) -> np.ndarray:
 
 def class_names(workload: Workload, classes: np.ndarray) -> dict[int, str]:
     """How people read each class that occurs: the label of its first sample; ``classes``: :func:`sample_classes`."""
-    first = {int(found): int(np.flatnonzero(classes == found)[0]) for found in np.unique(classes)}
-    return {found: workload.label_of(index) or str(found) for found, index in first.items()}
+    return {int(found): _class_name(workload, classes, int(found)) for found in np.unique(classes)}
+
+
+def _class_name(workload: Workload, classes: np.ndarray, found: int) -> str:
+    try:
+        return str(workload.label_of(int(np.flatnonzero(classes == found)[0])) or found)
+    except Exception:  # Of whatever kind: it is the user's code, and there is a number to show.
+        return str(found)
 
 
 def _inside(indices: np.ndarray, workload: Workload) -> bool:

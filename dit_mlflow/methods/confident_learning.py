@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sklearn.model_selection import StratifiedKFold
 
-from dit_mlflow.errors import InputError
+from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.presentations import class_labels
@@ -49,7 +49,11 @@ class ConfidentLearning(Method):
 
 
 def out_of_sample(replay: Replay, folds: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels ``[n]``, and for each sample the class probabilities ``[n, classes]`` of a model that never saw it."""
+    """Labels ``[n]``, and for each sample the class probabilities ``[n, classes]`` of a model that never saw it.
+
+    Raises:
+        UnsupportedError: no class has ``folds`` samples.
+    """
     trajectory, workload = replay.trajectory, replay.dynamics.workload
     start = next(replay.forward(0, 0))
     everything = workload.batch(np.arange(workload.num_samples))
@@ -61,6 +65,7 @@ def out_of_sample(replay: Replay, folds: int, seed: int) -> tuple[np.ndarray, np
     with torch.no_grad():
         classes = replay.dynamics.evaluate(start.parameters, start.buffers, logits).shape[1]
     labels = class_labels(batch, classes).cpu().numpy()
+    check_folds(labels, folds)
     probabilities = np.zeros((len(labels), classes))
     split = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
     for _, held_out in split:
@@ -73,3 +78,13 @@ def out_of_sample(replay: Replay, folds: int, seed: int) -> tuple[np.ndarray, np
             found = replay.dynamics.evaluate(rollout.parameters, rollout.buffers, logits).softmax(dim=1)
         probabilities[held_out] = found.double().cpu().numpy()[held_out]
     return labels, probabilities
+
+
+def check_folds(labels: np.ndarray, folds: int) -> None:
+    """Raise :class:`UnsupportedError` if no class ``[n]`` has enough samples for one in each of ``folds`` parts."""
+    most = int(np.unique(labels, return_counts=True)[1].max())
+    if most < folds:
+        raise UnsupportedError(
+            f"the largest class has {most} samples; predictions for samples that a model has not seen come from "
+            f"{folds} parts, each left out in turn, and need a class of {folds} or more"
+        )

@@ -8,7 +8,10 @@ from dit_mlflow.evaluation.cleansing import RANDOM, Cleansing, Outcome, choose
 from dit_mlflow.report.markdown import escaped, markdown_table
 
 ROWS, REMARKS = 40, 4
-"""Of the table, and of further sentences, at most: MLflow cuts descriptions at 8,000 characters."""
+"""Of the table, and of further sentences, at most."""
+
+LONGEST = 7500
+"""Characters of a note, for which rows are left out. MLflow cuts tags at 8,000 without a word."""
 
 DONE = {"drop": "dropped", "relabel": "relabelled"}
 DOING = {"drop": "dropping", "relabel": "relabelling"}
@@ -42,24 +45,32 @@ def cleansing_answer(cleansing: Cleansing) -> str:
             f"{lead}: {DOING[cleansing.action]} {_samples(chosen)} by {chosen.trial.strategy}, which the validation "
             f"split chose, takes {' and '.join(took)}."
         )
-    return " ".join([first, _beside(cleansing, names[0]), _damaged(cleansing)])
+    return " ".join(filter(None, [first, _beside(cleansing, names[0]), _damaged(cleansing)]))
 
 
 def _beside(cleansing: Cleansing, name: str) -> str:
-    """The other strategies with as many samples; if none are to be cleaned, with those that validation likes best."""
+    """The other strategies with as many samples; if none are to be cleaned, with those that validation likes best.
+
+    Of several windows of influence, the one that validation likes best.
+    """
     chosen = cleansing.chosen
-    others = [strategy for strategy in cleansing.strategies if strategy != chosen.trial.strategy]
-    if chosen is cleansing.before:
-        best = [choose(cleansing.by(strategy), cleansing.metric) for strategy in others]
-        told = [f"{_figure(outcome, name)} with {_samples(outcome)}" for outcome in best]
-        return f"Of each strategy, the number that validation likes best gives {name} {', '.join(told)}."
-    same = [o for strategy in others for o in cleansing.by(strategy) if o.trial.count == chosen.trial.count]
-    windows = [outcome for outcome in same if outcome.trial.strategy.startswith("influence ")]
+    tried = [cleansing.by(strategy) for strategy in cleansing.strategies if strategy != chosen.trial.strategy]
+    nothing = chosen is cleansing.before
+    if nothing:
+        others = [choose(outcomes, cleansing.metric) for outcomes in tried]
+    else:
+        others = [o for outcomes in tried for o in outcomes if o.trial.count == chosen.trial.count]
+    windows = [outcome for outcome in others if outcome.trial.strategy.startswith("influence ")]
     if windows:
         window = choose(windows, cleansing.metric)
-        same = [outcome for outcome in same if outcome is window or outcome not in windows]
-    told = [_figure(outcome, name) for outcome in same]
-    random = [f"; over random: {_gain(chosen, o, name)}" for o in same if o.trial.strategy == RANDOM]
+        others = [outcome for outcome in others if outcome is window or outcome not in windows]
+    if not others:
+        return ""
+    if nothing:
+        told = [f"{_figure(outcome, name)} with {_samples(outcome)}" for outcome in others]
+        return f"Of each strategy, the number that validation likes best gives {name} {', '.join(told)}."
+    told = [_figure(outcome, name) for outcome in others]
+    random = [f"; over random: {_gain(chosen, o, name)}" for o in others if o.trial.strategy == RANDOM]
     return f"As many samples chosen otherwise give {name} {', '.join(told)}{''.join(random)}."
 
 
@@ -91,10 +102,12 @@ def _figure(outcome: Outcome, name: str) -> str:
 def _gain(outcome: Outcome, other: Outcome, name: str) -> str:
     """Positive = better."""
     values = outcome.gain(other).values
+    pairs = outcome.figures[name].shape[1]
+    over = "one pair of seeds" if pairs == 1 else f"{pairs} pairs of seeds"
     if f"{name}_low" not in values:
-        return f"gain {values[name]:+.4f}, one pair of seeds"
+        return f"gain {values[name]:+.4f}, {over}"
     ends = f"{values[f'{name}_low']:+.4f} to {values[f'{name}_high']:+.4f}"
-    return f"gain {values[name]:+.4f}, 95 % interval {ends}, {outcome.figures[name].shape[1]} pairs of seeds"
+    return f"gain {values[name]:+.4f}, 95 % interval {ends}, {over}"
 
 
 def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = ()) -> str:
@@ -105,18 +118,25 @@ def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = (
         run_id: of the run that holds the artifacts.
         remarks: further sentences of plain text, such as why a trial failed.
     """
+    rows = min(ROWS, len(cleansing.outcomes))
+    while len(note := _note(cleansing, run_id, remarks, rows)) > LONGEST and rows:
+        rows -= 1
+    return note
+
+
+def _note(cleansing: Cleansing, run_id: str, remarks: Sequence[str], rows: int) -> str:
     lead, _, rest = cleansing_answer(cleansing).partition(":")
     headings = ["strategy", "samples", *(escaped(name) for name in _columns(cleansing)), "truly damaged"]
     done = DONE[cleansing.action]
     parts = [
-        f"**{lead}**: {escaped(rest, longest=5000)}",
-        markdown_table(headings, [_row(outcome, cleansing) for outcome in cleansing.outcomes[:ROWS]])
-        + ("\n\nThe other trials are in `cleansing.json`." if len(cleansing.outcomes) > ROWS else ""),
+        f"**{lead}**: {escaped(rest, longest=1500)}",
+        markdown_table(headings, [_row(outcome, cleansing) for outcome in cleansing.outcomes[:rows]])
+        + ("\n\nThe other trials are in `cleansing.json`." if len(cleansing.outcomes) > rows else ""),
         f"The indices, in Python: `mlflow.artifacts.load_dict('runs:/{run_id}/{done}_indices.json')['indices']`",
         REMARK[cleansing.action],
         "The validation split chose, and influence is measured on it, so that its figures flatter cleaned data; the "
         "test split was only looked at afterwards. Intervals of gains are over seeds and test samples.",
-        *(escaped(remark, longest=500) for remark in remarks[:REMARKS]),
+        *(escaped(remark, longest=300) for remark in remarks[:REMARKS]),
     ]
     return "\n\n".join(parts)
 

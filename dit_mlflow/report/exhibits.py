@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from dit_mlflow.report.gallery import Gallery
+from dit_mlflow.report.pictures import is_image
 from dit_mlflow.report.thumbnails import thumbnail
-from dit_mlflow.trajectory.appearance import Appearance
 
 PICTURES = 600
 """Samples whose picture is looked at, at most."""
@@ -28,20 +29,6 @@ EXCERPT = 120
 
 LINES = 600_000
 """Characters of all labels together, and of all descriptions."""
-
-
-class Subjects(Protocol):
-    """What is asked of a workload: how its training samples look and what is known of them."""
-
-    @property
-    def corrupted(self) -> Sequence[int]: ...
-
-    @property
-    def describe(self) -> Callable[[int], str] | None: ...
-
-    def appearance(self, index: int) -> Appearance | None: ...
-
-    def label_of(self, index: int) -> str | None: ...
 
 
 @dataclass
@@ -63,7 +50,7 @@ class Exhibits:
     rows: dict[int, list[str | None]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, subjects: Subjects, indices: np.ndarray, order: Iterable[int]) -> Exhibits:
+    def of(cls, gallery: Gallery, indices: np.ndarray, order: Iterable[int]) -> Exhibits:
         """Those of the samples ``indices[order]``, the first first, as far as there is room.
 
         Pictures of the first :data:`PICTURES` that fit; a text or a row of every sample that fits, where texts are cut
@@ -74,8 +61,8 @@ class Exhibits:
         for rank, position in enumerate(order):
             if pictures <= 0 or texts <= 0 or (rank >= PICTURES and found.pictures):
                 break
-            shown = subjects.appearance(int(indices[position]))
-            if isinstance(shown, np.ndarray):
+            shown = gallery.appearance(int(indices[position]))
+            if is_image(shown):
                 uri = thumbnail(shown)
                 pictures -= len(uri)
                 found.pictures[position] = uri

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from dit_mlflow.report.markdown import one_line
-from dit_mlflow.trajectory import Workload
 from dit_mlflow.trajectory.appearance import Appearance
 
 _log = logging.getLogger(__name__)
@@ -19,6 +18,20 @@ NAMED = 60
 """Characters of a description inside of a sentence."""
 
 
+class Subjects(Protocol):
+    """What is asked of a workload: how its training samples look and what is known of them."""
+
+    @property
+    def corrupted(self) -> Sequence[int]: ...
+
+    @property
+    def describe(self) -> Callable[[int], str] | None: ...
+
+    def appearance(self, index: int) -> Appearance | None: ...
+
+    def label_of(self, index: int) -> str | None: ...
+
+
 class Gallery:
     """What a workload tells of its samples.
 
@@ -26,15 +39,25 @@ class Gallery:
     was computed for it.
     """
 
-    def __init__(self, workload: Workload | None = None) -> None:
-        self._workload = workload
+    def __init__(self, subjects: Subjects | None = None) -> None:
+        self._subjects = subjects
         self._failed: set[str] = set()
-        self.corrupted = frozenset(() if workload is None else workload.corrupted)
+        self.corrupted = frozenset(() if subjects is None else subjects.corrupted)
         self.line = lru_cache(maxsize=None)(self._line)
 
     def appearance(self, index: int) -> Appearance | None:
         """An image, a text or a table row."""
-        return None if self._workload is None else self._of("appearance", self._workload.appearance, index)
+        return None if self._subjects is None else self._of("appearance", self._subjects.appearance, index)
+
+    def label_of(self, index: int) -> str | None:
+        """The label, as people read it."""
+        return None if self._subjects is None else self._told("label", self._subjects.label_of, index)
+
+    @property
+    def describe(self) -> Callable[[int], str | None] | None:
+        """The workload's own description of a sample, if it gives any."""
+        given = None if self._subjects is None else self._subjects.describe
+        return None if given is None else lambda index: self._told("describe", given, index)
 
     def name(self, index: int) -> str:
         """``sample 69 (digit 7, labelled 1)``, or as much of it as is known, :data:`NAMED` characters at most."""
@@ -43,15 +66,14 @@ class Gallery:
 
     def _line(self, index: int) -> str:
         """The workload's own description, else the label; empty if neither is known."""
-        if self._workload is None:
-            return ""
-        described = None
-        if self._workload.describe is not None:
-            described = self._of("describe", self._workload.describe, index)
-        if described:
-            return one_line(str(described))
-        label = self._of("label", self._workload.label_of, index)
-        return "" if label is None else f"label {one_line(str(label))}"
+        if self.describe is not None and (described := self.describe(index)):
+            return one_line(described)
+        label = self.label_of(index)
+        return "" if label is None else f"label {one_line(label)}"
+
+    def _told(self, what: str, function: Callable[[int], object], index: int) -> str | None:
+        found = self._of(what, function, index)
+        return None if found is None else str(found)
 
     def _of(self, what: str, function: Callable[[int], Found], index: int) -> Found | None:
         try:

@@ -103,7 +103,7 @@ def _entry(part: SubFigure, bottom: float, height: float, style: tuple[str, str]
     start = 0.45
     if is_image(appearance):
         size = height * 0.86
-        draw_image(_inches(part, start, bottom + (height - size) / 2, size, size), appearance, colour)  # type: ignore[arg-type]
+        draw_image(_inches(part, start, bottom + (height - size) / 2, size, size), appearance, colour)
         start += size + 0.08
     columns = int((SIDE - start) / CHARACTER)
     text = excerpt(appearance, columns, 2)

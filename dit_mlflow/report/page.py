@@ -15,7 +15,8 @@ import numpy as np
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence import Influence, Window
-from dit_mlflow.report.exhibits import Subjects, encodable
+from dit_mlflow.report.exhibits import encodable
+from dit_mlflow.report.gallery import Gallery
 from dit_mlflow.report.page_data import Columns, flag_count, json_in_html, page_data, readable
 
 SCRIPTS = ("data.js", "chart.js", "charts.js", "detail.js", "table.js", "page.js")
@@ -40,7 +41,7 @@ _TURNING = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
 def influence_page(
     estimate: Influence,
     truth: Influence | None = None,
-    subjects: Subjects | None = None,
+    gallery: Gallery | None = None,
     windows: Sequence[Window] | None = None,
     metrics: Mapping[Window, Metrics] | None = None,
     training: str = "",
@@ -57,7 +58,7 @@ def influence_page(
         estimate: scores. If the whole run ``[0, T)`` is among its windows, that is what samples are ranked and flagged
             by; else it is the mean over the windows.
         truth: exact scores to show beside, for some or all windows and samples.
-        subjects: the workload, for labels, looks, and which samples are damaged.
+        gallery: labels, looks, and which samples are damaged.
         windows: those to show; default: all of the estimate's.
         metrics: by window, with names as on the runs (``ground_truth/spearman``, ``trust/…``, ``detection/…``).
         training: a few words that name what was trained.
@@ -70,7 +71,7 @@ def influence_page(
     """
     shown = tuple(estimate.windows if windows is None else windows)
     columns = Columns.of(estimate, truth, shown)
-    data = page_data(estimate, columns, subjects, metrics or {})
+    data = page_data(estimate, columns, gallery or Gallery(), metrics or {})
     told = sentences or data["columns"][0]["trust"] or [UNKNOWN]
     script = "\n".join(_asset(name) for name in SCRIPTS)
     question = _question(estimate, columns, training)

@@ -13,7 +13,8 @@ import numpy as np
 from dit_mlflow.evaluation import Metrics, patterns
 from dit_mlflow.evaluation.patterns import PATTERNS
 from dit_mlflow.influence import Influence, Window
-from dit_mlflow.report.exhibits import Exhibits, Subjects, encodable, lines
+from dit_mlflow.report.exhibits import Exhibits, encodable, lines
+from dit_mlflow.report.gallery import Gallery
 
 SCORE_BYTES = 2_500_000
 """Of embedded scores, estimates and exact ones: what decides how many queries a page can hold beside the first."""
@@ -109,7 +110,7 @@ def by_extremity(scores: np.ndarray) -> np.ndarray:
 def page_data(
     estimate: Influence,
     columns: Columns,
-    subjects: Subjects | None,
+    gallery: Gallery,
     metrics: Mapping[Window, Metrics],
 ) -> dict[str, Any]:
     """All that the page shows and can sort, filter and draw, as JSON values.
@@ -118,16 +119,15 @@ def page_data(
     digits; exact scores only of the samples that have one.
     """
     count = len(estimate.samples)
-    corrupted = [] if subjects is None else list(subjects.corrupted)
-    damaged = np.flatnonzero(np.isin(estimate.samples, corrupted))
+    damaged = np.flatnonzero(np.isin(estimate.samples, list(gallery.corrupted)))
     k = flag_count(count, len(damaged))
     per_query = 4 * columns.estimate[:, 0].size * (1 if columns.exact is None else 2)
     embedded = max(1, min(len(estimate.queries), SCORE_BYTES // max(1, per_query)))
     known = None if columns.exact is None else np.flatnonzero(np.isfinite(columns.exact).any(axis=(0, 1)))
     order = by_extremity(columns.estimate[:, :embedded].reshape(-1, count)).tolist()
-    shown = Exhibits() if subjects is None else Exhibits.of(subjects, estimate.samples, order)
-    labels = lines(subjects.label_of if subjects else None, estimate.samples)
-    notes = lines(subjects.describe if subjects else None, estimate.samples)
+    shown = Exhibits.of(gallery, estimate.samples, order)
+    labels = lines(gallery.label_of, estimate.samples)
+    notes = lines(gallery.describe, estimate.samples)
     distinct = sorted({label for label in labels if label is not None})
     code = {label: place for place, label in enumerate(distinct)}
     return {
@@ -145,7 +145,7 @@ def page_data(
         "label": [-1 if label is None else code[label] for label in labels] if distinct else None,
         "notes": None if all(note is None for note in notes) else notes,
         "patterns": PATTERN_NAMES,
-        "damaged": damaged.tolist() if corrupted else None,
+        "damaged": damaged.tolist() if gallery.corrupted else None,
         "pictures": shown.pictures,
         "texts": shown.texts,
         "cut": shown.cut,

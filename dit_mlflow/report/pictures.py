@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ CHARACTER = 0.074
 """Inches that a small character takes on average, with some to spare."""
 
 
-def is_image(appearance: Appearance | None) -> bool:
+def is_image(appearance: Appearance | None) -> TypeGuard[np.ndarray]:
     """Whether it is drawn as a picture, not written."""
     return (
         isinstance(appearance, np.ndarray)

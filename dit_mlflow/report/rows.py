@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,7 @@ import pandas as pd
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence import Influence, Window
+from dit_mlflow.report.gallery import Gallery
 
 MEAN = "mean loss of the rows"
 FIRST = ("row", "loss", "window_start", "window_end", "side", "rank", "sample_index", "sample", "corrupted", "score")
@@ -19,8 +20,7 @@ def rows_table(
     influence: Influence,
     losses: np.ndarray,
     top: int,
-    corrupted: Sequence[int] = (),
-    describe: Callable[[int], str | None] | None = None,
+    gallery: Gallery | None = None,
 ) -> pd.DataFrame:
     """The ``top`` most harmful and most helpful training samples of each row and window, one line each.
 
@@ -31,20 +31,19 @@ def rows_table(
         influence: its queries are the rows, in order.
         losses: of the rows, ``[rows]``.
         top: samples per row, window and side.
-        corrupted, describe: of the workload.
+        gallery: what is known of the training samples.
     """
     table = influence.top(top)
     row_of = {name: row for row, name in enumerate(influence.queries)}
     table["row"] = table["query"].map(row_of).astype(int)
     table["loss"] = losses[table["row"].to_numpy()]
-    return _described(table, corrupted, describe, ["row", "window_index", "side", "rank"])
+    return _described(table, gallery or Gallery(), ["row", "window_index", "side", "rank"])
 
 
 def mean_table(
     influence: Influence,
     top: int,
-    corrupted: Sequence[int] = (),
-    describe: Callable[[int], str | None] | None = None,
+    gallery: Gallery | None = None,
 ) -> pd.DataFrame:
     """The ``top`` training samples that hurt and helped most on the mean over all rows, per window.
 
@@ -54,7 +53,7 @@ def mean_table(
     hurt = (influence.scores < 0).mean(axis=1)
     place = {int(index): at for at, index in enumerate(influence.samples)}
     table["rows_hurt"] = hurt[table["window_index"], table["sample_index"].map(place)]
-    return _described(table, corrupted, describe, ["window_index", "side", "rank"])
+    return _described(table, gallery or Gallery(), ["window_index", "side", "rank"])
 
 
 def mean_over_rows(influence: Influence) -> Influence:
@@ -72,7 +71,7 @@ def mean_over_rows(influence: Influence) -> Influence:
 
 
 def rows_metrics(
-    influence: Influence, losses: np.ndarray, whole: Window, top: int, corrupted: Sequence[int] = ()
+    influence: Influence, losses: np.ndarray, whole: Window, top: int, corrupted: Collection[int] = ()
 ) -> Metrics:
     """Four figures of the whole training.
 
@@ -95,16 +94,11 @@ def rows_metrics(
     return Metrics(values | {"corrupted_among_worst": float(np.isin(worst, list(corrupted)).mean())})
 
 
-def _described(
-    table: pd.DataFrame,
-    corrupted: Sequence[int],
-    describe: Callable[[int], str | None] | None,
-    order: list[str],
-) -> pd.DataFrame:
-    if corrupted:
-        table["corrupted"] = table["sample_index"].isin(list(corrupted))
-    if describe is not None:
-        table["sample"] = table["sample_index"].map(lambda index: describe(int(index)))
+def _described(table: pd.DataFrame, gallery: Gallery, order: list[str]) -> pd.DataFrame:
+    if gallery.corrupted:
+        table["corrupted"] = table["sample_index"].isin(gallery.corrupted)
+    if gallery.describe is not None:
+        table["sample"] = table["sample_index"].map(gallery.describe)
     table = table.sort_values(order, kind="stable", ignore_index=True)
     more = ["rows_hurt"] if "rows_hurt" in table else []
     return table[[name for name in (*FIRST, *more) if name in table]]

@@ -75,7 +75,7 @@ def _entry(
         size = ROW * 0.86
         place = axes.get_position()
         inner = (place.x0, place.y0 + 0.05 * place.height, size / WIDTH, place.height * size / ROW)
-        draw_image(figure.add_axes(inner), appearance, colour)  # type: ignore[arg-type]
+        draw_image(figure.add_axes(inner), appearance, colour)
         start = size + 0.1
     columns = int((width - start) / CHARACTER)
     text = excerpt(appearance, columns, 1)

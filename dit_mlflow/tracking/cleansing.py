@@ -30,11 +30,12 @@ from dit_mlflow.evaluation.cleansing import (
 from dit_mlflow.influence import Kind, Window, check_kind, parse_windows, track
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods import method
-from dit_mlflow.methods.confident_learning import out_of_sample
+from dit_mlflow.methods.confident_learning import check_folds, out_of_sample
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.report import cleansing_answer, cleansing_table, terminal_table
 from dit_mlflow.tracking.artifacts import load_trajectory, log_influence
 from dit_mlflow.tracking.cleansing_runs import CleansingRuns
+from dit_mlflow.tracking.datasets import log_datasets_of
 from dit_mlflow.tracking.links import where_to_look
 from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.names import KIND, METHOD, TRAINING_RUN
@@ -46,6 +47,9 @@ from dit_mlflow.trajectory.random_state import preserved_random_state
 ACTIONS = ("drop", "relabel")
 
 CLEANSING = "cleansing"
+
+FOLDS = 5
+"""Parts of the training samples, each predicted by a model that is trained on the others."""
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +85,7 @@ class CleansingRequest(Request):
         for name, least in (("repeats", 1), ("draws", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}; expected {least} or more")
+        _ = self.memory_budget
         self.counts(2**31)
 
     def counts(self, num_samples: int) -> dict[float, int]:
@@ -134,6 +139,8 @@ class Plan:
             if request.action == "relabel":
                 raise UnsupportedError(f"action=relabel needs a classification: {error}") from error
             classes = None
+        if request.action == "relabel" and classes is not None:
+            check_folds(classes, FOLDS)
         most, kinds = max(counts.values()), 1 if classes is None else len(np.unique(classes))
         if request.action == "drop" and workload.num_samples - most < kinds:
             raise InputError(
@@ -164,7 +171,7 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
         windows = parse_windows(request.windows, workload.plan)
         plan = Plan.of(request, workload)
-        rehearse(workload, request.memory_mb * 2**20 or None)
+        rehearse(workload, request.memory_budget)
         training_run = run_training(workload, request.init_seed, request.order_seed)
         trajectory = load_trajectory(training_run)
     tags = {KIND: CLEANSING, METHOD: "dit", TRAINING_RUN: training_run}
@@ -183,11 +190,12 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
                 "resolved.training_run": training_run,
             }
         )
+        log_datasets_of(training_run, run.info.run_id)
         strategies = _strategies(request, trajectory, workload, windows, kind)
         predicted = None
         if request.action == "relabel":
             with preserved_random_state():
-                predicted = out_of_sample(trajectory.replay(workload), folds=5, seed=0)[1].argmax(axis=1)
+                predicted = out_of_sample(trajectory.replay(workload), FOLDS, seed=0)[1].argmax(axis=1)
         tried = trials(strategies, plan.counts)
         if request.action == "drop" and plan.classes is not None:
             check_classes_stay(tried, plan.classes)
@@ -206,9 +214,13 @@ def _metric(request: CleansingRequest, workload: Workload) -> str:
     with preserved_random_state():
         found = mean_scores(workload, workload.build_model().eval(), workload.validation_set).values
     if not request.metric:
-        return "accuracy" if "accuracy" in found else "loss"
+        return "accuracy" if math.isfinite(found.get("accuracy", math.nan)) else "loss"
     if request.metric not in found:
         raise InputError(f"metric={request.metric!r}; the workload has {', '.join(found)}")
+    if not math.isfinite(found[request.metric]):
+        raise InputError(
+            f"metric={request.metric!r} is {found[request.metric]} on the validation split before training"
+        )
     return request.metric
 
 
@@ -224,7 +236,7 @@ def _strategies(
     request: CleansingRequest, trajectory: Trajectory, workload: Workload, windows: list[Window], kind: Kind
 ) -> dict[str, np.ndarray]:
     """Scores ``[draws, n]`` by the name of the strategy, low = to be cleaned."""
-    influence = track(trajectory, workload, windows, kind, memory_budget=request.memory_mb * 2**20 or None)
+    influence = track(trajectory, workload, windows, kind, memory_budget=request.memory_budget)
     log_influence(influence)
     width = max(2, len(str(len(windows) - 1)))
     names = [f"influence w{index:0{width}d} {window}" for index, window in enumerate(windows)]

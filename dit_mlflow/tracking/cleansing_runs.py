@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import mlflow
 import numpy as np
@@ -21,7 +21,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.changed_data import class_names
 from dit_mlflow.evaluation.cleansing import NO_CLEANING, RANDOM, Cleansing, Outcome, Trial, choose
-from dit_mlflow.report import cleansing_note, cleansing_table, plot_cleansing
+from dit_mlflow.report import Gallery, cleansing_note, cleansing_table, plot_cleansing
 from dit_mlflow.report.cleansing_note import DONE
 from dit_mlflow.tracking.artifacts import active_run_id
 from dit_mlflow.tracking.names import ERROR, HELPED, KIND, TRAINING_RUN
@@ -48,6 +48,10 @@ class CleansingRuns:
     seeds: Sequence[tuple[int, int]]
     classes: np.ndarray | None
     predicted: np.ndarray | None
+
+    @cached_property
+    def _gallery(self) -> Gallery:
+        return Gallery(self.workload)
 
     @cached_property
     def _names(self) -> dict[int, str]:
@@ -83,19 +87,19 @@ class CleansingRuns:
 
     def samples(self, trial: Trial) -> pd.DataFrame:
         """The flagged samples, lowest score first: index, score, what is known of them."""
-        label = cache(self.workload.label_of)
+        gallery = self._gallery
         draws, indices = len(trial.flagged), trial.flagged.ravel()
         columns: dict[str, object] = {"draw": np.repeat(np.arange(draws), trial.count)} if draws > 1 else {}
         columns["sample_index"] = indices
         if trial.strategy != RANDOM:
             columns["score"] = np.take_along_axis(trial.scores, trial.flagged, axis=1).ravel()
-        if self.workload.describe is not None:
-            columns["sample"] = [self.workload.describe(int(index)) for index in indices]
-        columns["label"] = [label(int(index)) for index in indices]
+        if gallery.describe is not None:
+            columns["sample"] = [gallery.describe(int(index)) for index in indices]
+        columns["label"] = [gallery.label_of(int(index)) for index in indices]
         if self.predicted is not None:
             columns["new_label"] = [self._names.get(int(found), str(found)) for found in self.predicted[indices]]
-        if self.workload.corrupted:
-            columns["corrupted"] = np.isin(indices, np.asarray(self.workload.corrupted))
+        if gallery.corrupted:
+            columns["corrupted"] = np.isin(indices, list(gallery.corrupted))
         return pd.DataFrame(columns)
 
     def log_strategies(self, cleansing: Cleansing) -> None:

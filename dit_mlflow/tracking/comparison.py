@@ -38,6 +38,7 @@ from dit_mlflow.report import (
     terminal_table,
 )
 from dit_mlflow.tracking.artifacts import load_influence, load_trajectory, log_influence
+from dit_mlflow.tracking.datasets import log_datasets_of
 from dit_mlflow.tracking.figures import log_plot
 from dit_mlflow.tracking.influence import parse_ground_truth
 from dit_mlflow.tracking.links import save_comparisons, where_to_look
@@ -139,6 +140,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
                 "resolved.seeds": request.seeds,
             }
         )
+        log_datasets_of(subjects[0].run_id, run.info.run_id)
         asked = [(subject, name) for subject in subjects for name in names]
         rows = [_child(request, name, subject) for subject, name in progress_over(asked, "comparing", "method")]
         ceiling = _attainable(rows, subjects[0])

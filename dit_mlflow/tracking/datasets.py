@@ -52,6 +52,14 @@ def log_dataset(run_id: str, dataset: SampleSet, context: str) -> None:
     MlflowClient().log_inputs(run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
 
 
+def log_datasets_of(training_run_id: str, run_id: str) -> None:
+    """Log the data sets of a training as inputs of a run that asks about it."""
+    client = MlflowClient()
+    inputs = client.get_run(training_run_id).inputs
+    if inputs is not None and inputs.dataset_inputs:
+        client.log_inputs(run_id, inputs.dataset_inputs)
+
+
 def workload_source(workload: Workload) -> dict[str, str]:
     """What a workload's data sets were made by."""
     if workload.reference is None:

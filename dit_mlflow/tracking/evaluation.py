@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -27,6 +27,16 @@ from dit_mlflow.tracking.runs import log_metrics
 from dit_mlflow.trajectory import Workload
 
 ROWS_TABLE, MEAN_TABLE = "influence_on_rows", "influence_on_mean"
+
+TYPES: dict[str, tuple[Any, str]] = {
+    "training_run": (str, "the id of a run"),
+    "windows": ((str, int), "'epochs', a number of equal windows, or ranges '0:80,80:160'"),
+    "kind": (str, "local, final or cumulative"),
+    "workload": ((str, Workload), "a reference, or a dit_mlflow.Workload"),
+    "settings": (Mapping, "settings of the workload by name"),
+    "batch": ((Callable, type(None)), "a function batch(features, targets)"),
+}
+"""Of the settings, and in words."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +64,9 @@ class Settings:
         unknown = [name for name in config if name not in known]
         if unknown:
             raise InputError(f"evaluator_config has {', '.join(map(repr, unknown))}; it takes: {', '.join(known)}")
+        for name, (types, expected) in TYPES.items():
+            if name in config and not isinstance(config[name], types):
+                raise InputError(f"evaluator_config has {name}={config[name]!r}; expected {expected}")
         check_top(config.get("top", cls.top))
         asked = config.get("training_run")
         if model_id is None:
@@ -96,21 +109,21 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
     windows, whole = list(question.windows), question.whole
     asked = windows if whole in windows else [*windows, whole]
     answer = question.answer(features, targets, settings.batch, asked)  # type: ignore[arg-type]
-    workload, top = question.workload, settings.top
+    gallery, top = Gallery(question.workload), settings.top
     shown = answer.influence.select(windows)
     shown = replace(shown, metadata={**shown.metadata, "training_run": settings.training_run})
     _tag(run_id, settings.training_run)
     log_influence(shown, run_id, ROW_INFLUENCE)
     tables = {
-        ROWS_TABLE: rows_table(shown, answer.losses, top, workload.corrupted, workload.describe),
-        MEAN_TABLE: mean_table(shown, top, workload.corrupted, workload.describe),
+        ROWS_TABLE: rows_table(shown, answer.losses, top, gallery),
+        MEAN_TABLE: mean_table(shown, top, gallery),
     }
     for name, table in tables.items():
         _log_table(run_id, table, f"{name}.json")
     if len(windows) > 1:
-        figure = plot_top_samples(mean_over_rows(shown), Gallery(workload))
+        figure = plot_top_samples(mean_over_rows(shown), gallery)
         log_plot(figure, f"{ROW_INFLUENCE}/influence_over_windows.png")
-    found = rows_metrics(answer.influence, answer.losses, whole, top, workload.corrupted).prefixed("dit/")
+    found = rows_metrics(answer.influence, answer.losses, whole, top, gallery.corrupted).prefixed("dit/")
     log_metrics(Metrics({}, found.undefined))
     artifacts = {name: JsonEvaluationArtifact(mlflow.get_artifact_uri(f"{name}.json")) for name in tables}
     return EvaluationResult(dict(found.values), artifacts, run_id)

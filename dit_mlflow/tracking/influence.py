@@ -45,6 +45,7 @@ from dit_mlflow.report import (
     windows_table,
 )
 from dit_mlflow.tracking.artifacts import log_influence
+from dit_mlflow.tracking.datasets import log_datasets_of
 from dit_mlflow.tracking.figures import log_plot
 from dit_mlflow.tracking.links import run_link
 from dit_mlflow.tracking.names import CONFIRMED, GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRAINING_RUN
@@ -149,6 +150,7 @@ def run_influence(
                 "resolved.training_run": training_run_id,
             }
         )
+        log_datasets_of(training_run_id, run.info.run_id)
         whole = Window(0, trajectory.num_steps)
         asked = windows if whole in windows else [*windows, whole]
         estimate = track(trajectory, workload, asked, kind, dtype=dtype, memory_budget=memory_budget)
@@ -237,7 +239,7 @@ def _log_parent(
     measured = dict(zip([*windows, whole], [*answer.per_window, answer.whole], strict=True))
     held = confirmed if truth is None else truth
     sentences = answer_sentences(answer.findings)
-    report = influence_page(estimate, held, workload, windows, measured, workload_title(workload), sentences)
+    report = influence_page(estimate, held, gallery, windows, measured, workload_title(workload), sentences)
     mlflow.log_text(report, f"{INFLUENCE}/report.html")
     if truth is not None:
         log_influence(truth.select(windows), folder=GROUND_TRUTH)

@@ -21,7 +21,9 @@ import dit_mlflow
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence import row_losses
 from dit_mlflow.influence.rows import sample_as_row
+from dit_mlflow.report import Gallery
 from dit_mlflow.report.rows import check_top, rows_table
+from dit_mlflow.tracking.artifacts import load_trajectory
 from dit_mlflow.tracking.found_models import versions_of
 from dit_mlflow.tracking.names import KIND, TRAINING_RUN
 from dit_mlflow.tracking.registration import INFLUENCE_MODEL, check_name
@@ -78,8 +80,7 @@ class InfluenceModel(PythonModel):
             raise InputError(f"expected a DataFrame with the column {self._target!r}, which holds targets; got {shown}")
         targets = model_input[self._target].to_numpy()
         answer = self._question.answer(model_input.drop(columns=self._target), targets)
-        workload = self._question.workload
-        return rows_table(answer.influence, answer.losses, self._top, workload.corrupted, workload.describe)
+        return rows_table(answer.influence, answer.losses, self._top, Gallery(self._question.workload))
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,17 @@ def log_influence_model(
     with redirect_stderr(io.StringIO()):
         version = mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, CONFIG: checksum})
     return LoggedInfluenceModel(str(logged.model_id), str(version.version))
+
+
+def check_influence_model(training_run: str) -> None:
+    """Raise :class:`DitError` if :func:`log_influence_model` cannot make a model of this training run alone."""
+    if load_trajectory(training_run).manifest.workload is None:
+        raise InputError(
+            f"the trajectory of run {training_run} was recorded without a workload, which an influence model needs. "
+            "Leave influence_model out, and name the workload in Python: dit_mlflow.tracking.log_influence_model("
+            f"{training_run!r}, name=…, workload='package.module:function')"
+        )
+    _example(RowQuestion.of(training_run).workload, "target")
 
 
 def _signature(workload: Workload) -> ModelSignature:

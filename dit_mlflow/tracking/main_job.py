@@ -60,6 +60,13 @@ class Request:
     order_seed: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def memory_budget(self) -> int | None:
+        """``memory_mb`` in bytes, ``None`` = the default; raises :class:`InputError` if it is negative."""
+        if self.memory_mb < 0:
+            raise InputError(f"memory_mb={self.memory_mb}; expected MiB, or 0 for the default")
+        return self.memory_mb * 2**20 or None
+
 
 def main_job(request: Request, project_run_id: str | None = None) -> str:
     """Run the main job; returns what the terminal shows at the end.
@@ -72,8 +79,7 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
     kind = check_kind(request.kind)
     if request.dtype not in DTYPES:
         raise InputError(f"dtype={request.dtype!r}; expected one of {', '.join(DTYPES)}")
-    if request.memory_mb < 0:
-        raise InputError(f"memory_mb={request.memory_mb}; expected MiB, or 0 for the default")
+    memory_budget = request.memory_budget
     if request.training_run:
         trajectory = load_trajectory(request.training_run)
         workload = recorded_workload(request, trajectory)
@@ -84,7 +90,7 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
         workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
         windows = parse_windows(request.windows, workload.plan)
         checks = Checks.parse(request.ground_truth, request.trust, request.confirm, workload.num_samples)
-        rehearse(workload, request.memory_mb * 2**20 or None)
+        rehearse(workload, memory_budget)
         training_run = run_training(workload, request.init_seed, request.order_seed)
         trajectory = load_trajectory(training_run)
     answer = run_influence(
@@ -95,7 +101,7 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
         kind,
         checks,
         DTYPES[request.dtype],
-        request.memory_mb * 2**20 or None,
+        memory_budget,
         project_run_id,
     )
     return summary(answer, training_run)

@@ -81,7 +81,7 @@ def register_influence(influence_run: str, model_name: str, model: str = "") -> 
             run that logged no model or several, a model of another training, or a name that MLflow does not take.
     """
     check_name(model_name)
-    run, training = _runs(influence_run)
+    run, training = asked_and_trained(influence_run)
     chosen = _model_of(training, model)
     with TemporaryDirectory() as temporary:
         with reading(run, f"{INFLUENCE}/"):
@@ -99,8 +99,8 @@ def check_name(name: str) -> None:
         raise InputError(f"model_name={name!r} cannot be the name of a registered model: {error.message}") from error
 
 
-def _runs(influence_run: str) -> tuple[Run, Run]:
-    """The influence run and its training run, checked."""
+def asked_and_trained(influence_run: str) -> tuple[Run, Run]:
+    """The influence run and its training run; raises :class:`InputError` as :func:`register_influence` does."""
     run = find_run(influence_run)
     shown = f"run {influence_run} ({run.info.run_name})"
     with reading(run, f"{INFLUENCE}/"):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import mlflow
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.tracking.influence_model import log_influence_model
+from dit_mlflow.tracking.influence_model import check_influence_model, log_influence_model
 from dit_mlflow.tracking.links import version_link, where_is
 from dit_mlflow.tracking.names import INFLUENCE_RUN, KIND, TRAINING_RUN
-from dit_mlflow.tracking.registration import Registration, check_name, register_influence
+from dit_mlflow.tracking.registration import Registration, asked_and_trained, check_name, register_influence
 from dit_mlflow.tracking.runs import project_run
 
 
@@ -47,6 +47,8 @@ def register_job(request: RegistrationRequest, project_run_id: str | None = None
             raise InputError(f"model_name and influence_model are both {request.model_name!r}; they are two models")
     job = project_run(project_run_id, f"register {request.model_name}", {KIND: "registration"})
     with job if project_run_id is not None else nullcontext():
+        if request.influence_model:
+            check_influence_model(asked_and_trained(request.influence_run)[1].info.run_id)
         done = register_influence(request.influence_run, request.model_name, request.model)
         if project_run_id is not None:
             mlflow.set_tags({INFLUENCE_RUN: done.influence_run, TRAINING_RUN: done.training_run})

@@ -103,6 +103,12 @@ class RowQuestion:
         queries = row_losses(self.workload, features, targets, batch)
         # First, since it tells in one step whether the model takes these rows.
         losses = self._final_losses(queries)
+        if not np.isfinite(losses).all():
+            row = int(np.argmin(np.isfinite(losses)))
+            raise InputError(
+                f"the loss of row {row} is {losses[row]}, of which there is no influence; look for values far "
+                "from those that the model was trained on"
+            )
         return RowAnswer(
             track(self.trajectory, self.workload, list(windows or self.windows), self.kind, queries), losses
         )

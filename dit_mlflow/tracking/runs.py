@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import sys
 import time
@@ -14,22 +13,14 @@ import mlflow
 from mlflow import ActiveRun, MlflowClient
 from mlflow.data.dataset import Dataset
 from mlflow.entities import Metric
-from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from dit_mlflow.evaluation import Metrics
-from dit_mlflow.tracking.names import ERROR, KIND, UNDEFINED
+from dit_mlflow.tracking.names import UNDEFINED
 from dit_mlflow.tracking.plugin import DitRunContext
 
 BATCH = 1000
 """Metrics per request, the most that MLflow takes."""
-
-
-def take_project_run() -> str | None:
-    """The run that ``mlflow run`` made for this process, if any; later runs no longer attach to it by accident."""
-    run_id = MLFLOW_RUN_ID.get()
-    os.environ.pop(MLFLOW_RUN_ID.name, None)
-    return run_id
 
 
 @contextmanager
@@ -45,16 +36,6 @@ def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Itera
         if re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.info.run_name or ""):
             mlflow.set_tag(MLFLOW_RUN_NAME, name)
         yield run
-
-
-def fail_project_run(run_id: str | None, kind: str, message: str) -> None:
-    """Leave the reason on the run that ``mlflow run`` made, and end it as FAILED."""
-    if run_id is None:
-        return
-    client = MlflowClient()
-    for name, value in {**DitRunContext().tags(), KIND: kind, ERROR: message[:5000]}.items():
-        client.set_tag(run_id, name, value)
-    client.set_terminated(run_id, "FAILED")
 
 
 def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset | None = None) -> None:

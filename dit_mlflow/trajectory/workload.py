@@ -89,6 +89,8 @@ class Workload:
                 )
             if len(data) == 0:
                 raise WorkloadError(f"Workload.{name} is empty; expected at least one sample")
+        if self.test_set is not None and len(self.test_set) == 0:  # type: ignore[arg-type]
+            raise WorkloadError("Workload.test_set is empty; expected at least one sample, or None")
         for name in ("batch_size", "epochs", "accumulate"):
             value = getattr(self, name)
             if value is not None and value < 1:

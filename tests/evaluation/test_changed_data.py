@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 from workloads import SAMPLES, datasets, digits_workload
 
 from dit_mlflow import InputError, UnsupportedError, Workload
-from dit_mlflow.evaluation.changed_data import relabelled, sample_classes, subset
+from dit_mlflow.evaluation.changed_data import class_names, relabelled, sample_classes, subset
 
 KEPT = [20, 3, 7, 11]
 
@@ -107,3 +107,11 @@ def test_what_is_no_classification_cannot_be_relabelled() -> None:
     )
     with pytest.raises(UnsupportedError, match=r"do not come out of Workload\.collate_fn"):
         relabelled(stubborn, [0], [1])
+
+
+def test_classes_whose_names_cannot_be_told_are_numbers() -> None:
+    def fail(index: int) -> str:
+        raise KeyError(index)
+
+    workload = digits_workload(label=fail)
+    assert class_names(workload, sample_classes(workload)) == {0: "0", 1: "1", 2: "2"}

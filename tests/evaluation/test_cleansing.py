@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from workloads import SAMPLES, datasets, digits_model, digits_workload
 
-from dit_mlflow import InputError, Workload, train
+from dit_mlflow import InputError, Workload, WorkloadError, train
 from dit_mlflow.evaluation import mean_scores
 from dit_mlflow.evaluation.changed_data import subset
 from dit_mlflow.evaluation.cleansing import (
@@ -185,3 +185,10 @@ def test_a_fraction_that_leaves_a_class_without_samples_is_refused() -> None:
     (harmful,) = trials({"loss": np.array([[3, 4, 0, 1, 6.0]])}, {0.4: 2})
     with pytest.raises(InputError, match=r"dropping 2 of 5 samples \(40 %\) by loss leaves no sample of class 1"):
         check_classes_stay([harmless, harmful], classes)
+
+
+def test_an_empty_test_set_cannot_judge() -> None:
+    """Nor be trained beside: whoever gives one expects figures of it."""
+    nothing = TensorDataset(*(tensor[:0] for tensor in datasets()[1].tensors))
+    with pytest.raises(WorkloadError, match=r"Workload\.test_set is empty; expected at least one sample, or None"):
+        digits_workload(test_set=nothing)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from dit_mlflow import Influence, Window
+from dit_mlflow.report import Gallery
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -27,24 +28,19 @@ HOSTILE = (
 )
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(Gallery):
     """What a workload would tell."""
 
-    looks: Sequence[Any]
-    labels: Sequence[str | None]
-    notes: Sequence[str] | None = None
-    corrupted: Sequence[int] = ()
-
-    @property
-    def describe(self) -> Any:
-        return None if self.notes is None else self.notes.__getitem__
-
-    def appearance(self, index: int) -> np.ndarray | str | Mapping[str, Any] | None:
-        return self.looks[index]
-
-    def label_of(self, index: int) -> str | None:
-        return self.labels[index]
+    def __init__(
+        self,
+        looks: Sequence[Any],
+        labels: Sequence[Any],
+        notes: Sequence[Any] | None = None,
+        corrupted: Sequence[int] = (),
+    ) -> None:
+        tell = None if notes is None else notes.__getitem__
+        told = {"appearance": looks.__getitem__, "label_of": labels.__getitem__, "describe": tell}
+        super().__init__(SimpleNamespace(**told, corrupted=corrupted))
 
 
 def result(

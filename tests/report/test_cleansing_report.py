@@ -133,3 +133,32 @@ def test_descriptions_of_many_windows_stay_below_what_mlflow_keeps() -> None:
     note = cleansing_note(found, "a" * 32, ["x_" * 1000] * 100)
     assert len(note) < 8000
     assert "The other trials are in `cleansing.json`" in note
+
+
+def test_no_sentence_on_other_strategies_where_all_of_them_failed() -> None:
+    found = cleansing()
+    alone = Cleansing(found.outcomes[:3], "accuracy", "drop")
+    answer = cleansing_answer(alone)
+    assert "otherwise" not in answer
+    assert "  " not in answer
+
+
+def test_a_gain_without_an_interval_says_how_many_trainings_it_is_of() -> None:
+    """One test sample has no spread, however many pairs of seeds there are."""
+    found = cleansing()
+    one = [Outcome(o.trial, o.figures, {name: x[:1] for name, x in o.by_sample.items()}) for o in found.outcomes]
+    assert "(gain +0.1000, 3 pairs of seeds)" in cleansing_answer(Cleansing(tuple(one), "accuracy", "drop"))
+
+
+@pytest.mark.parametrize("gain", [0.1, -0.1])
+def test_a_note_of_very_many_trials_is_not_cut_by_mlflow(gain: float) -> None:
+    """It cuts tags at 8,000 characters without a word."""
+    found = cleansing(gain=gain, corrupted=(1, 2))
+    names = [f"influence w{k:03d} {1000 * k}-{1000 * k + 1000}" for k in range(60)]
+    windows = [outcome(name, count, "accuracy", 0.55, 0.6) for name in names for count in (5, 20)]
+    remarks = [f"influence w{k:03d} failed: RuntimeError: " + "<x> " * 300 for k in range(9)]
+    many = Cleansing((*found.outcomes, *windows), "accuracy", "drop", (1, 2))
+    note = cleansing_note(many, "0" * 32, remarks)
+    assert len(note) <= 8000
+    assert "dropped_indices.json" in note
+    assert "The validation split chose" in note

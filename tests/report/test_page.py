@@ -7,6 +7,7 @@ import json
 import re
 from html.parser import HTMLParser
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from dit_mlflow import Window
 from dit_mlflow.evaluation import Metrics, patterns
-from dit_mlflow.report import influence_page
+from dit_mlflow.report import Gallery, influence_page
 
 
 class Page(HTMLParser):
@@ -102,7 +103,7 @@ def test_flagged_are_the_lowest_negative_scores(damaged: tuple[int, ...]) -> Non
     scores[2, 0, lowest] = [-3, -2, -1][: len(lowest)]
     scores[2, 0, 0] = np.nan
     subjects = Samples([None] * 40, [None] * 40, corrupted=damaged)
-    page = Page(influence_page(result(scores), subjects=subjects))
+    page = Page(influence_page(result(scores), gallery=subjects))
     # k = 4 either way, of which not all are negative.
     assert page.data["queries"][0]["flagged"] == lowest
     rule = next(text for text in page.texts if text.startswith("Flagged"))
@@ -148,12 +149,12 @@ def test_overview_patterns_band_and_words() -> None:
 def test_hostile_strings_arrive_and_are_never_markup() -> None:
     count = len(HOSTILE)
     harmless = Samples(["x"] * count, ["x"] * count, ["x"] * count)
-    plain = influence_page(result(random_scores(3, count)), subjects=harmless)
+    plain = influence_page(result(random_scores(3, count)), gallery=harmless)
     queries = [f"loss {text} {k}" for k, text in enumerate(HOSTILE)]
     scores = result(random_scores(3, count, queries=count), queries=queries)
     looks = [text if k % 2 else {text: text, "other": text} for k, text in enumerate(HOSTILE)]
     hostile = influence_page(
-        scores, subjects=Samples(looks, HOSTILE, HOSTILE), training=HOSTILE[2], sentences=HOSTILE[:6] + HOSTILE[8:11]
+        scores, gallery=Samples(looks, HOSTILE, HOSTILE), training=HOSTILE[2], sentences=HOSTILE[:6] + HOSTILE[8:11]
     )
     hostile.encode()
     expected, found = Page(plain), Page(hostile)
@@ -188,7 +189,7 @@ def test_pictures_are_the_samples_own(image: str) -> None:
         "floats outside": digits / 100 - 0.5,
         "nan": np.where(digits > 99, np.nan, digits / 255),
     }[image]
-    data = Page(influence_page(result(random_scores(3, 1)), subjects=Samples([shown], ["7"]))).data
+    data = Page(influence_page(result(random_scores(3, 1)), gallery=Samples([shown], ["7"]))).data
     found = np.asarray(Image.open(BytesIO(base64.b64decode(data["pictures"]["0"].partition(",")[2]))))
     if image == "photo":
         assert found.shape == (128, 85, 3)
@@ -221,7 +222,7 @@ def test_texts_are_whole_where_they_matter_and_begun_elsewhere() -> None:
     count = 3000
     texts = [f"{index} " + "word " * 400 for index in range(count)]
     scores = random_scores(3, count)
-    data = Page(influence_page(result(scores), subjects=Samples(texts, [None] * count))).data
+    data = Page(influence_page(result(scores), gallery=Samples(texts, [None] * count))).data
     assert len(data["texts"]) == count
     assert sum(map(len, data["texts"].values())) <= 1_500_000
     worst = str(int(scores[2, 0].argmin()))
@@ -233,7 +234,7 @@ def test_texts_are_whole_where_they_matter_and_begun_elsewhere() -> None:
 
 def test_rows_with_different_columns_keep_their_values_apart() -> None:
     looks = [{"age": 3, "name": "a"}, {"size": 0.123456789, "age": 4}, None]
-    data = Page(influence_page(result(random_scores(2, 3)), subjects=Samples(looks, ["x", None, "y"]))).data
+    data = Page(influence_page(result(random_scores(2, 3)), gallery=Samples(looks, ["x", None, "y"]))).data
     for position, row in ((0, {"age": "3", "name": "a"}), (1, {"age": "4", "size": "0.123457"})):
         found = zip(data["names"], data["rows"][str(position)], strict=False)
         assert {name: value for name, value in found if value is not None} == row
@@ -251,10 +252,51 @@ def test_degenerate_scores_have_a_page(scores: np.ndarray) -> None:
 
 def test_all_is_readable_without_scripts() -> None:
     scores = random_scores(3, 20)
-    html = influence_page(result(scores), subjects=Samples([None] * 20, [f"<{k}>" for k in range(20)]))
+    html = influence_page(result(scores), gallery=Samples([None] * 20, [f"<{k}>" for k in range(20)]))
     table = html[html.index("<noscript>") : html.index("</noscript>")]
     cells = re.findall(r"<td>([^<]*)</td>", table)
     order = np.argsort(scores[2, 0])
     assert [int(cell) for cell in cells[::3]] == [*order[:5], *order[-5:]]
     assert cells[1] == f"&lt;{order[0]}&gt;"
     assert float(cells[2]) == pytest.approx(scores[2, 0, order[0]], rel=0.01)
+
+
+def test_a_workload_that_cannot_tell_of_its_samples_leaves_gaps() -> None:
+    def fail(index: int) -> str:
+        raise KeyError(index)
+
+    gallery = Gallery(SimpleNamespace(corrupted=(1,), describe=fail, appearance=fail, label_of=fail))
+    data = Page(influence_page(result(random_scores(2, 3)), gallery=gallery)).data
+    assert (data["pictures"], data["texts"], data["rows"], data["labels"], data["notes"]) == ({}, {}, {}, None, None)
+    assert data["damaged"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    {
+        "numbers up to 255": (np.full((5, 5), 128), np.full((5, 5), 128)),
+        "yes and no": (np.eye(4) > 0, 255 * np.eye(4)),
+        "transparent, as large as a photograph": (
+            np.random.default_rng(0).integers(0, 256, (128, 128, 4), dtype=np.uint8),
+            None,
+        ),
+        "one channel": (np.ones((8, 8, 1)), ...),
+        "empty": (np.ones((0, 3)), ...),
+        "four axes": (np.ones((2, 2, 2, 2)), ...),
+        "words": (np.array([["a"]]), ...),
+        "a number": (5, ...),
+    }.values(),
+)
+def test_looks_of_an_unusual_form(shown: Any, expected: Any) -> None:
+    """As in the plots: pictures of every kind of number are shown, what is no picture is left out."""
+    data = Page(influence_page(result(random_scores(2, 1)), gallery=Samples([shown], ["7"]))).data
+    assert list(data["pictures"]) == ([] if expected is ... else ["0"])
+    if isinstance(expected, np.ndarray):
+        found = np.asarray(Image.open(BytesIO(base64.b64decode(data["pictures"]["0"].partition(",")[2]))))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_labels_and_descriptions_need_not_be_text() -> None:
+    subjects = Samples([None] * 2, [3, 4.5], [1, None])
+    data = Page(influence_page(result(random_scores(2, 2)), gallery=subjects)).data
+    assert (data["labels"], data["notes"]) == (["3", "4.5"], ["1", None])

@@ -365,7 +365,7 @@ def test_ten_thousand_samples_are_sorted_and_filtered_at_once(opened: Opener) ->
     count = 10_000
     scores = random_scores(22, count)
     labels = [str(index % 10) for index in range(count)]
-    page = opened(influence_page(result(scores), subjects=Samples(["some text"] * count, labels)))
+    page = opened(influence_page(result(scores), gallery=Samples(["some text"] * count, labels)))
     took = page.locator("body").evaluate(
         """() => {
           const started = performance.now();

@@ -13,16 +13,18 @@ import torch
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from test_main_job import SMALL, artifact_names, children, mlflow_run, runs
+from test_main_job import SMALL, artifact_names, children, inputs, mlflow_run, runs
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+from workloads import datasets, digits_workload
 
-from dit_mlflow import load_workload
+from dit_mlflow import InputError, UnsupportedError, load_workload
 from dit_mlflow.cli import cli
 from dit_mlflow.evaluation import mean_scores
 from dit_mlflow.tracking import cleansing as job
 from dit_mlflow.tracking import load_influence, load_trajectory, record_trajectory
+from dit_mlflow.tracking.cleansing import CleansingRequest, Plan
 from dit_mlflow.trajectory import Workload
 from dit_mlflow.trajectory.loop import train_unrecorded
 
@@ -101,6 +103,7 @@ def test_without_cleaning_the_recorded_training_comes_out_bit_for_bit(store: str
     assert {name: again[name] for name in again} == {name: training.data.metrics[name] for name in again}
     assert {"validation/loss", "validation/accuracy", "test/loss", "test/accuracy"} == set(again)
     (parent,) = runs("cleansing")
+    assert inputs(parent) == inputs(training) != {}
     assert "Training again on all samples" not in parent.data.tags["mlflow.note.content"]
     # On another machine it may not, which is then said.
     MlflowClient().log_metric(training.info.run_id, "validation/loss", 9.0)
@@ -219,6 +222,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "twice": ({"drop": "0.1,0.101"}, "asks for the same number of 40 samples twice"),
     "class": ({"drop": "0.97"}, "dropping 39 of 40 samples leaves fewer than the 2 classes"),
     "action": ({"action": "repair"}, "action='repair'; expected one of drop, relabel"),
+    "memory": ({"memory_mb": "-1"}, "memory_mb=-1; expected MiB"),
     "repeats": ({"repeats": "0"}, "repeats=0; expected 1 or more"),
     "draws": ({"draws": "-1"}, "draws=-1; expected 0 or more"),
     "metric": ({"metric": "f1"}, "metric='f1'; the workload has loss, accuracy"),
@@ -317,3 +321,26 @@ def test_a_loop_of_ones_own_needs_a_workload_that_can_be_trained(own_loop: str) 
     assert parent.data.params["resolved.metric"] == "loss"
     assert "does not tell its seeds" in parent.data.tags["mlflow.note.content"]
     assert "need" in parent.data.tags["dit.undefined.test/loss_low"]
+
+
+def planned(workload: Workload, **asked: Any) -> Plan:
+    return Plan.of(CleansingRequest(drop="0.2", **asked), workload)
+
+
+def test_relabelling_needs_a_class_of_five_samples() -> None:
+    few = TensorDataset(torch.randn(9, 64), torch.arange(9) % 3)
+    workload = digits_workload(train_set=few, test_set=datasets()[1])
+    assert planned(workload).metric == "loss"
+    with pytest.raises(UnsupportedError, match=r"the largest class has 3 samples; .* 5 parts"):
+        planned(workload, action="relabel")
+
+
+def test_a_metric_that_is_no_number_is_not_judged_by() -> None:
+    def metrics(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        return {"accuracy": torch.full((len(batch[1]),), torch.nan), "f1": torch.ones(len(batch[1]))}
+
+    workload = digits_workload(test_set=datasets()[1], metrics=metrics)
+    assert planned(workload).metric == "loss"
+    assert planned(workload, metric="f1").metric == "f1"
+    with pytest.raises(InputError, match="metric='accuracy' is nan on the validation split"):
+        planned(workload, metric="accuracy")

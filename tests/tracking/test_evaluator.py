@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -14,10 +15,13 @@ from mlflow.models.evaluation import evaluator_registry
 from mlflow.models.evaluation.base import resolve_evaluators_and_configs
 from torch.utils.data import TensorDataset, default_collate
 from workloads import datasets, digits_workload
+from workloads import sample_losses as sample_losses_of
 
-from dit_mlflow import InputError, Query, Workload, parse_windows, sample_losses, track
+from dit_mlflow import InputError, Query, Window, Workload, parse_windows, sample_losses, track, train
 from dit_mlflow.influence import row_losses
 from dit_mlflow.tracking import load_influence, load_trajectory, run_training
+from dit_mlflow.tracking.evaluation import Settings
+from dit_mlflow.tracking.row_influence import RowQuestion
 
 CORRUPTED = (1, 5)
 
@@ -277,3 +281,36 @@ def test_large_whole_numbers_survive() -> None:
     for query in row_losses(workload, frame, [0, 1]):
         query(workload.build_model())
     assert torch.cat(seen).equal(tokens)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"windows": 2.5},
+        {"windows": None},
+        {"kind": 3},
+        {"workload": 3},
+        {"settings": 5},
+        {"batch": "x"},
+        {"training_run": 5},
+    ],
+)
+def test_settings_of_another_type_are_refused(setting: dict[str, Any]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(InputError, match=f"evaluator_config has {name}={value!r}; expected"):
+        Settings.of({"training_run": "some", **setting}, None)
+
+
+def test_rows_whose_loss_is_no_number_are_refused(tmp_path: Path) -> None:
+    """Their scores would be NaN, and count as helpful."""
+
+    def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return sample_losses_of(model, batch) * torch.where(batch[0].amax(dim=1) > 9, torch.inf, 1.0)
+
+    workload = digits_workload(epochs=1, loss=loss)
+    trajectory = train(workload, tmp_path / "t")
+    question = RowQuestion("run", trajectory, workload, (Window(0, 3),), "local")
+    inputs, targets = (tensor[:3].numpy().copy() for tensor in datasets()[1].tensors)
+    inputs[1] = 10
+    with pytest.raises(InputError, match="the loss of row 1 is inf, of which there is no influence"):
+        question.answer(inputs, targets)

@@ -18,12 +18,13 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from scipy import stats
+from workloads import digits_workload
 
 import dit_mlflow
 from dit_mlflow import Influence, Window
 from dit_mlflow.cli import cli
-from dit_mlflow.tracking import load_influence, load_trajectory
-from dit_mlflow.tracking.influence import window_run_name
+from dit_mlflow.tracking import load_influence, load_trajectory, run_influence, run_training
+from dit_mlflow.tracking.influence import Checks, window_run_name
 
 REPOSITORY = Path(dit_mlflow.__file__).parents[1]
 SMALL = {"model": "logreg", "n_train": "40", "n_validation": "30", "n_test": "20", "epochs": "4", "batch_size": "16"}
@@ -36,6 +37,11 @@ def mlflow_run(entry_point: str, **parameters: str) -> subprocess.CompletedProce
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+
+
+def inputs(run: Run) -> dict[str, str]:
+    """Digests of the data sets that a run was on, by their context."""
+    return {item.tags[0].value: item.dataset.digest for item in run.inputs.dataset_inputs}
 
 
 def runs(kind: str | None = None, **tags: str) -> list[Run]:
@@ -164,6 +170,9 @@ def test_trust_and_confirmed_samples_without_ground_truth(store: str) -> None:
     assert "over 12 samples left out exactly, Spearman" in finished.output
     for child in children(parent):
         assert {"trust/spearman", "trust/smoothness", "trust/spread_ratio"} <= child.data.metrics.keys()
+    (training,) = runs("training")
+    assert inputs(mlflow.get_run(parent.info.run_id)) == inputs(mlflow.get_run(training.info.run_id))
+    assert set(inputs(training)) == {"training", "validation", "test"}
     estimate, confirmed = (load_influence(parent.info.run_id, folder) for folder in ("influence", "confirmed"))
     assert np.isfinite(confirmed.scores).sum(axis=2).tolist() == [[3], [3]]
     table = mlflow.load_table("influence/top_samples.json", run_ids=[parent.info.run_id])
@@ -322,3 +331,16 @@ def test_termination_leaves_no_run_running(store: str) -> None:
     trajectory = load_trajectory(training.info.run_id)
     assert trajectory.num_steps > 0
     assert not trajectory.complete
+
+
+def test_a_workload_that_cannot_tell_of_its_samples_costs_no_answer(store: str) -> None:
+    def fail(index: int) -> str:
+        raise KeyError(index)
+
+    workload = digits_workload(show=fail, describe=fail, label=fail, corrupted=(1,))
+    training_run = run_training(workload)
+    trajectory = load_trajectory(training_run)
+    windows = [Window(0, 4), Window(4, 9)]
+    answer = run_influence(training_run, trajectory, workload, windows, "local", Checks())
+    assert mlflow.get_run(answer.run.info.run_id).info.status == "FINISHED"
+    assert "report.html" in artifact_names(answer.run, "influence")  # type: ignore[arg-type]

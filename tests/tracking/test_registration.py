@@ -30,6 +30,7 @@ from dit_mlflow.tracking import (
     run_training,
 )
 from dit_mlflow.tracking.influence import Checks
+from dit_mlflow.tracking.registration_job import RegistrationRequest, register_job
 
 HOSTILE = 'sample {} <script>alert(1)</script> | **bold** [x](http://a.b) `c` "><img onerror=x> 😀 \n# heading'
 
@@ -205,6 +206,10 @@ def test_the_model_of_a_loop_of_ones_own(store: str) -> None:
     with pytest.raises(InputError, match=rf"logged 2 models: .*{logged[0]}.*say which") as refused:
         register_influence(influence_run, "own")
     assert logged[1] in str(refused.value)
+    # Nor is anything registered if the second of the two models cannot be made.
+    with pytest.raises(InputError, match=r"recorded without a workload.*log_influence_model"):
+        register_job(RegistrationRequest(influence_run, "own", logged[1], influence_model="rows"))
+    assert not MlflowClient().search_registered_models()
     done = register_influence(influence_run, "own", model=logged[1])
     assert (done.model_id, done.version.source) == (logged[1], f"models:/{logged[1]}")
     # A version of the name is attached to as it stands.

@@ -86,9 +86,9 @@ def test_a_server_that_is_lost_does_not_stop_training(
         run = MlflowClient().create_run(mlflow.get_experiment_by_name("test").experiment_id)
         with caplog.at_level(logging.WARNING, logger="dit_mlflow"):
             train_recorded(60, {20: server.close}, run_id=run.info.run_id)
-    levels = [record.levelname for record in caplog.records]
-    assert levels.count("WARNING") == 1, caplog.text
-    assert "Training goes on" in caplog.records[0].message
+    told = [record for record in caplog.records if record.name.startswith("dit_mlflow")]
+    assert [record.levelname for record in told].count("WARNING") == 1, caplog.text
+    assert "Training goes on" in told[0].message
     (folder,) = re.findall(r"log_trajectory\('(.+?)'", caplog.text)
     # What was uploaded before, and all of it once the server is back.
     port = int(store.uri.rpartition(":")[2])
@@ -125,8 +125,11 @@ def test_a_server_that_comes_back_gets_what_it_missed(
             whole = load_trajectory(run.info.run_id)
             assert (whole.num_steps, whole.complete) == (60, True)
             assert whole.verify(digits_workload()).max_drift == 0.0
-            assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
-            assert "nothing is missing" in caplog.records[1].message
+            told = [record.message for record in caplog.records if record.name.startswith("dit_mlflow")]
+            # Other libraries may warn too; and a server that has just come back may not take the first request.
+            assert len(told) in (2, 4), caplog.text
+            assert all("Training goes on" in message for message in told[::2])
+            assert all("nothing is missing" in message for message in told[1::2])
             assert len(mlflow.get_run(run.info.run_id).inputs.dataset_inputs) == 1
 
 

@@ -1,4 +1,4 @@
-"""Eight processes that record, track and log at once: ``eight_processes.py URI ...``.
+"""Processes that record, track and log at once: ``processes_at_once.py PROCESSES EXPERIMENT URI ...``.
 
 Prints a line of JSON for each URI: the seconds taken and the ids of each process's training run and influence run.
 """
@@ -27,10 +27,8 @@ from dit_mlflow import Window, Workload
 from dit_mlflow.tracking import load_trajectory, record_trajectory, run_influence
 from dit_mlflow.tracking.influence import Checks
 
-PROCESSES = 8
-EXPERIMENT = "eight"
-WINDOWS = [Window(0, 2), Window(2, 5), Window(5, 9)]
-TOGETHER_SECONDS = 60.0
+WINDOWS = [Window(0, 4), Window(4, 9)]
+TOGETHER_SECONDS = 120.0
 
 
 def workload() -> Workload:
@@ -44,12 +42,12 @@ def begin(barrier: Barrier) -> None:
     torch.set_num_threads(1)
 
 
-def work(seed: int, uri: str) -> tuple[str, str]:
-    """The ids of a training run and an influence run on the tracking server ``uri``."""
-    # Nobody passes until all have come: the eight pieces of work are in eight processes, and at once.
+def work(seed: int, experiment: str, uri: str) -> tuple[str, str]:
+    """The ids of a training run and an influence run in ``experiment`` of the tracking server ``uri``."""
+    # Nobody passes until all have come: each piece of work is in a process of its own, and at once.
     together.wait(TOGETHER_SECONDS)
     mlflow.set_tracking_uri(uri)
-    mlflow.set_experiment(EXPERIMENT)
+    mlflow.set_experiment(experiment)
     torch.manual_seed(seed)
     model = digits_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -67,15 +65,15 @@ def work(seed: int, uri: str) -> tuple[str, str]:
     return run.info.run_id, answer.run.info.run_id
 
 
-def main(uris: list[str]) -> None:
-    # Forked, so that torch and MLflow, 5 s of work on a small machine, are imported once and not eight times.
+def main(processes: int, experiment: str, uris: list[str]) -> None:
+    # Forked, so that torch and MLflow, 5 s of work on a small machine, are imported once and not in each.
     context = multiprocessing.get_context("fork")
-    with context.Pool(PROCESSES, begin, [context.Barrier(PROCESSES)]) as pool:
+    with context.Pool(processes, begin, [context.Barrier(processes)]) as pool:
         for uri in uris:
             started = time.monotonic()
-            found = pool.starmap(work, [(seed, uri) for seed in range(PROCESSES)], chunksize=1)
+            found = pool.starmap(work, [(seed, experiment, uri) for seed in range(processes)], chunksize=1)
             print(json.dumps({"uri": uri, "seconds": time.monotonic() - started, "runs": found}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
