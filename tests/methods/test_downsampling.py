@@ -12,9 +12,10 @@ from workloads import digits_workload
 
 from dit_mlflow import InputError, Trajectory, UnsupportedError, Window, leave_one_out, parameter_value, train
 from dit_mlflow import mean_validation_loss as validation_query
-from dit_mlflow.methods import method
+from dit_mlflow.methods import Effort, method
 from dit_mlflow.methods.downsampling import Downsampling, mean_difference
 from dit_mlflow.methods.random_subsets import random_subsets
+from dit_mlflow.methods.retraining import Retraining
 
 
 def exact(values: np.ndarray, kept: np.ndarray, share: float) -> np.ndarray:
@@ -116,3 +117,19 @@ def test_trainings_that_diverge_are_refused(tmp_path: Any) -> None:
     trajectory: Trajectory = train(workload, tmp_path / "t")
     with pytest.raises(UnsupportedError, match="not a finite number"):
         Downsampling(subsets=16, share=0.5)(trajectory, workload)
+
+
+@pytest.mark.parametrize("name", ["downsampling", "data_shapley"])
+def test_broken_off_it_goes_on_from_what_was_finished(
+    name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = few_samples()
+    trajectory = train(workload, tmp_path / "t")
+    run: Any = type(method(name))(effort=Effort(folder=tmp_path / "kept"))
+    first = run(trajectory, workload)
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(Retraining, "run", refuse)
+    np.testing.assert_array_equal(run(trajectory, workload).scores, first.scores)
