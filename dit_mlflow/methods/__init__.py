@@ -35,6 +35,9 @@ _HOMES = {
     "grad_norm": "grad_norm:GradNorm",
     "aum": "aum:Aum",
     "forgetting_events": "forgetting_events:ForgettingEvents",
+    "downsampling": "downsampling:Downsampling",
+    "datamodel": "datamodel:Datamodel",
+    "data_shapley": "data_shapley:DataShapley",
     "confident_learning": "confident_learning:ConfidentLearning",
     "knn_shapley": "knn_shapley:KnnShapley",
 }

@@ -1,0 +1,153 @@
+"""Shapley values of the training samples, by truncated Monte Carlo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.influence.question import Question
+from dit_mlflow.methods.effort import Effort
+from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.random_subsets import met, outcomes
+
+ROUNDS = 16
+"""An order is followed in so many parts: those that are truncated in one need no training in the next."""
+
+
+@dataclass(frozen=True)
+class DataShapley(Method):
+    """Truncated Monte Carlo Data Shapley (Ghorbani and Zou 2019, arXiv 1904.02868, algorithm 1).
+
+    ::
+
+        score_j = mean over random orders of  q(samples before j) - q(samples before j, and j)
+
+    so that the scores sum to the change of the query when all samples are removed. The query ``q`` stands where the
+    paper has a performance, which is why the sign is turned: positive = removal raises the query. Removal is weight 0
+    in the recorded run. An order is left once the query has stayed within ``tolerance`` of the recorded one for
+    ``patience`` samples in a row, and scores what is left of it 0.
+
+    Cost: ``retrainings`` at most (for each set of windows that ``leave_one_out`` needs a training for), fewer by what
+    is truncated. Fails by noise where few orders are drawn: ``standard_errors`` in the metadata is the root mean square
+    over samples for each window and query. It asks another question than leave-one-out: half of a sample's value is
+    what it adds to less than half of the data. On ``projects/mnist`` (256 samples, 10 orders) it finds nearly all
+    damaged samples, and agrees with leave-one-out by a Spearman correlation of 0.3 only.
+
+    Attributes:
+        retrainings: the budget; there are ``retrainings // n`` orders of the ``n`` samples.
+        tolerance: as a share of the change that removing all samples makes; 0: no truncation.
+        patience: samples in a row within the tolerance; 1 in the paper's algorithm, where a query that only passes by
+            the recorded value ends the order.
+        seed: of the orders.
+        dtype, effort: of the retraining.
+
+    Raises:
+        InputError: a setting that cannot be used, or a budget for fewer than two orders.
+        UnsupportedError: training on some subsets diverges.
+    """
+
+    name: ClassVar[str] = "data_shapley"
+    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
+    per_window: ClassVar[bool] = True
+    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
+    retrains: ClassVar[bool] = True
+
+    retrainings: int = 2560
+    tolerance: float = 0.01
+    patience: int = 5
+    seed: int = 0
+    dtype: torch.dtype | None = None
+    effort: Effort = field(default_factory=Effort)
+
+    def __post_init__(self) -> None:
+        if self.tolerance < 0 or self.patience < 1:
+            raise InputError(
+                f"tolerance={self.tolerance}, patience={self.patience}; expected 0 or more, and 1 sample or more"
+            )
+
+    def estimate(self, question: Question) -> Estimate:
+        n = question.workload.num_samples
+        count = self.retrainings // n
+        if count < 2:
+            raise InputError(
+                f"retrainings={self.retrainings} are {count} order{'s' * (count != 1)} of {n} samples; expected 2 "
+                f"orders or more ({2 * n} retrainings), of which the scores are means. For as many samples "
+                "downsampling and datamodel need fewer"
+            )
+        generator = np.random.default_rng(self.seed)
+        orders = np.stack([generator.permutation(n) for _ in range(count)])
+        drifts = []
+
+        def changes_of(kept: np.ndarray) -> np.ndarray:
+            found, drift = outcomes(question, kept, self.dtype, self.effort)
+            drifts.append(drift)
+            return found
+
+        values = shapley_values(changes_of, orders, self.tolerance, self.patience)
+        values.scores[~np.broadcast_to(met(question)[:, None], values.scores.shape)] = 0
+        details = {
+            "orders": count,
+            "truncated": values.truncated.tolist(),
+            "standard_errors": np.sqrt((values.errors**2).mean(axis=-1)).tolist(),
+            "max_drift": max(drifts),
+        }
+        return Estimate(values.scores, str(self.dtype or "recorded"), details)
+
+
+@dataclass(frozen=True, eq=False)
+class ShapleyValues:
+    """Means over orders ``scores``, their standard errors ``errors`` (both ``[windows, queries, samples]``), and the
+    share of positions in the orders that was ``truncated``, ``[windows, queries]``."""
+
+    scores: np.ndarray
+    errors: np.ndarray
+    truncated: np.ndarray
+
+
+def shapley_values(
+    changes_of: Callable[[np.ndarray], np.ndarray], orders: np.ndarray, tolerance: float, patience: int
+) -> ShapleyValues:
+    """Marginal changes along orders, each window and query truncated on its own.
+
+    Args:
+        changes_of: subsets as bool ``[R, samples]`` -> changes against all samples, ``[windows, queries, R]``.
+        orders: ``[orders, samples]``.
+        tolerance, patience: see :class:`DataShapley`.
+    """
+    count, n = orders.shape
+    nothing = changes_of(np.zeros((1, n), dtype=bool))
+    near = tolerance * np.abs(nothing)
+    before = np.broadcast_to(nothing, (*nothing.shape[:2], count)).copy()
+    calm = np.zeros(before.shape, dtype=int)
+    total, squares = (np.zeros((*nothing.shape[:2], n)) for _ in range(2))
+    followed = np.zeros(nothing.shape[:2])
+    # The place of each sample in each order: it is there from this length on.
+    place = np.argsort(orders, axis=1)
+    length = -(-n // ROUNDS)
+    for first in range(0, n, length):
+        going = np.flatnonzero((calm < patience).any(axis=(0, 1)))
+        if len(going) == 0:
+            break
+        last = min(first + length, n)
+        kept = np.concatenate([place[going] <= position for position in range(first, last)])
+        found = changes_of(kept).reshape(*nothing.shape[:2], last - first, len(going))
+        for position in range(first, last):
+            after = found[:, :, position - first]
+            running = calm[:, :, going] < patience
+            marginal = np.where(running, before[:, :, going] - after, 0)
+            for column, sample in enumerate(orders[going, position]):
+                total[:, :, sample] += marginal[:, :, column]
+                squares[:, :, sample] += marginal[:, :, column] ** 2
+            followed += running.sum(axis=2)
+            before[:, :, going] = after
+            within = np.abs(after) < near
+            # One that was left stays left.
+            calm[:, :, going] = np.where(running, np.where(within, calm[:, :, going] + 1, 0), patience)
+    scores = total / count
+    variance = np.maximum(squares / count - scores**2, 0) * count / (count - 1)
+    return ShapleyValues(scores, np.sqrt(variance / count), 1 - followed / (count * n))

@@ -1,0 +1,123 @@
+"""Datamodels: the query as a linear function of which samples are there."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.influence.question import Question
+from dit_mlflow.methods.effort import Effort
+from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.random_subsets import met, outcomes, random_subsets
+
+_log = logging.getLogger(__name__)
+
+FOLDS = 4
+"""Of the cross-validation that chooses the penalty."""
+
+
+@dataclass(frozen=True)
+class Datamodel(Method):
+    """Coefficients of a regression of the query on the samples of random subsets (Ilyas et al. 2022, arXiv 2202.00622).
+
+    ::
+
+        q(S) ~ c + sum_{j in S} theta_j        score_j = -theta_j
+
+    fitted by scikit-learn to trainings on ``subsets`` random parts, with an L1 penalty (the paper's) or a squared one,
+    which cross-validation chooses. Without a penalty and with all subsets it is the Banzhaf value. Removal is weight 0
+    in the recorded run; samples are kept independently of each other (see :func:`random_subsets`).
+
+    Cost: ``subsets`` trainings and a fit, whatever the number of samples. Fails where few subsets make the penalty
+    large, which pulls scores to 0: ``explained`` in the metadata is the share of the query's variance over subsets that
+    is foretold for those left out of the fit, for each window and query. On ``projects/mnist`` (256 samples) 1024
+    subsets agree with leave-one-out by a Spearman correlation of about 0.7 with a share of 0.9, 0.5 with 0.5.
+
+    Attributes:
+        subsets: the budget, in trainings.
+        share: of the samples that each keeps; the paper has 0.1 to 0.75. Nearer to 1, it is closer to leave-one-out.
+        regression: ``lasso`` or ``ridge``.
+        penalty: ``alpha`` of scikit-learn's ``Lasso`` or ``Ridge``; ``None`` = by cross-validation.
+        seed: of the subsets.
+        dtype, effort: of the retraining; the changes are large, the recorded dtype will do.
+
+    Raises:
+        InputError: a setting that cannot be used, or a sample that is in all subsets or in none.
+        UnsupportedError: training on some subsets diverges.
+    """
+
+    name: ClassVar[str] = "datamodel"
+    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
+    per_window: ClassVar[bool] = True
+    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
+    retrains: ClassVar[bool] = True
+
+    subsets: int = 1024
+    share: float = 0.9
+    regression: Literal["lasso", "ridge"] = "lasso"
+    penalty: float | None = None
+    seed: int = 0
+    dtype: torch.dtype | None = None
+    effort: Effort = field(default_factory=Effort)
+
+    def __post_init__(self) -> None:
+        if self.regression not in ("lasso", "ridge"):
+            raise InputError(f"regression={self.regression!r}; expected lasso or ridge")
+        if self.penalty is not None and self.penalty <= 0:
+            raise InputError(f"penalty={self.penalty}; expected a number above 0, or None to choose it")
+        if self.subsets < 2 * FOLDS:
+            raise InputError(f"subsets={self.subsets}; expected {2 * FOLDS} or more to fit and check a regression")
+
+    def estimate(self, question: Question) -> Estimate:
+        kept = random_subsets(question.workload.num_samples, self.subsets, self.share, self.seed)
+        changes, drift = outcomes(question, kept, self.dtype, self.effort)
+        scores = np.zeros(question.shape)
+        explained = np.zeros(question.shape[:2])
+        for k, seen in enumerate(met(question)):
+            for q, change in enumerate(changes[k]):
+                found, explained[k, q] = linear_fit(kept[:, seen], change, self.regression, self.penalty)
+                scores[k, q, seen] = -found
+                if np.ptp(change) and not found.any():
+                    _log.warning(
+                        "datamodel: %d subsets are too few to tell any sample from the others for %s in steps %s; take "
+                        "more subsets, or regression='ridge'",
+                        self.subsets,
+                        question.queries[q].name,
+                        question.windows[k],
+                    )
+        details = {"subsets": self.subsets, "share": self.share, "explained": explained.tolist(), "max_drift": drift}
+        return Estimate(scores, str(self.dtype or "recorded"), details)
+
+
+def linear_fit(
+    kept: np.ndarray, change: np.ndarray, regression: str = "lasso", penalty: float | None = None
+) -> tuple[np.ndarray, float]:
+    """Coefficients ``[samples]`` of ``change [subsets]`` on ``kept [subsets, samples]``, with a constant.
+
+    And the share of the variance that is foretold by fits to the other folds.
+    """
+    from sklearn.linear_model import Lasso, LassoCV, Ridge, RidgeCV
+    from sklearn.model_selection import KFold, cross_val_predict
+
+    scale = float(change.std())
+    if scale == 0:
+        return np.zeros(kept.shape[1]), 0.0
+    # In units of its spread: what the solver stops at is not relative to small changes.
+    masks, outcome = kept.astype(np.float64), (change - change.mean()) / scale
+    folds = KFold(FOLDS, shuffle=True, random_state=0)
+    if penalty is not None:
+        # Lasso's penalty is in the units of the outcome, ridge's has none.
+        penalty = penalty / scale if regression == "lasso" else penalty
+    elif regression == "lasso":
+        penalty = float(LassoCV(cv=folds, max_iter=10_000).fit(masks, outcome).alpha_)
+    else:
+        penalty = float(RidgeCV(np.logspace(-3, 5, 25)).fit(masks, outcome).alpha_)
+    model: Any = Lasso(penalty, max_iter=10_000) if regression == "lasso" else Ridge(penalty)
+    foretold = cross_val_predict(model, masks, outcome, cv=folds)
+    coefficients = np.asarray(model.fit(masks, outcome).coef_) * scale
+    return coefficients, 1 - float(((outcome - foretold) ** 2).mean())
