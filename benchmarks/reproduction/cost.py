@@ -26,8 +26,8 @@ from .table import Series, Table, Unit, every_seed, grid, mean_of, number
 
 BASE = {"n_train": 256, "epochs": 21, "hidden": 8}
 SCALES: dict[str, tuple[int, ...]] = {
-    "samples": (64, 128, 512),
-    "epochs": (5, 11, 32),
+    "samples": (64, 128),
+    "epochs": (5, 11),
     "windows": (1, 3, 7),
     "hidden units": (32, 128),
 }

@@ -187,8 +187,11 @@ def test_a_malformed_idx_file_is_named(name: str, content: bytes | None, message
         load_workload("projects/mnist", data_dir=str(tmp_path), **SMALL)
 
 
+PACKED = gzip.compress(idx_bytes(IMAGES))
+
+
 @pytest.mark.parametrize(
-    "packed", [gzip.compress(idx_bytes(IMAGES))[:-9], b"no gzip", gzip.compress(idx_bytes(IMAGES))[:30] + b"\xff" * 40]
+    "packed", [PACKED[:-9], b"no gzip", PACKED[:30] + b"\xff" * 40], ids=["cut off", "no gzip", "garbled"]
 )
 def test_a_damaged_compressed_file_is_named(packed: bytes, tmp_path: Path) -> None:
     write_image_files(tmp_path, MNIST, (NUMBERS, NUMBERS), compress=True)
