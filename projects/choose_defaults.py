@@ -1,4 +1,4 @@
-"""Print validation accuracy per model and learning rate of a project; its defaults follow from the table.
+"""Print validation accuracy and loss per model and learning rate of a project; its defaults follow from the table.
 
 Run from the repository, for example::
 
@@ -6,10 +6,10 @@ Run from the repository, for example::
     python projects/choose_defaults.py projects/adult --set data_dir=data/adult
 
 Each training has a seed of its own (weights and batch order) and the project's own label flips; validation labels are
-clean, and the test split is not looked at. The learning rate is the one of highest mean accuracy; among equals, of
-lowest loss. A training that breaks off has accuracy 0. Of the settings in ``--grid``, those whose best accuracy,
-averaged over the models, is highest. With ``--rates`` and nothing after it, the learning rate is the project's: ``--set
-preset=paper --rates`` tells what the paper's settings reach.
+clean, and the test split is not looked at. The learning rate is the one of highest mean accuracy; among equals, and
+where a project has no accuracy, of lowest loss. A training that breaks off has accuracy 0. Of the settings in
+``--grid``, those whose best accuracy, averaged over the models, is highest. With ``--rates`` and nothing after it, the
+learning rate is the project's: ``--set preset=paper --rates`` tells what the paper's settings reach.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 
 
 def validation_scores(workload: Workload, seed: int) -> tuple[float, float]:
-    """Accuracy and loss on the validation split after training; none and infinite if it breaks off."""
+    """Accuracy (NaN if there is none) and loss on validation after training; 0 and infinite if it breaks off."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             trajectory = train(workload, Path(folder) / "trajectory", init_seed=seed, order_seed=seed)
         except TrainingError:
-            return 0.0, math.inf
+            return math.nan if workload.metrics is None else 0.0, math.inf
         model = trajectory.checkpoint(trajectory.num_steps).load_into(workload.build_model()).eval()
-    assert workload.metrics is not None
     with torch.no_grad():
         batch = workload.collate(workload.validation_set, range(len(workload.validation_set)))  # type: ignore[arg-type]
-        accuracy = workload.metrics(model, batch)["accuracy"].mean().item()
+        accuracy = math.nan if workload.metrics is None else workload.metrics(model, batch)["accuracy"].mean().item()
         return accuracy, mean_validation_loss(workload)(model).item()
 
 
 def measure(options: argparse.Namespace, grid: dict[str, list[str]]) -> pd.DataFrame:
     """A row for each model, place in the grid, learning rate and seed."""
     fixed = dict(option.split("=", 1) for option in options.set)
-    models = options.models or get_args(get_type_hints(find_factory(options.project))["model"])
+    models = options.models or get_args(get_type_hints(find_factory(options.project)).get("model")) or ["the only one"]
     rows = []
     for model, *place in itertools.product(models, *grid.values()):
+        settable = {"model": model} if model != "the only one" else {}
         varied = {"model": model, **dict(zip(grid, place, strict=True))}
         for rate in options.rates or [None]:
-            settings = fixed | varied | ({} if rate is None else {"lr": rate})
+            settings = fixed | settable | dict(zip(grid, place, strict=True)) | ({} if rate is None else {"lr": rate})
             workload = load_workload(options.project, **settings)
             for seed in range(options.seeds):
                 accuracy, loss = validation_scores(workload, seed)
