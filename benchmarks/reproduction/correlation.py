@@ -48,18 +48,20 @@ class Correlation(Table):
         for method, own in found.values:
             if method == "leave_one_out":
                 continue
-            for kind in KINDS if own == "none" else [own]:
-                for window in found.windows:
-                    whole = window == WHOLE
-                    if whole and kind != (own if own != "none" else "final"):
-                        continue
-                    agreement = correlations(found.of(method, own, window), found.of("leave_one_out", kind, window))
-                    if not agreement.values or (whole and method == "dit" and kind != "final"):
-                        continue
-                    error = found.figures["sweep_error"] if whole and method == "dit" else np.nan
-                    shown = {name: agreement.values[name] for name in MEASURES} | {"sweep_error": error}
-                    keys = {"data": unit.case.data, "model": unit.case.model, "method": method, "seed": unit.seed}
-                    rows.append({**keys, "kind": WHOLE if whole else kind, "window": window, **shown})
+            kinds = KINDS if own == "none" else (own,)
+            places = [(kind, window) for kind in kinds for window in found.windows if window != WHOLE]
+            if own in ("none", "final"):
+                # On all of training the three kinds are one.
+                places.append(("final", WHOLE))
+            for kind, window in places:
+                agreement = correlations(found.of(method, own, window), found.of("leave_one_out", kind, window))
+                if not agreement.values:
+                    continue
+                keys = {"data": unit.case.data, "model": unit.case.model, "method": method, "seed": unit.seed}
+                at = {"kind": WHOLE if window == WHOLE else kind, "window": window}
+                error = found.figures["sweep_error"] if window == WHOLE and method == "dit" else np.nan
+                figures = {name: agreement.values[name] for name in MEASURES}
+                rows.append({**keys, **at, **figures, "sweep_error": error})
         return pd.DataFrame(rows)
 
     def series(self, rows: pd.DataFrame) -> Iterable[Series]:
