@@ -10,6 +10,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import stores
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -31,13 +32,14 @@ SMALL = Case("digits", "dnn", tuple(SETTINGS.items()))
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    mlflow.create_experiment("reproduction", artifact_location=(tmp_path / "artifacts").as_uri())
-    mlflow.set_experiment("reproduction")
-    # The document of quick reproductions, where no other process writes.
-    monkeypatch.setattr("benchmarks.reproduction.document.ROOT", tmp_path)
-    yield
-    mlflow.set_tracking_uri(None)
+    with stores.sqlite(tmp_path) as fresh:
+        mlflow.set_tracking_uri(fresh.uri)
+        mlflow.create_experiment("reproduction", artifact_location=fresh.artifacts)
+        mlflow.set_experiment("reproduction")
+        # The document of quick reproductions, where no other process writes.
+        monkeypatch.setattr("benchmarks.reproduction.document.ROOT", tmp_path)
+        yield
+        mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture

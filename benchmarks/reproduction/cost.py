@@ -65,13 +65,19 @@ class Cost(Table):
         if case is None:
             return []
         scales = QUICK_SCALES if quick else SCALES
-        changes = [(), *((("scale", scale), ("at", str(at))) for scale, values in scales.items() for at in values)]
         given = {**{name: str(value) for name, value in BASE.items()}, **dict(case.settings)}
+        common = {**{scale: given[name] for scale, name in SETTINGS.items()}, "windows": given["epochs"]}
+        changes = [
+            (("scale", scale), ("at", str(at)))
+            for scale, values in scales.items()
+            for at in values
+            if str(at) != common[scale]
+        ]
         bases = replace(case, settings=tuple(given.items()))
         return [
             Unit(replace(bases, settings=(*bases.settings, *change)), seed)
             for seed in range(seeds)
-            for change in changes
+            for change in [(), *changes]
         ]
 
     def measure(self, unit: Unit) -> pd.DataFrame:
