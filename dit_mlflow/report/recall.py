@@ -12,8 +12,13 @@ from dit_mlflow.evaluation.detection import recall_curve
 from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
 
 COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
-"""Okabe and Ito's; of more curves than colours, the next seven are dashed, then dotted."""
+"""Okabe and Ito's; of more curves than colours, the next seven are dashed."""
 
+NAMED = 2 * len(COLOURS)
+"""Curves that are told apart; of more, the others are grey."""
+
+ALWAYS = ("dit", "leave_one_out")
+"""Named whatever they find."""
 
 FEW = 4
 """Curves whose legend finds room below the line of chance."""
@@ -24,7 +29,7 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
 
     Args:
         scores: ``[samples]`` by the name that the legend shows; those without a score for any damaged sample are left
-            out.
+            out. Of many, those that find most are named, and the others drawn in grey.
         corrupted: indices of the damaged samples; inspecting as many is marked, it is where recall@k is read off.
     """
     figure = new_figure(5.2)
@@ -36,10 +41,15 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
     axes.axvline(share, lw=0.8, color=NEUTRAL, alpha=0.5)
     note: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": SMALL, "color": "#555555"}
     axes.annotate(f"recall@k: {len(corrupted)} samples inspected, as many as are damaged", (share, 1), **note)
-    for place, (name, found) in enumerate(drawn.items()):
-        inspected, recall = recall_curve(found, corrupted)
-        line: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "ls": ("-", "--", ":")[place // len(COLOURS)]}
-        axes.plot(100 * inspected, 100 * recall, lw=1.7, label=name, **line)
+    curves = {name: recall_curve(found, corrupted) for name, found in drawn.items()}
+    named = _named(curves)
+    others = [name for name in curves if name not in named]
+    for name in others:
+        label = f"{len(others)} others" if name == others[0] else None
+        axes.plot(*(100 * part for part in curves[name]), lw=0.8, color=NEUTRAL, alpha=0.6, label=label)
+    for place, name in enumerate(named):
+        line: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "ls": ("-", "--")[place // len(COLOURS)]}
+        axes.plot(*(100 * part for part in curves[name]), lw=1.7, label=name, **line)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 102)
     axes.set_xlabel("training samples inspected, lowest scores first (%)")
@@ -50,3 +60,9 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
     else:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.08), fontsize=SMALL, frameon=False)
     return figure
+
+
+def _named(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
+    """Those to tell apart, in the order that they came in."""
+    most = sorted(curves, key=lambda name: (name not in ALWAYS, -np.mean(curves[name][1])))[:NAMED]
+    return [name for name in curves if name in most]

@@ -32,7 +32,7 @@ from dit_mlflow.report import (
     top_samples_table,
     windows_table,
 )
-from dit_mlflow.report.plots import HARMFUL, HELPFUL
+from dit_mlflow.report.plots import HARMFUL, HELPFUL, NEUTRAL
 
 WINDOWS = (Window(0, 4), Window(4, 8), Window(8, 12))
 
@@ -178,6 +178,19 @@ def test_everything_is_large_enough_to_read() -> None:
         figure.canvas.draw()
         sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()]
         assert min(sizes) >= 9
+
+
+def test_of_many_recall_curves_those_that_find_most_are_named() -> None:
+    scores = {f"m{k:02d}": np.r_[np.full(2, k), np.arange(18)].astype(float) for k in range(30)}
+    figure = plot_recall_curves({"dit": -np.arange(20.0), **scores}, [0, 1])
+    labels = [line.get_label() for line in figure.axes[0].get_lines()]
+    # Low scores are inspected first: those that put the damaged two lowest are the first fourteen but one.
+    assert [label for label in labels if str(label).startswith(("m", "dit"))] == [
+        "dit",
+        *(f"m{k:02d}" for k in range(13)),
+    ]
+    assert "17 others" in labels
+    assert sum(line.get_color() == NEUTRAL for line in figure.axes[0].get_lines()) >= 17
 
 
 def test_scatter_shows_every_sample_and_marks_the_corrupted() -> None:
