@@ -14,7 +14,7 @@ from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL
 from .cases import Case, seeds_of
 from .panels import legend_above, of_case, over_epochs, panels
 from .scored import TENTH, THIRDS, WHOLE, flipped_scores
-from .table import Series, Table, Unit, every_seed, grid, mean_of, number
+from .table import Series, Table, Unit, by_case, every_seed, grid, mean_of, number
 
 SHARES = (0.04, 0.08, TENTH, 0.12, 0.16, 0.2, 0.3)
 FEW_SHARES = (TENTH, 0.3)
@@ -214,16 +214,12 @@ def _convergence_words(thirds: pd.DataFrame) -> list[str]:
     fallen = thirds[thirds["window"] == "late"]["loss_fallen"].median()
     good, bad = differences[differences >= -MARGIN], differences[differences < -MARGIN]
 
-    def named(part: pd.Series) -> str:
-        pairs = zip(part.index.to_list(), part, strict=True)
-        return ", ".join(f"{data} {model} ({number(value, 2)})" for (data, model), value in pairs) or "none"
-
     return [
         "**Claim: the convergence period finds flipped labels as well as all of training, for less.** Taken as the "
         f"last third of the steps, before which the validation loss had fallen by {100 * fallen:.0f} % (median) of all "
         f"that it falls, a `local` sweep over it costs {number(ratio, 2)} of the sweep over all of training (median, "
         f"CPU time). Its AUROC is as good (less than {MARGIN} below, in the mean over shares of flips and seeds) in "
-        f"{len(good)} of {len(differences)} cases: {named(good)}; it is worse in {named(bad)} (difference in brackets)."
+        f"{len(good)} of {len(differences)} cases: {by_case(good)}. It is worse in {by_case(bad) or 'none'} (differences)."
     ]
 
 
