@@ -114,9 +114,9 @@ class Correlation(Table):
             f"{reached} of {len(best)} cases{'; below 0.95: ' + low if low else ''}. "
             + _exactness(dit["sweep_error"].dropna()),
             "**The final query.** Over `cumulative` windows of one epoch, the mean Spearman correlation is "
-            f"{ends[1][0]} to {ends[1][1]} with the query at each window's end, and {ends[2][0]} to {ends[2][1]} with the "
-            f"final model's, as the published code has it; the first is higher in {(own > shortcut).sum()} of {len(own)} "
-            "cases.",
+            f"{ends[1][0]} to {ends[1][1]} with the query at each window's end, and {ends[2][0]} to {ends[2][1]} with "
+            "the final model's, as the published code has it; the first is higher in "
+            f"{(own > shortcut).sum()} of {len(own)} cases.",
             "## Whole run, Pearson\n",
             "All of training is one window, asked at its end: there the final model's query is the right one.\n",
             grid(whole, ["data", "model"], "method", BASELINES, lambda cell: mean_of(cell["pearson"])),
