@@ -219,8 +219,8 @@ def _convergence_words(thirds: pd.DataFrame) -> list[str]:
         f"last third of the steps, before which the validation loss had fallen by {100 * fallen:.0f} % (median) of all "
         f"that it falls, a `local` sweep over it costs {number(ratio, 2)} of the sweep over all of training (median, "
         f"CPU time). Its AUROC is as good (less than {MARGIN} below, in the mean over shares of flips and seeds) in "
-        f"{len(good)} of {len(differences)} cases: {by_case(good)}. It is worse in {by_case(bad) or 'none'} (difference "
-        "of AUROC)."
+        f"{len(good)} of {len(differences)} cases: {by_case(good)}. It is worse in {by_case(bad) or 'none'} (difference"
+        " of AUROC)."
     ]
 
 
