@@ -34,8 +34,8 @@ weights and batch order.
 Numbers are means over seeds with 95 % intervals (Student's t) in brackets, and all seeds where it says so. Truth is
 exact leave-one-out, in float64 for correlations, of all samples; but for the CNNs of random ones: 24 (and two seeds)
 on MNIST, 32 on digits, with three windows, the first, the middle and the last epoch, as has the kind `final` on
-newsgroups. With flipped labels, MNIST's CNN has two seeds and two shares of flips. "Published code" is what the
-authors' code gave (Adult, seeds 0 to 2, a split of its own). EMNIST and CIFAR-10 need files that were not at hand:
+newsgroups. With flipped labels, the CNNs have two shares of flips, and no part in cleansing. "Published code" is what
+the authors' code gave (Adult, seeds 0 to 2, a split of its own). EMNIST and CIFAR-10 need files that were not at hand:
 `projects/emnist`, `projects/cifar10`.
 
 # What held
