@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dit_mlflow.evaluation import correlations
+from dit_mlflow.evaluation import window_correlations
 from dit_mlflow.report.plots import DIVERGING, SMALL, new_figure
 
 from .panels import cases_of, legend_above, of_case
-from .scored import KINDS, WHOLE, Scores, scores
+from .patterns import over_windows
+from .scored import KINDS, scores
 from .table import Series, Table, Unit, every_seed, grid, mean_of, number
 
 WORDS = {"leave_one_out": "exact leave-one-out", "dit": "DIT"}
@@ -44,7 +45,7 @@ class EarlyLate(Table):
         found = scores(unit.case, unit.seed)
         rows = []
         for kind in KINDS:
-            matrices = {method: between_windows(found, method, kind) for method in METHODS}
+            matrices = {method: window_correlations(over_windows(found, method, kind)) for method in METHODS}
             difference = np.nanmean(np.abs(np.subtract(*matrices.values())))
             for method, matrix in matrices.items():
                 last = len(matrix) - 1
@@ -136,14 +137,3 @@ class EarlyLate(Table):
         if beside:
             words.append("Exact leave-one-out with the published code, seeds 0 to 2: " + "; ".join(beside) + ".")
         return "\n\n".join(words)
-
-
-def between_windows(found: Scores, method: str, kind: str) -> np.ndarray:
-    """Spearman correlation of scores between windows, NaN where one is constant or not computed, ``[K, K]``."""
-    names = [name for name in found.windows if name != WHOLE]
-    matrix = np.full((len(names), len(names)), np.nan)
-    for a, first in enumerate(names):
-        for b, second in enumerate(names):
-            agreement = correlations(found.of(method, kind, first), found.of(method, kind, second))
-            matrix[a, b] = agreement.values.get("spearman", np.nan)
-    return matrix

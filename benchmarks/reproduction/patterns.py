@@ -39,7 +39,7 @@ class Patterns(Table):
         found = scores(unit.case, unit.seed)
         rows = []
         for kind in KINDS:
-            names = {method: _patterns(found, method, kind) for method in METHODS}
+            names = {method: patterns(over_windows(found, method, kind)) for method in METHODS}
             known = np.isfinite(found.of("leave_one_out", "final", WHOLE)) & (names["leave_one_out"] != "none")
             for method in METHODS:
                 row: dict[str, object] = {name: (names[method][known] == name).mean() for name in PATTERNS}
@@ -114,8 +114,9 @@ class Patterns(Table):
         return "\n\n".join(words)
 
 
-def _patterns(found: Scores, method: str, kind: str) -> np.ndarray:
+def over_windows(found: Scores, method: str, kind: str) -> Influence:
+    """Scores of all windows but the whole run."""
     names = [name for name in found.windows if name != WHOLE]
     table = np.stack([found.of(method, kind, name) for name in names])[:, None]
     windows = tuple(Window(*found.windows[name]) for name in names)
-    return patterns(Influence(table, windows, ("q",), np.arange(table.shape[2]), kind, method))
+    return Influence(table, windows, ("mean validation loss",), np.arange(table.shape[2]), kind, method)
