@@ -119,6 +119,8 @@ def test_what_was_measured_is_not_measured_again(monkeypatch: pytest.MonkeyPatch
     assert "2 units, 1 failed" in said
     latest = runs("reproduction")[0]
     assert latest.info.status == "FINISHED" and latest.data.metrics["failed"] == 1
+    (failed,) = [run for run in runs("reproduced") if run.info.status == "FAILED"]
+    assert failed.data.params["seed"] == "1" and "no training was needed" in failed.data.tags["dit.error"]
     section = mlflow.artifacts.load_text(f"runs:/{latest.info.run_id}/section.md")
     assert "digits dnn, seed 1: RuntimeError: no training was needed" in section
 

@@ -46,7 +46,7 @@ class Case:
     def name(self) -> str:
         return f"{self.data} {self.model}"
 
-    def workload(self, seed: int, flipped: float = 0.0, **settings: str) -> Workload:
+    def workload(self, seed: int, flipped: float = 0.0) -> Workload:
         """With split, flips, weights and batch order of their own for every seed, ``flipped`` a share of the samples.
 
         Raises:
@@ -55,7 +55,7 @@ class Case:
         given = {"model": self.model, "data_seed": str(seed), "corrupt": str(flipped), "corrupt_seed": str(seed)}
         if self.folder and self.data in FILES:
             given["data_dir"] = str(Path(self.folder) / FILES[self.data])
-        return load_workload(str(PROJECTS / self.data), **given, **dict(self.settings), **settings)
+        return load_workload(str(PROJECTS / self.data), **given, **dict(self.settings))
 
 
 _PAPER = (("preset", "paper"),)

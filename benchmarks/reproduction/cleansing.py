@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from dit_mlflow import Workload
 from dit_mlflow.evaluation.changed_data import subset
 from dit_mlflow.evaluation.cleansing import NO_CLEANING, RANDOM, random_scores, trials, tried_out, untouched
-from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
+from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL
 
 from .cases import Case, seeds_of
 from .memory import remembered
+from .panels import cases_of, of_case, panels
 from .scored import WHOLE, fingerprint, flipped_scores
 from .table import Series, Table, Unit, grid, listed, mean_of, number
 
@@ -72,12 +73,9 @@ class Cleansing(Table):
         share = max(rows["share"])
         shown = rows[(rows["share"] == share) & (rows["method"] != NO_CLEANING)]
         methods = list(dict.fromkeys(shown["method"]))
-        cases = list(dict.fromkeys(zip(shown["data"], shown["model"], strict=True)))
-        columns = min(4, len(cases))
-        figure = new_figure(0.8 + (0.3 + 0.22 * len(methods)) * -(-len(cases) // columns))
-        panels = figure.subplots(-(-len(cases) // columns), columns, sharey=True, squeeze=False)
-        for axes, (data, model) in zip(panels.flat, cases, strict=False):
-            own = shown[(shown["data"] == data) & (shown["model"] == model)]
+        figure, drawn = panels(shown, 4, 0.3 + 0.22 * len(methods))
+        for case, axes in drawn.items():
+            own = of_case(shown, case)
             for place, method in enumerate(methods):
                 gains = 100 * own[own["method"] == method]["gain"]
                 colour = {RANDOM: NEUTRAL, FLIPPED: "black", "leave_one_out": MARKED}.get(
@@ -86,13 +84,10 @@ class Cleansing(Table):
                 axes.scatter(gains, [place] * len(gains), s=10, color=colour, alpha=0.45, lw=0)
                 axes.scatter([gains.mean()], [place], s=40, marker="|", color=colour)
             axes.axvline(0, color="black", lw=0.7)
-            axes.set_title(f"{data} {model}", fontsize=SMALL + 1)
-            axes.tick_params(labelsize=SMALL)
             axes.grid(axis="y", lw=0.3)
-        for axes in panels.flat[len(cases) :]:
-            axes.set_visible(False)
-        panels.flat[0].set_yticks(range(len(methods)), methods, fontsize=SMALL)
-        panels.flat[0].invert_yaxis()
+        first = next(iter(drawn.values()))
+        first.set_yticks(range(len(methods)), methods, fontsize=SMALL)
+        first.invert_yaxis()
         figure.supxlabel(
             f"points of test accuracy gained, {100 * share:.0f} % flipped; a point per seed, a bar for the mean",
             fontsize=10,
@@ -104,14 +99,14 @@ class Cleansing(Table):
         shares = list(dict.fromkeys(shown["flipped"]))
         means = shown.groupby(["method", "data", "model", "share"], sort=False)["points"].mean()
         words = [self._words(means)]
-        for data, model in dict.fromkeys(zip(shown["data"], shown["model"], strict=True)):
-            own = shown[(shown["data"] == data) & (shown["model"] == model)]
+        for case in cases_of(shown):
+            own = of_case(shown, case)
             before = own[own["method"] == NO_CLEANING]
             parts = [
                 f"{share}: {100 * before[before['flipped'] == share]['test_accuracy'].mean():.1f}" for share in shares
             ]
             words += [
-                f"## {data} {model}: points of test accuracy gained\n",
+                f"## {' '.join(case)}: points of test accuracy gained\n",
                 f"Without cleaning, test accuracy in percent at {', '.join(parts)}.\n",
                 grid(
                     own[own["method"] != NO_CLEANING],

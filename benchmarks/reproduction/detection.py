@@ -36,6 +36,8 @@ SOURCES = {
 }
 """What is compared over the whole run, where the kinds are one."""
 
+SOURCES_OF = {method: words for (method, _), words in SOURCES.items()}
+
 PUBLISHED = {
     ("adult", "logreg"): {0.1: 0.53, 0.2: 0.66, 0.3: 0.69},
     ("adult", "dnn"): {0.1: 0.53, 0.2: 0.65, 0.3: 0.72},
@@ -75,8 +77,7 @@ class Detection(Table):
         for method, kind in found.values:
             for window in found.windows:
                 values = detection(found.of(method, kind, window), found.corrupted).values
-                # On all of training the three kinds are one.
-                if not values or (window == WHOLE and kind in ("final", "cumulative")):
+                if not values:
                     continue
                 spent = " ".join((method, *(() if kind == "none" else (kind,)), window))
                 row = {
@@ -109,8 +110,7 @@ class Detection(Table):
 
     def figure(self, rows: pd.DataFrame) -> Figure:
         """AUROC of each epoch's scores, a panel for each case; all of training as lines."""
-        share = TENTH
-        shown = rows[rows["share"] == share]
+        shown = rows[rows["share"] == TENTH]
         figure, drawn = panels(shown, 3, 1.9)
         for case, axes in drawn.items():
             own = of_case(shown, case)
@@ -122,21 +122,19 @@ class Detection(Table):
                     axes.axhline(whole[method], color=colour, ls=style, lw=1.1, label=label)
             axes.axhline(0.5, color=NEUTRAL, lw=0.6)
         legend_above(figure, 3)
-        figure.supylabel(f"AUROC, {100 * share:.0f} % flipped (chance 0.5)", fontsize=10)
+        figure.supylabel(f"AUROC, {100 * TENTH:.0f} % flipped (chance 0.5)", fontsize=10)
         figure.supxlabel("epoch; line: mean over seeds, band: all seeds", fontsize=10)
         return figure
 
     def section(self, rows: pd.DataFrame) -> str:
-        rows = self.condensed(rows)
         whole = rows[rows["window"] == WHOLE].assign(
             by=lambda table: [SOURCES[pair] for pair in zip(table["method"], table["kind"], strict=True)]
         )
         thirds = rows[(rows["method"] == "dit") & (rows["kind"] == "local")]
         shares = sorted(rows["share"].unique())
-        tenth = TENTH
         words = [*_accuracy_words(whole), *_convergence_words(thirds)]
-        at = whole[whole["share"] == tenth]
-        percent = f"{100 * tenth:.0f} % flipped"
+        at = whole[whole["share"] == TENTH]
+        percent = f"{100 * TENTH:.0f} % flipped"
         names = list(SOURCES.values())
         words += [
             f"## All of training, AUROC, {percent}\n",
@@ -152,7 +150,7 @@ class Detection(Table):
             _by_share(whole[whole["method"] == "confident_learning"], "recall_at_k", shares),
             f"## Parts of training, AUROC of DIT, {percent}\n",
             grid(
-                rows[(rows["method"] == "dit") & (rows["share"] == tenth)],
+                rows[(rows["method"] == "dit") & (rows["share"] == TENTH)],
                 ["data", "model", "kind"],
                 "window",
                 [*THIRDS, WHOLE],
@@ -160,7 +158,7 @@ class Detection(Table):
             ),
             f"Exact leave-one-out, `local`, {percent}:\n",
             grid(
-                rows[(rows["method"] == "leave_one_out") & (rows["share"] == tenth)],
+                rows[(rows["method"] == "leave_one_out") & (rows["share"] == TENTH)],
                 ["data", "model"],
                 "window",
                 [*THIRDS, WHOLE],
@@ -202,9 +200,6 @@ def _accuracy_words(whole: pd.DataFrame) -> list[str]:
     ]
 
 
-SOURCES_OF = {method: words for (method, _), words in SOURCES.items()}
-
-
 def _convergence_words(thirds: pd.DataFrame) -> list[str]:
     table = thirds[thirds["window"].isin(["late", WHOLE])].pivot_table(
         index=["data", "model", "seed", "share"], columns="window", values=["auroc", "seconds"]
@@ -224,7 +219,7 @@ def _convergence_words(thirds: pd.DataFrame) -> list[str]:
         f"that it falls, a `local` sweep over it costs {number(ratio, 2)} of the sweep over all of training (median, "
         f"CPU time). Its AUROC is as good (less than {MARGIN} below, in the mean over shares of flips and seeds) in "
         f"{len(good)} of {len(differences)} cases: {by_case(good, 3)}. It is worse in {by_case(bad, 3) or 'none'} "
-        f"(difference of AUROC). The first third, at a third of the cost as well, is as good in "
+        f"(difference of AUROC). The first third is as good in "
         f"{(first >= -MARGIN).sum()} of {len(first)}."
     ]
 

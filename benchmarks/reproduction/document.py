@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlflow import ActiveRun, MlflowClient
@@ -13,14 +14,8 @@ from .memory import ROOT
 
 FIGURE, SECTION = "figure.png", "section.md"
 
-TITLES = {
-    "correlation": "Correlation with exact leave-one-out",
-    "detection": "Flipped labels",
-    "early_late": "Early and late influence",
-    "patterns": "Patterns",
-    "cleansing": "Training again without what is flagged",
-    "cost": "Cost",
-}
+REPRODUCTION, TABLE = "reproduction", "dit.table"
+"""Value of ``dit.kind``, and tag, of the parent runs."""
 
 HEAD = """# The paper, reproduced
 
@@ -49,26 +44,31 @@ Written by `mlflow run . -e reproduce -P quick=true`: 96 samples and 6 epochs. T
 """
 
 
-def write_document(run: ActiveRun, quick: bool) -> str:
+def write_document(titles: Mapping[str, str], run: ActiveRun, quick: bool) -> str:
     """Write the document and its figures, from the latest finished run of each table; returns where it is.
 
     What the sections say before their first heading stands together at the top. A quick reproduction goes to ``build/``
     and holds quick runs only.
+
+    Args:
+        titles: of the tables, by name, in order; those without a run in the experiment are left out.
+        run: any of that experiment.
+        quick: of which sort.
     """
     folder = ROOT / "build" if quick else ROOT / "docs"
     pictures = folder / "reproduction"
     pictures.mkdir(parents=True, exist_ok=True)
     claims, parts, seeds = [], [], "8"
-    for table, title in TITLES.items():
+    for table, title in titles.items():
         found = _latest(run.info.experiment_id, table, quick)
         if found is None:
             continue
-        seeds = found.data.params["resolved.seeds"]
+        seeds, datasets = (found.data.params[f"resolved.{name}"] for name in ("seeds", "datasets"))
         _fetch(found, pictures / f"{table}.png")
         said, _, tables = load_text(f"runs:/{found.info.run_id}/{SECTION}").partition("\n## ")
         claims += [f"- {line}" for line in said.split("\n\n") if line.startswith("**")]
         notes = [f"{line}\n" for line in said.split("\n\n") if line.strip() and not line.startswith("**")]
-        command = f"`-P table={table} -P seeds={seeds}`\n"
+        command = f"`-P table={table} -P seeds={seeds}` on {datasets}\n"
         parts += [f"# {title}\n", f"![{title}](reproduction/{table}.png)\n", command, *notes]
         parts += ["### " + tables.replace("\n## ", "\n### ") + "\n"]
     text = "\n".join([QUICK if quick else HEAD.format(seeds=seeds), *claims, "", *parts]).strip() + "\n"
@@ -80,7 +80,7 @@ def write_document(run: ActiveRun, quick: bool) -> str:
 def _latest(experiment_id: str, table: str, quick: bool) -> Run | None:
     found = MlflowClient().search_runs(
         [experiment_id],
-        f"tags.`dit.table` = '{table}' and tags.`dit.kind` = 'reproduction' and attributes.status = 'FINISHED'"
+        f"tags.`{TABLE}` = '{table}' and tags.`dit.kind` = '{REPRODUCTION}' and attributes.status = 'FINISHED'"
         f" and params.`resolved.quick` = '{quick}'",
         max_results=1,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -13,28 +12,25 @@ from importlib.util import find_spec
 import joblib
 import mlflow
 import pandas as pd
-from mlflow import MlflowClient
-from mlflow.entities import Metric
 
 from dit_mlflow import InputError
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.tracking.figures import log_plot
 from dit_mlflow.tracking.links import where_to_look
-from dit_mlflow.tracking.names import KIND, METHOD
+from dit_mlflow.tracking.names import ERROR, KIND, METHOD
 from dit_mlflow.tracking.notes import set_note
-from dit_mlflow.tracking.runs import BATCH, project_run
+from dit_mlflow.tracking.runs import log_points, project_run
 
 from .cases import cases
 from .cleansing import Cleansing
 from .correlation import Correlation
 from .cost import Cost
 from .detection import Detection
-from .document import FIGURE, SECTION, write_document
+from .document import FIGURE, REPRODUCTION, SECTION, TABLE, write_document
 from .early_late import EarlyLate
 from .patterns import Patterns
-from .table import KEYS, Series, Table, Unit, summary
+from .table import KEYS, Table, Unit, summary
 
-REPRODUCTION = "reproduction"
 TABLES: dict[str, Table] = {
     table.name: table for table in (Correlation(), Detection(), EarlyLate(), Patterns(), Cleansing(), Cost())
 }
@@ -75,8 +71,8 @@ class ReproductionRequest:
 def reproduce(request: ReproductionRequest, project_run_id: str | None = None) -> str:
     """Reproduce tables one after the other; returns what the terminal shows at the end.
 
-    What was measured before, by the same code, is taken from ``build/reproduction``. A unit that fails is FAILED in the
-    run of its case and seed, and in the document, and stops nothing else.
+    What was measured before, by the same code, is taken from ``build/reproduction``. A unit that fails has a FAILED run
+    with the reason, which the document names too, and stops nothing else.
 
     Raises:
         InputError: some part of the request cannot be used, or a whole table failed.
@@ -107,7 +103,7 @@ def reproduce(request: ReproductionRequest, project_run_id: str | None = None) -
 def _table(table: Table, units: list[Unit], request: ReproductionRequest, project_run_id: str | None) -> list[str]:
     begun = time.perf_counter()
     name = f"reproduce {table.name}{' (quick)' if request.quick else ''}"
-    with project_run(project_run_id, name, {KIND: REPRODUCTION, "dit.table": table.name}) as run:
+    with project_run(project_run_id, name, {KIND: REPRODUCTION, TABLE: table.name}) as run:
         mlflow.log_params(
             {
                 "resolved.table": table.name,
@@ -120,6 +116,7 @@ def _table(table: Table, units: list[Unit], request: ReproductionRequest, projec
         for unit, found in _measured(table, units, request.jobs):
             if isinstance(found, str):
                 failures.append(f"{unit.case.name}, seed {unit.seed}: {found}")
+                _failed_child(table, unit, found)
                 _log.warning("%s: %s", table.name, failures[-1])
             else:
                 parts.append(found)
@@ -133,7 +130,7 @@ def _table(table: Table, units: list[Unit], request: ReproductionRequest, projec
             .sort_values(["place", "seed"], kind="stable", ignore_index=True)
             .drop(columns="place")
         )
-        _children(table, rows, failures)
+        _children(table, rows)
         condensed = table.condensed(rows)
         mlflow.log_table(summary(condensed, [*KEYS, *table.facets], table.figures), "results.json")
         mlflow.log_table(condensed, "by_seed.json")
@@ -144,7 +141,7 @@ def _table(table: Table, units: list[Unit], request: ReproductionRequest, projec
         mlflow.log_text(section, SECTION)
         mlflow.log_metrics({"cost/reproduction_seconds": time.perf_counter() - begun, "failed": len(failures)})
         set_note(run.info.run_id, f"{table.title}\n\n{section.split('##')[0].strip()}\n\nAll tables: `{SECTION}`.")
-    where = write_document(run, request.quick)
+    where = write_document({known.name: known.title for known in TABLES.values()}, run, request.quick)
     return [
         f"{table.name:12} {time.perf_counter() - begun:.0f} s, {len(units)} units, {len(failures)} failed; {where}",
         where_to_look(run),
@@ -153,7 +150,7 @@ def _table(table: Table, units: list[Unit], request: ReproductionRequest, projec
 
 def _measured(table: Table, units: list[Unit], jobs: int) -> Iterator[tuple[Unit, pd.DataFrame | str]]:
     """Each unit with its rows, or why there are none, as they are found."""
-    jobs = table.jobs or jobs or os.cpu_count() or 1
+    jobs = jobs or os.cpu_count() or 1
     with (
         progress_bar(len(units), table.name, "unit") as progress,
         joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1),
@@ -171,17 +168,18 @@ def _one(table: Table, number: int, unit: Unit) -> tuple[int, pd.DataFrame | str
         return number, f"{type(error).__name__}: {error}"
 
 
-def _children(table: Table, rows: pd.DataFrame, failures: list[str]) -> None:
+def _children(table: Table, rows: pd.DataFrame) -> None:
     """A run for each data set, model, method and seed."""
     for (data, model, method, seed), group in rows.groupby([*KEYS, "seed"], sort=False):
-        tags = {KIND: "reproduced", METHOD: str(method), "dit.table": table.name}
-        with mlflow.start_run(run_name=f"{data} {model} {method} {seed}", nested=True, tags=tags) as run:
+        tags = {KIND: "reproduced", METHOD: str(method), TABLE: table.name}
+        with mlflow.start_run(run_name=f"{data} {model} {method} {seed}", nested=True, tags=tags):
             mlflow.log_params({"data": data, "model": model, "method": method, "seed": seed})
-            _log_series(run.info.run_id, list(table.series(group)))
+            log_points(table.series(group))
 
 
-def _log_series(run_id: str, series: list[Series]) -> None:
-    now = int(time.time() * 1000)
-    metrics = [Metric(name, float(value), now, step) for name, step, value in series if math.isfinite(value)]
-    for start in range(0, len(metrics), BATCH):
-        MlflowClient().log_batch(run_id, metrics=metrics[start : start + BATCH])
+def _failed_child(table: Table, unit: Unit, reason: str) -> None:
+    """A run that tells why there are none of a case and seed."""
+    tags = {KIND: "reproduced", TABLE: table.name, ERROR: reason[:5000]}
+    with mlflow.start_run(run_name=f"{unit.case.name} {unit.seed}", nested=True, tags=tags):
+        mlflow.log_params({"data": unit.case.data, "model": unit.case.model, "seed": unit.seed})
+        mlflow.end_run("FAILED")

@@ -131,18 +131,21 @@ def _clean(case: Case, seed: int, code: str) -> Scores:
         ends = list(dict.fromkeys([0, len(epochs) // 2, len(epochs) - 1]))
         chosen = epochs if case.windows == "epochs" else [epochs[k] for k in ends]
         windows = {**dict(chosen), WHOLE: Window(0, trajectory.num_steps)}
-        names = list(windows)
+        epoch_names = [name for name in windows if name != WHOLE]
         asked = _Asked(trajectory, workload, windows)
         linear = [final_query(trajectory, workload)]
         for kind in KINDS:
             few = kind == "final" and case.final_windows == "ends"
-            tested = [*(epochs[k][0] for k in ends), WHOLE] if few else names
+            # On all of training the three kinds are one.
+            also = [WHOLE] if kind == "final" else []
+            tested = [*([epochs[k][0] for k in ends] if few else epoch_names), *also]
             exactly = partial(leave_one_out, trajectory, workload, kind=kind, samples=case.truth)
             asked.ask("leave_one_out", kind, tested, exactly)
-            asked.ask_method("dit", names, kind)
-        asked.ask("final_query", "cumulative", names, lambda of: track(trajectory, workload, of, "cumulative", linear))
-        asked.ask_method("tracin", names)
-        asked.ask("no_hessians", "none", names, lambda of: TracIn()(trajectory, workload, of, queries=linear))
+            asked.ask_method("dit", [*epoch_names, *also], kind)
+        shortcut = partial(track, trajectory, workload, kind="cumulative", queries=linear)
+        asked.ask("final_query", "cumulative", epoch_names, shortcut)
+        asked.ask_method("tracin", list(windows))
+        asked.ask("no_hessians", "none", list(windows), lambda of: TracIn()(trajectory, workload, of, queries=linear))
         asked.ask_method("influence_function", [WHOLE])
         asked.ask_method("sgd_influence", [WHOLE])
         return asked.result(sweep_error=_sweep_error(trajectory, workload, windows[WHOLE], seed))
@@ -173,9 +176,8 @@ def _flipped(case: Case, seed: int, share: float, code: str) -> Scores:
             asked.ask_method("dit", [third], note=third)
         for kind in ("final", "cumulative"):
             asked.ask_method("dit", list(THIRDS), kind)
-        # The three kinds are one on the whole run.
-        for kind in KINDS:
-            asked.ask_method("dit", [WHOLE], kind, WHOLE)
+        # On all of training the three kinds are one.
+        asked.ask_method("dit", [WHOLE], note=WHOLE)
         for name in ("tracin", "loss"):
             asked.ask_method(name, [*THIRDS, WHOLE])
         for name in ("influence_function", "aum", "confident_learning"):

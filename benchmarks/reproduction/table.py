@@ -45,14 +45,12 @@ class Table(ABC):
         title: as a heading.
         facets: columns that tell apart the rows of one child run.
         figures: columns with numbers.
-        jobs: units at a time; 0 = as many as asked for.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     facets: ClassVar[tuple[str, ...]] = ()
     figures: ClassVar[tuple[str, ...]]
-    jobs: ClassVar[int] = 0
 
     def units(self, cases: Sequence[Case], seeds: int, quick: bool) -> list[Unit]:
         """What is to be measured; the units of a case and seed stand together."""

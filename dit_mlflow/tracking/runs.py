@@ -6,7 +6,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import mlflow
@@ -53,16 +53,21 @@ def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset 
 
 
 def log_series(name: str, values: Sequence[float | None], steps: Sequence[int] | None = None) -> None:
-    """Log one value per step on the active run, in few requests; ``None`` and NaN are left out.
+    """Log one value per step on the active run; ``None`` and NaN are left out.
 
     ``steps``: default ``0, 1, …``.
     """
+    log_points((name, step, value) for step, value in zip(steps or range(len(values)), values, strict=True))
+
+
+def log_points(points: Iterable[tuple[str, int, float | None]]) -> None:
+    """Log ``(metric, step, value)`` on the active run, in few requests; ``None`` and NaN are left out."""
     run = mlflow.active_run()
     assert run is not None
     now = int(time.time() * 1000)
     metrics = [
         Metric(name, float(value), now, step)
-        for step, value in zip(steps or range(len(values)), values, strict=True)
+        for name, step, value in points
         if value is not None and math.isfinite(value)
     ]
     for start in range(0, len(metrics), BATCH):
