@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.at_window_end import AtWindowEnd
+from dit_mlflow.methods.sample_gradients import norms
 from dit_mlflow.methods.snapshot import Snapshot, inner
 
 
@@ -24,6 +25,6 @@ class GradCos(AtWindowEnd):
 
     def scores(self, snapshot: Snapshot, question: Question) -> np.ndarray:
         gradients = snapshot.query_gradients(question.queries)
-        lengths = np.sqrt(inner(gradients, gradients).double().cpu().numpy())[:, None] * snapshot.norms()
+        lengths = np.sqrt(inner(gradients, gradients).double().cpu().numpy())[:, None] * norms(snapshot)
         products = snapshot.products(gradients)
         return np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)

@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.at_window_end import AtWindowEnd
+from dit_mlflow.methods.sample_gradients import norms
 from dit_mlflow.methods.snapshot import Snapshot
 
 
@@ -24,4 +25,4 @@ class GradNorm(AtWindowEnd):
     measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "suspicion"
 
     def scores(self, snapshot: Snapshot, question: Question) -> np.ndarray:
-        return -snapshot.norms()
+        return -norms(snapshot)

@@ -11,6 +11,7 @@ import torch
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.sample_gradients import squares as squares_of
 from dit_mlflow.methods.snapshot import Snapshot, Vectors, snapshots
 
 
@@ -60,7 +61,7 @@ class InfluenceFunctionDatainf(Method):
         replay = question.trajectory.replay(question.workload)
         ((_, snapshot),) = snapshots(replay, [question.trajectory.num_steps])
         gradients = snapshot.query_gradients(question.queries)
-        squares = dict(zip(snapshot.trained, snapshot.squares(), strict=True))
+        squares = dict(zip(snapshot.trained, squares_of(snapshot), strict=True))
         solved: Vectors = {}
         for names in self._layers(snapshot):
             own = sum(squares[name] for name in names)

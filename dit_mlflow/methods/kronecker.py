@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dit_mlflow.methods.snapshot import GRADIENTS_IN_MEMORY, Snapshot, Vectors
+from dit_mlflow.methods.sample_gradients import GRADIENTS_IN_MEMORY
+from dit_mlflow.methods.snapshot import Snapshot, Vectors
 
 Pass = list[tuple[Tensor, Tensor]]
 """Inputs ``[B, P, I]`` and output gradients ``[B, P, O]`` of a layer, once per call; ``P`` = positions."""

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_mlflow.methods.snapshot import CHUNK, GRADIENTS_IN_MEMORY, Snapshot
+from dit_mlflow.methods.snapshot import CHUNK, Snapshot
 from dit_mlflow.trajectory import to_like
 from dit_mlflow.trajectory.dynamics import Parameters
 from dit_mlflow.trajectory.workload import Batch, tensors_of, with_tensors
+
+GRADIENTS_IN_MEMORY = 2**28
+"""Bytes of single samples' gradients that are held at once."""
 
 Output = Callable[[nn.Module, Batch, Tensor], Tensor]
 """``(model, batch, labels [B]) -> [B]``: one scalar per sample."""
@@ -35,6 +38,28 @@ def sample_gradients(snapshot: Snapshot, output: Output, labels: Tensor) -> Iter
     at_once = max(1, min(CHUNK, GRADIENTS_IN_MEMORY // one))
     for indices in np.array_split(np.arange(size), -(-size // at_once)):
         yield _rows(snapshot, output, indices, labels[torch.from_numpy(indices).to(labels.device)])
+
+
+def squares(snapshot: Snapshot) -> np.ndarray:
+    """``|d l_i / d p|^2`` of every trained parameter ``p`` and training sample, ``[parameters, n]``.
+
+    Cost: as :func:`sample_gradients`.
+    """
+    workload, sizes = snapshot.dynamics.workload, [value.numel() for value in snapshot.trained.values()]
+
+    def loss(model: nn.Module, batch: Batch, labels: Tensor) -> Tensor:
+        return workload.sample_losses(model, batch, len(labels))
+
+    found = [
+        torch.stack([part.double().square().sum(dim=1) for part in rows.split(sizes, dim=1)])
+        for _, rows in sample_gradients(snapshot, loss, torch.zeros(workload.num_samples))
+    ]
+    return torch.cat(found, dim=1).cpu().numpy()
+
+
+def norms(snapshot: Snapshot) -> np.ndarray:
+    """``|grad l_i|`` of every training sample, ``[n]``; cost as :func:`sample_gradients`."""
+    return np.sqrt(squares(snapshot).sum(axis=0))
 
 
 def _rows(snapshot: Snapshot, output: Output, indices: np.ndarray, labels: Tensor) -> tuple[Tensor, Tensor]:

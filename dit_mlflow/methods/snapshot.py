@@ -18,13 +18,10 @@ from dit_mlflow.trajectory.dynamics import Dynamics, Parameters
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.replay import Replay
 from dit_mlflow.trajectory.step import Step
-from dit_mlflow.trajectory.workload import Batch, tensors_of, with_tensors
+from dit_mlflow.trajectory.workload import Batch
 
 CHUNK = 256
 """Training samples per forward pass."""
-
-GRADIENTS_IN_MEMORY = 2**28
-"""Bytes of single samples' gradients that are held at once."""
 
 Vectors = dict[str, Tensor]
 """Parameter name -> ``[rows, *shape]``."""
@@ -106,50 +103,6 @@ class Snapshot:
             ):
                 part += found
         return dict(zip(names, total, strict=True))
-
-    def norms(self) -> np.ndarray:
-        """``|grad l_i|`` of every training sample, ``[n]``; cost as :meth:`squares`."""
-        return np.sqrt(self.squares().sum(axis=0))
-
-    def squares(self) -> np.ndarray:
-        """``|d l_i / d p|^2`` of every trained parameter ``p`` and training sample, ``[parameters, n]``.
-
-        Cost: a pass forward and backward over the training set, side by side under ``torch.func.vmap`` where the model
-        and the batches allow it, otherwise sample by sample.
-        """
-        parts = [self._squares_side_by_side(indices, losses) for indices, losses in self.batches()]
-        return np.concatenate(parts).T
-
-    def _squares_side_by_side(self, indices: np.ndarray, losses: Tensor) -> np.ndarray:
-        batch = self._batch(indices)
-        fixed = {name: value.detach() for name, value in self.parameters.items()}
-        trained = {name: fixed[name] for name in self.trained}
-
-        def loss(moved: Parameters, *sample: Tensor) -> Tensor:
-            single = with_tensors(batch, [tensor.unsqueeze(0) for tensor in sample])
-            return self._losses({**fixed, **moved}, single, 1)[0]
-
-        def squares(*sample: Tensor) -> tuple[Tensor, Tensor]:
-            gradients, value = torch.func.grad_and_value(loss)(trained, *sample)
-            return torch.stack([part.double().square().sum() for part in gradients.values()]), value
-
-        at_once = max(1, GRADIENTS_IN_MEMORY // sum(value.nbytes for value in self.trained.values()))
-        try:
-            found, values = torch.func.vmap(squares, chunk_size=at_once)(*tensors_of(batch))
-        except (RuntimeError, ValueError, NotImplementedError):
-            return self._squares_one_by_one(indices)
-        # A batch may hold what is not one row per sample; its losses then come out wrong.
-        if values.shape != losses.shape or not torch.allclose(values, losses, rtol=1e-3, atol=1e-5, equal_nan=True):
-            return self._squares_one_by_one(indices)
-        return found.cpu().numpy()
-
-    def _squares_one_by_one(self, indices: np.ndarray) -> np.ndarray:
-        rows = []
-        for index in indices:
-            (loss,) = self._losses(self.parameters, self._batch(np.array([index])), 1)
-            found = torch.autograd.grad(loss, list(self.trained.values()), allow_unused=True, materialize_grads=True)
-            rows.append([float(part.double().square().sum()) for part in found])
-        return np.array(rows)
 
     def batches(self, samples: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Indices and losses ``[B]`` of some training samples (default: all), part by part."""

@@ -14,7 +14,8 @@ from dit_mlflow.influence.adjoint import vector_jacobian
 from dit_mlflow.influence.engine import CONVOLUTIONS
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.methods.snapshot import GRADIENTS_IN_MEMORY, Snapshot
+from dit_mlflow.methods.sample_gradients import GRADIENTS_IN_MEMORY
+from dit_mlflow.methods.snapshot import Snapshot
 from dit_mlflow.methods.tracin import effects, sum_over_steps
 from dit_mlflow.trajectory.replay import Replay
 from dit_mlflow.trajectory.step import Step

@@ -24,11 +24,10 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow import sample_losses as sample_losses_of
-from dit_mlflow.methods import NAMES, confirm, method
+from dit_mlflow.methods import NAMES, confirm, method, sample_gradients
 from dit_mlflow.methods.confident_learning import out_of_sample
 from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.influence_function import InfluenceFunction
-from dit_mlflow.methods.snapshot import Snapshot
 
 GRADIENT_METHODS = [
     *["tracin", "tracin_checkpoints", "grad_dot", "grad_cos", "grad_norm", "source", "dvemb"],
@@ -196,10 +195,8 @@ def test_norms_are_the_same_side_by_side_and_one_by_one(
     }[case]
     workload = digits_workload(epochs=1, **changes)
     trajectory = train(workload, tmp_path / "t")
-    fallen_back, real = [], Snapshot._squares_one_by_one
-    monkeypatch.setattr(
-        Snapshot, "_squares_one_by_one", lambda self, indices: fallen_back.append(1) or real(self, indices)
-    )
+    fallen_back, real = [], sample_gradients._one_by_one
+    monkeypatch.setattr(sample_gradients, "_one_by_one", lambda *given: fallen_back.append(1) or real(*given))
     found = method("grad_norm")(trajectory, workload).of(0)
     assert bool(fallen_back) == (case != "dicts")
     model = trajectory.checkpoint(3).load_into(workload.build_model())
