@@ -50,7 +50,9 @@ def windows_table(influence: Influence, metrics: Sequence[Metrics]) -> pd.DataFr
             row[f"most_{side}"] = int(extremes.loc[(index, side), "sample_index"]) if there else None
         bounds = {"start": window.start, "end": window.end}
         rows.append(row | bounds | {name: found.values.get(name) for name in names})
-    return rounded(pd.DataFrame(rows))
+    # Of some windows nothing harms, or nothing helps; indices stay whole numbers all the same.
+    whole = {f"most_{side}": "Int64" for side in ("harmful", "helpful")}
+    return rounded(pd.DataFrame(rows).astype(whole))
 
 
 def top_samples_table(influence: Influence, truth: Influence | None, gallery: Gallery, k: int = TOP) -> pd.DataFrame:
@@ -89,4 +91,6 @@ def paragraph(text: str) -> str:
 def terminal_table(table: pd.DataFrame, names: Mapping[str, str]) -> str:
     """The columns of ``table`` that ``names`` maps to headings, as aligned text."""
     kept = table[[name for name in names if name in table]].rename(columns=dict(names))
-    return kept.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.3f}")
+    # pandas writes missing whole numbers as <NA>, whatever na_rep says.
+    whole = {name: kept[name].astype(object).fillna("-") for name in kept if kept[name].dtype == "Int64"}
+    return kept.assign(**whole).to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.3f}")

@@ -230,6 +230,13 @@ def test_windows_table_names_extremes_and_metrics() -> None:
     assert text.splitlines()[1].split() == ["0", "0.500"]
 
 
+def test_indices_stay_whole_numbers_where_a_window_harms_nobody() -> None:
+    found = influence(0)
+    found.scores[0] = np.abs(found.scores[0])
+    text = terminal_table(windows_table(found, [Metrics()] * 3), {"most_harmful": "worst"})
+    assert [line.strip() for line in text.splitlines()[1:]] == ["-", *(str(int(found.of(k).argmin())) for k in (1, 2))]
+
+
 def test_top_samples_table_carries_truth_and_descriptions() -> None:
     estimate, truth = influence(0), influence(1)
     table = top_samples_table(estimate, truth, gallery(corrupted=[4], describe=lambda index: f"sample {index}"))
