@@ -6,7 +6,7 @@ Run from the repository::
 
 Prints two tables in Markdown: how the gradient norm of a presentation depends on its timestep, and for each method what
 its top lists depend on and how well it agrees with leave-one-out. Each training has a seed of its own for weights,
-batch order and draws. Takes about two minutes of one processor for each training.
+batch order and draws. Takes about twenty seconds of one processor for each training.
 """
 
 from __future__ import annotations
