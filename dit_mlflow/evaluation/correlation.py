@@ -15,6 +15,9 @@ TOP_SHARE = 0.3
 RESAMPLES = 200
 """Bootstrap samples behind an interval."""
 
+FEWEST = 8
+"""Samples without which there is no interval: of three points, resamples are mostly lines, and it would be [1, 1]."""
+
 
 def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
     """``pearson``, ``spearman``, ``kendall`` (tau-b), ``jaccard_30`` and ``jaccard_bottom_30`` between score vectors.
@@ -51,10 +54,11 @@ def correlation_intervals(
         names: of the correlations to give; default: all.
 
     Returns:
-        ``(low, high)`` by name; nothing where the correlation is undefined. Resamples without variation are left out.
+        ``(low, high)`` by name; nothing where the correlation is undefined, nor for fewer than :data:`FEWEST` samples.
+        Resamples without variation are left out.
     """
     known = np.flatnonzero(np.isfinite(estimate) & np.isfinite(truth))
-    if _why_undefined(estimate[known], truth[known]) is not None:
+    if len(known) < FEWEST or _why_undefined(estimate[known], truth[known]) is not None:
         return {}
     drawn = np.random.default_rng(seed).choice(known, size=(resamples, len(known)))
     estimates, truths = estimate[drawn], truth[drawn]

@@ -149,8 +149,10 @@ def _agreement(metrics: Sequence[Metrics], key: str, over: str, where: str) -> s
     figures = f"Spearman {_range(min(points), max(points))}"
     if over:
         return f"{_words(min(points), max(points))}{where} ({figures}{over})"
-    low = min(found.values.get(f"{key}_low", found.values[key]) for found in metrics)
-    high = max(found.values.get(f"{key}_high", found.values[key]) for found in metrics)
+    if any(f"{key}_low" not in found.values for found in metrics):
+        return f"{_words(min(points), max(points))}{where} ({figures}, too few samples for an interval)"
+    low = min(found.values[f"{key}_low"] for found in metrics)
+    high = max(found.values[f"{key}_high"] for found in metrics)
     return f"{_words(low, high)}{where} ({figures}, 95 % interval{'s' * (len(metrics) > 1)} {_range(low, high)})"
 
 

@@ -71,3 +71,9 @@ def test_bottom_jaccard_looks_at_the_lowest() -> None:
     found = correlations(estimate, truth).values
     assert found["jaccard_bottom_30"] == 1
     assert found["jaccard_30"] == pytest.approx(1 / 5)
+
+
+def test_of_a_handful_of_samples_there_is_no_interval() -> None:
+    scores = np.arange(7.0)
+    assert correlation_intervals(scores, scores**2) == {}
+    assert set(correlation_intervals(np.arange(8.0), np.arange(8.0) ** 2, names=["spearman"])) == {"spearman"}

@@ -187,3 +187,12 @@ def test_comparison_names_all_that_are_equal_and_all_that_failed() -> None:
 def test_comparison_without_ground_truth_claims_nothing_of_agreement() -> None:
     sentences = comparison_sentences(comparison(recall_at_k=[None] * 4), [])
     assert sentences == ("Agreement with exact leave-one-out was not measured.",)
+
+
+def test_few_samples_are_said_to_be_few() -> None:
+    few = Metrics({"trust/spearman": 1.0, "trust/samples": 3.0})
+    *_, agreement = answer_sentences(findings([SCORES[0]], few, (few,), windows=WINDOWS[:1]))[:2]
+    assert agreement == (
+        "As far as 3 random samples tell, agreement with exact retraining is very high (Spearman 1.00, too few samples "
+        "for an interval)."
+    )
