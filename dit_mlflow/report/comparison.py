@@ -34,8 +34,8 @@ def plot_fidelity_against_cost(
     """Agreement with exact leave-one-out over the whole run, against seconds; a point is a method.
 
     Args:
-        table: with columns ``method``, ``measures``, ``seconds``, ``spearman``, ``spearman_low``, ``spearman_high``;
-            rows without a correlation are left out.
+        table: with columns ``method``, ``measures``, ``seconds``, ``spearman``, and, where there are intervals,
+            ``spearman_low``, ``spearman_high``; rows without a correlation are left out.
         attainable: correlation of leave-one-out with itself in the recorded dtype, drawn as a line.
         training: seconds of the training itself, drawn as a line.
     """
@@ -45,7 +45,8 @@ def plot_fidelity_against_cost(
     for measures, colour in COLOURS.items():
         rows = shown[shown["measures"] == measures]
         if len(rows):
-            spread = np.abs(rows[["spearman_low", "spearman_high"]].to_numpy().T - rows["spearman"].to_numpy())
+            ends = rows.reindex(columns=["spearman_low", "spearman_high"]).to_numpy(dtype=float).T
+            spread = np.abs(ends - rows["spearman"].to_numpy())
             style: dict[str, Any] = {"color": colour, "capsize": 3, "lw": 1.2, "ms": 7, "label": LEGEND[measures]}
             axes.errorbar(rows["seconds"], rows["spearman"], yerr=spread, fmt="o", **style)
     axes.set_xscale("log")

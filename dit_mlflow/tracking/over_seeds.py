@@ -10,7 +10,7 @@ import pandas as pd
 from dit_mlflow.evaluation import mean_interval, stability
 
 FIGURES = ("spearman", "pearson", "lds", "recall_at_k", "auroc")
-"""Whose variance over trainings is told apart."""
+"""Whose interval over trainings is told, and whose variance is told apart."""
 
 
 def summarised(rows: pd.DataFrame) -> pd.DataFrame:
@@ -22,7 +22,7 @@ def summarised(rows: pd.DataFrame) -> pd.DataFrame:
         for column in worked.select_dtypes("number"):
             values = worked[column].dropna()
             row.setdefault(str(column), float(values.mean()) if len(values) else None)
-            if len(values) > 1 and f"{column}_low" in worked:
+            if len(values) > 1 and (column in FIGURES or f"{column}_low" in worked):
                 low, high = mean_interval(values.to_numpy())
                 row |= {f"{column}_low": low, f"{column}_high": high}
         errors = group["error"].dropna() if "error" in group else pd.Series(dtype=object)
