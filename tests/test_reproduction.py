@@ -19,6 +19,7 @@ from benchmarks.reproduction import job, scored
 from benchmarks.reproduction.__main__ import main
 from benchmarks.reproduction.authors import authors_scores
 from benchmarks.reproduction.cases import CASES, Case, cases
+from benchmarks.reproduction.document import write_document
 from benchmarks.reproduction.final_query import final_query
 from benchmarks.reproduction.job import TABLES, ReproductionRequest, reproduce
 from benchmarks.reproduction.memory import ROOT
@@ -91,6 +92,25 @@ def test_each_table_is_a_parent_with_a_child_for_each_method_and_seed(table: str
     document = (tmp_path / "build" / "reproduction.md").read_text(encoding="utf-8")
     assert TABLES[table].title in document and "**C" in document
     assert (tmp_path / "build" / "reproduction" / f"{table}.png").stat().st_size > 5000
+
+
+def test_the_document_in_docs_has_every_table_and_all_its_seeds(tmp_path: Path) -> None:
+    def finished(table: str, seeds: int) -> mlflow.ActiveRun:
+        with mlflow.start_run(tags={"dit.kind": "reproduction", "dit.table": table}) as run:
+            params = {"resolved.seeds": seeds, "resolved.datasets": "digits", "resolved.quick": False}
+            mlflow.log_params(params)
+            mlflow.log_text("**Claim.** It held.\n\n## Figures", "section.md")
+            mlflow.log_text("a picture", "figure.png")
+        return run
+
+    titles = {"correlation": "Agreement", "cost": "What it costs"}
+    kept = Path("docs") / "reproduction.md"
+    with_one = write_document(titles, finished("correlation", 8), quick=False)
+    with_few_seeds = write_document(titles, finished("cost", 7), quick=False)
+    assert {with_one, with_few_seeds} == {str(Path("build") / "reproduction.md")} and not (tmp_path / kept).exists()
+    assert write_document(titles, finished("cost", 8), quick=False) == str(kept)
+    text = (tmp_path / kept).read_text(encoding="utf-8")
+    assert all(title in text for title in titles.values()) and text.count("It held.") == 2
 
 
 def test_the_figures_are_those_of_the_scores(small: None) -> None:

@@ -81,8 +81,8 @@ def reproduce(request: ReproductionRequest, project_run_id: str | None = None) -
     if request.seeds < 1 or request.jobs < 0:
         raise InputError(f"seeds={request.seeds}, jobs={request.jobs}; expected 1 seed or more, and 0 jobs or more")
     tables = request.tables
-    if find_spec("cleanlab") is None:
-        raise InputError("the reproduction compares with cleanlab: pip install -e '.[methods]'")
+    if TABLES["detection"] in tables and find_spec("cleanlab") is None:
+        raise InputError("table=detection compares with cleanlab: pip install -e '.[methods]'")
     chosen = cases(request.datasets, request.quick, request.data)
     for data in dict.fromkeys(case.data for case in chosen):
         # Data that cannot be had are found out now, not in an hour.
