@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence.query import CHUNK
 from dit_mlflow.trajectory import Workload, to_like
+from dit_mlflow.trajectory.random_state import fixed_draws
 
 
 def mean_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> Metrics:
@@ -28,15 +29,15 @@ def sample_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -
         model: in the mode in which it is to be judged.
         dataset: of the workload's kind of samples.
 
-    Cost: a forward pass for the loss and one for the metrics, in chunks.
+    What they draw from torch is the same every time. Cost: a forward pass for the loss and one for the metrics.
     """
     size = len(dataset)  # type: ignore[arg-type]
     like = next(model.parameters())
     parts: dict[str, list[np.ndarray]] = {}
-    with torch.no_grad():
+    with torch.no_grad(), fixed_draws(like.device):
         for start in range(0, size, CHUNK):
             indices = range(start, min(start + CHUNK, size))
-            batch = to_like(workload.collate(dataset, indices), like.device, None)
+            batch = to_like(workload.unvarying(dataset, indices), like.device, None)
             values = {"loss": workload.sample_losses(model, batch, len(indices))}
             if workload.metrics is not None:
                 values |= workload.metrics(model, batch)

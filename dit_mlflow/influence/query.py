@@ -21,7 +21,7 @@ CHUNK = 1024
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """A named scalar of the model, evaluated in evaluation mode.
+    """A named scalar of the model, evaluated in evaluation mode; what it draws from torch is the same every time.
 
     Attributes:
         name: appears in every result.
@@ -47,7 +47,7 @@ def mean_validation_loss(workload: Workload) -> Query:
     """
     size = len(workload.validation_set)  # type: ignore[arg-type]
     parts = np.array_split(np.arange(size), -(-size // CHUNK))
-    batches = [workload.collate(workload.validation_set, part) for part in parts]
+    batches = [workload.unvarying(workload.validation_set, part) for part in parts]
 
     def function(model: nn.Module) -> Tensor:
         losses = [
@@ -175,7 +175,7 @@ def _single_samples(workload: Workload, samples: Sequence[int] | None, of: Datas
     outside = [index for index in indices if not 0 <= index < size]
     if outside:
         raise InputError(f"queries on {of} samples {outside[:5]}: expected indices within 0 … {size - 1}")
-    return [(index, workload.collate(dataset, [index])) for index in indices]
+    return [(index, workload.unvarying(dataset, [index])) for index in indices]
 
 
 def _moved(batch: Batch, model: nn.Module) -> Batch:

@@ -16,6 +16,7 @@ from dit_mlflow.influence.engine import Engine, Objective
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import in_parts
 from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.objective import refuse_ascent
 from dit_mlflow.trajectory.dynamics import MicroBatch
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import Step
@@ -42,7 +43,7 @@ class Dvemb(Method):
         memory_budget: bytes, see :func:`dit_mlflow.track`.
 
     Raises:
-        UnsupportedError: the embeddings overflow, or as :func:`dit_mlflow.track`.
+        UnsupportedError: the embeddings overflow, training climbed (``maximize=True``), or as :func:`dit_mlflow.track`.
 
     Cost: as ``dit``, and for each query a forward pass more per step; the paper's embeddings answer later queries for
     an inner product each, at the price of a vector of the model's size for every sample of every step. It fails where
@@ -58,6 +59,7 @@ class Dvemb(Method):
     memory_budget: int | None = None
 
     def estimate(self, question: Question) -> Estimate:
+        refuse_ascent(question.trajectory.step(0))
         engine = _GradientsForHessians(question.trajectory.replay(question.workload, self.dtype), self.memory_budget)
         scores = np.concatenate([part for _, part in in_parts(engine, question)], axis=1)
         if not np.isfinite(scores).all():

@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.question import Question
+from dit_mlflow.influence.window import Window
 from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.objective import mean_coefficients
 from dit_mlflow.methods.snapshot import Snapshot, Vectors, snapshots
 
 Solver = Callable[[float], np.ndarray | None]
@@ -24,11 +26,12 @@ Solver = Callable[[float], np.ndarray | None]
 class NewtonStep(Method):
     r"""Methods that take the Newton step of removing a sample from a minimum, and differ in how they solve for it.
 
-    .. math:: I_j = \frac1n \langle (H + \delta)^{-1} \nabla q, \nabla l_j \rangle
+    .. math:: I_j = c_j \langle (H + \delta)^{-1} \nabla q, \nabla l_j \rangle
 
-    at the final model, in evaluation mode; ``H`` is the Hessian of the mean training loss (and the regularizer; not of
-    an optimizer's weight decay). Where the system cannot be solved, the damping is raised tenfold until it can; the
-    result's metadata hold the damping, and the largest relative residual ``|(H + delta) x - grad q| / |grad q|``.
+    at the final model, in evaluation mode; ``H`` is the Hessian of ``sum_i c_i l_i`` (and the regularizer; not of an
+    optimizer's weight decay), with the samples' mean coefficients over training: ``1 / n`` for a mean loss. Where the
+    system cannot be solved, the damping is raised tenfold until it can; the result's metadata hold the damping, and the
+    largest relative residual ``|(H + delta) x - grad q| / |grad q|``.
 
     Attributes:
         damping: ``delta`` to begin with.
@@ -42,14 +45,15 @@ class NewtonStep(Method):
     attempts: int = 6
 
     @abstractmethod
-    def _solver(self, snapshot: Snapshot, rows: np.ndarray) -> Solver:
+    def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:
         """Of the systems with the right-hand sides ``rows``, ``[rows, P]``."""
 
     def estimate(self, question: Question) -> Estimate:
-        replay = question.trajectory.replay(question.workload)
-        ((_, snapshot),) = snapshots(replay, [question.trajectory.num_steps])
+        replay, steps = question.trajectory.replay(question.workload), question.trajectory.num_steps
+        ((_, snapshot),) = snapshots(replay, [steps])
+        curvature = Curvature(snapshot, mean_coefficients(replay, Window(0, steps)))
         rows = flattened(snapshot.query_gradients(question.queries))
-        solve = self._solver(snapshot, rows)
+        solve = self._solver(curvature, rows)
         for attempt in range(self.attempts):
             damping = self.damping * 10**attempt
             solutions = solve(damping)
@@ -60,30 +64,45 @@ class NewtonStep(Method):
                 f"the Hessian of the final model cannot be inverted with a damping up to {damping:g}; training is far "
                 "from a minimum. Give a larger damping, or use dit, which needs none"
             )
-        residual = max(relative_residual(snapshot, *pair, damping) for pair in zip(rows, solutions, strict=True))
-        scores = snapshot.products(by_parameter(snapshot, solutions)) / question.workload.num_samples
+        residual = max(curvature.residual(*pair, damping) for pair in zip(rows, solutions, strict=True))
+        scores = curvature.weights * snapshot.products(by_parameter(snapshot, solutions))
         return Estimate(scores[None], details={"damping": damping, "residual": residual, "max_drift": replay.max_drift})
 
 
-def relative_residual(snapshot: Snapshot, gradient: np.ndarray, solution: np.ndarray, damping: float) -> float:
-    """``|(H + damping) x - gradient| / |gradient|``; 0 without a gradient."""
-    norm = np.linalg.norm(gradient)
-    left = hessian_product(snapshot, solution) + damping * solution - gradient
-    return float(np.linalg.norm(left) / norm) if norm else 0.0
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """The Hessian ``H`` of ``sum_i c_i l_i`` and the regularizer.
+
+    Attributes:
+        snapshot: where.
+        weights: ``c``, ``[n]``.
+    """
+
+    snapshot: Snapshot
+    weights: np.ndarray
+
+    def product(self, vector: np.ndarray) -> np.ndarray:
+        """``H v``, ``[P]``; see :func:`hessian_product`."""
+        return hessian_product(self.snapshot, self.weights, vector)
+
+    def residual(self, gradient: np.ndarray, solution: np.ndarray, damping: float) -> float:
+        """``|(H + damping) x - gradient| / |gradient|``; 0 without a gradient."""
+        norm = np.linalg.norm(gradient)
+        left = self.product(solution) + damping * solution - gradient
+        return float(np.linalg.norm(left) / norm) if norm else 0.0
 
 
-def hessian_product(snapshot: Snapshot, vector: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def hessian_product(snapshot: Snapshot, weights: np.ndarray, vector: np.ndarray) -> np.ndarray:
     """``H v``, ``[P]``, float64, for ``sum_i weights_i l_i`` and the regularizer.
 
     Args:
-        weights: ``[n]``; ``None`` = the mean loss. Samples with weight 0 cost nothing.
+        weights: ``[n]``. Samples with weight 0 cost nothing.
+        vector: ``v``, ``[P]``.
 
     Raises:
         UnsupportedError: it is not finite.
     """
     dynamics = snapshot.dynamics
-    size = dynamics.workload.num_samples
-    weights = np.full(size, 1 / size) if weights is None else weights
     direction = by_parameter(snapshot, vector[None])
     inputs = list(snapshot.trained.values())
     total = [torch.zeros_like(value) for value in inputs]

@@ -8,20 +8,20 @@ from typing import ClassVar, Literal
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, cg
 
-from dit_mlflow.methods.hessian import NewtonStep, Solver, hessian_product
-from dit_mlflow.methods.snapshot import Snapshot
+from dit_mlflow.methods.hessian import Curvature, NewtonStep, Solver
 
 
 @dataclass(frozen=True)
 class InfluenceFunction(NewtonStep):
     r"""Newton step of removing a sample from a minimum (Koh and Liang 2017, arXiv 1703.04730), by conjugate gradients.
 
-    .. math:: I_j = \frac1n \langle (H + \delta)^{-1} \nabla q, \nabla l_j \rangle
+    .. math:: I_j = c_j \langle (H + \delta)^{-1} \nabla q, \nabla l_j \rangle
 
-    at the final model, in evaluation mode; ``H`` is the Hessian of the mean training loss (and the regularizer; not of
-    an optimizer's weight decay). Sign: positive = removal raises the query. Where ``H + damping`` is not positive
-    definite, or the solver does not converge, the damping is raised tenfold until it does; the result's metadata hold
-    the damping, and the largest relative residual.
+    at the final model, in evaluation mode; ``H`` is the Hessian of ``sum_i c_i l_i`` (and the regularizer; not of an
+    optimizer's weight decay), with the samples' mean coefficients over training: ``1 / n`` for a mean loss. Sign:
+    positive = removal raises the query. Where ``H + damping`` is not positive definite, or the solver does not
+    converge, the damping is raised tenfold until it does; the result's metadata hold the damping, and the largest
+    relative residual.
 
     Attributes:
         damping: ``delta`` to begin with.
@@ -42,11 +42,11 @@ class InfluenceFunction(NewtonStep):
     tolerance: float = 1e-5
     max_iterations: int = 500
 
-    def _solver(self, snapshot: Snapshot, rows: np.ndarray) -> Solver:
+    def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:
         def solve(damping: float) -> np.ndarray | None:
             solutions = []
             for row in rows:
-                solution = self._solve(snapshot, row, damping)
+                solution = self._solve(curvature, row, damping)
                 if solution is None:
                     return None
                 solutions.append(solution)
@@ -54,11 +54,11 @@ class InfluenceFunction(NewtonStep):
 
         return solve
 
-    def _solve(self, snapshot: Snapshot, gradient: np.ndarray, damping: float) -> np.ndarray | None:
+    def _solve(self, curvature: Curvature, gradient: np.ndarray, damping: float) -> np.ndarray | None:
         """``(H + damping)^{-1} gradient``, or ``None``."""
 
         def product(vector: np.ndarray) -> np.ndarray:
-            found = hessian_product(snapshot, vector.ravel()) + damping * vector.ravel()
+            found = curvature.product(vector.ravel()) + damping * vector.ravel()
             if not found @ vector.ravel() > 0 and vector.any():
                 raise _NotPositive
             return found

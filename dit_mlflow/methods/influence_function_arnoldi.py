@@ -9,23 +9,22 @@ import numpy as np
 import torch
 
 from dit_mlflow.errors import UnsupportedError
-from dit_mlflow.methods.hessian import NewtonStep, Solver, hessian_product
+from dit_mlflow.methods.hessian import Curvature, NewtonStep, Solver
 from dit_mlflow.methods.krylov import krylov_space
-from dit_mlflow.methods.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
 class InfluenceFunctionArnoldi(NewtonStep):
     r"""Newton step of removing a sample, in the leading eigenvectors alone (Schioppa et al. 2022, arXiv 2112.03052).
 
-    .. math:: I_j = \frac1n \sum_k \frac{\langle \nabla q, u_k \rangle \langle u_k, \nabla l_j \rangle}
+    .. math:: I_j = c_j \sum_k \frac{\langle \nabla q, u_k \rangle \langle u_k, \nabla l_j \rangle}
               {\sigma_k + \delta}
 
     where ``u_k`` and ``sigma_k`` are the eigenvectors and eigenvalues of largest size that the Hessian has in a Krylov
     space, begun at random; what lies outside their span counts as 0. With all of them it is ``influence_function``,
-    whose ``H`` and ``damping`` it shares. Sign: positive = removal raises the query. The damping is raised tenfold
-    until every ``sigma_k + damping`` is positive; the metadata hold it, and the relative residual, which the part of
-    ``grad q`` outside the span makes large.
+    whose ``H``, ``c`` and ``damping`` it shares. Sign: positive = removal raises the query. The damping is raised
+    tenfold until every ``sigma_k + damping`` is positive; the metadata hold it, and the relative residual, which the
+    part of ``grad q`` outside the span makes large.
 
     Attributes:
         damping: ``delta`` to begin with.
@@ -49,12 +48,12 @@ class InfluenceFunctionArnoldi(NewtonStep):
     rank: int = 100
     seed: int = 0
 
-    def _solver(self, snapshot: Snapshot, rows: np.ndarray) -> Solver:
+    def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:
         start = np.random.default_rng(self.seed).standard_normal((rows.shape[1],))
-        space = krylov_space(lambda vector: hessian_product(snapshot, vector), start, self.iterations)
+        space = krylov_space(curvature.product, start, self.iterations)
         values, vectors = space.eigen
         # Below rounding, an eigenvalue is 0 and its vector arbitrary.
-        rounding = np.abs(values).max() * torch.finfo(next(iter(snapshot.trained.values())).dtype).eps
+        rounding = np.abs(values).max() * torch.finfo(next(iter(curvature.snapshot.trained.values())).dtype).eps
         kept = [k for k in np.argsort(-np.abs(values), kind="stable")[: self.rank] if np.abs(values[k]) > rounding]
         if not kept:
             raise UnsupportedError(

@@ -11,6 +11,7 @@ import torch
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.objective import refuse_regularizer, shares
 from dit_mlflow.methods.sample_gradients import squares as squares_of
 from dit_mlflow.methods.snapshot import Snapshot, Vectors, snapshots
 
@@ -19,12 +20,13 @@ from dit_mlflow.methods.snapshot import Snapshot, Vectors, snapshots
 class InfluenceFunctionDatainf(Method):
     r"""Newton step of removing a sample, each layer's inverse in closed form (Kwon et al. 2024, arXiv 2310.00902).
 
-    .. math:: I_j = \frac1n \sum_L \langle x_L, \nabla_L l_j \rangle, \quad
-              x_L = \frac1{\delta_L} \Big( \nabla_L q - \frac1n \sum_i
+    .. math:: I_j = p_j \sum_L \langle x_L, \nabla_L l_j \rangle, \quad
+              x_L = \frac1{\delta_L} \Big( \nabla_L q - \sum_i p_i
               \frac{\langle \nabla_L q, \nabla_L l_i \rangle}{\delta_L + |\nabla_L l_i|^2} \nabla_L l_i \Big)
 
-    at the final model, in evaluation mode: the layer's Hessian is taken for the second moment of the gradients, and the
-    inverse of a mean for the mean of the inverses. Sign: positive = removal raises the query.
+    at the final model, in evaluation mode, with the samples' shares ``p_j`` of the loss (``1 / n`` for a mean): the
+    layer's Hessian is taken for the second moment of the gradients, and the inverse of a mean for the mean of the
+    inverses. Sign: positive = removal raises the query.
 
     It applies where the loss is a negative log-likelihood (otherwise gradients say nothing of curvature) and each layer
     moves few parameters, as adapters (LoRA) do: swapping mean and inverse is off by the order of a layer's parameters
@@ -53,20 +55,18 @@ class InfluenceFunctionDatainf(Method):
             raise InputError(f"damping={self.damping}; expected a positive share: the closed form divides by it")
 
     def estimate(self, question: Question) -> Estimate:
-        if question.workload.regularizer is not None:
-            raise UnsupportedError(
-                "influence_function_datainf takes the samples' gradients for the curvature, and the workload's "
-                "regularizer is of no sample. Use influence_function, or add the term to each sample's loss"
-            )
+        refuse_regularizer(self, question.workload)
         replay = question.trajectory.replay(question.workload)
         ((_, snapshot),) = snapshots(replay, [question.trajectory.num_steps])
+        weights = shares(replay)
         gradients = snapshot.query_gradients(question.queries)
         squares = dict(zip(snapshot.trained, squares_of(snapshot), strict=True))
         solved: Vectors = {}
         for names in self._layers(snapshot):
             own = sum(squares[name] for name in names)
-            solved |= self._solve(snapshot, {name: gradients[name] for name in names}, np.asarray(own))
-        scores = snapshot.products(solved) / question.workload.num_samples
+            part = {name: gradients[name] for name in names}
+            solved |= self._solve(snapshot, weights, part, np.asarray(own))
+        scores = weights * snapshot.products(solved)
         return Estimate(scores[None], details={"damping": self.damping, "max_drift": replay.max_drift})
 
     def _layers(self, snapshot: Snapshot) -> list[list[str]]:
@@ -84,11 +84,11 @@ class InfluenceFunctionDatainf(Method):
                 )
         return list(layers.values())
 
-    def _solve(self, snapshot: Snapshot, gradients: Vectors, squares: np.ndarray) -> Vectors:
+    def _solve(self, snapshot: Snapshot, weights: np.ndarray, gradients: Vectors, squares: np.ndarray) -> Vectors:
         """A layer's ``x_L``, from its part of ``grad q`` and its samples' ``|grad l_i|^2``, ``[n]``; 0 if all are 0."""
-        damping = self.damping * squares.mean() / sum(value[0].numel() for value in gradients.values())
+        damping = self.damping * (weights @ squares) / sum(value[0].numel() for value in gradients.values())
         if not damping > 0:
             return {name: torch.zeros_like(value) for name, value in gradients.items()}
-        shares = snapshot.products(gradients) / (damping + squares) / len(squares)
-        covered = snapshot.combinations(shares, list(gradients))
+        within = weights * snapshot.products(gradients) / (damping + squares)
+        covered = snapshot.combinations(within, list(gradients))
         return {name: (value - covered[name]) / damping for name, value in gradients.items()}

@@ -7,9 +7,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from dit_mlflow.methods.hessian import NewtonStep, Solver, hessian_product, relative_residual
+from dit_mlflow.methods.hessian import Curvature, NewtonStep, Solver, hessian_product
 from dit_mlflow.methods.krylov import krylov_space
-from dit_mlflow.methods.snapshot import Snapshot
 
 SPECTRUM_ITERATIONS = 40
 """Hessian-vector products to find the smallest and the largest eigenvalue with."""
@@ -23,12 +22,12 @@ class InfluenceFunctionLissa(NewtonStep):
     r"""Newton step of removing a sample, by LiSSA (Agarwal et al. 2017, arXiv 1602.03943; Koh and Liang 2017,
     arXiv 1703.04730, section 3).
 
-    .. math:: I_j = \frac1n \langle x, \nabla l_j \rangle, \quad
+    .. math:: I_j = c_j \langle x, \nabla l_j \rangle, \quad
               x \leftarrow x + \frac1s \left( \nabla q - (H_B + \delta) x \right)
 
     with the Hessian ``H_B`` of a batch drawn anew each time, at the final model, in evaluation mode. It tends to
-    ``influence_function``, whose ``H`` and ``damping`` it shares. Sign: positive = removal raises the query. Where
-    ``H + damping`` is not positive definite, or the recursion diverges or ends too far off, the damping is raised
+    ``influence_function``, whose ``H``, ``c`` and ``damping`` it shares. Sign: positive = removal raises the query.
+    Where ``H + damping`` is not positive definite, or the recursion diverges or ends too far off, the damping is raised
     tenfold; the metadata hold it, and the largest relative residual.
 
     Attributes:
@@ -62,10 +61,10 @@ class InfluenceFunctionLissa(NewtonStep):
     scale: float | None = None
     seed: int = 0
 
-    def _solver(self, snapshot: Snapshot, rows: np.ndarray) -> Solver:
+    def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:
         random = np.random.default_rng(self.seed)
         start = random.standard_normal((rows.shape[1],))
-        space = krylov_space(lambda vector: hessian_product(snapshot, vector), start, SPECTRUM_ITERATIONS)
+        space = krylov_space(curvature.product, start, SPECTRUM_ITERATIONS)
         smallest, largest = (float(space.eigen[0][k]) for k in (0, -1))
 
         def solve(damping: float) -> np.ndarray | None:
@@ -74,7 +73,7 @@ class InfluenceFunctionLissa(NewtonStep):
             scale = self.scale or 1.2 * (largest + damping)
             solutions = []
             for row in rows:
-                solution = self._solve(snapshot, row, damping, scale, random)
+                solution = self._solve(curvature, row, damping, scale, random)
                 if solution is None:
                     return None
                 solutions.append(solution)
@@ -83,22 +82,22 @@ class InfluenceFunctionLissa(NewtonStep):
         return solve
 
     def _solve(
-        self, snapshot: Snapshot, gradient: np.ndarray, damping: float, scale: float, random: np.random.Generator
+        self, curvature: Curvature, gradient: np.ndarray, damping: float, scale: float, random: np.random.Generator
     ) -> np.ndarray | None:
-        whole = snapshot.dynamics.workload.num_samples <= self.batch_size
+        whole = len(curvature.weights) <= self.batch_size
         found = []
         for _ in range(1 if whole else self.repeats):
-            solution = self._recursion(snapshot, gradient, damping, scale, None if whole else random)
+            solution = self._recursion(curvature, gradient, damping, scale, None if whole else random)
             if solution is None:
                 return None
             found.append(solution)
         mean = np.mean(found, axis=0)
         allowed = self.tolerance if whole else self.noise
-        return mean if relative_residual(snapshot, gradient, mean, damping) <= allowed else None
+        return mean if curvature.residual(gradient, mean, damping) <= allowed else None
 
     def _recursion(
         self,
-        snapshot: Snapshot,
+        curvature: Curvature,
         gradient: np.ndarray,
         damping: float,
         scale: float,
@@ -107,13 +106,14 @@ class InfluenceFunctionLissa(NewtonStep):
         """Where the recursion ends; ``None`` if it diverges. ``random`` is ``None`` if no batches are drawn."""
         norm = np.linalg.norm(gradient)
         found = gradient / scale
-        size = snapshot.dynamics.workload.num_samples
+        size = len(curvature.weights)
         for _ in range(self.depth):
-            weights = None
+            weights = curvature.weights
             if random is not None:
+                drawn = random.choice(size, self.batch_size, replace=False)
                 weights = np.zeros(size)
-                weights[random.choice(size, self.batch_size, replace=False)] = 1 / self.batch_size
-            left = gradient - hessian_product(snapshot, found, weights) - damping * found
+                weights[drawn] = curvature.weights[drawn] * size / self.batch_size
+            left = gradient - hessian_product(curvature.snapshot, weights, found) - damping * found
             length = np.linalg.norm(left)
             if not length <= DIVERGED * norm:
                 return None

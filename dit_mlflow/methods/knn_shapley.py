@@ -115,7 +115,7 @@ def knn_shapley_values(
 def _inputs(dynamics: Dynamics, state: State, dataset: Dataset[Any]) -> tuple[Tensor, Tensor]:
     """The first tensor of every sample, flattened, ``[n, F]``, float64; and the labels ``[n]``."""
     size = len(dataset)  # type: ignore[arg-type]
-    batch = dynamics.workload.collate(dataset, np.arange(size))
+    batch = dynamics.workload.unvarying(dataset, np.arange(size))
     first = tensors_of(batch)[0]
     if len(first) != size or first.dim() < 2:
         raise UnsupportedError(

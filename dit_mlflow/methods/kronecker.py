@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,14 +71,16 @@ class Captured:
 
     Args:
         snapshot: the state.
+        weights: of the samples, ``p``, ``[n]``: what leaves a layer is scaled by their roots.
 
     Attributes:
         layers: by module name; those whose rows are shown to give the gradients of single samples. Layers with tied
             weights, or that do not see one row per sample, are not among them.
     """
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, weights: np.ndarray) -> None:
         self.snapshot = snapshot
+        self.weights = weights
         candidates = _candidates(snapshot)
         with _listening(candidates) as calls:
             _, losses = next(snapshot.batches())
@@ -89,8 +92,9 @@ class Captured:
     def __iter__(self) -> Iterator[dict[str, Pass]]:
         """For each part of the training set, the calls of each layer."""
         with _listening(self.layers) as calls:
-            for _, losses in self.snapshot.batches():
-                yield _passes(self.layers, calls, losses)
+            for indices, losses in self.snapshot.batches():
+                roots = torch.from_numpy(np.sqrt(self.weights[indices])).to(losses)
+                yield _passes(self.layers, calls, losses * roots)
                 calls.clear()
 
     def _agrees(self, layer: Layer, calls: Pass, losses: Tensor) -> bool:
@@ -112,13 +116,16 @@ def _listening(layers: Mapping[str, Layer]) -> Iterator[list[Call]]:
     """A list that every call of a layer is added to."""
     calls: list[Call] = []
 
-    def keep(name: str, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        calls.append((name, arguments[0].detach(), output))
+    def keep(name: str, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Tensor) -> Tensor:
+        given = arguments[0] if arguments else named["input"]
+        calls.append((name, given.detach(), output))
         return output.clone()  # what follows may work in place
 
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            hook = layer.module.register_forward_hook(lambda _, given, output, name=name: keep(name, given, output))
+            hook = layer.module.register_forward_hook(
+                lambda _, arguments, named, output, name=name: keep(name, arguments, named, output), with_kwargs=True
+            )
             hooks.callback(hook.remove)
         yield calls
 
@@ -127,6 +134,8 @@ def _passes(
     layers: Mapping[str, Layer], calls: Sequence[Call], losses: Tensor, retain_graph: bool = False
 ) -> dict[str, Pass]:
     """The calls by layer; without layers that were not called with one row per sample."""
+    if not calls:
+        return {}
     found = torch.autograd.grad(
         losses.sum(), [output for *_, output in calls], None, retain_graph, allow_unused=True, materialize_grads=True
     )
@@ -181,8 +190,8 @@ def divided(vectors: Tensor, eigenvalues: Tensor, damping: float) -> Tensor:
     return vectors / (eigenvalues + damping * mean) if mean > 0 else torch.zeros_like(vectors)
 
 
-def eigen_factors(captured: Captured, size: int) -> dict[str, EigenFactors]:
-    """Of every layer, over a training set of ``size`` samples. Cost: two passes over it, and an
+def eigen_factors(captured: Captured) -> dict[str, EigenFactors]:
+    """Of every layer, over the training set. Cost: two passes over it, and an
     eigendecomposition of ``I x I`` and ``O x O`` for each layer."""
     moments: dict[tuple[str, int], Tensor] = {}
     for passes in captured:
@@ -194,7 +203,7 @@ def eigen_factors(captured: Captured, size: int) -> dict[str, EigenFactors]:
     for passes in captured:
         for name, calls in passes.items():
             rotated = [(inputs @ bases[name, 0], gradients @ bases[name, 1]) for inputs, gradients in calls]
-            _add(eigenvalues, name, _squares(rotated) / size)
+            _add(eigenvalues, name, _squares(rotated))
     return {name: EigenFactors(bases[name, 1], bases[name, 0], eigenvalues[name]) for name in captured.layers}
 
 
@@ -215,15 +224,15 @@ def _squares(calls: Pass) -> Tensor:
     return total
 
 
-def squares_one_by_one(snapshot: Snapshot, names: Sequence[str]) -> Vectors:
-    """``sum_i (grad l_i)^2`` of some parameters, elementwise, float64. Cost: a backward pass per sample."""
+def squares_one_by_one(snapshot: Snapshot, weights: np.ndarray, names: Sequence[str]) -> Vectors:
+    """``sum_i p_i (grad l_i)^2`` of some parameters, elementwise, float64. Cost: a backward pass per sample."""
     values = [snapshot.trained[name] for name in names]
     total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in zip(names, values, strict=True)}
     if not names:
         return total
-    for _, losses in snapshot.batches():
-        for loss in losses:
+    for indices, losses in snapshot.batches():
+        for weight, loss in zip(weights[indices].tolist(), losses, strict=True):
             found = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True, materialize_grads=True)
             for name, part in zip(names, found, strict=True):
-                total[name] += part.double().square()
+                total[name] += weight * part.double().square()
     return total

@@ -81,7 +81,7 @@ class LastLayer:
         size = len(dataset)  # type: ignore[arg-type]
         features, labels, logits = [], [], []
         for indices in np.array_split(np.arange(size), -(-size // CHUNK)):
-            batch = _moved(self.state, self.dynamics.workload.collate(dataset, indices))
+            batch = _moved(self.state, self.dynamics.workload.unvarying(dataset, indices))
             _, rows, found = self._pass(self.state, batch, len(indices))
             features.append(rows.double())
             labels.append(class_labels(batch, found.shape[1]).to(found.device))
@@ -142,7 +142,7 @@ def training_labels(dynamics: Dynamics, state: State) -> Tensor:
     """Class of every training sample, ``[n]``; raises :class:`UnsupportedError` if the labels are no classes."""
     workload, labels = dynamics.workload, []
     for indices in np.array_split(np.arange(workload.num_samples), -(-workload.num_samples // CHUNK)):
-        batch = _moved(state, workload.batch(indices))
+        batch = _moved(state, workload.unvarying(workload.train_set, indices))
         _, classes = class_logits(dynamics, state, batch, len(indices)).shape
         labels.append(class_labels(batch, classes))
     return torch.cat(labels)
@@ -150,7 +150,8 @@ def training_labels(dynamics: Dynamics, state: State) -> Tensor:
 
 def first_samples(dynamics: Dynamics, state: State, size: int) -> Batch:
     """The first training samples, on the device and in the dtype of ``state``."""
-    return _moved(state, dynamics.workload.batch(np.arange(size)))
+    workload = dynamics.workload
+    return _moved(state, workload.unvarying(workload.train_set, np.arange(size)))
 
 
 def _moved(state: State, batch: Batch) -> Batch:

@@ -11,7 +11,7 @@ from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Query, Window
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.methods.snapshot import Snapshot, snapshots
+from dit_mlflow.methods.snapshot import Snapshot, snapshot_at, snapshots
 from dit_mlflow.methods.tracin import learning_rates
 from dit_mlflow.trajectory import State
 from dit_mlflow.trajectory.replay import Replay
@@ -94,7 +94,7 @@ class MirroredInfluence(Method):
             for name, gradient in moved.query_gradients([query]).items():
                 parameters[name] = parameters[name] + direction * rates[name] * gradient[0]
             state = State(parameters, snapshot.state.buffers)
-            moved = Snapshot(replay.dynamics, replay.trajectory.manifest.optimizer, state, step)
+            moved = snapshot_at(replay, state, step)
         falls = direction * (moved.losses() - before)
         if not np.isfinite(falls).all():
             raise UnsupportedError(

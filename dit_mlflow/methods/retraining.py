@@ -268,7 +268,7 @@ class Retraining:
     def _ask_all(self, rollout: Rollout) -> Tensor:
         """Values of the queries for every copy, ``[queries, K]``."""
         with torch.no_grad():
-            return torch.func.vmap(self._ask, out_dims=1)(rollout.parameters, rollout.buffers)
+            return torch.func.vmap(self._ask, out_dims=1, randomness="same")(rollout.parameters, rollout.buffers)
 
     def _no_changes(self, baseline: Baseline, counterfactuals: Counterfactuals) -> Changes:
         return {step: np.zeros((len(self.queries), len(counterfactuals))) for step in baseline.values}

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_mlflow.methods.snapshot import CHUNK, Snapshot
-from dit_mlflow.trajectory import to_like
 from dit_mlflow.trajectory.dynamics import Parameters
 from dit_mlflow.trajectory.workload import Batch, tensors_of, with_tensors
 
@@ -63,7 +62,7 @@ def norms(snapshot: Snapshot) -> np.ndarray:
 
 
 def _rows(snapshot: Snapshot, output: Output, indices: np.ndarray, labels: Tensor) -> tuple[Tensor, Tensor]:
-    batch = _batch(snapshot, indices)
+    batch = snapshot.batch(indices)
     fixed = {name: value.detach() for name, value in snapshot.parameters.items()}
     with torch.no_grad():
         expected = _evaluate(snapshot, fixed, output, batch, labels)
@@ -90,16 +89,11 @@ def _one_by_one(snapshot: Snapshot, output: Output, indices: np.ndarray, labels:
     rows = []
     for index, label in zip(indices, labels, strict=True):
         (value,) = _evaluate(
-            snapshot, snapshot.parameters, output, _batch(snapshot, np.array([index])), label.unsqueeze(0)
+            snapshot, snapshot.parameters, output, snapshot.batch(np.array([index])), label.unsqueeze(0)
         )
         parts = torch.autograd.grad(value, list(snapshot.trained.values()), allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([part.flatten() for part in parts]))
     return torch.stack(rows)
-
-
-def _batch(snapshot: Snapshot, indices: np.ndarray) -> Batch:
-    like = next(iter(snapshot.parameters.values()))
-    return to_like(snapshot.dynamics.workload.batch(indices), like.device, like.dtype)
 
 
 def _evaluate(snapshot: Snapshot, parameters: Parameters, output: Output, batch: Batch, labels: Tensor) -> Tensor:

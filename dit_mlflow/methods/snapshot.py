@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence import Query
 from dit_mlflow.influence.adjoint import vector_jacobian
+from dit_mlflow.methods.objective import refuse_ascent
 from dit_mlflow.trajectory import State, to_like
 from dit_mlflow.trajectory.dynamics import Dynamics, Parameters
 from dit_mlflow.trajectory.manifest import OptimizerLayout
@@ -30,22 +32,34 @@ Vectors = dict[str, Tensor]
 class Snapshot:
     """A recorded state in evaluation mode; gradients are those of the parameters that training moves there.
 
-    These are the parameters that the optimizer holds, without those that had no gradient in the recorded step: frozen
-    layers are often handed to the optimizer all the same. (In a step without any gradient, all that it holds.)
+    These are the parameters that the optimizer holds, without the frozen ones: layers that are not to be trained are
+    often handed to the optimizer all the same. (If all are frozen, all that it holds.)
 
     Args:
         dynamics: of the trajectory.
         layout: of its optimizer.
         state: ``s_t``.
         step: that led to the state, or that leaves it.
+        frozen: names of parameters; default: those that had no gradient in this one step.
+
+    Raises:
+        UnsupportedError: the step climbed (``maximize=True``), so that signs would be turned.
     """
 
-    def __init__(self, dynamics: Dynamics, layout: OptimizerLayout, state: State, step: Step) -> None:
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        layout: OptimizerLayout,
+        state: State,
+        step: Step,
+        frozen: frozenset[str] | None = None,
+    ) -> None:
+        refuse_ascent(step)
         self.dynamics = dynamics
         self.state = state
         held = {name: state.parameters[name].detach().requires_grad_() for group in layout.groups for name in group}
-        frozen = step.no_gradient | step.zero_gradient
-        self.trained = {name: value for name, value in held.items() if name not in frozen} or held
+        still = step.no_gradient | step.zero_gradient if frozen is None else frozen
+        self.trained = {name: value for name, value in held.items() if name not in still} or held
         self.parameters = {**{name: value.detach() for name, value in state.parameters.items()}, **held}
 
     def query_gradients(self, queries: Sequence[Query]) -> Vectors:
@@ -109,11 +123,13 @@ class Snapshot:
         chosen = np.arange(self.dynamics.workload.num_samples) if samples is None else samples
         parts = -(-len(chosen) // CHUNK)
         for indices in np.array_split(chosen, parts) if parts else ():
-            yield indices, self._losses(self.parameters, self._batch(indices), len(indices))
+            yield indices, self._losses(self.parameters, self.batch(indices), len(indices))
 
-    def _batch(self, indices: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Training samples as the model takes them, the same at every look."""
         like = next(iter(self.parameters.values()))
-        return to_like(self.dynamics.workload.batch(indices), like.device, like.dtype)
+        workload = self.dynamics.workload
+        return to_like(workload.unvarying(workload.train_set, indices), like.device, like.dtype)
 
     def _losses(self, parameters: Parameters, batch: Batch, size: int) -> Tensor:
         loss = partial(self.dynamics.workload.sample_losses, batch=batch, size=size)
@@ -126,8 +142,24 @@ def snapshots(replay: Replay, steps: Sequence[int]) -> Iterator[tuple[int, Snaps
     wanted = set(steps)
     for t, state in enumerate(replay.forward(min(wanted), max(wanted)), start=min(wanted)):
         if t in wanted:
-            step = replay.trajectory.step(max(t - 1, 0))
-            yield t, Snapshot(replay.dynamics, replay.trajectory.manifest.optimizer, state, step)
+            yield t, snapshot_at(replay, state, replay.trajectory.step(max(t - 1, 0)))
+
+
+def snapshot_at(replay: Replay, state: State, step: Step) -> Snapshot:
+    """With those parameters for frozen that no step of this one's epoch gave a gradient.
+
+    A parameter without one in a single step may only not have been called on (an expert, one head of several).
+    """
+    trajectory = replay.trajectory
+    ends = (0, *trajectory.epoch_ends)
+    epoch = bisect_right(ends, step.index)
+    frozen = step.no_gradient | step.zero_gradient
+    for t in range(ends[epoch - 1], ends[epoch]):
+        if not frozen:
+            break
+        other = trajectory.step(t)
+        frozen &= other.no_gradient | other.zero_gradient
+    return Snapshot(replay.dynamics, trajectory.manifest.optimizer, state, step, frozen)
 
 
 def inner(a: Vectors, b: Vectors) -> Tensor:

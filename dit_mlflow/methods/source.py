@@ -16,6 +16,7 @@ from dit_mlflow.influence.window import Window
 from dit_mlflow.methods.hessian import by_parameter, flattened, hessian_product
 from dit_mlflow.methods.krylov import krylov_spaces
 from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.objective import mean_coefficients, refuse_ascent
 from dit_mlflow.methods.snapshot import Snapshot, snapshots
 from dit_mlflow.trajectory.replay import Replay
 from dit_mlflow.trajectory.step import Step
@@ -171,7 +172,7 @@ class Segment:
 
     def curvature(self, vector: np.ndarray) -> np.ndarray:
         """``(H + weight decay) v``, ``[P]``."""
-        products = [hessian_product(snapshot, vector, self.coefficients) for snapshot in self.snapshots]
+        products = [hessian_product(snapshot, self.coefficients, vector) for snapshot in self.snapshots]
         return np.mean(products, axis=0) + self.decay * vector
 
     def products(self, rows: np.ndarray) -> np.ndarray:
@@ -209,19 +210,11 @@ def _visit(replay: Replay, segments: list[Segment], starts: set[int], question: 
             gradients[t] = flattened(snapshot.query_gradients(question.queries))
     for segment in segments:
         steps = [replay.trajectory.step(t) for t in range(segment.steps.start, segment.steps.end)]
-        segment.coefficients = np.mean([_coefficients(replay, step) for step in steps], axis=0)
+        segment.coefficients = mean_coefficients(replay, segment.steps)
         settings = [_settings(replay, step) for step in steps]
         decays = {name: np.mean([each[name]["weight_decay"] for each in settings]) for name in trained or ()}
         segment.decay = _repeated(segment.snapshots[0], decays)
     return gradients
-
-
-def _coefficients(replay: Replay, step: Step) -> np.ndarray:
-    """``c_j`` of a step, ``[n]``; repeated samples add up."""
-    found = np.zeros(replay.dynamics.workload.num_samples)
-    for indices, micro in zip(step.indices, replay.dynamics.load(step), strict=True):
-        np.add.at(found, indices, micro.coefficients.double().cpu().numpy())
-    return found
 
 
 def _settings(replay: Replay, step: Step) -> dict[str, Mapping[str, float]]:
@@ -248,6 +241,4 @@ def _refuse_other_optimizers(replay: Replay) -> None:
         raise UnsupportedError(
             f"source is derived for SGD, with or without momentum; the training used {what}. Use dit"
         )
-    steps = map(replay.trajectory.step, range(replay.trajectory.num_steps))
-    if any(settings["maximize"] for step in steps for settings in step.hyperparameters):
-        raise UnsupportedError("source follows the descent of a loss; the training used SGD(maximize=True). Use dit")
+    refuse_ascent(replay.trajectory.step(0))

@@ -14,9 +14,10 @@ from dit_mlflow.errors import InputError, UnsupportedError, WorkloadError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import training_labels
 from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.objective import shares
 from dit_mlflow.methods.random_projection import RandomProjection
 from dit_mlflow.methods.sample_gradients import Output, sample_gradients
-from dit_mlflow.methods.snapshot import Snapshot
+from dit_mlflow.methods.snapshot import Snapshot, snapshot_at
 from dit_mlflow.trajectory import State, Workload
 from dit_mlflow.trajectory.dynamics import Dynamics
 from dit_mlflow.trajectory.workload import Batch
@@ -29,10 +30,11 @@ LARGEST = 2048
 class Trak(Method):
     r"""Newton step of removing a sample in a linear model of the network (Park et al. 2023, arXiv 2303.14186).
 
-    .. math:: I_j = -\frac1M \sum_m \langle (\Phi^T \Phi + \delta)^{-1} R^T \nabla q, \phi_j \rangle \cdot
+    .. math:: I_j = -\frac{w_j}{M} \sum_m \langle (\Phi^T W \Phi + \delta)^{-1} R^T \nabla q, \phi_j \rangle \cdot
         \frac1M \sum_m Q_j, \qquad \phi_j = R^T \nabla f_j, \quad Q_j = - \frac{\partial l_j}{\partial f_j}
 
-    over ``M`` pairs of a stored checkpoint and a random projection ``R``, in evaluation mode. For a classification
+    over ``M`` pairs of a stored checkpoint and a random projection ``R``, in evaluation mode; ``w_j`` are the samples'
+    mean coefficients over training, 1 on average (and 1 each for a mean loss). For a classification
     ``f_j = log(p / (1 - p))`` of the sample's own class and ``Q_j = 1 - p`` (section 3.2; without its last step, small
     scores are not set to 0). For any other training ``f_j = -l_j`` and ``Q_j = 1``. Sign: positive = removal raises
     the query, which may be any, not only the ``f`` of a sample. A ranking: projection and damping shrink the scores.
@@ -56,10 +58,10 @@ class Trak(Method):
     Raises:
         UnsupportedError: log-odds are asked of what is no classification, or a gradient is not finite.
 
-    Cost, for each checkpoint: the gradient of every sample (one pass each, side by side where the model allows it),
-    ``n P k`` multiplications for each projection, an eigendecomposition of ``k x k``, and a backward pass per query.
-    It knows nothing of when a sample was met, and fails where the model is far from linear in its parameters over
-    the removal.
+    Cost, for each checkpoint: the gradient of every sample (one pass each, side by side where the model allows it), ``n
+    P k`` multiplications for each projection, an eigendecomposition of ``k x k``, and a backward pass per query. It
+    knows nothing of when a sample was met nor of a regularizer's curvature, and fails where the model is far from
+    linear in its parameters over the removal.
     """
 
     name: ClassVar[str] = "trak"
@@ -91,17 +93,18 @@ class Trak(Method):
         labels = self._labels(replay.dynamics, replay.checkpoint(steps[-1]))
         output = partial(_log_odds if labels is not None else _minus_loss, question.workload)
         given = torch.zeros(question.workload.num_samples) if labels is None else labels
+        weights = torch.from_numpy(shares(replay)) * question.workload.num_samples
         size, inner, pulls = 0, [], []
         for t in steps:
-            step = trajectory.step(max(t - 1, 0))
-            snapshot = Snapshot(replay.dynamics, trajectory.manifest.optimizer, replay.checkpoint(t), step)
+            snapshot = snapshot_at(replay, replay.checkpoint(t), trajectory.step(max(t - 1, 0)))
             gradients = snapshot.query_gradients(question.queries)
             asked = torch.cat([rows.flatten(1) for rows in gradients.values()], dim=1)
             size = asked.shape[1]
             every = [RandomProjection(size, dim, (self.seed, t, k)) for k in range(self.projections)]
             values, features = _features(snapshot, output, given, every)
             pulls.append(torch.sigmoid(-values) if labels is not None else torch.ones_like(values))
-            inner += [_solved(phi, project(asked), self.damping) for project, phi in zip(every, features, strict=True)]
+            for project, phi in zip(every, features, strict=True):
+                inner.append(_solved(phi, weights.to(phi.device), project(asked), self.damping))
         scores = -torch.stack(inner).mean(dim=0) * torch.stack(pulls).mean(dim=0)
         details: dict[str, Any] = {
             "dim": min(dim, size),
@@ -153,10 +156,10 @@ def _features(
     return torch.cat(values), [torch.cat(parts) for parts in features]
 
 
-def _solved(features: Tensor, asked: Tensor, damping: float) -> Tensor:
-    """``<(Phi^T Phi + delta)^{-1} a, phi_j>`` for every query ``a``, ``[queries, n]``; 0 in directions without any."""
-    eigenvalues, basis = torch.linalg.eigh(features.T @ features)
+def _solved(features: Tensor, weights: Tensor, asked: Tensor, damping: float) -> Tensor:
+    """``w_j <(Phi^T W Phi + delta)^{-1} a, phi_j>`` of each query ``a``, ``[queries, n]``; 0 outside the kernel."""
+    eigenvalues, basis = torch.linalg.eigh(features.T @ (weights[:, None] * features))
     damped = eigenvalues + damping * eigenvalues.mean()
     kept = damped > 1e-12 * damped.amax()
     inverse = torch.where(kept, 1 / damped.where(kept, 1), 0)
-    return (asked @ basis * inverse) @ (features @ basis).T
+    return weights * ((asked @ basis * inverse) @ (features @ basis).T)

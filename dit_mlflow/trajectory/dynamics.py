@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dit_mlflow.errors import DitError, TrajectoryError
 from dit_mlflow.trajectory.manifest import DTYPES, Manifest
 from dit_mlflow.trajectory.optimizers import describe_optimizer
-from dit_mlflow.trajectory.random_state import DrawsOf, RandomState, preserved_random_state
+from dit_mlflow.trajectory.random_state import DrawsOf, RandomState, fixed_draws, preserved_random_state
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import Step
 from dit_mlflow.trajectory.tensors import Substitution
@@ -101,6 +102,21 @@ class Dynamics:
                 MicroBatch(to_like(batch, self.device, self.dtype), coefficients.to(self.device), before_forward)
             )
         return loaded
+
+    def coefficients(self, step: Step) -> np.ndarray:
+        """``c_j`` of every training sample in a step, ``[n]``: 0 for those not met; of those met twice, the sum.
+
+        Loads no data, unless the workload computes them from its batches.
+        """
+        if step.coefficients is not None:
+            parts: Sequence[np.ndarray] = step.coefficients
+        elif self.workload.coefficients is None:
+            parts = [np.full(len(met), 1 / (len(met) * self.workload.accumulate)) for met in step.indices]
+        else:
+            parts = [micro.coefficients.double().cpu().numpy() for micro in self.load(step)]
+        found = np.zeros(self.workload.num_samples)
+        np.add.at(found, step.samples, np.concatenate(parts))
+        return found
 
     def terms(self, step: Step, batches: list[MicroBatch]) -> Iterator[Term]:
         """The scalars whose gradients add up to ``g_t``: one per micro-batch, then the regularizer.
@@ -217,10 +233,15 @@ class Dynamics:
         return kept
 
     def evaluate(self, parameters: Parameters, buffers: Parameters, function: Callable[..., Result]) -> Result:
-        """``function(model)`` in evaluation mode; ``buffers`` are left alone."""
+        """``function(model)`` in evaluation mode; ``buffers`` are left alone.
+
+        What a model or a loss draws in that mode as well (the noise of an autoencoder or a diffusion model) is the
+        same every time, so that values of two models differ by the models alone.
+        """
         self._evaluation_mode = None
         self.model.eval()
-        return self.call(parameters, {name: value.clone() for name, value in buffers.items()}, function)
+        with fixed_draws(self.device), self._draws or nullcontext():
+            return self.call(parameters, {name: value.clone() for name, value in buffers.items()}, function)
 
     def set_modes(self, step: Step) -> None:
         """Put every module into the mode it was recorded in."""

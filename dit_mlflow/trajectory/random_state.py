@@ -99,6 +99,26 @@ def preserved_random_state() -> Iterator[None]:
             moved.restore()
 
 
+@contextmanager
+def fixed_draws(device: torch.device) -> Iterator[None]:
+    """Inside, torch draws the same numbers every time; its generators of the CPU and of ``device`` stay as found."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
+
+
+def seed_generators(seed: int) -> None:
+    """Seed all that :meth:`RandomState.capture` reads."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+
+
 def _torch(stored: bytes) -> bytes:
     _SCRATCH.set_state(_byte_tensor(stored))
     return stored

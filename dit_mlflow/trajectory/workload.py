@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dit_mlflow.errors import TrajectoryError, WorkloadError
 from dit_mlflow.trajectory.appearance import Appearance, appearance_of, label_of
+from dit_mlflow.trajectory.random_state import preserved_random_state, seed_generators
 from dit_mlflow.trajectory.wrappers import plain_copy
 
 Batch = Any
@@ -122,6 +123,24 @@ class Workload:
             return [tensor.index_select(0, picked.to(tensor.device)) for tensor in dataset.tensors]
         samples = [dataset[int(index)] for index in indices]
         return (self.collate_fn or default_collate)(samples)
+
+    def unvarying(self, dataset: Dataset[Any], indices: Sequence[int] | np.ndarray) -> Batch:
+        """As :meth:`collate`, for looks at samples outside of recorded steps: every look sees the same.
+
+        Where samples are augmented at random, a sample's draws are those of its index; where ``collate_fn`` draws, its
+        draws are the same for every batch. The generators stay as they were found.
+        """
+        if self.collate_fn is None and type(dataset) is TensorDataset:
+            return self.collate(dataset, indices)
+
+        def seeded(index: int) -> Any:
+            seed_generators(index)
+            return dataset[index]
+
+        with preserved_random_state():
+            samples = [seeded(int(index)) for index in indices]
+            seed_generators(0)
+            return (self.collate_fn or default_collate)(samples)
 
     def appearance(self, index: int) -> Appearance | None:
         """Training sample ``index`` as people see it; ``None`` if that is not known."""

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from workloads import datasets, digits_model, digits_workload
 
 from dit_mlflow import InputError, Trajectory, UnsupportedError, Workload, parameter_value, sample_losses, train
-from dit_mlflow.methods.hessian import by_parameter, hessian_product
+from dit_mlflow.methods.hessian import Curvature, by_parameter
 from dit_mlflow.methods.influence_function import InfluenceFunction
 from dit_mlflow.methods.influence_function_arnoldi import InfluenceFunctionArnoldi
 from dit_mlflow.methods.influence_function_datainf import InfluenceFunctionDatainf
@@ -73,8 +73,9 @@ def test_the_whole_krylov_space_has_the_eigenvalues_of_the_hessian(workload: Wor
     hessian, *_ = dense(workload, trajectory)
     ((_, snapshot),) = snapshots(trajectory.replay(workload), [trajectory.num_steps])
     start = np.random.default_rng(0).standard_normal(len(hessian))
-    np.testing.assert_allclose(hessian_product(snapshot, start), hessian @ start, rtol=1e-9, atol=1e-12)
-    *_, space = krylov_spaces(lambda vector: hessian_product(snapshot, vector), start, 10**6)
+    curvature = Curvature(snapshot, np.full(workload.num_samples, 1 / workload.num_samples))
+    np.testing.assert_allclose(curvature.product(start), hessian @ start, rtol=1e-9, atol=1e-12)
+    *_, space = krylov_spaces(curvature.product, start, 10**6)
     basis = np.stack(space.vectors)
     np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-12)
     found, expected = space.eigen[0], np.linalg.eigvalsh(hessian)
@@ -174,7 +175,8 @@ def test_arnoldi_stops_where_the_space_is_exhausted(iterations: int, tmp_path: A
     )  # fmt: skip
     trajectory = train(workload, tmp_path / "t")
     ((_, snapshot),) = snapshots(trajectory.replay(workload), [trajectory.num_steps])
-    space = list(krylov_spaces(lambda vector: hessian_product(snapshot, vector), np.arange(1.0, 5.0), iterations))
+    curvature = Curvature(snapshot, np.full(workload.num_samples, 1 / workload.num_samples))
+    space = list(krylov_spaces(curvature.product, np.arange(1.0, 5.0), iterations))
     assert len(space) == 2
     np.testing.assert_allclose(space[-1].eigen[0], [0.5, 1.5], rtol=1e-9)
     assert np.isfinite(InfluenceFunctionArnoldi(iterations=iterations)(trajectory, workload).scores).all()
