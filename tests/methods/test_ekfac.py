@@ -150,7 +150,7 @@ def test_it_is_exact_where_the_fisher_matrix_is_diagonal_in_the_basis(tmp_path: 
         return (model(batch[0])[:, 0] - batch[1]) ** 2
 
     workload = digits_workload(
-        model=lambda: nn.Linear(6, 1, bias=False), loss=squares, train_set=data, validation_set=data
+        model=lambda: nn.Linear(6, 1, bias=False), loss=squares, train_set=data, validation_set=data, batch_size=4
     )
     trajectory = train(workload, tmp_path / "t")
     found = InfluenceFunctionEkfac(damping=1e-2)(trajectory, workload)

@@ -162,12 +162,12 @@ def test_at_a_minimum_it_is_the_influence_function(tmp_path: Any) -> None:
     [
         ("SGD and clipped gradients", {"clip_grad_norm": 1.0}),
         ("Adam", {"optimizer": lambda model: torch.optim.Adam(model.parameters())}),
-        ("SGD(maximize=True)", {"optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=0.01, maximize=True)}),
+        ("maximize=True", {"optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=0.01, maximize=True)}),
     ],
 )
 def test_other_optimizers_are_refused(used: str, changes: dict[str, Any], tmp_path: Any) -> None:
     workload = digits_workload(epochs=1, **changes)
-    with pytest.raises(UnsupportedError, match=used.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(UnsupportedError, match=used):
         Source()(train(workload, tmp_path / "t"), workload)
 
 

@@ -225,5 +225,6 @@ def test_the_script_measures_what_was_drawn(
     monkeypatch.setattr(sys, "argv", [script, "--seeds", "1", "--set", *size])
     runpy.run_path(script, run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("| whole run, ") for line in lines) == 4
+    for window in ("whole run", "fifths", "single epochs"):
+        assert sum(line.startswith(f"| {window}, ") for line in lines) == 4
     assert any(line.startswith("| whole run, leave_one_out") and "| 1.00 (1.00 to 1.00) |" in line for line in lines)
