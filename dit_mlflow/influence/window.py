@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 from dit_mlflow.errors import InputError
+
+NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True, order=True)
@@ -67,7 +70,7 @@ def parse_windows(text: str, trajectory: Timeline) -> list[Window]:
     if text == "epochs":
         bounds = [0, *trajectory.epoch_ends]
         return [Window(a, b) for a, b in pairwise(bounds)]
-    if text.isdecimal():
+    if NUMBER.fullmatch(text):
         return _equal_windows(int(text), steps)
     windows = [_parse_range(part, text) for part in text.split(",")]
     check_windows(windows, steps)
@@ -94,14 +97,10 @@ def _equal_windows(count: int, steps: int) -> list[Window]:
 
 
 def _parse_range(part: str, text: str) -> Window:
-    start, colon, end = part.partition(":")
-    try:
-        if not colon:
-            raise ValueError
-        bounds = int(start), int(end)
-    except ValueError:
+    bounds = [bound.strip() for bound in part.split(":")]
+    if len(bounds) != 2 or not all(map(NUMBER.fullmatch, bounds)):
         raise InputError(
-            f"windows={text!r} cannot be read at {part!r}; expected 'epochs', a number of equal windows such as "
-            "'8', or step ranges such as '0:80,80:160'"
-        ) from None
-    return Window(*bounds)
+            f"windows={text[:80]!r} cannot be read at {part[:40]!r}; expected 'epochs', a number of equal windows "
+            "such as '8', or step ranges such as '0:80,80:160'"
+        )
+    return Window(*map(int, bounds))

@@ -121,6 +121,8 @@ def _segments(trajectory: Trajectory, found: Verification) -> list[str]:
     last = trajectory.checkpoint_steps[-1]
     if last < trajectory.num_steps:
         lines.append(f"{last:>{width}}  {trajectory.num_steps:>{width}}  replayed; no checkpoint to compare with")
+    if not segments:
+        return [*lines, "", "max drift      unknown: no state after the first is stored"]
     whole = " (bit for bit)" if found.max_drift == 0 else " of the distance that training moved"
     return [*lines, "", f"max drift      {_drift(found.max_drift)}{whole}"]
 

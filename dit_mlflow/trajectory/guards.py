@@ -176,7 +176,7 @@ class ChangeCheck:
         if now == self._versions and step > 1:
             return
         if self._values is not None:
-            changed = [name for name, value in self._values.items() if not _same(value, self._parameters[name])]
+            changed = [name for name, value in self._values.items() if not same(value, self._parameters[name])]
         else:
             names = zip(self._parameters, now, self._versions, strict=True)
             changed = [name for name, version, noted in names if version != noted]
@@ -199,7 +199,8 @@ class ChangeCheck:
 _VERSION = attrgetter("_version")
 
 
-def _same(noted: Tensor, current: Tensor) -> bool:
+def same(noted: Tensor, current: Tensor) -> bool:
+    """Whether all values are equal, NaN and NaN among them."""
     current = current.detach().to(noted.device)
     return torch.equal(noted, current) or torch.allclose(noted, current, rtol=0.0, atol=0.0, equal_nan=True)
 

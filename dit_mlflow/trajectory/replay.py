@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ from dit_mlflow.trajectory.rollout import Rollout
 from dit_mlflow.trajectory.state import REPLAY_TOLERANCE, State, other_optimizer_state, relative_drift
 from dit_mlflow.trajectory.trajectory import Trajectory
 from dit_mlflow.trajectory.workload import Workload
+
+_log = logging.getLogger(__name__)
 
 STATES_IN_MEMORY = 2**30
 """Bytes that a backward walk may spend on states, unless told otherwise, before it replays a stretch twice instead."""
@@ -38,7 +41,8 @@ class Replay:
     """Walks a trajectory in the recorded dtype, or in another from ``s_0``.
 
     Construction replays the steps before the first checkpoint after ``s_0`` (one step, by default) and compares,
-    so that a workload which is not the recorded one is refused before any long work. In another dtype nothing later can
+    so that a workload which is not the recorded one is refused before any long work (a warning, where nothing is
+    stored to compare with). In another dtype nothing later can
     be compared, so all checkpoints are met first, in the recorded dtype, at the cost of one training.
 
     Attributes:
@@ -54,6 +58,12 @@ class Replay:
         self._anchors = trajectory.checkpoint_steps
         if len(self._anchors) > 1:
             self._meet(self._anchors[1])
+        elif trajectory.num_steps:
+            _log.warning(
+                "no state after the first is stored in %s (training was broken off, with checkpoint_every=0): whether "
+                "the workload is the recorded one cannot be told",
+                trajectory.directory,
+            )
         if dtype is not None and dtype != _recorded_dtype(trajectory):
             self._meet(self._anchors[-1])
             self.dynamics = Dynamics(workload, trajectory.manifest, dtype, trajectory.batches)
@@ -185,8 +195,9 @@ class Replay:
                 f"replaying up to step {t} misses the checkpoint there by {drift:.2g} of the distance that "
                 f"training moved (allowed {REPLAY_TOLERANCE:g}): the workload does not do what the recorded "
                 "loop did. Compare its loss (one value per sample), coefficients, accumulate, clipping, "
-                "regularizer and data with the loop's. Batches that the loop drew but did not use (continue, a step "
-                "that a GradScaler skipped) need recorder.discard() there; a loss scaled by hand needs coefficients"
+                "regularizer and data with the loop's. Batches that the loop drew but did not use (continue, break, a "
+                "step that a GradScaler skipped) need recorder.discard() there; a loss scaled by hand needs "
+                "coefficients"
             )
         # Where rounding is the same, it is so in the optimizer's state; elsewhere the next checkpoint tells.
         if drift == 0.0 and (wrong := other_optimizer_state(replayed, recorded)):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.trajectory.guards import same
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.subject import Subject
 from dit_mlflow.trajectory.trajectory import Trajectory
@@ -65,6 +65,6 @@ def _equal(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     if some.keys() != others.keys():
         return False
     return all(
-        torch.equal(value, others[name]) if isinstance(value, Tensor) else value == others[name]
+        same(value, others[name]) if isinstance(value, Tensor) else value == others[name]
         for name, value in some.items()
     )

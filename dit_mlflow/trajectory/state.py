@@ -114,22 +114,24 @@ def map_optimizer(state: OptimizerState, function: Callable[[Tensor], Tensor]) -
 def relative_drift(replayed: State, recorded: State, origin: State) -> float:
     """How far a replay missed a recorded state, relative to how far training moved.
 
-    ``max |replayed - recorded| / max |recorded - origin|`` over all parameters and buffers; 0 means bit for bit,
-    1 that the replay is as wrong as standing still. The denominator is at least the size at which 8 units in
-    the last place of the largest parameter reach :data:`REPLAY_TOLERANCE`, so that a model which hardly moved
-    is not refused for rounding. Integers (counters) have a scale of their own each: how far it moved itself.
+    The largest ``max |replayed - recorded| / max |recorded - origin|`` of any parameter or buffer; 0 means bit for bit,
+    1 that the replay is as wrong as standing still. Each tensor has a scale of its own, since learning rates differ
+    and running statistics can move a thousand times as far as weights. But two kinds of rounding are not to be refused:
+    the denominator is at least :data:`LEAST_WAY` times the longest way of any parameter (gradients that are 0 but for
+    rounding), and the size at which 8 units in the last place of the tensor reach :data:`REPLAY_TOLERANCE`.
     """
-    miss = moved = scale = of_integers = 0.0
+    ways = {name: _distance(value, origin.parameters[name]) for name, value in recorded.parameters.items()}
+    longest = max((way for name, way in ways.items() if _floats(recorded.parameters[name])), default=0.0)
+    drift = 0.0
     for part in ("parameters", "buffers"):
         for name, value in getattr(recorded, part).items():
             missed = _distance(getattr(replayed, part)[name], value)
-            way = _distance(value, getattr(origin, part)[name])
-            if not (value.is_floating_point() or value.is_complex()):
-                of_integers = max(of_integers, _ratio(missed, way))
-            elif missed or way:
-                miss, moved = max(miss, missed), max(moved, way)
-                scale = max(scale, _largest(value) * torch.finfo(value.dtype).eps)
-    return max(of_integers, _ratio(miss, max(moved, 8 * scale / REPLAY_TOLERANCE)))
+            way = ways[name] if part == "parameters" else _distance(value, getattr(origin, part)[name])
+            if missed and _floats(value):
+                rounding = 8 * _largest(value) * torch.finfo(value.dtype).eps / REPLAY_TOLERANCE
+                way = max(way, rounding, LEAST_WAY * longest if part == "parameters" else 0.0)
+            drift = max(drift, _ratio(missed, way))
+    return drift
 
 
 def other_optimizer_state(replayed: State, recorded: State) -> str | None:
@@ -161,13 +163,21 @@ REPLAY_TOLERANCE = 1e-3
 float32; a wrong loss, coefficient or batch gives 1e-2 to 1."""
 
 
+LEAST_WAY = 1e-3
+"""Of the longest way of any parameter: what a parameter moved less is held against this."""
+
+
+def _floats(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
 def _distance(one: Tensor, other: Tensor) -> float:
     """Largest difference of any element; infinite if there is no saying."""
     if one.shape != other.shape:
         return float("inf")
     if torch.equal(one, other):
         return 0.0
-    return _largest(one - other if one.is_floating_point() or one.is_complex() else one.double() - other.double())
+    return _largest(one - other if _floats(one) else one.double() - other.double())
 
 
 def _ratio(miss: float, allowed: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from dit_mlflow.trajectory.step import Hyperparameters, StepFields
 from dit_mlflow.trajectory.subject import Subject
 from dit_mlflow.trajectory.watch import Drawn
 from dit_mlflow.trajectory.workload import Workload, tensors_of
+
+_log = logging.getLogger(__name__)
 
 
 class MadeStep(NamedTuple):
@@ -38,6 +41,7 @@ class StepInMaking:
         self._loss: float | None = None
         self._made: MadeStep | None = None
         self._began: RandomState | None = None
+        self._warned = False
 
     @property
     def has_batches(self) -> bool:
@@ -78,6 +82,13 @@ class StepInMaking:
     def make(self, index: int, settings: tuple[Hyperparameters, ...], subject: Subject) -> None:
         """The optimizer has made its step with the batches at hand."""
         drawn = self._drawn
+        if drawn[0].epoch != drawn[-1].epoch and not self._warned:
+            self._warned = True
+            _log.warning(
+                "step %d is made of batches of two passes over the loader. If the loop left the first (break) before "
+                "it used the last batch, it needs recorder.discard() there: replay counts that batch in",
+                index,
+            )
         absent, zero = subject.missing_gradients()
         row: StepFields = {
             "index": index,

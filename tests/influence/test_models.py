@@ -113,6 +113,44 @@ def test_random_draws_in_the_model_are_the_recorded_ones_in_every_dtype(tmp_path
     assert np.abs(single - double).max() < 1e-4 * np.abs(double).max()
 
 
+DRAWS = {
+    "bernoulli": lambda x: 2 * x * torch.bernoulli(torch.full_like(x, 0.5)),
+    "Tensor.bernoulli": lambda x: 2 * x * x.detach().sigmoid().bernoulli(),
+    "bernoulli_": lambda x: 2 * x * torch.empty_like(x).bernoulli_(torch.full_like(x, 0.5)),
+    "normal": lambda x: x + torch.normal(torch.zeros_like(x), torch.ones_like(x)),
+    "normal, std=": lambda x: x + torch.normal(mean=torch.zeros_like(x), std=torch.ones_like(x)),
+    "randn with dtype": lambda x: x + torch.randn(x.shape, dtype=x.dtype),
+    "rand with dtype": lambda x: x + torch.rand(*x.shape, dtype=x.dtype),
+    "randn_like with dtype": lambda x: x + torch.randn_like(x, dtype=x.dtype),
+    "poisson": lambda x: x + 0.1 * torch.poisson(torch.ones_like(x)),
+    "multinomial": lambda x: x + 0.1 * torch.multinomial(x.detach().softmax(dim=1), 6, replacement=True),
+    "Uniform": lambda x: x + torch.distributions.Uniform(torch.zeros_like(x), torch.ones_like(x)).rsample(),
+    "Normal": lambda x: torch.distributions.Normal(x, torch.ones_like(x)).rsample(),
+    "Gamma": lambda x: x + torch.distributions.Gamma(torch.ones_like(x), torch.ones_like(x)).rsample(),
+    "Dirichlet": lambda x: x + torch.distributions.Dirichlet(torch.ones_like(x)).rsample(),
+    "gumbel_softmax": lambda x: nn.functional.gumbel_softmax(x),
+}
+
+
+class Drawing(nn.Module):
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.first, self.last, self.draw = nn.Linear(64, 6), nn.Linear(6, 3), draw
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        return self.last(self.draw(hidden) if self.training else hidden)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_every_kind_of_draw_is_the_recorded_one_in_float64(name: str, tmp_path: Path) -> None:
+    workload = digits_workload(model=lambda: Drawing(DRAWS[name]))
+    trajectory = train(workload, tmp_path / "t")
+    *_, last = trajectory.states(workload, 0, 9, dtype=torch.float64)
+    for key, value in trajectory.checkpoint(9).parameters.items():
+        torch.testing.assert_close(last.parameters[key].float(), value, rtol=1e-4, atol=1e-5)
+
+
 class Averaged(nn.Module):
     """Keeps a running mean of its inputs by hand, and uses it in evaluation."""
 

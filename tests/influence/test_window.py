@@ -27,6 +27,9 @@ def test_windows_are_read(text: str, bounds: list[tuple[int, int]]) -> None:
     ("text", "message"),
     [
         ("abc", "windows='abc' cannot be read"),
+        ("9" * 5000, "windows='9999999"),
+        ("1_0:1_1", "cannot be read at '1_0:1_1'"),
+        ("٣", "cannot be read"),
         ("", "cannot be read"),
         ("0:5,", "cannot be read"),
         ("0-5", "cannot be read"),

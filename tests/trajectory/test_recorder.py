@@ -25,6 +25,7 @@ from dit_mlflow import (
     TrajectoryError,
     TrajectoryRecorder,
     UnsupportedError,
+    Workload,
     WorkloadError,
     train,
 )
@@ -286,3 +287,40 @@ def test_groups_added_in_training_are_refused_and_the_record_is_kept(tmp_path: P
             optimizer.step()
     trajectory = Trajectory.open(tmp_path / "t")
     assert (trajectory.num_steps, trajectory.complete) == (2, False)
+
+
+def test_a_batch_left_behind_by_break_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = digits_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        for _ in range(3):
+            for number, batch in enumerate(recorder.watch(DataLoader(datasets()[0], batch_size=8))):
+                if number == 2:
+                    break
+                optimizer.zero_grad()
+                sample_losses(model, batch).mean().backward()
+                optimizer.step()
+    warnings = [record.getMessage() for record in caplog.records if "two passes over the loader" in record.getMessage()]
+    assert len(warnings) == 1 and warnings[0].startswith("step 2 ") and "recorder.discard()" in warnings[0]
+
+
+def test_without_any_state_to_compare_with_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    workload = digits_workload()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(workload, tmp_path / "t")
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert trajectory.checkpoint_steps == (0,) and trajectory.num_steps > 0
+    assert trajectory.verify(workload).drift == {}
+    assert "whether the workload is the recorded one cannot be told" in caplog.text
+
+
+def interrupted(workload: Workload, folder: Path) -> None:
+    model = workload.build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with TrajectoryRecorder(model, optimizer, folder, checkpoint_every=0) as recorder:
+        for number, batch in enumerate(recorder.watch(DataLoader(datasets()[0], batch_size=8))):
+            if number == 2:
+                raise KeyboardInterrupt
+            optimizer.zero_grad()
+            sample_losses(model, batch).mean().backward()
+            optimizer.step()

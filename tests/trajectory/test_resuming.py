@@ -133,6 +133,20 @@ def test_what_does_not_continue_the_trajectory_is_named(tmp_path: Path) -> None:
         TrajectoryRecorder(model, optimizer, tmp_path / "t")
 
 
+def test_a_run_that_diverged_goes_on_where_it_is(tmp_path: Path) -> None:
+    def begin(resume: bool) -> tuple[nn.Module, TrajectoryRecorder]:
+        model, optimizer = make()
+        with torch.no_grad():
+            model[0].weight.fill_(float("nan"))
+        return model, TrajectoryRecorder(model, optimizer, tmp_path / "t", resume=resume)
+
+    with begin(resume=False)[1]:
+        pass
+    with begin(resume=True)[1]:
+        pass
+    assert Trajectory.open(tmp_path / "t").complete
+
+
 def test_another_dataset_is_refused(tmp_path: Path) -> None:
     run_epochs(tmp_path / "t", range(1), tmp_path / "t.pt")
     model, optimizer = make()

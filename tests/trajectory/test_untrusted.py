@@ -527,6 +527,21 @@ def test_drift_of_integers_and_of_what_never_moved() -> None:
     assert relative_drift(miscounted, there, begun) == 0.25
 
 
+def test_drift_is_that_of_the_worst_tensor_whatever_the_others_moved() -> None:
+    begun = State({"slow": torch.zeros(2), "fast": torch.zeros(2)}, {"running_var": torch.ones(2)})
+    there = State({"slow": torch.full((2,), 1e-4), "fast": torch.ones(2)}, {"running_var": torch.full((2,), 5000.0)})
+    standing = State({**there.parameters, "slow": begun.parameters["slow"]}, there.buffers)
+    assert relative_drift(standing, there, begun) == pytest.approx(0.1, rel=1e-3)
+    fast_off = State({**there.parameters, "fast": torch.full((2,), 0.9)}, there.buffers)
+    assert relative_drift(fast_off, there, begun) == pytest.approx(0.1, rel=1e-3)
+    statistics_off = State(there.parameters, {"running_var": torch.full((2,), 4500.1)})
+    assert relative_drift(statistics_off, there, begun) == pytest.approx(0.1, rel=1e-2)
+    # A gradient that is 0 but for rounding, which another machine rounds otherwise.
+    noise = State({**begun.parameters, "fast": torch.ones(2), "slow": torch.full((2,), 1e-8)}, there.buffers)
+    other = State({**noise.parameters, "slow": torch.full((2,), -1e-8)}, there.buffers)
+    assert relative_drift(other, noise, begun) < 1e-4
+
+
 def test_other_optimizer_state_is_told() -> None:
     def state(**entry: Any) -> State:
         return State({}, {}, {"w": entry})
