@@ -15,7 +15,7 @@ from dit_mlflow.methods.snapshot import Snapshot, inner
 
 @dataclass(frozen=True)
 class GradCos(AtWindowEnd):
-    """``<grad l_j, grad q> / (|grad l_j| |grad q|)`` at the window's end (Charpiat et al. 2019, arXiv 2102.13624).
+    """``<grad l_j, grad q> / (|grad l_j| |grad q|)`` at the window's end (Charpiat et al. 2019, arXiv 2102.05262).
 
     Sign as ``grad_dot``; in [-1, 1]; 0 for a sample or a query without a gradient. Cost: ``grad_dot``, and a backward
     pass for each sample. It cannot tell a sample that matters little from one that matters much.

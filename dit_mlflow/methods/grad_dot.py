@@ -14,7 +14,7 @@ from dit_mlflow.methods.snapshot import Snapshot
 
 @dataclass(frozen=True)
 class GradDot(AtWindowEnd):
-    """``<grad l_j, grad q>`` at the window's end (Charpiat et al. 2019, arXiv 2102.13624).
+    """``<grad l_j, grad q>`` at the window's end (Charpiat et al. 2019, arXiv 2102.05262).
 
     Sign: positive = a step on the sample lowers the query, so its removal raises it. Units are not the query's.
     Cost: three passes over the training set. Fails where what a sample did lies far back, and where few samples with
