@@ -217,8 +217,8 @@ class Retraining:
         if drift <= CONTROL_TOLERANCE.get(self._like(rollout).dtype, 1e-3):
             return True
         _log.warning(
-            "batched leave-one-out: its control run misses the recorded one by %.2g (random draws that differ "
-            "under vmap, most likely); retraining one sample at a time instead",
+            "batched leave-one-out: its control run misses the recorded one by %.2g; random draws differ under vmap, "
+            "or training amplifies rounding, which is another one there. Retraining one sample at a time instead",
             drift,
         )
         return False

@@ -27,7 +27,7 @@ from dit_mlflow import (
     track,
     train,
 )
-from dit_mlflow.methods import counterfactual
+from dit_mlflow.methods import counterfactual, retraining
 from dit_mlflow.methods.retraining import Retraining
 
 OPTIMIZERS: dict[str, Any] = {
@@ -113,6 +113,22 @@ def test_dropout_follows_the_recorded_masks_or_falls_back(
     np.testing.assert_allclose(results[0], results[1], rtol=1e-7)
     estimate = track(trajectory, workload, windows, dtype=torch.float64).of(0)[samples]
     assert np.corrcoef(estimate, results[0])[0, 1] > 0.9
+
+
+def test_a_control_run_that_misses_the_record_names_both_causes(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is drawn here: what differs is rounding, in float32."""
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    side_by_side(True, monkeypatch)
+    monkeypatch.setitem(retraining.CONTROL_TOLERANCE, torch.float32, -1.0)
+    windows = [Window(0, trajectory.num_steps)]
+    found = leave_one_out(trajectory, workload, windows, samples=[1, 7], dtype=None).of(0)[[1, 7]]
+    exact = leave_one_out(trajectory, workload, windows, samples=[1, 7]).of(0)[[1, 7]]
+    np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-6)
+    (message,) = caplog.messages
+    assert "random draws differ under vmap, or training amplifies rounding" in message
 
 
 def test_samples_outside_a_window_are_exactly_zero(tmp_path: Any) -> None:
