@@ -27,4 +27,4 @@ class GradCos(AtWindowEnd):
         gradients = snapshot.query_gradients(question.queries)
         lengths = np.sqrt(inner(gradients, gradients).double().cpu().numpy())[:, None] * norms(snapshot)
         products = snapshot.products(gradients)
-        return np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)
+        return np.divide(products, lengths, out=np.zeros_like(products), where=lengths != 0)

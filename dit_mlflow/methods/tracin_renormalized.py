@@ -52,7 +52,7 @@ def _renormalized(replay: Replay, step: Step, snapshot: Snapshot, gradients: dic
     """``eta c_j <grad l_j / |grad l_j|, grad q>``, ``[queries, sum B]``."""
     norms = presented_norms(replay, step, snapshot)
     found = effects(replay, step, snapshot, gradients)
-    return np.divide(found, norms, out=np.zeros_like(found), where=norms > 0)
+    return np.divide(found, norms, out=np.zeros_like(found), where=norms != 0)
 
 
 def presented_norms(replay: Replay, step: Step, snapshot: Snapshot) -> np.ndarray:
@@ -77,7 +77,7 @@ def presented_norms(replay: Replay, step: Step, snapshot: Snapshot) -> np.ndarra
             (weighted,) = torch.autograd.grad(term(parameters, buffers, weights), [weights], create_graph=True)
             lengths = _gradient_lengths(weighted[first : first + micro.size], trained, at_once)
         factors = micro.coefficients.abs().to(lengths)
-        norms.append(torch.where(factors > 0, lengths / factors, 0))
+        norms.append(torch.where(factors != 0, lengths / factors, 0))
         first += micro.size
     return torch.cat(norms).cpu().numpy()
 

@@ -24,10 +24,12 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow import sample_losses as sample_losses_of
-from dit_mlflow.methods import NAMES, confirm, method, sample_gradients
+from dit_mlflow.methods import NAMES, confirm, dit_confirmed, grad_cos, method, sample_gradients
 from dit_mlflow.methods.confident_learning import out_of_sample
 from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.influence_function import InfluenceFunction
+from dit_mlflow.methods.sample_gradients import norms
+from dit_mlflow.methods.snapshot import Snapshot
 
 GRADIENT_METHODS = [
     *["tracin", "tracin_checkpoints", "grad_dot", "grad_cos", "grad_norm", "source", "dvemb"],
@@ -120,6 +122,22 @@ def test_methods_at_a_windows_end(name: str, workload: Workload, trajectory: Tra
         np.testing.assert_allclose(found.of(k), expected, rtol=1e-3, atol=1e-5)
 
 
+def test_an_angle_that_cannot_be_had_is_not_a_right_angle(
+    workload: Workload, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of gradients 0 and NaN, the first alone scores 0."""
+    expected = method("grad_cos")(trajectory, workload).of(0)
+    expected[[3, 5]] = 0, np.nan
+
+    def lengths(snapshot: Snapshot) -> np.ndarray:
+        found = norms(snapshot)
+        found[[3, 5]] = 0, np.nan
+        return found
+
+    monkeypatch.setattr(grad_cos, "norms", lengths)
+    np.testing.assert_array_equal(method("grad_cos")(trajectory, workload).of(0), expected)
+
+
 def partly_frozen() -> nn.Module:
     model = digits_model()
     model[0].weight.requires_grad_(False)  # type: ignore[index]
@@ -206,10 +224,11 @@ def test_norms_are_the_same_side_by_side_and_one_by_one(
         np.testing.assert_allclose(found[sample], -norm, rtol=1e-4)
 
 
-def dense_hessian(workload: Workload, model: nn.Module) -> torch.Tensor:
+def dense_hessian(workload: Workload, model: nn.Module, samples: Any = None) -> torch.Tensor:
+    """Of the mean loss of some training samples, default: all."""
     names, values = zip(*model.named_parameters(), strict=True)
     sizes = [value.numel() for value in values]
-    inputs, targets = workload.train_set.tensors  # type: ignore[attr-defined]
+    inputs, targets = workload.batch(range(workload.num_samples) if samples is None else samples)
 
     def loss(flat: torch.Tensor) -> torch.Tensor:
         parts = {n: p.reshape(v.shape) for n, p, v in zip(names, flat.split(sizes), values, strict=True)}
@@ -259,11 +278,19 @@ def test_influence_function_raises_its_damping_or_refuses(workload: Workload, tr
         )
 
 
-def test_sgd_influence_is_dit_over_the_whole_run(workload: Workload, trajectory: Trajectory) -> None:
-    expected = track(trajectory, workload, parse_windows("1", trajectory))
+def test_sgd_influence_is_its_recursion_over_the_whole_run(workload: Workload, trajectory: Trajectory) -> None:
+    """With dense Hessians of each step's batch."""
+    expected = np.zeros(workload.num_samples)
+    adjoint = gradient(workload, model_at(workload, trajectory, 12), None)
+    for t in range(12)[::-1]:
+        model, samples = model_at(workload, trajectory, t), trajectory.step(t).samples
+        kick = rates(model) * adjoint
+        for sample in samples:
+            expected[sample] += float(kick @ gradient(workload, model, int(sample))) / 8
+        adjoint = adjoint - dense_hessian(workload, model, samples) @ kick
     found = method("sgd_influence")(trajectory, workload, parse_windows("3", trajectory))
-    assert found.windows == expected.windows
-    np.testing.assert_array_equal(found.scores, expected.scores)
+    assert found.windows == (Window(0, 12),)
+    np.testing.assert_allclose(found.of(0), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_self_influence_is_minus_the_sweeps_own(workload: Workload, trajectory: Trajectory) -> None:
@@ -374,3 +401,57 @@ def test_confirming_replaces_the_largest_scores_by_the_truth(
         np.testing.assert_array_equal(mixed.of(k)[rest], estimate.of(k)[rest])
     with pytest.raises(InputError, match="m=25 samples to confirm"):
         confirm(estimate, trajectory, workload, m=25)
+
+
+def test_confirming_answers_the_query_that_was_asked(workload: Workload, trajectory: Trajectory) -> None:
+    asked = sample_losses_of(workload, [3])
+    windows = parse_windows("2", trajectory)
+    estimate = track(trajectory, workload, windows, queries=asked)
+    truth = leave_one_out(trajectory, workload, windows, queries=asked)
+    exact = confirm(estimate, trajectory, workload, m=5, queries=asked)
+    assert exact.queries == ("loss of validation sample 3",)
+    for k in range(2):
+        largest = np.sort(np.argsort(-np.abs(estimate.of(k)))[:5])
+        np.testing.assert_array_equal(np.flatnonzero(np.isfinite(exact.of(k))), largest)
+        np.testing.assert_allclose(exact.of(k)[largest], truth.of(k)[largest], rtol=1e-9, atol=1e-14)
+    for queries, other in ((None, "mean_validation_loss"), (sample_losses_of(workload, [4]), "sample 4")):
+        with pytest.raises(InputError, match=f"are of the query 'loss of validation sample 3'.* be of .*{other}'"):
+            confirm(estimate, trajectory, workload, m=5, queries=queries)
+
+
+def test_confirming_a_method_without_kinds_needs_one_for_parts_of_training(
+    workload: Workload, trajectory: Trajectory
+) -> None:
+    windows = parse_windows("2", trajectory)
+    estimate = method("tracin")(trajectory, workload, windows)
+    with pytest.raises(InputError, match=r"tracin has no kind of window score.*give confirm\(kind=...\)"):
+        confirm(estimate, trajectory, workload, m=5)
+    truth = leave_one_out(trajectory, workload, windows, "final")
+    exact = confirm(estimate, trajectory, workload, m=24, kind="final")
+    assert exact.kind == "final"
+    np.testing.assert_allclose(exact.scores, truth.scores, rtol=1e-9, atol=1e-14)
+    with pytest.raises(InputError, match="kind='local' to confirm scores of kind 'final'"):
+        confirm(truth, trajectory, workload, m=5, kind="local")
+    whole = confirm(method("grad_dot")(trajectory, workload), trajectory, workload, m=24)
+    for kind in ("local", "final", "cumulative"):
+        truth = leave_one_out(trajectory, workload, [Window(0, 12)], kind)  # type: ignore[arg-type]
+        np.testing.assert_allclose(whole.scores, truth.scores, rtol=1e-9, atol=1e-14)
+
+
+def test_a_sample_confirmed_for_one_query_is_exact_for_all(
+    workload: Workload, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = sample_losses_of(workload, range(6))
+    windows = parse_windows("2", trajectory)
+    estimate, truth = (ask(trajectory, workload, windows, queries=queries).scores for ask in (track, leave_one_out))
+    made, real = [], dit_confirmed.retrain
+    monkeypatch.setattr(dit_confirmed, "retrain", lambda q, left, *rest: made.append(len(left)) or real(q, left, *rest))
+    found = DitConfirmed(share=3 / 24, dtype=torch.float64)(trajectory, workload, windows, queries=queries)
+    for k in range(2):
+        union = np.unique(np.argsort(-np.abs(estimate[k]), axis=1)[:, :3])
+        rest = np.setdiff1d(np.arange(24), union)
+        assert 3 < len(union) < 18
+        np.testing.assert_allclose(found.scores[k][:, union], truth[k][:, union], rtol=1e-9, atol=1e-14)
+        np.testing.assert_array_equal(found.scores[k][:, rest], estimate[k][:, rest])
+        assert found.metadata["confirmed"][k] == made[k] == len(union)
+    assert len(made) == 2

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from workloads import digits_model, digits_workload
 
 from dit_mlflow import Trajectory, Window, Workload, parameter_value, train
-from dit_mlflow.methods import method
-from dit_mlflow.methods.snapshot import snapshots
+from dit_mlflow.methods import method, tracin_renormalized
+from dit_mlflow.methods.snapshot import Snapshot, snapshots
 from dit_mlflow.methods.tracin_renormalized import presented_norms
 from dit_mlflow.trajectory import to_like
+from dit_mlflow.trajectory.replay import Replay
+from dit_mlflow.trajectory.step import Step
 
 WINDOWS = [Window(0, 6), Window(2, 5)]
 
@@ -122,3 +124,21 @@ def test_a_presentation_without_gradient_adds_nothing(tmp_path: Any) -> None:
     assert zero.any()
     assert (scores[zero] == 0).all()
     assert (scores[~zero] != 0).all()
+
+
+def test_a_direction_that_cannot_be_had_is_not_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of gradients 0 and NaN, the first alone adds 0."""
+    workload = digits_workload(epochs=1)
+    trajectory = train(workload, tmp_path / "t")
+    expected = method("tracin_renormalized")(trajectory, workload).of(0)
+    first, second = trajectory.step(1).samples[:2]
+    expected[[first, second]] = 0, np.nan
+
+    def lengths(replay: Replay, step: Step, snapshot: Snapshot) -> np.ndarray:
+        found = presented_norms(replay, step, snapshot)
+        found[step.samples == first] = 0
+        found[step.samples == second] = np.nan
+        return found
+
+    monkeypatch.setattr(tracin_renormalized, "presented_norms", lengths)
+    np.testing.assert_array_equal(method("tracin_renormalized")(trajectory, workload).of(0), expected)
