@@ -11,9 +11,9 @@ from sklearn.model_selection import StratifiedKFold
 
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.question import Question
+from dit_mlflow.methods.last_layer import training_labels, training_logits
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.methods.presentations import class_labels
-from dit_mlflow.trajectory import to_like
+from dit_mlflow.trajectory import State
 from dit_mlflow.trajectory.replay import Replay
 from dit_mlflow.trajectory.rollout import Rollout
 
@@ -29,6 +29,10 @@ class ConfidentLearning(Method):
     Attributes:
         folds: parts, with the classes in equal shares.
         seed: of the parts.
+
+    Raises:
+        InputError: ``folds`` below 2, or cleanlab is missing.
+        UnsupportedError: the workload is no classification, or no class has ``folds`` samples.
     """
 
     name: ClassVar[str] = "confident_learning"
@@ -36,6 +40,13 @@ class ConfidentLearning(Method):
 
     folds: int = 5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.folds < 2 or self.seed < 0:
+            raise InputError(
+                f"folds={self.folds}, seed={self.seed}; expected 2 parts or more, each left out in turn, and a seed of "
+                "0 or more"
+            )
 
     def estimate(self, question: Question) -> Estimate:
         try:
@@ -52,32 +63,23 @@ def out_of_sample(replay: Replay, folds: int, seed: int) -> tuple[np.ndarray, np
     """Labels ``[n]``, and for each sample the class probabilities ``[n, classes]`` of a model that never saw it.
 
     Raises:
-        UnsupportedError: no class has ``folds`` samples.
+        UnsupportedError: the labels are no classes, or no class has ``folds`` samples.
     """
-    trajectory, workload = replay.trajectory, replay.dynamics.workload
+    trajectory, dynamics = replay.trajectory, replay.dynamics
     start = next(replay.forward(0, 0))
-    everything = workload.batch(np.arange(workload.num_samples))
-    batch = to_like(everything, replay.dynamics.device, next(iter(start.parameters.values())).dtype)
-
-    def logits(model: torch.nn.Module) -> torch.Tensor:
-        return workload.class_logits(model, batch, workload.num_samples)
-
-    with torch.no_grad():
-        classes = replay.dynamics.evaluate(start.parameters, start.buffers, logits).shape[1]
-    labels = class_labels(batch, classes).cpu().numpy()
+    labels = training_labels(dynamics, start).cpu().numpy()
     check_folds(labels, folds)
-    probabilities = np.zeros((len(labels), classes))
-    split = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
-    for _, held_out in split:
-        rollout = Rollout(replay.dynamics, trajectory.manifest.optimizer, start)
+    parts, found = [], []
+    for _, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels):
+        rollout = Rollout(dynamics, trajectory.manifest.optimizer, start)
         for t in range(trajectory.num_steps):
             step = trajectory.step(t)
             weights = torch.from_numpy(~np.isin(step.samples, held_out)).to(next(iter(rollout.parameters.values())))
-            rollout.advance(step, replay.dynamics.load(step), weights)
-        with torch.no_grad():
-            found = replay.dynamics.evaluate(rollout.parameters, rollout.buffers, logits).softmax(dim=1)
-        probabilities[held_out] = found.double().cpu().numpy()[held_out]
-    return labels, probabilities
+            rollout.advance(step, dynamics.load(step), weights)
+        logits = training_logits(dynamics, State(rollout.parameters, rollout.buffers), held_out)
+        parts.append(held_out)
+        found.append(logits.softmax(dim=1).double().cpu().numpy())
+    return labels, np.concatenate(found)[np.argsort(np.concatenate(parts))]
 
 
 def check_folds(labels: np.ndarray, folds: int) -> None:

@@ -140,18 +140,33 @@ def class_logits(dynamics: Dynamics, state: State, batch: Batch, size: int) -> T
 
 def training_labels(dynamics: Dynamics, state: State) -> Tensor:
     """Class of every training sample, ``[n]``; raises :class:`UnsupportedError` if the labels are no classes."""
-    workload, labels = dynamics.workload, []
-    for indices in np.array_split(np.arange(workload.num_samples), -(-workload.num_samples // CHUNK)):
-        batch = _moved(state, workload.unvarying(workload.train_set, indices))
-        _, classes = class_logits(dynamics, state, batch, len(indices)).shape
+    labels = []
+    for batch, size in _training_batches(dynamics, state, np.arange(dynamics.workload.num_samples)):
+        _, classes = class_logits(dynamics, state, batch, size).shape
         labels.append(class_labels(batch, classes))
     return torch.cat(labels)
 
 
+def training_logits(dynamics: Dynamics, state: State, samples: np.ndarray) -> Tensor:
+    """Logits ``[R, classes]`` of the training samples ``[R]`` of the model at ``state``, in evaluation mode."""
+    batches = _training_batches(dynamics, state, samples)
+    return torch.cat([class_logits(dynamics, state, batch, size) for batch, size in batches])
+
+
 def first_samples(dynamics: Dynamics, state: State, size: int) -> Batch:
     """The first training samples, on the device and in the dtype of ``state``."""
+    return _training_batch(dynamics, state, np.arange(size))
+
+
+def _training_batches(dynamics: Dynamics, state: State, samples: np.ndarray) -> Iterator[tuple[Batch, int]]:
+    """Parts of one forward pass each, and their sizes."""
+    for indices in np.array_split(samples, -(-len(samples) // CHUNK)):
+        yield _training_batch(dynamics, state, indices), len(indices)
+
+
+def _training_batch(dynamics: Dynamics, state: State, indices: np.ndarray) -> Batch:
     workload = dynamics.workload
-    return _moved(state, workload.unvarying(workload.train_set, np.arange(size)))
+    return _moved(state, workload.unvarying(workload.train_set, indices))
 
 
 def _moved(state: State, batch: Batch) -> Batch:

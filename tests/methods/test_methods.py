@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow import sample_losses as sample_losses_of
-from dit_mlflow.methods import NAMES, confirm, dit_confirmed, grad_cos, method, sample_gradients
-from dit_mlflow.methods.confident_learning import out_of_sample
+from dit_mlflow.methods import NAMES, confirm, dit_confirmed, grad_cos, last_layer, method, sample_gradients
+from dit_mlflow.methods.confident_learning import ConfidentLearning, out_of_sample
 from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.influence_function import InfluenceFunction
 from dit_mlflow.methods.sample_gradients import norms
@@ -360,6 +361,30 @@ def test_out_of_sample_probabilities_come_from_models_that_never_saw_the_sample(
         model = train_again(workload, trajectory, lambda t, i, out=held_out: float(i not in out), 12)  # type: ignore
         expected = model(inputs[fold].double()).softmax(dim=1).detach()
         np.testing.assert_allclose(found[fold], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_out_of_sample_probabilities_are_asked_for_in_parts_of_those_held_out(
+    workload: Workload, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = out_of_sample(trajectory.replay(workload), folds=3, seed=0)[1]
+    monkeypatch.setattr(last_layer, "CHUNK", 5)
+    asked = []
+
+    def outputs(model: nn.Module, batch: Any) -> torch.Tensor:
+        asked.append(len(batch[0]))
+        return model(batch[0])  # type: ignore[no-any-return]
+
+    watched = replace(workload, outputs=outputs)
+    found = out_of_sample(trajectory.replay(watched), folds=3, seed=0)[1]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    assert max(asked) <= 5
+    assert sum(asked) == 24 + 24  # for the labels, and each sample once by a model that never saw it
+
+
+@pytest.mark.parametrize("settings", [{"folds": 1}, {"folds": 0}, {"seed": -1}])
+def test_confident_learning_needs_parts(settings: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="expected 2 parts or more"):
+        ConfidentLearning(**settings)
 
 
 @pytest.mark.parametrize("name", ["loss", "aum", "confident_learning", "self_influence", "grad_norm"])
