@@ -45,12 +45,13 @@ class MethodExplainer(Explainer):  # type: ignore[misc]
         checkpoints, checkpoints_load_func: quanda's; the last checkpoint is loaded into ``model``.
         trajectory, workload: of the training.
         method: a name, or a :class:`~dit_mlflow.methods.Method` with settings of its own.
-        window, kind: of the scores, default: the whole training.
+        window, kind: of the scores, default: the whole training, which is all that some methods have.
         sample: ``function(input, target) -> sample`` as ``workload.train_set[i]`` gives samples; default: the pair,
             the target in the type and shape of the recorded ones.
 
     Raises:
-        InputError: a model or data set that is not the recorded one, or a method that skips samples.
+        InputError: a model or data set that is not the recorded one, a window for a method that has none, or a method
+            that skips samples.
         UnsupportedError: explanations by a method that only measures suspicion, whatever the query.
 
     Cost: each call of :meth:`explain` is one call of the method, with a query for each test sample; larger test
@@ -84,7 +85,13 @@ class MethodExplainer(Explainer):  # type: ignore[misc]
         self.trajectory = trajectory
         self.workload = workload
         self.method = method_called(method) if isinstance(method, str) else method
-        self.window = window or Window(0, trajectory.num_steps)
+        whole = Window(0, trajectory.num_steps)
+        self.window = window or whole
+        if not self.method.per_window and self.window != whole:
+            raise InputError(
+                f"{self.method.name} has no scores for windows, only for all of training; steps {self.window} of "
+                f"{whole} were asked for. Leave window=... out, or take a method that has them (dit, tracin)"
+            )
         self.kind = kind
         self._sample = sample or _pair_like(workload.train_set)
         self._self_influence: Tensor | None = None
@@ -115,6 +122,10 @@ class MethodExplainer(Explainer):  # type: ignore[misc]
 
         The factor makes the largest a thousand times the number of samples: quanda breaks ties by adding 0.0001 times
         the index, which would decide over losses that change by thousandths.
+
+        Args:
+            batch_size: queries per call of the method; a method that retrains is called once, for all of them, since
+                every call is all its trainings again.
         """
         if self._self_influence is None:
             n = self.workload.num_samples
@@ -122,8 +133,9 @@ class MethodExplainer(Explainer):  # type: ignore[misc]
                 found = -self._scores(sample_losses(self.workload, [0], "training"))[0]
             else:
                 found = np.zeros(n)
-                for first in range(0, n, batch_size):
-                    part = range(first, min(first + batch_size, n))
+                at_once = n if self.method.retrains else batch_size
+                for first in range(0, n, at_once):
+                    part = range(first, min(first + at_once, n))
                     scores = self._scores(sample_losses(self.workload, part, "training"))
                     found[list(part)] = scores[range(len(part)), part]
             found *= 1000 * n / max(float(np.abs(found).max()), np.finfo(float).tiny)

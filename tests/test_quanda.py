@@ -241,6 +241,27 @@ def test_windows_and_kinds(workload: Workload, trajectory: Trajectory, model: nn
     np.testing.assert_allclose(explainer.explain(inputs, targets), expected, rtol=1e-5, atol=1e-8)
 
 
+def test_a_window_of_a_method_that_has_none_is_refused(
+    workload: Workload, trajectory: Trajectory, model: nn.Module
+) -> None:
+    how: dict[str, Any] = {"trajectory": trajectory, "workload": workload, "method": "influence_function"}
+    with pytest.raises(InputError, match=r"influence_function has no scores.*; steps 20-45 of 0-60 were asked for"):
+        MethodExplainer(model, workload.train_set, window=Window(20, 45), **how)
+    MethodExplainer(model, workload.train_set, window=Window(0, 60), **how)
+
+
+@pytest.mark.parametrize("run", [LeaveOneOut(), method("tracin")])
+def test_a_method_that_retrains_is_asked_once_for_all_self_influence(
+    run: Method, workload: Workload, trajectory: Trajectory, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = np.diag(run(trajectory, workload, queries=sample_losses(workload, of="training")).scores[0])
+    asked, real = [], type(run).estimate
+    monkeypatch.setattr(type(run), "estimate", lambda self, q: asked.append(len(q.queries)) or real(self, q))
+    found = MethodExplainer(model, workload.train_set, trajectory, workload, run).self_influence().numpy()
+    np.testing.assert_allclose(found / np.abs(found).max(), expected / np.abs(expected).max(), rtol=1e-4, atol=1e-7)
+    assert asked == ([60] if run.retrains else [32, 28])
+
+
 def test_what_does_not_belong_to_the_training_is_refused(
     workload: Workload, trajectory: Trajectory, model: nn.Module
 ) -> None:
