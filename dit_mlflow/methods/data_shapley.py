@@ -65,9 +65,10 @@ class DataShapley(Method):
     effort: Effort = field(default_factory=Effort)
 
     def __post_init__(self) -> None:
-        if self.tolerance < 0 or self.patience < 1:
+        if not self.tolerance >= 0 or self.patience < 1 or self.seed < 0:
             raise InputError(
-                f"tolerance={self.tolerance}, patience={self.patience}; expected 0 or more, and 1 sample or more"
+                f"tolerance={self.tolerance}, patience={self.patience}, seed={self.seed}; expected 0 or more, 1 "
+                "sample or more, and 0 or more"
             )
 
     def estimate(self, question: Question) -> Estimate:

@@ -68,7 +68,7 @@ class Datamodel(Method):
     def __post_init__(self) -> None:
         if self.regression not in ("lasso", "ridge"):
             raise InputError(f"regression={self.regression!r}; expected lasso or ridge")
-        if self.penalty is not None and self.penalty <= 0:
+        if self.penalty is not None and not self.penalty > 0:
             raise InputError(f"penalty={self.penalty}; expected a number above 0, or None to choose it")
         if self.subsets < 2 * FOLDS:
             raise InputError(f"subsets={self.subsets}; expected {2 * FOLDS} or more to fit and check a regression")

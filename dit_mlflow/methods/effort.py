@@ -40,6 +40,8 @@ class Effort:
             raise InputError(f"backend={self.backend!r}; expected loky, dask or ray")
         if self.jobs is not None and self.jobs < 1:
             raise InputError(f"jobs={self.jobs}; expected 1 or more worker processes")
+        if self.memory_budget < 1:
+            raise InputError(f"memory_budget={self.memory_budget}; expected a positive number of bytes")
 
     def configured(self) -> AbstractContextManager[Any]:
         """joblib's settings for the duration."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.window import Window
 from dit_mlflow.methods.method import Estimate, Method
@@ -38,11 +38,19 @@ class NewtonStep(Method):
         attempts: dampings to try.
 
     Raises:
+        InputError: a damping that is not positive, or no attempts.
         UnsupportedError: no damping led to a finite solution.
     """
 
     damping: float = 0.01
     attempts: int = 6
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < np.inf or self.attempts < 1:
+            raise InputError(
+                f"{self.name} with damping={self.damping}, attempts={self.attempts}; expected a positive damping, and "
+                "1 attempt or more"
+            )
 
     @abstractmethod
     def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, cg
 
+from dit_mlflow.errors import InputError
 from dit_mlflow.methods.hessian import Curvature, NewtonStep, Solver
 
 
@@ -30,6 +31,7 @@ class InfluenceFunction(NewtonStep):
         attempts: dampings to try.
 
     Raises:
+        InputError: a setting that cannot be used.
         UnsupportedError: no damping led to a finite solution.
 
     Cost: up to ``max_iterations`` Hessian-vector products over the training set per query. It knows nothing of when
@@ -41,6 +43,14 @@ class InfluenceFunction(NewtonStep):
 
     tolerance: float = 1e-5
     max_iterations: int = 500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tolerance > 0 or self.max_iterations < 1:
+            raise InputError(
+                f"{self.name} with tolerance={self.tolerance}, max_iterations={self.max_iterations}; expected a "
+                "positive tolerance, and 1 iteration or more"
+            )
 
     def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:
         def solve(damping: float) -> np.ndarray | None:

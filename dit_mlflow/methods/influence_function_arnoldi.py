@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.methods.hessian import Curvature, NewtonStep, Solver
 from dit_mlflow.methods.krylov import krylov_space
 
@@ -34,6 +34,7 @@ class InfluenceFunctionArnoldi(NewtonStep):
         seed: of the vector to begin with.
 
     Raises:
+        InputError: a setting that cannot be used.
         UnsupportedError: no damping is enough, or the Hessian is 0 or not finite.
 
     Cost: ``iterations`` Hessian-vector products over the training set, whatever the number of queries, and as many
@@ -47,6 +48,14 @@ class InfluenceFunctionArnoldi(NewtonStep):
     iterations: int = 200
     rank: int = 100
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.iterations, self.rank) < 1 or self.seed < 0:
+            raise InputError(
+                f"{self.name} with iterations={self.iterations}, rank={self.rank}, seed={self.seed}; expected 1 or "
+                "more of the first two, and a seed of 0 or more"
+            )
 
     def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:
         start = np.random.default_rng(self.seed).standard_normal((rows.shape[1],))

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from dit_mlflow.errors import InputError
 from dit_mlflow.methods.hessian import Curvature, NewtonStep, Solver, hessian_product
 from dit_mlflow.methods.krylov import krylov_space
 
@@ -43,6 +44,7 @@ class InfluenceFunctionLissa(NewtonStep):
         seed: of the batches.
 
     Raises:
+        InputError: a setting that cannot be used.
         UnsupportedError: no damping led to a solution.
 
     Cost: up to ``depth * repeats`` Hessian-vector products over a batch per query and damping. It needs about
@@ -60,6 +62,19 @@ class InfluenceFunctionLissa(NewtonStep):
     repeats: int = 1
     scale: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.depth, self.batch_size, self.repeats) < 1 or self.seed < 0:
+            raise InputError(
+                f"{self.name} with depth={self.depth}, batch_size={self.batch_size}, repeats={self.repeats}, "
+                f"seed={self.seed}; expected 1 or more of the first three, and a seed of 0 or more"
+            )
+        if not (self.tolerance > 0 and self.noise > 0 and (self.scale is None or self.scale > 0)):
+            raise InputError(
+                f"{self.name} with tolerance={self.tolerance}, noise={self.noise}, scale={self.scale}; expected "
+                "positive numbers, or scale=None to have it found"
+            )
 
     def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:
         random = np.random.default_rng(self.seed)

@@ -65,12 +65,12 @@ class LastLayer:
     @property
     def weight(self) -> str:
         """The weight's name, ``[O, F]``."""
-        return _own_name(self.dynamics.model, self.module.weight)
+        return self._own_name(self.module.weight)
 
     @property
     def bias(self) -> str | None:
         """The bias's name, ``[O]``, if there is one."""
-        return None if self.module.bias is None else _own_name(self.dynamics.model, self.module.bias)
+        return None if self.module.bias is None else self._own_name(self.module.bias)
 
     def of(self, dataset: Dataset[Any]) -> Labelled:
         """Every sample of ``dataset``.
@@ -105,6 +105,16 @@ class LastLayer:
                 f"{self.name!r}, alone: something follows it, or its weights are used elsewhere too. This method needs "
                 "a model that ends in a linear layer; use influence_function or trak, which do not"
             )
+
+    def _own_name(self, tensor: Tensor) -> str:
+        for name, value in self.dynamics.model.named_parameters():
+            if value is tensor:
+                return name
+        raise UnsupportedError(
+            f"the last linear layer of {type(self.dynamics.model).__name__}, {self.name!r}, computes its weights from "
+            "other parameters (weight_norm or another parametrization); this method needs a layer whose weights are "
+            "parameters themselves. Use influence_function or trak, which do not"
+        )
 
     def _pass(self, state: State, batch: Batch, size: int) -> tuple[str, Tensor, Tensor]:
         """The last linear layer called, what it was given, and the logits."""
@@ -177,7 +187,3 @@ def _moved(state: State, batch: Batch) -> Batch:
 def as_logits(output: Tensor) -> Tensor:
     """Logits ``[n, classes]`` of a last layer's output: a single one, ``z``, stands for ``(-z / 2, z / 2)``."""
     return torch.cat([-output / 2, output / 2], dim=1) if output.shape[1] == 1 else output
-
-
-def _own_name(model: nn.Module, tensor: Tensor) -> str:
-    return next(name for name, value in model.named_parameters() if value is tensor)

@@ -24,8 +24,11 @@ def random_subsets(samples: int, subsets: int, share: float, seed: int) -> np.nd
     Raises:
         InputError: a number or share that cannot be used, or a sample that is in all subsets or in none.
     """
-    if subsets < 2 or not 0 < share < 1:
-        raise InputError(f"{subsets} subsets, share={share}; expected 2 or more, and a share between 0 and 1")
+    if subsets < 2 or not 0 < share < 1 or seed < 0:
+        raise InputError(
+            f"{subsets} subsets, share={share}, seed={seed}; expected 2 or more, a share between 0 and 1, and a "
+            "seed of 0 or more"
+        )
     kept = np.random.default_rng(seed).random((subsets, samples)) < share
     times = kept.sum(axis=0)
     mute = np.flatnonzero((times == 0) | (times == subsets))

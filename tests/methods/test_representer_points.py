@@ -156,6 +156,16 @@ def test_a_model_that_does_not_end_in_a_linear_layer_is_refused(model: Any, laye
         method("representer_points")(train(workload, tmp_path / "t"), workload)
 
 
+def test_a_last_layer_whose_weights_are_computed_is_refused(tmp_path: Any) -> None:
+    workload = digits_workload(
+        model=lambda: nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)))
+    )
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(UnsupportedError, match="'2', computes its weights from other parameters"):
+        method("representer_points")(trajectory, workload)
+    assert np.isfinite(method("knn_shapley")(trajectory, workload).scores).all()
+
+
 def test_what_the_last_layer_has_no_part_in_is_refused(tmp_path: Any) -> None:
     workload = digits_workload(epochs=1)
     with pytest.raises(InputError, match="does not depend on the last layer, '2'"):

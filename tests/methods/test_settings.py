@@ -1,0 +1,58 @@
+"""Settings that cannot be used are refused when they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dit_mlflow import InputError
+from dit_mlflow.methods import Effort
+from dit_mlflow.methods.data_shapley import DataShapley
+from dit_mlflow.methods.datamodel import Datamodel
+from dit_mlflow.methods.dit_confirmed import DitConfirmed
+from dit_mlflow.methods.influence_function import InfluenceFunction
+from dit_mlflow.methods.influence_function_arnoldi import InfluenceFunctionArnoldi
+from dit_mlflow.methods.influence_function_lissa import InfluenceFunctionLissa
+from dit_mlflow.methods.random_subsets import random_subsets
+
+NAN = float("nan")
+NEWTON_STEP: dict[str, list[Any]] = {"damping": [0, -0.1, NAN, np.inf], "attempts": [0]}
+REFUSED: list[tuple[Any, dict[str, list[Any]]]] = [
+    (InfluenceFunction, {**NEWTON_STEP, "tolerance": [0, NAN], "max_iterations": [0]}),
+    (
+        InfluenceFunctionLissa,
+        {
+            **NEWTON_STEP,
+            **{name: [0] for name in ("depth", "batch_size", "repeats")},
+            **{name: [0, -1.0, NAN] for name in ("tolerance", "noise", "scale")},
+            "seed": [-1],
+        },
+    ),
+    (InfluenceFunctionArnoldi, {**NEWTON_STEP, "iterations": [0], "rank": [0, -1], "seed": [-1]}),
+    (DitConfirmed, {"share": [0, -0.1, 1.5, NAN]}),
+    (DataShapley, {"tolerance": [-0.1, NAN], "patience": [0], "seed": [-1]}),
+    (Datamodel, {"penalty": [0, NAN], "subsets": [7], "regression": ["huber"]}),
+    (Effort, {"memory_budget": [0, -1], "jobs": [0]}),
+]
+CASES = [(cls, name, value) for cls, fields in REFUSED for name, values in fields.items() for value in values]
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), CASES)
+def test_a_setting_that_cannot_be_used_is_named(cls: Any, name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{name}={value!r}.*; expected"):
+        cls(**{name: value})
+
+
+def test_settings_at_their_bounds_are_taken() -> None:
+    DitConfirmed(share=1)
+    InfluenceFunctionLissa(scale=None, depth=1, batch_size=1, repeats=1)
+    InfluenceFunctionArnoldi(iterations=1, rank=1, attempts=1)
+    DataShapley(tolerance=0, patience=1)
+
+
+@pytest.mark.parametrize(("subsets", "share", "seed"), [(1, 0.5, 0), (8, 0, 0), (8, 1, 0), (8, NAN, 0), (8, 0.5, -1)])
+def test_random_subsets_that_cannot_be_drawn_are_refused(subsets: int, share: float, seed: int) -> None:
+    with pytest.raises(InputError, match=f"{subsets} subsets, share={share}, seed={seed}; expected"):
+        random_subsets(10, subsets, share, seed)
