@@ -47,7 +47,7 @@ class Source(Method):
         iterations: dimension of a Krylov space, at most.
 
     Raises:
-        InputError: settings below 1.
+        InputError: settings below 1, or a tolerance that is not positive.
         UnsupportedError: the optimizer is not SGD (momentum counts by its terminal velocity, weight decay as
             curvature), gradients were clipped, parameters were frozen for a part of training, or a window's flow cannot
             be computed (too long, or negative curvature makes it overflow).
@@ -68,8 +68,11 @@ class Source(Method):
     iterations: int = 200
 
     def __post_init__(self) -> None:
-        if self.segments < 1 or self.states < 1:
-            raise InputError(f"segments={self.segments}, states={self.states}; expected at least 1 of each")
+        if self.segments < 1 or self.states < 1 or self.iterations < 1 or not self.tolerance > 0:
+            raise InputError(
+                f"segments={self.segments}, states={self.states}, iterations={self.iterations}, "
+                f"tolerance={self.tolerance}; expected at least 1 of each, and a positive tolerance"
+            )
 
     def estimate(self, question: Question) -> Estimate:
         replay = question.trajectory.replay(question.workload)

@@ -14,8 +14,12 @@ from dit_mlflow.methods.datamodel import Datamodel
 from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.influence_function import InfluenceFunction
 from dit_mlflow.methods.influence_function_arnoldi import InfluenceFunctionArnoldi
+from dit_mlflow.methods.influence_function_datainf import InfluenceFunctionDatainf
+from dit_mlflow.methods.influence_function_ekfac import InfluenceFunctionEkfac
 from dit_mlflow.methods.influence_function_lissa import InfluenceFunctionLissa
 from dit_mlflow.methods.random_subsets import random_subsets
+from dit_mlflow.methods.source import Source
+from dit_mlflow.methods.trak import Trak
 
 NAN = float("nan")
 NEWTON_STEP: dict[str, list[Any]] = {"damping": [0, -0.1, NAN, np.inf], "attempts": [0]}
@@ -31,6 +35,10 @@ REFUSED: list[tuple[Any, dict[str, list[Any]]]] = [
         },
     ),
     (InfluenceFunctionArnoldi, {**NEWTON_STEP, "iterations": [0], "rank": [0, -1], "seed": [-1]}),
+    (Source, {"segments": [0], "states": [0], "iterations": [0], "tolerance": [0, NAN]}),
+    (InfluenceFunctionEkfac, {"damping": [0, -0.1, NAN]}),
+    (InfluenceFunctionDatainf, {"damping": [0, NAN]}),
+    (Trak, {"dim": [0], "checkpoints": [0], "projections": [0], "damping": [-0.1, NAN]}),
     (DitConfirmed, {"share": [0, -0.1, 1.5, NAN]}),
     (DataShapley, {"tolerance": [-0.1, NAN], "patience": [0], "seed": [-1]}),
     (Datamodel, {"penalty": [0, NAN], "subsets": [7], "regression": ["huber"]}),
