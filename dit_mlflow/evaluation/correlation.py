@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 from dit_mlflow.evaluation.metrics import Metrics
+from dit_mlflow.evaluation.ties import shares_of_lowest
 
 TOP_SHARE = 0.3
 """Share of samples that the Jaccard index compares (the paper's 30 %)."""
@@ -26,8 +27,11 @@ def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
         estimate, truth: ``[samples]``; samples where either is NaN are left out.
 
     Returns:
-        Each in [-1, 1], Jaccard in [0, 1]: the overlap of the two sets of the 30 % highest (lowest) scores. Undefined,
-        with the reason, for fewer than 2 samples or constant scores.
+        Each in [-1, 1], Jaccard in [0, 1]: the overlap of the two sets of the 30 % highest (lowest) scores. Where the
+        bound of a set falls among equal scores, which of them belong to it is left to chance, independently for the two
+        vectors: of the expected number :math:`m` of shared samples among :math:`k` each, the index is
+        :math:`m / (2 k - m)`. So it does not depend on the order of the samples, and scores that tie there agree with
+        themselves by less than 1. Undefined, with the reason, for fewer than 2 samples or constant scores.
     """
     known = np.isfinite(estimate) & np.isfinite(truth)
     estimate, truth = estimate[known], truth[known]
@@ -116,19 +120,13 @@ def _kendall(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _jaccard_of_top(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    count = max(1, round(TOP_SHARE * estimate.shape[1]))
-    first, second = (_lowest(-values, count) for values in (estimate, truth))
-    return (first & second).sum(axis=1) / (first | second).sum(axis=1)
+    return _jaccard_of_bottom(-estimate, -truth)
 
 
 def _jaccard_of_bottom(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    return _jaccard_of_top(-estimate, -truth)
-
-
-def _lowest(values: np.ndarray, count: int) -> np.ndarray:
-    chosen = np.zeros(values.shape, dtype=bool)
-    np.put_along_axis(chosen, np.argsort(values, axis=1, kind="stable")[:, :count], True, axis=1)
-    return chosen
+    count = max(1, round(TOP_SHARE * estimate.shape[1]))
+    shared = (shares_of_lowest(estimate, count) * shares_of_lowest(truth, count)).sum(axis=1)
+    return np.asarray(shared / (2 * count - shared))
 
 
 _MEASURES = {

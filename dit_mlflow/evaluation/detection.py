@@ -9,6 +9,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation.metrics import Metrics
+from dit_mlflow.evaluation.ties import shares_of_lowest
 
 NAMES = ("accuracy", "recall_at_k", "auroc", "average_precision")
 
@@ -16,7 +17,9 @@ NAMES = ("accuracy", "recall_at_k", "auroc", "average_precision")
 def detection(scores: np.ndarray, corrupted: Sequence[int]) -> Metrics:
     """Detection of corrupted samples by low (harmful) scores, and beside each figure what chance gives.
 
-    The ``k`` lowest scores are flagged, ``k`` = number of corrupted samples with a score.
+    The ``k`` lowest scores are flagged, ``k`` = number of corrupted samples with a score. Where the ``k``-th lowest is
+    one of several equal scores, accuracy and recall are those expected of random order among them, as on
+    :func:`recall_curve`; recall times ``k`` need not be a whole number then.
 
     Args:
         scores: ``[samples]``; samples with NaN are left out.
@@ -32,11 +35,10 @@ def detection(scores: np.ndarray, corrupted: Sequence[int]) -> Metrics:
     if k in (0, len(scores)) or (scores == scores[0]).all():
         reason = f"{k} of {len(scores)} samples are corrupted" if k in (0, len(scores)) else "all scores are equal"
         return Metrics(undefined=dict.fromkeys(NAMES, reason))
-    flagged = np.zeros(len(scores), dtype=bool)
-    flagged[np.argsort(scores, kind="stable")[:k]] = True
+    hits = float(shares_of_lowest(scores, k)[damaged].sum())
     values = {
-        "accuracy": float((flagged == damaged).mean()),
-        "recall_at_k": float((flagged & damaged).sum() / k),
+        "accuracy": 1 - 2 * (k - hits) / len(scores),
+        "recall_at_k": hits / k,
         "auroc": float(roc_auc_score(damaged, -scores)),
         "average_precision": float(average_precision_score(damaged, -scores)),
     }

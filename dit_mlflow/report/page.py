@@ -17,7 +17,7 @@ from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence import Influence, Window
 from dit_mlflow.report.exhibits import encodable
 from dit_mlflow.report.gallery import Gallery
-from dit_mlflow.report.page_data import Columns, flag_count, json_in_html, page_data, readable
+from dit_mlflow.report.page_data import Columns, cut_in_tie, flag_count, json_in_html, page_data, readable
 
 SCRIPTS = ("data.js", "chart.js", "charts.js", "detail.js", "table.js", "page.js")
 """In the order in which they need one another; they become one script."""
@@ -112,7 +112,8 @@ def _flag_rule(columns: Columns, data: Mapping[str, Any]) -> str:
     damaged = len(data["damaged"] or ())
     k = flag_count(len(data["samples"]), damaged)
     why = "as many as are known to be damaged" if damaged else "10 % of the samples"
-    return f"Flagged: among the {k:,} lowest scores ({why}) by {columns.names[0]}, and negative."
+    order = "; of equal scores, those of lower index" if cut_in_tie(columns.estimate[0, 0], k) else ""
+    return f"Flagged: among the {k:,} lowest scores ({why}) by {columns.names[0]}, and negative{order}."
 
 
 def _rows(columns: Columns, data: Mapping[str, Any]) -> str:

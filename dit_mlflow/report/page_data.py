@@ -90,6 +90,12 @@ def flagged(scores: np.ndarray, k: int) -> np.ndarray:
     return lowest[scores[lowest] < 0]
 
 
+def cut_in_tie(scores: np.ndarray, k: int) -> bool:
+    """Whether :func:`flagged` takes only some of several equal scores ``[samples]``."""
+    known = np.sort(scores[np.isfinite(scores)])
+    return bool(k < len(known) and known[k - 1] == known[k] < 0)
+
+
 def flag_count(samples: int, corrupted: int) -> int:
     """How many samples may be flagged: as many as are damaged; if that is not known, :data:`FLAGGED_SHARE` of all."""
     return corrupted or max(1, round(FLAGGED_SHARE * samples))

@@ -177,13 +177,19 @@ def _damaged(found: Findings) -> str | None:
     if key not in found.whole.values or not k:
         return None
     recall, chance = found.whole.values[key], found.whole.values[f"{key}_chance"]
-    hits = round(recall * k)
-    text = f"of {k} damaged samples, {hits} {'is' if hits == 1 else 'are'} among the {k} most harmful of the whole run"
+    hits = _hits(recall, k)
+    text = f"of {k} damaged samples, {hits} {'is' if hits == '1' else 'are'} among the {k} most harmful of the whole run"
     by_window = [metrics.values.get(key, -1.0) for metrics in found.per_window]
     best = int(np.argmax(by_window))
     if by_window[best] > recall:
-        text += f", {round(by_window[best] * k)} among those of steps {found.influence.windows[best]}"
+        text += f", {_hits(by_window[best], k)} among those of steps {found.influence.windows[best]}"
     return f"{text} (by chance {chance * k:.1f})"
+
+
+def _hits(recall: float, k: int) -> str:
+    """Samples found; with a decimal where ties at the cut leave an expectation that is not a whole number."""
+    hits = recall * k
+    return f"{hits:.0f}" if abs(hits - round(hits)) < 0.05 else f"{hits:.1f}"
 
 
 def _pattern(found: Findings) -> str | None:

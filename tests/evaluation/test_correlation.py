@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dit_mlflow.evaluation import correlation_intervals, correlations
+from dit_mlflow.evaluation import correlation_intervals, correlations, detection
 
 NAN = np.nan
 
@@ -77,3 +77,31 @@ def test_of_a_handful_of_samples_there_is_no_interval() -> None:
     scores = np.arange(7.0)
     assert correlation_intervals(scores, scores**2) == {}
     assert set(correlation_intervals(np.arange(8.0), np.arange(8.0) ** 2, names=["spearman"])) == {"spearman"}
+
+
+def test_no_figure_depends_on_the_order_of_the_samples() -> None:
+    generator = np.random.default_rng(0)
+    estimate, truth = generator.integers(0, 4, size=(2, 60)).astype(float)
+    corrupted = generator.random(60) < 0.2
+    agreement = correlations(estimate, truth).values
+    found = detection(estimate, np.flatnonzero(corrupted).tolist()).values
+    for _ in range(5):
+        order = generator.permutation(60)
+        assert correlations(estimate[order], truth[order]).values == pytest.approx(agreement, abs=1e-12)
+        damaged = np.flatnonzero(corrupted[order]).tolist()
+        assert detection(estimate[order], damaged).values == pytest.approx(found, abs=1e-12)
+
+
+def test_jaccard_of_sparse_scores_that_share_nothing_is_that_of_chance() -> None:
+    """Top 30 of 100: 5 scores of 1 and 25 of the 95 zeros in each; shared are on average 2 (5 · 25/95) + 90 (25/95)²."""
+    first, second = np.zeros(100), np.zeros(100)
+    first[:5] = second[50:55] = 1
+    shared = 2 * 5 * 25 / 95 + 90 * (25 / 95) ** 2
+    assert correlations(first, second).values["jaccard_30"] == pytest.approx(shared / (60 - shared))
+
+    generator = np.random.default_rng(0)
+    drawn = []
+    for _ in range(4000):
+        chosen = [set(np.lexsort((generator.random(100), -scores))[:30]) for scores in (first, second)]
+        drawn.append(len(chosen[0] & chosen[1]))
+    assert shared == pytest.approx(np.mean(drawn), abs=0.15)

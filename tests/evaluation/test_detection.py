@@ -58,6 +58,23 @@ def test_chance_is_the_mean_over_all_orders() -> None:
         assert np.mean([values[name] for values in found]) == pytest.approx(found[0][f"{name}_chance"]), name
 
 
+def test_equal_scores_are_in_random_order_not_in_that_of_the_samples() -> None:
+    """Two flagged: -1, and one of the three zeros, of which two are corrupted. Mean over all orders of the zeros."""
+    scores, corrupted = np.array([0.0, 3.0, 0.0, -1.0, 0.0]), [0, 2]
+    zeros = np.flatnonzero(scores == 0)
+    apart = [scores.copy() for _ in range(6)]
+    for one, order in zip(apart, permutations([0.1, 0.2, 0.3]), strict=True):
+        one[zeros] = order
+    found = detection(scores, corrupted).values
+    for name in ("accuracy", "recall_at_k"):
+        assert found[name] == pytest.approx(np.mean([detection(one, corrupted).values[name] for one in apart])), name
+    share, recall = recall_curve(scores, corrupted)
+    assert found["recall_at_k"] == pytest.approx(recall[share == 2 / 5].item())
+    for order in permutations(range(5)):
+        places = np.array(order)
+        assert detection(scores[places], np.flatnonzero(np.isin(places, corrupted))).values == pytest.approx(found)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_area_under_the_recall_curve_is_that_of_the_auroc(tied: bool) -> None:
     """With a corrupted share s: s / 2 + (1 - s) AUROC, ties included."""

@@ -118,6 +118,17 @@ def test_of_more_negative_scores_only_k_are_flagged() -> None:
     assert data["queries"][0]["flagged"] == np.argsort(scores[2, 0])[:4].tolist()
 
 
+def test_how_equal_scores_are_flagged_is_said_where_it_matters() -> None:
+    scores = np.abs(random_scores(3, 40))
+    scores[2, 0, [9, 3, 30, 20]] = -1
+    for tied, said in ((4, False), (5, True)):
+        scores[2, 0, 7] = 1 if tied == 4 else -1
+        page = Page(influence_page(result(scores)))
+        rule = next(text for text in page.texts if text.startswith("Flagged"))
+        assert ("of equal scores, those of lower index" in rule) == said
+        assert page.data["queries"][0]["flagged"] == sorted([9, 3, 30, 20, 7][:tied])[:4]
+
+
 def test_overview_patterns_band_and_words() -> None:
     scores = random_scores(5, 50)
     found = result(scores)

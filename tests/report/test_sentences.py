@@ -128,6 +128,12 @@ def detected(recall: float) -> Metrics:
     return Metrics({"detection/recall_at_k": recall, "detection/recall_at_k_chance": 0.5})
 
 
+def test_damaged_samples_found_by_half_are_told_as_such() -> None:
+    """Where scores tie at the cut, what is expected is no whole number."""
+    found = findings(SCORES, detected(0.25), (detected(0.75),) * 3, Known(corrupted=(10, 11)))
+    assert "0.5 are among the 2 most harmful of the whole run, 1.5 among those" in answer_sentences(found)[2]
+
+
 def test_third_sentence_counts_damaged_samples_and_names_the_pattern() -> None:
     scores = [[4.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
     found = findings(scores, detected(0.5), (detected(0.5), detected(1.0), detected(0)), Known(corrupted=(10, 11)))
