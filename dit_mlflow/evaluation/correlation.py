@@ -31,7 +31,8 @@ def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
         bound of a set falls among equal scores, which of them belong to it is left to chance, independently for the two
         vectors: of the expected number :math:`m` of shared samples among :math:`k` each, the index is
         :math:`m / (2 k - m)`. So it does not depend on the order of the samples, and scores that tie there agree with
-        themselves by less than 1. Undefined, with the reason, for fewer than 2 samples or constant scores.
+        themselves by less than 1. Undefined, with the reason, for fewer than 2 samples, and for scores that
+        are constant, or are so but for rounding.
     """
     known = np.isfinite(estimate) & np.isfinite(truth)
     estimate, truth = estimate[known], truth[known]
@@ -66,7 +67,7 @@ def correlation_intervals(
         return {}
     drawn = np.random.default_rng(seed).choice(known, size=(resamples, len(known)))
     estimates, truths = estimate[drawn], truth[drawn]
-    varied = (np.ptp(estimates, axis=1) > 0) & (np.ptp(truths, axis=1) > 0)
+    varied = ~(_constant(estimates) | _constant(truths))
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     intervals = {}
     for name in NAMES if names is None else names:
@@ -104,7 +105,20 @@ def _why_undefined(estimate: np.ndarray, truth: np.ndarray) -> str | None:
     for name, values in (("estimated", estimate), ("ground truth", truth)):
         if (values == values[0]).all():
             return f"all {len(values)} {name} scores are equal"
+        if _constant(values):
+            return f"all {len(values)} {name} scores are equal but for rounding (from {values.min()} to {values.max()})"
     return None
+
+
+def _constant(values: np.ndarray) -> np.ndarray:
+    """Of each row of ``[…, samples]``, whether it varies by no more than rounding, in the measure that SciPy warns by.
+
+    From there on the deviations from the mean, which a correlation is made of, are rounding themselves.
+    """
+    values = values.astype(np.result_type(values, np.float32), copy=False)
+    mean = values.mean(axis=-1, keepdims=True)
+    rounding = np.finfo(values.dtype).eps ** 0.75 * np.abs(mean[..., 0])
+    return np.asarray((np.ptp(values, axis=-1) == 0) | (np.linalg.norm(values - mean, axis=-1) < rounding))
 
 
 def _pearson(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 import pandas as pd
 
 from dit_mlflow.report.markdown import GAP, escaped, markdown_table
+from dit_mlflow.report.numbers import decimals, figure
 
 TIE = 0.005
 """Figures closer than this are called equal: they read the same with two digits, or nearly so."""
@@ -80,13 +81,13 @@ def _fidelity(worked: pd.DataFrame, retraining: Collection[str], attainable: flo
     alone = len(names) == 1
     text = (
         f"{_listed(names)} agree{'s' if alone else ''} best with exact leave-one-out among the methods that do not "
-        f"retrain: Spearman {top['spearman']:.2f}{_interval(top)}"
+        f"retrain: Spearman {decimals(top['spearman'])}{_interval(top)}"
     )
     rest = cheap[~cheap["method"].isin(names)]
     if len(rest):
-        text += f"; next is {rest['method'].iloc[0]} ({rest['spearman'].iloc[0]:.2f})"
+        text += f"; next is {rest['method'].iloc[0]} ({decimals(rest['spearman'].iloc[0])})"
     if attainable is not None and attainable < CEILING:
-        text += f"; rounding lets nothing get beyond {attainable:.2f}"
+        text += f"; rounding lets nothing get beyond {decimals(attainable)}"
     return text + "."
 
 
@@ -98,11 +99,11 @@ def _cost(worked: pd.DataFrame, retraining: Collection[str]) -> str:
     if cheap.empty:
         return ""
     best = cheap.iloc[0]
-    text = f"{best['method']} took {best['seconds']:.2g} s"
+    text = f"{best['method']} took {figure(best['seconds'])} s"
     exact = worked[worked["method"] == "leave_one_out"]
     if len(exact) and best["seconds"] > 0:
         seconds = float(exact["seconds"].iloc[0])
-        text += f", exact leave-one-out {seconds:.2g} s ({seconds / best['seconds']:.2g} times as long)"
+        text += f", exact leave-one-out {figure(seconds)} s ({figure(seconds / best['seconds'])} times as long)"
     return text + "."
 
 
@@ -146,7 +147,7 @@ def _table(table: pd.DataFrame) -> str:
 def _cell(name: str, value: object) -> str:
     if not isinstance(value, float) or pd.isna(value):
         return "–"
-    return f"{100 * value:.0f} %" if name == "recall_at_k" else escaped(f"{value:.2f}")
+    return f"{100 * value:.0f} %" if name == "recall_at_k" else escaped(decimals(value))
 
 
 def _interval(row: pd.Series) -> str:
@@ -155,7 +156,7 @@ def _interval(row: pd.Series) -> str:
 
 def _bounds(row: pd.Series) -> str:
     low, high = row.get("spearman_low"), row.get("spearman_high")
-    return "" if low is None or pd.isna(low) or pd.isna(high) else f" ({low:.2f} to {high:.2f})"
+    return "" if low is None or pd.isna(low) or pd.isna(high) else f" ({decimals(low)} to {decimals(high)})"
 
 
 def _known(table: pd.DataFrame, name: str) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_mlflow.influence import Influence
 from dit_mlflow.report.markdown import GAP, escaped, markdown_table
+from dit_mlflow.report.numbers import decimals
 
 BEGIN, END = "<!-- influence by dit-mlflow -->", "<!-- end of influence -->"
 """Around our part, so that it can be written anew and what people wrote beside it stays. Not shown."""
@@ -103,7 +104,7 @@ def _windows(influence: Influence, facts: CardFacts, most: int) -> str:
         scores = influence.scores[at, 0]
         ends = [_extreme(influence, scores, -1), _extreme(influence, scores, 1)]
         values = [facts.by_window[name][at] for name in columns.values()]
-        figures = ["–" if value is None else f"{value:.3f}" for value in values]
+        figures = ["–" if value is None else decimals(value, 3) for value in values]
         rows.append([str(influence.windows[at]), *ends, *figures])
     table = markdown_table(headings, rows, GAP)
     left_out = f", {count - len(shown)} windows are left out here" if len(shown) < count else ""
@@ -131,12 +132,12 @@ def _fidelity(metrics: Mapping[str, float]) -> str:
 def fidelity(metrics: Mapping[str, float]) -> str:
     """Agreement with exact leave-one-out in plain words; empty if it was not looked at."""
     if (exact := metrics.get("ground_truth/spearman")) is not None:
-        return f"Spearman {exact:.3f} to exact leave-one-out"
+        return f"Spearman {decimals(exact, 3)} to exact leave-one-out"
     if (found := metrics.get("trust/spearman")) is None:
         return ""
     low, high = (metrics.get(f"trust/spearman_{end}") for end in ("low", "high"))
-    interval = "" if low is None or high is None else f" (95 % interval {low:.3f} to {high:.3f})"
-    return f"Spearman {found:.3f}{interval} to {metrics.get('trust/samples', 0):.0f} exact leave-one-outs"
+    interval = "" if low is None or high is None else f" (95 % interval {decimals(low, 3)} to {decimals(high, 3)})"
+    return f"Spearman {decimals(found, 3)}{interval} to {metrics.get('trust/samples', 0):.0f} exact leave-one-outs"
 
 
 def _others_part(description: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dit_mlflow.report.markdown import GAP, escaped, markdown_table
+from dit_mlflow.report.numbers import decimals
 from dit_mlflow.report.sentences import Findings, answer_sentences, window_sentences
 
 LONGEST = 7500
@@ -124,8 +125,8 @@ def _windows(found: Findings, links: Links) -> str:
                 row.append("none")
         for heading, names in shown.items():
             value = next((v for name in names if (v := found.per_window[position].values.get(name)) is not None), None)
-            figure = f"{100 * value:.0f} %" if value is not None and heading == "damaged found" else f"{value or 0:.2f}"
-            row.append("undefined" if value is None else figure)
+            shares = heading == "damaged found"
+            row.append("undefined" if value is None else f"{100 * value:.0f} %" if shares else decimals(value))
         rows.append(row)
     steps = "steps" if every == 1 else f"steps (1 of {every} windows)"
     return markdown_table([steps, "most harmful", "most helpful", *shown], rows, GAP)

@@ -17,6 +17,7 @@ from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence import Influence, Window
 from dit_mlflow.report.exhibits import encodable
 from dit_mlflow.report.gallery import Gallery
+from dit_mlflow.report.numbers import figure
 from dit_mlflow.report.page_data import Columns, cut_in_tie, flag_count, json_in_html, page_data, readable
 
 SCRIPTS = ("data.js", "chart.js", "charts.js", "detail.js", "table.js", "page.js")
@@ -123,7 +124,7 @@ def _rows(columns: Columns, data: Mapping[str, Any]) -> str:
     labels, codes = data["labels"], data["label"]
     kept = [at for at in order[:ROWS] if scores[at] < 0] + [at for at in order[-ROWS:] if scores[at] > 0]
     cells = (
-        (str(data["samples"][at]), labels[codes[at]] if labels and codes[at] >= 0 else "–", f"{scores[at]:.3g}")
+        (str(data["samples"][at]), labels[codes[at]] if labels and codes[at] >= 0 else "–", figure(scores[at], 3))
         for at in kept
     )
     return "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in cells)

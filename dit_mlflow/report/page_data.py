@@ -15,6 +15,7 @@ from dit_mlflow.evaluation.patterns import PATTERNS
 from dit_mlflow.influence import Influence, Window
 from dit_mlflow.report.exhibits import Exhibits, encodable, lines
 from dit_mlflow.report.gallery import Gallery
+from dit_mlflow.report.numbers import decimals
 
 SCORE_BYTES = 2_500_000
 """Of embedded scores, estimates and exact ones: what decides how many queries a page can hold beside the first."""
@@ -211,7 +212,7 @@ def _percent(share: float) -> str:
 
 def signed(value: float) -> str:
     """Two decimals, with a minus sign that is one."""
-    return f"{value:.2f}".replace("-", "−")
+    return decimals(value).replace("-", "−")
 
 
 def readable(query: str) -> str:

@@ -9,6 +9,7 @@ from typing import TypeGuard
 import numpy as np
 from matplotlib.axes import Axes
 
+from dit_mlflow.report.numbers import figure
 from dit_mlflow.report.plots import SMALL, literal
 from dit_mlflow.trajectory.appearance import Appearance
 
@@ -66,4 +67,4 @@ def write_lines(axes: Axes, x: float, y: float, lines: str, **style: object) -> 
 
 
 def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return figure(value, 3) if isinstance(value, float) else str(value)

@@ -12,6 +12,7 @@ from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.patterns import PATTERNS, patterns
 from dit_mlflow.influence import Influence
 from dit_mlflow.report.gallery import Gallery
+from dit_mlflow.report.numbers import figure, span
 from dit_mlflow.report.over_windows import extreme_samples
 
 AGREEMENT = ((0.9, "very high"), (0.7, "high"), (0.5, "moderate"), (0.3, "low"))
@@ -73,11 +74,6 @@ def agreement_word(spearman: float) -> str:
     return next((word for least, word in AGREEMENT if spearman >= least), "very low")
 
 
-def amount(value: float) -> str:
-    """A size with two significant digits."""
-    return f"{abs(value):.2g}"
-
-
 def _who(found: Findings) -> str:
     harmful, helpful = extreme_samples(found.influence, 1)
     parts: list[str] = []
@@ -99,7 +95,7 @@ def _one(found: Findings, sample: int, sign: int, verb: str, change: str, first:
     place = int(np.nanargmax(sign * scores))
     name = found.gallery.name(int(found.influence.samples[sample]))
     object_, quantity = (" the model", f"the {found.query}") if first else ("", "it")
-    said = f"removal {change} {quantity} by {amount(scores[place])}{_doubt(found, sample, place)}"
+    said = f"removal {change} {quantity} by {figure(abs(scores[place]))}{_doubt(found, sample, place)}"
     if len(windows) == 1:
         return f"{name} {verb}{object_} most: {said}"
     text = f"{name} {verb}{object_} most, above all in steps {windows[place]} ({said})"
@@ -146,23 +142,19 @@ def _how_sure(found: Findings) -> str:
 def _agreement(metrics: Sequence[Metrics], key: str, over: str, where: str) -> str:
     """``high in the windows (Spearman 0.72 to 0.88 over …)``; if not over all samples, words for the interval."""
     points = [found.values[key] for found in metrics]
-    figures = f"Spearman {_range(min(points), max(points))}"
+    figures = f"Spearman {span(min(points), max(points))}"
     if over:
         return f"{_words(min(points), max(points))}{where} ({figures}{over})"
     if any(f"{key}_low" not in found.values for found in metrics):
         return f"{_words(min(points), max(points))}{where} ({figures}, too few samples for an interval)"
     low = min(found.values[f"{key}_low"] for found in metrics)
     high = max(found.values[f"{key}_high"] for found in metrics)
-    return f"{_words(low, high)}{where} ({figures}, 95 % interval{'s' * (len(metrics) > 1)} {_range(low, high)})"
+    return f"{_words(low, high)}{where} ({figures}, 95 % interval{'s' * (len(metrics) > 1)} {span(low, high)})"
 
 
 def _words(low: float, high: float) -> str:
     first, last = agreement_word(low), agreement_word(high)
     return first if first == last else f"{first} to {last}"
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
 
 
 def _what_kind(found: Findings) -> str:
@@ -178,7 +170,9 @@ def _damaged(found: Findings) -> str | None:
         return None
     recall, chance = found.whole.values[key], found.whole.values[f"{key}_chance"]
     hits = _hits(recall, k)
-    text = f"of {k} damaged samples, {hits} {'is' if hits == '1' else 'are'} among the {k} most harmful of the whole run"
+    text = (
+        f"of {k} damaged samples, {hits} {'is' if hits == '1' else 'are'} among the {k} most harmful of the whole run"
+    )
     by_window = [metrics.values.get(key, -1.0) for metrics in found.per_window]
     best = int(np.argmax(by_window))
     if by_window[best] > recall:

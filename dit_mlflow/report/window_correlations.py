@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.patterns import window_correlations
 from dit_mlflow.influence import Influence
+from dit_mlflow.report.numbers import decimals
 from dit_mlflow.report.plots import SMALL, label_windows, new_figure
 
 
@@ -23,7 +24,7 @@ def plot_window_correlations(influence: Influence) -> Figure:
     if count <= 12:
         for (row, column), value in np.ndenumerate(matrix):
             colour = "white" if abs(value) > 0.6 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=SMALL, color=colour)
+            axes.text(column, row, decimals(value), ha="center", va="center", fontsize=SMALL, color=colour)
     axes.set_ylabel("window (training steps)")
     axes.set_title(f"Do the same samples matter early and late?\n({influence.method}, {influence.kind})", fontsize=11)
     figure.colorbar(image, label="Spearman correlation of the samples' influence").ax.tick_params(labelsize=SMALL)

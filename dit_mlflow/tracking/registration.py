@@ -23,6 +23,7 @@ from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.influence import Influence
 from dit_mlflow.report.markdown import escaped
 from dit_mlflow.report.model_card import CardFacts, fidelity, with_card
+from dit_mlflow.report.numbers import figure
 from dit_mlflow.tracking.artifacts import find_run, load_trajectory
 from dit_mlflow.tracking.found_models import FoundModel, find_model
 from dit_mlflow.tracking.links import model_link, run_link
@@ -275,7 +276,7 @@ def _made(run: Run, training: Run, model: LoggedModel, influence: Influence) -> 
     versions = influence.metadata.get("versions", {})
     seconds = influence.metadata.get("seconds")
     how = f"By {escaped(influence.method)}, {len(influence.samples)} training samples" + (
-        f", in {seconds:.3g} s" if isinstance(seconds, (int, float)) else ""
+        f", in {figure(seconds, 3)} s" if isinstance(seconds, (int, float)) else ""
     )
     known = ", ".join(
         f"{escaped(name)} {escaped(str(versions[name]))}" for name in ("dit_mlflow", "torch") if name in versions

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -36,6 +38,7 @@ def test_samples_without_a_score_are_left_out() -> None:
         ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], "all 3 estimated scores are equal"),
         ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], "all 3 ground truth scores are equal"),
         ([1.0, NAN], [1.0, 2.0], "1 samples have both"),
+        ([1.0, 1 + 2**-52, 1.0], [1.0, 2.0, 3.0], "all 3 estimated scores are equal but for rounding (from 1.0 to 1.0"),
     ],
 )
 def test_undefined_figures_have_a_reason(estimate: list[float], truth: list[float], reason: str) -> None:
@@ -43,6 +46,16 @@ def test_undefined_figures_have_a_reason(estimate: list[float], truth: list[floa
     assert not found.values
     assert set(found.undefined) == {"pearson", "spearman", "kendall", "jaccard_30", "jaccard_bottom_30"}
     assert all(why.startswith(reason) for why in found.undefined.values())
+
+
+def test_resamples_constant_but_for_rounding_take_no_part() -> None:
+    """One score in ten tells the estimate from a constant; every third resample is without it."""
+    estimate = 1 + 2**-52 * np.arange(10.0)
+    estimate[0] = 2.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        low, high = correlation_intervals(estimate, np.arange(10.0), names=["pearson"])["pearson"]
+    assert -1 <= low <= high < 0
 
 
 def test_intervals_are_those_of_scipys_bootstrap() -> None:
@@ -93,7 +106,7 @@ def test_no_figure_depends_on_the_order_of_the_samples() -> None:
 
 
 def test_jaccard_of_sparse_scores_that_share_nothing_is_that_of_chance() -> None:
-    """Top 30 of 100: 5 scores of 1 and 25 of the 95 zeros in each; shared are on average 2 (5 · 25/95) + 90 (25/95)²."""
+    """Top 30 of 100: 5 ones and 25 of the 95 zeros in each; shared are on average 2 (5 · 25/95) + 90 (25/95)²."""
     first, second = np.zeros(100), np.zeros(100)
     first[:5] = second[50:55] = 1
     shared = 2 * 5 * 25 / 95 + 90 * (25 / 95) ** 2

@@ -76,11 +76,11 @@ def test_top_samples_are_drawn_with_their_scores_and_stand_beside() -> None:
 
 def test_texts_and_rows_stand_beside_the_lines_as_excerpts() -> None:
     def show(index: int) -> str | dict[str, Any]:
-        return f"A film about {index} {'long ' * 500}" if index % 2 else {"age": index, "height": 1.23456}
+        return f"A film about {index} {'long ' * 500}" if index % 2 else {"age": index, "dose": 1.23456, "pay": 12345.0}
 
     written = "\n".join(texts(plot_top_samples(influence(0), gallery(show=show), k=4)))
     harmful = int(np.argsort(influence(0).scores[:, 0].mean(axis=0))[0])
-    assert (f"“A film about {harmful}" if harmful % 2 else f"age {harmful}, height 1.23") in written
+    assert (f"“A film about {harmful}" if harmful % 2 else f"age {harmful}, dose 1.23, pay 12345") in written
     assert max(map(len, written.splitlines())) < 80
 
 

@@ -163,6 +163,16 @@ def comparison(**columns: list[object]) -> pd.DataFrame:
     return pd.DataFrame({"method": names, "failed": False, "seconds": [0.5, 1.0, 5.0, 0.1]} | columns)
 
 
+def test_long_times_and_large_amounts_are_written_out() -> None:
+    table = comparison(spearman=[0.8, 0.1, 1.0, 0.0], seconds=[134.2, 1.0, 14762.0, 1.0])
+    cost = comparison_sentences(table, ["leave_one_out"])[1]
+    assert cost == "dit took 134 s, exact leave-one-out 14762 s (110 times as long)."
+    assert (
+        "raises the mean validation loss by 1234;"
+        in answer_sentences(findings([[1234.0, 1.0, 1.0]], windows=WINDOWS[:1]))[0]
+    )
+
+
 def test_comparison_names_the_best_from_the_table_alone() -> None:
     table = comparison(
         spearman=[0.7, 0.8, 1.0, 0.1],

@@ -1,0 +1,26 @@
+"""Numbers as sentences have them."""
+
+from __future__ import annotations
+
+IN_FULL = 1e9
+"""Numbers from here on have an exponent."""
+
+
+def figure(value: float, digits: int = 2) -> str:
+    """``value`` with that many significant digits, but all of those before the point, and never ``-0``.
+
+    ``0.123`` is 0.12, ``134.2`` is 134 and not 1.3e+02; below 0.0001 and from :data:`IN_FULL` on with an exponent.
+    """
+    text = f"{value + 0.0:.{digits}g}"
+    return f"{value:.0f}" if "e+" in text and abs(value) < IN_FULL else text
+
+
+def decimals(value: float, places: int = 2) -> str:
+    """``value`` with that many decimals, and never ``-0.00``."""
+    return f"{round(value, places) + 0.0:.{places}f}"
+
+
+def span(low: float, high: float) -> str:
+    """``0.10 to 0.20``, or one number if both read the same."""
+    first, last = decimals(low), decimals(high)
+    return first if first == last else f"{first} to {last}"
