@@ -112,17 +112,23 @@ def map_optimizer(state: OptimizerState, function: Callable[[Tensor], Tensor]) -
 
 
 def relative_drift(replayed: State, recorded: State, origin: State) -> float:
-    """How far a replay missed a recorded state, relative to how far training moved.
+    """How far a replay missed a recorded state, relative to how far training moved: the largest of :func:`drifts`."""
+    return max(drifts(replayed, recorded, origin).values(), default=0.0)
 
-    The largest ``max |replayed - recorded| / max |recorded - origin|`` of any parameter or buffer; 0 means bit for bit,
+
+def drifts(replayed: State, recorded: State, origin: State) -> dict[str, float]:
+    """How far a replay missed each tensor of a recorded state, relative to how far training moved it.
+
+    ``max |replayed - recorded| / max |recorded - origin|`` of every parameter and buffer; 0 means bit for bit,
     1 that the replay is as wrong as standing still. Each tensor has a scale of its own, since learning rates differ
     and running statistics can move a thousand times as far as weights. But two kinds of rounding are not to be refused:
     the denominator is at least :data:`LEAST_WAY` times the longest way of any parameter (gradients that are 0 but for
     rounding), and the size at which 8 units in the last place of the tensor reach :data:`REPLAY_TOLERANCE`.
+    What is not a number in both is the same.
     """
     ways = {name: _distance(value, origin.parameters[name]) for name, value in recorded.parameters.items()}
     longest = max((way for name, way in ways.items() if _floats(recorded.parameters[name])), default=0.0)
-    drift = 0.0
+    found: dict[str, float] = {}
     for part in ("parameters", "buffers"):
         for name, value in getattr(recorded, part).items():
             missed = _distance(getattr(replayed, part)[name], value)
@@ -130,8 +136,8 @@ def relative_drift(replayed: State, recorded: State, origin: State) -> float:
             if missed and _floats(value):
                 rounding = 8 * _largest(value) * torch.finfo(value.dtype).eps / REPLAY_TOLERANCE
                 way = max(way, rounding, LEAST_WAY * longest if part == "parameters" else 0.0)
-            drift = max(drift, _ratio(missed, way))
-    return drift
+            found[name] = _ratio(missed, way)
+    return found
 
 
 def other_optimizer_state(replayed: State, recorded: State) -> str | None:
@@ -177,7 +183,9 @@ def _distance(one: Tensor, other: Tensor) -> float:
         return float("inf")
     if torch.equal(one, other):
         return 0.0
-    return _largest(one - other if _floats(one) else one.double() - other.double())
+    if not _floats(one):
+        one, other = one.double(), other.double()
+    return _largest((one - other).masked_fill((one == other) | (one.isnan() & other.isnan()), 0))
 
 
 def _ratio(miss: float, allowed: float) -> float:
