@@ -24,9 +24,9 @@ MARGIN = 10
 
 
 def missed_by_rounding(
-    dynamics: Dynamics, layout: OptimizerLayout, steps: Sequence[Step], start: State, replayed: State, recorded: State
+    dynamics: Dynamics, layout: OptimizerLayout, steps: Sequence[Step], start: State, replayed: State, other: State
 ) -> set[str]:
-    """Names of the tensors that ``replayed`` misses by no more than what rounding alone may do.
+    """Names of the tensors by which ``replayed`` and ``other`` differ by no more than what rounding alone may do.
 
     Some training amplifies rounding without limit: a gradient that is 0 but for rounding (attention's key bias, a bias
     before BatchNorm) moves a parameter under Adam as far as any other, in a direction that each machine rounds for
@@ -35,12 +35,14 @@ def missed_by_rounding(
     up to :data:`MARGIN` times the largest effect that this had.
 
     Args:
-        steps: those from ``start`` to ``replayed`` and ``recorded``.
+        steps: those from ``start`` to ``replayed``.
+        replayed: what replay, without any nudge, makes of ``start``.
+        other: what should be the same but for rounding.
 
     Cost: the stretch, :data:`NUDGES` times.
     """
     generator = torch.Generator().manual_seed(0)
-    effects = dict.fromkeys(_tensors(recorded), 0.0)
+    effects = dict.fromkeys(_tensors(replayed), 0.0)
     for _ in range(NUDGES):
         parameters = {name: _nudged(value, generator) for name, value in start.parameters.items()}
         rollout = Rollout(dynamics, layout, State(parameters, start.buffers, start.optimizer))
@@ -49,7 +51,7 @@ def missed_by_rounding(
             rollout.advance(step, dynamics.load(step), _nudged(like.new_ones(len(step.samples)), generator))
         for name, distance in _distances(State(rollout.parameters, rollout.buffers), replayed).items():
             effects[name] = max(effects[name], distance)
-    return {name for name, miss in _distances(replayed, recorded).items() if miss <= MARGIN * effects[name]}
+    return {name for name, miss in _distances(replayed, other).items() if miss <= MARGIN * effects[name]}
 
 
 def _nudged(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -111,11 +111,6 @@ def map_optimizer(state: OptimizerState, function: Callable[[Tensor], Tensor]) -
     }
 
 
-def relative_drift(replayed: State, recorded: State, origin: State) -> float:
-    """How far a replay missed a recorded state, relative to how far training moved: the largest of :func:`drifts`."""
-    return max(drifts(replayed, recorded, origin).values(), default=0.0)
-
-
 def drifts(replayed: State, recorded: State, origin: State) -> dict[str, float]:
     """How far a replay missed each tensor of a recorded state, relative to how far training moved it.
 
@@ -165,7 +160,7 @@ def other_optimizer_state(replayed: State, recorded: State) -> str | None:
 
 
 REPLAY_TOLERANCE = 1e-3
-"""Largest :func:`relative_drift` that a replay may have. Another order of summation gives about 1e-6 in
+"""Largest of :func:`drifts` that a replay may have. Another order of summation gives about 1e-6 in
 float32; a wrong loss, coefficient or batch gives 1e-2 to 1."""
 
 
