@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dit_mlflow.errors import DitError, TrajectoryError
+from dit_mlflow.trajectory.as_recorded import AsRecorded
 from dit_mlflow.trajectory.manifest import DTYPES, Manifest
 from dit_mlflow.trajectory.optimizers import describe_optimizer
-from dit_mlflow.trajectory.random_state import DrawsOf, RandomState, fixed_draws, preserved_random_state
+from dit_mlflow.trajectory.random_state import RandomState, fixed_draws, preserved_random_state
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step import Step
 from dit_mlflow.trajectory.tensors import Substitution
@@ -71,14 +72,16 @@ class Dynamics:
                 f"the trajectory was recorded on {manifest.num_samples} training samples; the workload's "
                 f"train_set has {workload.num_samples}"
             )
+        # Before the cast, which makes two tensors of a buffer that is known by two names.
+        self._substituted = Substitution(model)
         if dtype is not None:
             model.to(dtype)
-        # Random numbers of another dtype would be other numbers.
         recorded = next(iter(manifest.model.parameters.values())).dtype
-        self._draws = DrawsOf(DTYPES[recorded]) if dtype is not None else None
+        self._as_recorded: AbstractContextManager[object] = (
+            nullcontext() if dtype is None else AsRecorded(DTYPES[recorded])
+        )
         self.device = next(model.parameters()).device
         self.model = model
-        self._substituted = Substitution(model)
         self._modules = dict(model.named_modules())
         self._evaluation_mode: frozenset[str] | None = None
 
@@ -126,11 +129,12 @@ class Dynamics:
         self.set_modes(step)
         offset = 0
         for micro in batches:
-            with replaying(micro.random_state, self._draws):
+            with replaying(micro.random_state), self._as_recorded:
                 yield partial(self._data_term, micro, slice(offset, offset + micro.size))
             offset += micro.size
         if self.workload.regularizer is not None:
-            yield self._regularizer_term
+            with self._as_recorded:
+                yield self._regularizer_term
 
     def gradient(
         self,
@@ -157,7 +161,7 @@ class Dynamics:
         }
         total: dict[str, Tensor] = {}
         for term in self.terms(step, batches):
-            with _naming_the_step(step):
+            with self._naming(step):
                 value = term(parameters, buffers, weights)
             if not inputs:
                 continue
@@ -170,6 +174,25 @@ class Dynamics:
             for name, value in parameters.items()
             if name in inputs or name in step.zero_gradient
         }
+
+    @contextmanager
+    def _naming(self, step: Step) -> Iterator[None]:
+        """A loss may well fail on a batch, a buffer or a mode that it never met: these come from the record."""
+        try:
+            yield
+        except (DitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            why = "It is not the recorded workload, or the record has been changed"
+            if self.dtype is not None:
+                why = (
+                    f"This is computed in {self.dtype} (dtype=…): tensors that the model or the loss makes must have "
+                    "the dtype of its parameters or inputs. Or compute in the recorded one (dtype=None). If it fails "
+                    "there too, it is not the recorded workload"
+                )
+            raise TrajectoryError(
+                f"the workload's loss fails on the record of step {step.index}: {type(error).__name__}: {error}. {why}"
+            ) from error
 
     def _data_term(
         self,
@@ -240,7 +263,7 @@ class Dynamics:
         """
         self._evaluation_mode = None
         self.model.eval()
-        with fixed_draws(self.device), self._draws or nullcontext():
+        with fixed_draws(self.device), self._as_recorded:
             return self.call(parameters, {name: value.clone() for name, value in buffers.items()}, function)
 
     def set_modes(self, step: Step) -> None:
@@ -258,27 +281,13 @@ class Dynamics:
 
 
 @contextmanager
-def replaying(state: RandomState | None, draws: DrawsOf | None = None) -> Iterator[None]:
+def replaying(state: RandomState | None) -> Iterator[None]:
     if state is None:
         yield
         return
-    with preserved_random_state(), draws or nullcontext():
+    with preserved_random_state():
         state.restore()
         yield
-
-
-@contextmanager
-def _naming_the_step(step: Step) -> Iterator[None]:
-    """A loss may well fail on a batch, a buffer or a mode that it never met: these come from the record."""
-    try:
-        yield
-    except (DitError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise TrajectoryError(
-            f"the workload's loss fails on the record of step {step.index}: {type(error).__name__}: {error}. It is not "
-            "the recorded workload, or the record has been changed"
-        ) from error
 
 
 def _check_model(model: nn.Module, manifest: Manifest) -> None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
 
@@ -162,62 +161,3 @@ _DECODERS = {"torch": _torch, "cuda": _cuda, "python": _python, "numpy": _numpy}
 
 def _byte_tensor(state: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(state), dtype=torch.uint8)
-
-
-class DrawsOf(TorchFunctionMode):
-    """Inside it, random numbers for tensors of another floating dtype are drawn in ``dtype`` and then cast.
-
-    A generator gives other numbers for float64 than for float32; a replay in float64 needs those of the record. Dropout
-    draws the same mask in every dtype, and factories such as ``torch.randn(3)`` do not depend on the model's dtype.
-    Factories that are told a dtype are taken to mean the model's (``torch.randn(3, dtype=x.dtype)``).
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _DRAWS_ANEW or func in _DRAWS_LIKE:
-            asked = kwargs.get("dtype") or (args[0].dtype if func in _DRAWS_LIKE else None)
-            if asked is not None and asked.is_floating_point:
-                return func(*args, **{**kwargs, "dtype": self.dtype}).to(asked)
-        if func in _DRAWS_FROM and (asked := _floating(*args, *kwargs.values())) is not None:
-            found = func(*map(self._narrow, args), **{name: self._narrow(value) for name, value in kwargs.items()})
-            return found.to(asked) if found.is_floating_point() else found
-        if func in _DRAWS_INTO and args[0].is_floating_point():
-            drawn = func(torch.empty_like(args[0], dtype=self.dtype), *map(self._narrow, args[1:]), **kwargs)
-            return args[0].copy_(drawn)
-        return func(*args, **kwargs)
-
-    def _narrow(self, value: Any) -> Any:
-        return value.to(self.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def _floating(*values: Any) -> torch.dtype | None:
-    """Dtype of the first floating tensor."""
-    found = (value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point())
-    return next(found, None)
-
-
-_DRAWS_ANEW = {torch.rand, torch.randn, torch.normal}
-_DRAWS_LIKE = {torch.rand_like, torch.randn_like}
-_DRAWS_FROM = {
-    torch.bernoulli,
-    torch.normal,
-    torch.poisson,
-    torch.multinomial,
-    torch.Tensor.bernoulli,
-    torch.Tensor.multinomial,
-    torch._standard_gamma,
-    torch._sample_dirichlet,
-}
-_DRAWS_INTO = {
-    torch.Tensor.normal_,
-    torch.Tensor.uniform_,
-    torch.Tensor.exponential_,
-    torch.Tensor.log_normal_,
-    torch.Tensor.cauchy_,
-    torch.Tensor.geometric_,
-    torch.Tensor.bernoulli_,
-}
