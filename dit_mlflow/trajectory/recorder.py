@@ -192,7 +192,7 @@ class TrajectoryRecorder:
         for hook in [*self._hooks, *self._autocast_hooks]:
             hook.remove()
         if kind is None:
-            self._store_state()
+            self._store_last_state()
         self._step.settle(RandomState.capture())
         self._commit()
         self._training_set.complete()
@@ -327,6 +327,21 @@ class TrajectoryRecorder:
         if self._due is not None:
             self._writer.add_checkpoint(self._num_steps, self._due)
             self._due = None
+
+    def _store_last_state(self) -> None:
+        """Like :meth:`_store_state`, unless the model no longer is where the last step left it."""
+        if self._last_state < self._num_steps:
+            try:
+                self._changes.check(self._num_steps)
+            except TrajectoryError:
+                logger.warning(
+                    "the parameters changed after the last step (%d), inside the recorder's with block: weights "
+                    "loaded back (the best epoch's, averaged ones)? They are not part of the trajectory, whose last "
+                    "state is not stored and will be replayed from step %d. Load such weights after the block",
+                    *(self._num_steps - 1, self._last_state),
+                )
+                return
+        self._store_state()
 
     def _store_state(self) -> None:
         """Take the state after the last step, unless it is stored."""

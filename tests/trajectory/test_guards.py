@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
-from dit_mlflow import Trajectory, TrajectoryError, TrajectoryRecorder, UnsupportedError, track
+from dit_mlflow import Trajectory, TrajectoryError, TrajectoryRecorder, UnsupportedError, Window, track
 from dit_mlflow.trajectory import REPLAY_TOLERANCE
 
 # Batches that are not used
@@ -249,6 +249,25 @@ def test_weights_renormalised_in_the_forward_pass_are_named(tmp_path: Path) -> N
 
     with pytest.raises(TrajectoryError, match=r"'0.weight'.*Embedding\(max_norm"):
         record(tmp_path / "t", model, SGD(model.parameters(), lr=0.5), loss=loss)
+
+
+def test_weights_loaded_before_the_block_ends_are_not_taken_for_the_last_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Early stopping: the best epoch's weights are loaded back, and averaged ones are copied in, when training ends."""
+    model = digits_model()
+    best = copy.deepcopy(model.state_dict())
+    steps = iter(range(1, 100))
+    trajectory = record(
+        tmp_path / "t",
+        model,
+        SGD(model.parameters(), lr=0.5),
+        after=lambda: next(steps) == 6 and model.load_state_dict(best) and None,
+    )
+    assert "the last step (5), inside the recorder's with block: weights loaded back" in caplog.text
+    assert (trajectory.num_steps, trajectory.checkpoint_steps, trajectory.complete) == (6, (0, 1, 4), True)
+    assert trajectory.verify(digits_workload()).max_drift == 0
+    assert np.isfinite(track(trajectory, digits_workload(), [Window(0, 6)]).scores).all()
 
 
 def test_weights_loaded_as_they_were_are_no_change(tmp_path: Path) -> None:
