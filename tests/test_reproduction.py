@@ -95,10 +95,11 @@ def test_each_table_is_a_parent_with_a_child_for_each_method_and_seed(table: str
 
 
 def test_the_document_in_docs_has_every_table_and_all_its_seeds(tmp_path: Path) -> None:
-    def finished(table: str, seeds: int) -> mlflow.ActiveRun:
+    def finished(table: str, seeds: int, all_datasets: bool = True, failed: int = 0) -> mlflow.ActiveRun:
         with mlflow.start_run(tags={"dit.kind": "reproduction", "dit.table": table}) as run:
             params = {"resolved.seeds": seeds, "resolved.datasets": "digits", "resolved.quick": False}
-            mlflow.log_params(params)
+            mlflow.log_params({**params, "resolved.all_datasets": all_datasets})
+            mlflow.log_metric("failed", failed)
             mlflow.log_text("**Claim.** It held.\n\n## Figures", "section.md")
             mlflow.log_text("a picture", "figure.png")
         return run
@@ -107,7 +108,10 @@ def test_the_document_in_docs_has_every_table_and_all_its_seeds(tmp_path: Path) 
     kept = Path("docs") / "reproduction.md"
     with_one = write_document(titles, finished("correlation", 8), quick=False)
     with_few_seeds = write_document(titles, finished("cost", 7), quick=False)
-    assert {with_one, with_few_seeds} == {str(Path("build") / "reproduction.md")} and not (tmp_path / kept).exists()
+    of_some_data = write_document(titles, finished("cost", 8, all_datasets=False), quick=False)
+    with_failures = write_document(titles, finished("cost", 8, failed=1), quick=False)
+    in_part = {with_one, with_few_seeds, of_some_data, with_failures}
+    assert in_part == {str(Path("build") / "reproduction.md")} and not (tmp_path / kept).exists()
     assert write_document(titles, finished("cost", 8), quick=False) == str(kept)
     text = (tmp_path / kept).read_text(encoding="utf-8")
     assert all(title in text for title in titles.values()) and text.count("It held.") == 2

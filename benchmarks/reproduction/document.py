@@ -51,8 +51,8 @@ def write_document(titles: Mapping[str, str], run: ActiveRun, quick: bool) -> st
     """Write the document and its figures, from the latest finished run of each table; returns where it is.
 
     What the sections say before their first heading stands together at the top. It goes to ``docs/`` if it has every
-    table, each from :data:`SEEDS` seeds or more; else to ``build/``, as does a quick reproduction, which holds quick
-    runs only.
+    table, each of all data sets, from :data:`SEEDS` seeds or more, without a failure; else to ``build/``, as does a
+    quick reproduction, which holds quick runs only.
 
     Args:
         titles: of the tables, by name, in order; those without a run in the experiment are left out.
@@ -62,7 +62,7 @@ def write_document(titles: Mapping[str, str], run: ActiveRun, quick: bool) -> st
     latest = {table: _latest(run.info.experiment_id, table, quick) for table in titles}
     runs = {table: found for table, found in latest.items() if found}
     seeds = min(int(found.data.params["resolved.seeds"]) for found in runs.values())
-    whole = len(runs) == len(titles) and seeds >= SEEDS and not quick
+    whole = len(runs) == len(titles) and seeds >= SEEDS and not quick and all(map(_is_whole, runs.values()))
     folder = ROOT / "docs" if whole else ROOT / "build"
     pictures = folder / "reproduction"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -81,6 +81,10 @@ def write_document(titles: Mapping[str, str], run: ActiveRun, quick: bool) -> st
     path = folder / "reproduction.md"
     path.write_text(re.sub(r"\n{3,}", "\n\n", text.replace("\n# ", "\n## ")), encoding="utf-8")
     return str(path.relative_to(ROOT))
+
+
+def _is_whole(run: Run) -> bool:
+    return run.data.params.get("resolved.all_datasets") == "True" and run.data.metrics.get("failed") == 0
 
 
 def _latest(experiment_id: str, table: str, quick: bool) -> Run | None:

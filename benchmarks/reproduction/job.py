@@ -21,7 +21,7 @@ from dit_mlflow.tracking.names import ERROR, KIND, METHOD
 from dit_mlflow.tracking.notes import set_note
 from dit_mlflow.tracking.runs import log_points, project_run
 
-from .cases import cases
+from .cases import Case, cases
 from .cleansing import Cleansing
 from .correlation import Correlation
 from .cost import Cost
@@ -95,12 +95,14 @@ def reproduce(request: ReproductionRequest, project_run_id: str | None = None) -
         )
     lines = []
     for table in tables:
-        lines += _table(table, units[table.name], request, project_run_id)
+        lines += _table(table, units[table.name], chosen, request, project_run_id)
         project_run_id = None
     return "\n".join(["", *lines])
 
 
-def _table(table: Table, units: list[Unit], request: ReproductionRequest, project_run_id: str | None) -> list[str]:
+def _table(
+    table: Table, units: list[Unit], chosen: list[Case], request: ReproductionRequest, project_run_id: str | None
+) -> list[str]:
     begun = time.perf_counter()
     name = f"reproduce {table.name}{' (quick)' if request.quick else ''}"
     with project_run(project_run_id, name, {KIND: REPRODUCTION, TABLE: table.name}) as run:
@@ -110,6 +112,7 @@ def _table(table: Table, units: list[Unit], request: ReproductionRequest, projec
                 "resolved.seeds": request.seeds,
                 "resolved.datasets": ",".join(dict.fromkeys(unit.case.data for unit in units)),
                 "resolved.quick": request.quick,
+                "resolved.all_datasets": {case.data for case in cases()} == {case.data for case in chosen},
             }
         )
         parts, failures = [], []
