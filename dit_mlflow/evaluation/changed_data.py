@@ -13,7 +13,6 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.query import CHUNK
-from dit_mlflow.methods.presentations import class_labels
 from dit_mlflow.trajectory import Workload, to_like
 from dit_mlflow.trajectory.appearance import LABELS
 from dit_mlflow.trajectory.random_state import preserved_random_state
@@ -112,7 +111,7 @@ def sample_classes(workload: Workload) -> np.ndarray:
         try:
             count = workload.class_logits(model, first, 1).shape[1]
             parts = np.array_split(np.arange(size), -(-size // CHUNK))
-            return np.concatenate([class_labels(workload.batch(part), count).cpu().numpy() for part in parts])
+            return np.concatenate([workload.class_labels(workload.batch(part), count).cpu().numpy() for part in parts])
         except Exception as error:  # Of whatever kind: data that is no classification can have any shape.
             raise UnsupportedError(f"the training samples have no classes: {type(error).__name__}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,7 +104,7 @@ def logits(
 def margins(workload: Workload, samples: Sequence[int] | None = None, of: Dataset = "validation") -> list[Query]:
     """The logit of a sample's own class minus the largest other one, named ``margin of validation sample 3``.
 
-    Arguments and errors as for :func:`logits`; labels are ``batch[1]`` or ``batch["labels"]``.
+    Arguments and errors as for :func:`logits`; labels are what ``Workload.targets`` says.
     """
 
     def margin(z: Tensor, y: int) -> Tensor:
@@ -152,7 +152,7 @@ def _output_queries(
     def value(batch: Batch) -> Callable[[nn.Module], Tensor]:
         def function(model: nn.Module) -> Tensor:
             found = workload.class_logits(model, _moved(batch, model), 1)[0]
-            of_class = _label(batch) if label is None else label
+            of_class = int(workload.class_labels(batch, len(found))[0]) if label is None else label
             if not 0 <= of_class < len(found):
                 raise InputError(f"query {name!r} on class {of_class}: the model has classes 0 … {len(found) - 1}")
             return measure(found, of_class)
@@ -181,11 +181,6 @@ def _single_samples(workload: Workload, samples: Sequence[int] | None, of: Datas
 def _moved(batch: Batch, model: nn.Module) -> Batch:
     like = next(model.parameters())
     return to_like(batch, like.device, like.dtype, fresh=True)
-
-
-def _label(batch: Batch) -> int:
-    labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
-    return int(labels.reshape(-1)[0])
 
 
 def resolve_queries(queries: Sequence[Query] | None, workload: Workload) -> list[Query]:

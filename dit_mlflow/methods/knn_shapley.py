@@ -14,7 +14,6 @@ from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import LastLayer, class_logits, first_samples
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.methods.presentations import class_labels
 from dit_mlflow.trajectory import State
 from dit_mlflow.trajectory.dynamics import Dynamics
 from dit_mlflow.trajectory.workload import tensors_of
@@ -123,4 +122,4 @@ def _inputs(dynamics: Dynamics, state: State, dataset: Dataset[Any]) -> tuple[Te
             "one row of numbers for each. Use KnnShapley(features='penultimate')"
         )
     _, classes = class_logits(dynamics, state, first_samples(dynamics, state, 1), 1).shape
-    return first.flatten(1).double(), class_labels(batch, classes)
+    return first.flatten(1).double(), dynamics.workload.class_labels(batch, classes)

@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from dit_mlflow.errors import UnsupportedError
-from dit_mlflow.methods.presentations import class_labels
 from dit_mlflow.trajectory import State, to_like
 from dit_mlflow.trajectory.dynamics import Dynamics
 from dit_mlflow.trajectory.workload import Batch
@@ -84,7 +83,7 @@ class LastLayer:
             batch = _moved(self.state, self.dynamics.workload.unvarying(dataset, indices))
             _, rows, found = self._pass(self.state, batch, len(indices))
             features.append(rows.double())
-            labels.append(class_labels(batch, found.shape[1]).to(found.device))
+            labels.append(self.dynamics.workload.class_labels(batch, found.shape[1]).to(found.device))
             logits.append(found.double())
         joined = Labelled(torch.cat(features), torch.cat(labels), torch.cat(logits))
         if not joined.features.isfinite().all():
@@ -153,7 +152,7 @@ def training_labels(dynamics: Dynamics, state: State) -> Tensor:
     labels = []
     for batch, size in _training_batches(dynamics, state, np.arange(dynamics.workload.num_samples)):
         _, classes = class_logits(dynamics, state, batch, size).shape
-        labels.append(class_labels(batch, classes))
+        labels.append(dynamics.workload.class_labels(batch, classes))
     return torch.cat(labels)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.trajectory.dynamics import Dynamics, MicroBatch, replaying
 from dit_mlflow.trajectory.replay import Replay
 from dit_mlflow.trajectory.state import State
@@ -41,30 +39,6 @@ def _margins(dynamics: Dynamics, step: Step, state: State, micro: MicroBatch) ->
         logits = dynamics.call(
             state.parameters, buffers, lambda model: dynamics.workload.class_logits(model, micro.batch, micro.size)
         )
-    own = class_labels(micro.batch, logits.shape[1]).to(logits.device)
+    own = dynamics.workload.class_labels(micro.batch, logits.shape[1]).to(logits.device)
     others = logits.scatter(1, own[:, None], -torch.inf).amax(dim=1)
     return (logits.gather(1, own[:, None])[:, 0] - others).double().cpu().numpy()
-
-
-def class_labels(batch: Any, classes: int) -> torch.Tensor:
-    """Class numbers ``[B]`` of a batch; raises :class:`UnsupportedError` if its labels are none."""
-    if isinstance(batch, Mapping):
-        labels = batch.get("labels")
-    else:
-        labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
-    if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
-        raise UnsupportedError(
-            f"batches of type {type(batch).__name__} hold no tensor of labels, batch[1] or batch['labels']; this "
-            "method needs a classification"
-        )
-    whole = labels.reshape(-1).long()
-    if (
-        labels.numel() != len(labels)
-        or not (whole == labels.reshape(-1)).all()
-        or not 0 <= whole.min() <= whole.max() < classes
-    ):
-        raise UnsupportedError(
-            f"labels of shape {list(labels.shape)} are not one class of 0 … {classes - 1} per sample; this method "
-            "needs a classification"
-        )
-    return whole

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from dit_mlflow.errors import TrajectoryError, WorkloadError
+from dit_mlflow.errors import TrajectoryError, UnsupportedError, WorkloadError
 from dit_mlflow.trajectory.appearance import Appearance, appearance_of, label_of
 from dit_mlflow.trajectory.random_state import preserved_random_state, seed_generators
 from dit_mlflow.trajectory.wrappers import plain_copy
@@ -51,6 +51,8 @@ class Workload:
         label: ``label(index) -> str``, what the sample was trained to be; default: from ``train_set[index]``.
         outputs: ``outputs(model, batch) -> [B, classes]`` logits (or ``[B]``, ``[B, 1]``: of class 1 against 0), for
             queries on them; default ``model(batch[0])``.
+        targets: ``targets(batch) -> [B]``, the class of each sample, for queries and methods that ask for it; default
+            ``batch[1]`` or ``batch["labels"]``.
         metrics: ``metrics(model, batch) -> {name: [B]}``, averaged over validation and test set and logged.
         reference, settings: where the workload came from; set by :func:`load_workload`, recorded with the
             trajectory, so that a later run can build the same workload.
@@ -76,6 +78,7 @@ class Workload:
     show: Callable[[int], Appearance] | None = None
     label: Callable[[int], str] | None = None
     outputs: Callable[[nn.Module, Batch], Tensor] | None = None
+    targets: Callable[[Batch], Tensor] | None = None
     metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
     reference: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -186,6 +189,32 @@ class Workload:
         if found.numel() == size:
             return torch.stack([-found.reshape(size) / 2, found.reshape(size) / 2], dim=1)
         return found
+
+    def class_labels(self, batch: Batch, classes: int) -> Tensor:
+        """Class numbers ``[B]`` of a batch; raises :class:`UnsupportedError` if its labels are none."""
+        labels: Any
+        if self.targets is not None:
+            labels = self.targets(batch)
+        elif isinstance(batch, Mapping):
+            labels = batch.get("labels")
+        else:
+            labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
+        if not isinstance(labels, Tensor) or labels.dim() == 0:
+            raise UnsupportedError(
+                f"batches of type {type(batch).__name__} hold no tensor of labels, batch[1] or batch['labels'], which "
+                "is needed here; give Workload.targets(batch) -> [B], if it is a classification"
+            )
+        whole = labels.reshape(-1).long()
+        if (
+            labels.numel() != len(labels)
+            or not (whole == labels.reshape(-1)).all()
+            or not 0 <= whole.min() <= whole.max() < classes
+        ):
+            raise UnsupportedError(
+                f"labels of shape {list(labels.shape)} are not one class of 0 … {classes - 1} per sample, as is needed "
+                "here; give Workload.targets(batch) -> [B], if it is a classification"
+            )
+        return whole
 
     @cached_property
     def plan(self) -> Plan:

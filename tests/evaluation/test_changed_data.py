@@ -96,7 +96,7 @@ def test_labels_of_floating_point_keep_their_type() -> None:
 def test_what_is_no_classification_cannot_be_relabelled() -> None:
     inputs, targets = datasets()[0].tensors
     regression = digits_workload(train_set=TensorDataset(inputs, targets + 0.5))
-    with pytest.raises(UnsupportedError, match=r"have no classes: .*needs a classification"):
+    with pytest.raises(UnsupportedError, match=r"have no classes: .*if it is a classification"):
         relabelled(regression, [0], [1])
     # The loss's label is made by collate_fn, from something else than the sample's second part.
     stubborn = replace(

@@ -10,14 +10,15 @@ import pytest
 import torch
 from oracles import finite_difference
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, AdamW
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from workloads import datasets, digits_workload
 
 from dit_mlflow import (
     InputError,
     Query,
+    UnsupportedError,
     Window,
     Workload,
     WorkloadError,
@@ -33,6 +34,7 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow.influence.engine import Engine
+from dit_mlflow.methods import method
 
 
 def binary_workload() -> Workload:
@@ -170,3 +172,40 @@ def test_outputs_are_asked_for_where_they_cannot_be_guessed(tmp_path: Path) -> N
     workload = digits_workload(train_set=records, validation_set=records)
     with pytest.raises(WorkloadError, match=r"Workload\.outputs is needed to read logits"):
         margins(workload, [0])[0](workload.build_model())
+
+
+class Named(Dataset[Any]):
+    """Samples with names of their own."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, digit = self.data[index]
+        return {"image": image, "digit": digit}
+
+
+def test_targets_say_where_the_labels_are(tmp_path: Path) -> None:
+    plain = digits_workload()
+    changes: dict[str, Any] = {
+        "train_set": Named(plain.train_set),
+        "validation_set": Named(plain.validation_set),
+        "loss": lambda model, batch: cross_entropy(model(batch["image"]), batch["digit"], reduction="none"),
+        "outputs": lambda model, batch: model(batch["image"]),
+    }
+    trajectory = train(plain, tmp_path / "t")
+    model = trajectory.checkpoint(0).load_into(plain.build_model())
+    with pytest.raises(UnsupportedError, match=r"batches of type dict hold no tensor of labels.*Workload\.targets"):
+        margins(digits_workload(**changes), [3])[0](model)
+
+    named = digits_workload(**changes, targets=lambda batch: batch["digit"])
+    for queries in (margins, probabilities):
+        assert [q(model) for q in queries(named, [3, 9])] == [q(model) for q in queries(plain, [3, 9])]
+    whole = [Window(0, trajectory.num_steps)]
+    for name in ("aum", "representer_points", "knn_shapley"):
+        expected = method(name)(trajectory, plain, whole, "final")
+        found = method(name)(train(named, tmp_path / name), named, whole, "final")
+        np.testing.assert_array_equal(found.scores, expected.scores)
