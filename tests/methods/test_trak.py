@@ -174,7 +174,7 @@ def test_without_damping_directions_without_samples_count_for_nothing(tmp_path: 
 def test_what_cannot_be_used_is_refused(tmp_path: Any) -> None:
     workload = regression()
     trajectory = train(workload, tmp_path / "t")
-    with pytest.raises(UnsupportedError, match="needs a classification"):
+    with pytest.raises(UnsupportedError, match="if it is a classification"):
         Trak(output="margin")(trajectory, workload)
     with pytest.raises(InputError, match=r"dim=0, checkpoints=3, projections=2, damping=0\.1; expected 1 or more"):
         Trak(dim=0)
