@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import click
 
 from dit_mlflow.errors import DitError, InputError
+from dit_mlflow.tracking.broken_off import fail_project_run
+from dit_mlflow.tracking.signals import ending_on_signals
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -188,22 +189,31 @@ def parse_settings(arguments: Sequence[str]) -> dict[str, str]:
 
 def run_job(kind: str, job: Callable[[str | None], str]) -> None:
     """Run a job and print what it says; if it fails, exit code 1, a clear message and no run left RUNNING."""
-    from mlflow.exceptions import MlflowException
+    with ending_on_signals():
+        # Made by ``mlflow run`` for this process; taken away, so that later runs do not attach to it by accident.
+        project_run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+        try:
+            click.echo(job(project_run_id))
+        except BaseException as error:
+            told = _told(error)
+            fail_project_run(project_run_id, kind, told or repr(error))
+            if told is None:
+                raise
+            raise click.ClickException(told) from error
 
-    from dit_mlflow.tracking.broken_off import fail_project_run
 
-    # As an exception, a termination passes through the runs' context managers, which end them.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # Made by ``mlflow run`` for this process; taken away, so that later runs do not attach to it by accident.
-    project_run_id = os.environ.pop("MLFLOW_RUN_ID", None)
-    try:
-        click.echo(job(project_run_id))
-    except (DitError, MlflowException) as error:
-        fail_project_run(project_run_id, kind, str(error))
-        raise click.ClickException(str(error)) from error
-    except BaseException as error:
-        fail_project_run(project_run_id, kind, repr(error))
-        raise
+def _told(error: BaseException) -> str | None:
+    """What people are told of an error instead of a traceback; ``None`` if that would hide a fault of ours."""
+    if isinstance(error, DitError):
+        return str(error)
+    # Not imported here: what was interrupted may be that import.
+    exceptions = sys.modules.get("mlflow.exceptions")
+    if exceptions is not None and isinstance(error, exceptions.MlflowException):
+        said, statement, _ = str(error).partition("\n[SQL:")
+        return f"{said}\nThe tracking store failed; it may still show runs as RUNNING" if statement else said
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def prepare_environment() -> None:

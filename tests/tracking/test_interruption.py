@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import mlflow
 import pytest
@@ -12,6 +14,7 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from dit_mlflow.cli import cli
+from dit_mlflow.tracking.broken_off import fail_project_run
 
 INTERRUPTED_IMPORT = """
 import sys
@@ -46,3 +49,103 @@ def test_the_reason_is_told_although_the_run_is_gone(store: str, monkeypatch: py
     assert finished.exit_code == 1
     assert isinstance(finished.exception, SystemExit)
     assert "kind='foo'" in finished.output
+
+
+LOGGING_JOB = """
+import mlflow
+from dit_mlflow.cli import run_job
+from dit_mlflow.tracking.runs import log_points, project_run
+
+def job(run_id):
+    with project_run(run_id, "job", {}):
+        print("ready", flush=True)
+        for step in range(10**6):
+            log_points((f"m{name}", step, 1.0) for name in range(200))
+
+run_job("influence", job)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        # By ``kill``; by the terminal, whose group ``mlflow run`` is in too; by a terminal that is closed.
+        ([signal.SIGTERM], 143),
+        ([signal.SIGINT, signal.SIGTERM], None),
+        ([signal.SIGHUP, signal.SIGHUP], 129),
+    ],
+    ids=["TERM", "INT, TERM", "HUP"],
+)
+def test_signals_in_the_middle_of_logging_end_the_run(store: str, sent: list[signal.Signals], code: int | None) -> None:
+    """MLflow's transactions hold the database's lock: broken off inside of one, no run could be ended any more."""
+    run = MlflowClient().create_run("1")
+    environment = {**os.environ, "MLFLOW_RUN_ID": run.info.run_id}
+    command = [sys.executable, "-c", LOGGING_JOB]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None and job.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        for number in sent:
+            job.send_signal(number)
+            time.sleep(0.03)
+        _, said = job.communicate(timeout=60)
+    assert job.returncode == code if code is not None else job.returncode not in (0, None), said
+    assert mlflow.get_run(run.info.run_id).info.status == "FAILED", said
+
+
+def test_a_signal_in_the_first_moments_ends_the_run_that_mlflow_made(store: str) -> None:
+    run = MlflowClient().create_run("1")
+    environment = {**os.environ, "MLFLOW_RUN_ID": run.info.run_id}
+    # Before MLflow is imported, which takes seconds.
+    script = """
+import os, signal, threading
+from dit_mlflow.cli import run_job
+
+def job(run_id):
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    import mlflow
+    while True:
+        mlflow.get_run(run_id)
+
+run_job("influence", job)
+"""
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    found = mlflow.get_run(run.info.run_id)
+    assert (ended.returncode, found.info.status) == (143, "FAILED"), ended.stderr
+    assert found.data.tags["dit.error"] == "SystemExit(143)"
+
+
+def test_hangups_that_nohup_ignores_stay_ignored(store: str) -> None:
+    script = """
+import os, signal
+from dit_mlflow.cli import run_job
+
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+run_job("influence", lambda _: os.kill(os.getpid(), signal.SIGHUP) or "went on")
+"""
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "went on\n"), ended.stderr
+
+
+def test_what_came_to_its_end_is_not_failed_afterwards(store: str) -> None:
+    client = MlflowClient()
+    finished, failed = (client.create_run("1").info.run_id for _ in range(2))
+    client.set_terminated(finished)
+    client.set_terminated(failed, "FAILED")
+    for run_id in (finished, failed):
+        fail_project_run(run_id, "influence", "no more")
+    assert mlflow.get_run(finished).info.status == "FINISHED" and "dit.error" not in mlflow.get_run(finished).data.tags
+    assert mlflow.get_run(failed).data.tags["dit.error"] == "no more"
+
+
+def test_a_file_that_is_gone_is_named_without_a_traceback(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(request: object, run_id: str | None) -> str:
+        raise FileNotFoundError(2, "No such file or directory", "/mnt/artifacts")
+
+    monkeypatch.setattr("dit_mlflow.tracking.main_job.main_job", gone)
+    finished = CliRunner().invoke(cli, ["influence"])
+    assert finished.exit_code == 1
+    assert finished.output.endswith(
+        "Error: FileNotFoundError: [Errno 2] No such file or directory: '/mnt/artifacts'\n"
+    )

@@ -1,0 +1,92 @@
+"""Signals that end a job: as exceptions, where they leave the store as it should be. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+PATIENCE = 10.0
+"""Seconds for which a signal waits for a safe place, and in which further ones are taken for the same request."""
+
+_RETRY = 0.02
+
+_UNSAFE = ("sqlalchemy", "mlflow.store", "weakref", "_weakrefset", "importlib")
+"""Modules in which an exception from outside does harm: a transaction would keep its lock, a callback swallow it."""
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Inside, the first SIGINT, SIGTERM or SIGHUP is an exception, which passes through the runs' context managers.
+
+    ``KeyboardInterrupt``, or ``SystemExit`` with 128 + the signal's number. It is raised where the main thread is not
+    in the middle of something that must be finished, after :data:`PATIENCE` seconds at the latest. What arrives within
+    that time of it is ignored: ``mlflow run`` sends SIGTERM to a process that the terminal has sent SIGINT, and a run
+    takes a moment to end. Signals that are ignored on entering (``nohup``) stay so.
+    """
+    endings = _Endings()
+    found = {number: signal.getsignal(number) for number in SIGNALS}
+    taken = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
+    for number in taken:
+        signal.signal(number, endings.receive)
+    try:
+        yield
+    finally:
+        endings.stop_waiting()
+        for number, handler in taken.items():
+            signal.signal(number, handler)
+
+
+class _Endings:
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._asked: int | None = None
+        self._since = 0.0
+        self._waiting: tuple[object, ...] | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A fork of the process, which has no runs to end.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        now = time.monotonic()
+        if self._asked is not None and now - self._since < PATIENCE:
+            return
+        self._asked, self._since = number, now
+        self._raise_or_wait(frame)
+
+    def stop_waiting(self) -> None:
+        """Give the timer back to whoever used it."""
+        if self._waiting is not None:
+            handler, delay, interval = self._waiting
+            self._waiting = None
+            signal.signal(signal.SIGALRM, handler)  # type: ignore[arg-type]
+            signal.setitimer(signal.ITIMER_REAL, delay, interval)  # type: ignore[arg-type]
+
+    def _raise_or_wait(self, frame: FrameType | None) -> None:
+        assert self._asked is not None
+        if _is_unsafe(frame) and time.monotonic() - self._since < PATIENCE and hasattr(signal, "setitimer"):
+            if self._waiting is None:
+                self._waiting = (signal.getsignal(signal.SIGALRM), *signal.getitimer(signal.ITIMER_REAL))
+                signal.signal(signal.SIGALRM, lambda _, frame: self._raise_or_wait(frame))
+            signal.setitimer(signal.ITIMER_REAL, _RETRY)
+            return
+        self.stop_waiting()
+        if self._asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + self._asked)
+
+
+def _is_unsafe(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith(_UNSAFE):
+            return True
+        frame = frame.f_back
+    return False
