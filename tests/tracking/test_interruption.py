@@ -69,12 +69,11 @@ run_job("influence", job)
 @pytest.mark.parametrize(
     ("sent", "code"),
     [
-        # By ``kill``; by the terminal, whose group ``mlflow run`` is in too; by a terminal that is closed.
+        # By ``kill``; by the terminal, whose group ``mlflow run`` is in too.
         ([signal.SIGTERM], 143),
         ([signal.SIGINT, signal.SIGTERM], None),
-        ([signal.SIGHUP, signal.SIGHUP], 129),
     ],
-    ids=["TERM", "INT, TERM", "HUP"],
+    ids=["TERM", "INT, TERM"],
 )
 def test_signals_in_the_middle_of_logging_end_the_run(store: str, sent: list[signal.Signals], code: int | None) -> None:
     """MLflow's transactions hold the database's lock: broken off inside of one, no run could be ended any more."""
@@ -101,7 +100,7 @@ import os, signal, threading
 from dit_mlflow.cli import run_job
 
 def job(run_id):
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGHUP)).start()
     import mlflow
     while True:
         mlflow.get_run(run_id)
@@ -111,8 +110,8 @@ run_job("influence", job)
     command = [sys.executable, "-c", script]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     found = mlflow.get_run(run.info.run_id)
-    assert (ended.returncode, found.info.status) == (143, "FAILED"), ended.stderr
-    assert found.data.tags["dit.error"] == "SystemExit(143)"
+    assert (ended.returncode, found.info.status) == (129, "FAILED"), ended.stderr
+    assert found.data.tags["dit.error"] == "SystemExit(129)"
 
 
 def test_hangups_that_nohup_ignores_stay_ignored(store: str) -> None:
@@ -146,6 +145,4 @@ def test_a_file_that_is_gone_is_named_without_a_traceback(store: str, monkeypatc
     monkeypatch.setattr("dit_mlflow.tracking.main_job.main_job", gone)
     finished = CliRunner().invoke(cli, ["influence"])
     assert finished.exit_code == 1
-    assert finished.output.endswith(
-        "Error: FileNotFoundError: [Errno 2] No such file or directory: '/mnt/artifacts'\n"
-    )
+    assert finished.output.endswith("Error: FileNotFoundError: [Errno 2] No such file or directory: '/mnt/artifacts'\n")
