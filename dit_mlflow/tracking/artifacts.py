@@ -104,10 +104,10 @@ def active_run_id() -> str:
 
 
 def find_run(run_id: str) -> Run:
-    """The run, or an :class:`InputError` that says where it was looked for."""
+    """The run, or an :class:`InputError` that says where it was looked for, or that it is deleted."""
     store = f"the tracking URI {without_password(mlflow.get_tracking_uri())}"
     try:
-        return MlflowClient().get_run(run_id)
+        run = MlflowClient().get_run(run_id)
     except Exception as error:  # Besides MLflow's own: those of the database's driver, if it is there at all.
         if isinstance(error, MlflowException) and error.error_code in (
             "RESOURCE_DOES_NOT_EXIST",
@@ -118,6 +118,11 @@ def find_run(run_id: str) -> Run:
             f"cannot ask {store} for run {run_id!r}: {type(error).__name__}: {error}; check that it can be reached "
             "from here, that its driver is installed, and that your credentials are right"
         ) from error
+    if run.info.lifecycle_stage != "active":
+        raise InputError(
+            f"run {run_id} ({run.info.run_name}) is deleted; restore it: mlflow runs restore --run-id {run_id}"
+        )
+    return run
 
 
 def artifact_folder(uri: str) -> Path | None:

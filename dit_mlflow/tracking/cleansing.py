@@ -127,7 +127,13 @@ class Plan:
     def of(cls, request: CleansingRequest, workload: Workload) -> Plan:
         """Raises :class:`DitError` for what cannot be done on this workload."""
         counts = request.counts(workload.num_samples)
-        _ = workload.plan
+        try:
+            _ = workload.plan
+        except WorkloadError as error:
+            raise WorkloadError(
+                f"cleanse trains again, so the workload must also say how the loop does that: {error} (and scheduler, "
+                "if the loop has one)"
+            ) from error
         if workload.test_set is None:
             raise WorkloadError(
                 "Workload.test_set must be given to cleanse: the validation split chooses what to clean, so that only "

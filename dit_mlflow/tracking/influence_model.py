@@ -162,15 +162,16 @@ def log_influence_model(
     return LoggedInfluenceModel(str(logged.model_id), str(version.version))
 
 
-def check_influence_model(training_run: str) -> None:
-    """Raise :class:`DitError` if :func:`log_influence_model` cannot make a model of this training run alone."""
-    if load_trajectory(training_run).manifest.workload is None:
+def check_influence_model(training_run: str, workload: str = "", settings: dict[str, Any] | None = None) -> None:
+    """Raise :class:`DitError` if :func:`log_influence_model` cannot make a model of this training run and workload."""
+    if not workload and load_trajectory(training_run).manifest.workload is None:
         raise InputError(
-            f"the trajectory of run {training_run} was recorded without a workload, which an influence model needs. "
-            "Leave influence_model out, and name the workload in Python: dit_mlflow.tracking.log_influence_model("
-            f"{training_run!r}, name=…, workload='package.module:function')"
+            f"the trajectory of run {training_run} was recorded without a workload, which an influence model needs, "
+            "and the influence run was made in Python, with one that has no name. Leave influence_model out, and name "
+            f"the workload: dit_mlflow.tracking.log_influence_model({training_run!r}, name=…, "
+            "workload='package.module:function')"
         )
-    _example(RowQuestion.of(training_run).workload, "target")
+    _example(RowQuestion.of(training_run, workload=workload, settings=settings).workload, "target")
 
 
 def _signature(workload: Workload) -> ModelSignature:

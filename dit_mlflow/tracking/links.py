@@ -11,7 +11,7 @@ from mlflow import ActiveRun, MlflowClient
 from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 
-from dit_mlflow.tracking.names import INFLUENCE, KIND
+from dit_mlflow.tracking.names import INFLUENCE, KIND, TRAINING_RUN
 from dit_mlflow.tracking.remote import without_password
 from dit_mlflow.tracking.views import (
     INFLUENCES,
@@ -94,4 +94,16 @@ def where_to_look(run: ActiveRun) -> str:
     server = uri.rstrip("/") if uri.startswith("http") else LOCAL
     found = save_comparisons(run.info.run_id)
     compared = [f"compare {name}\n{'':15}{server}/{link}" for name, link in found.items()]
-    return "\n".join([where_is(run_link(run)), *compared])
+    return "\n".join([where_is(run_link(run)), *compared, *_apart(run.info.run_id)])
+
+
+def _apart(run_id: str) -> list[str]:
+    """A line if the run is in another experiment than its training, so that the UI's list shows one of them only."""
+    client = MlflowClient()
+    run = client.get_run(run_id)
+    training = run.data.tags.get(TRAINING_RUN)
+    if not training or (other := client.get_run(training).info.experiment_id) == run.info.experiment_id:
+        return []
+    names = [client.get_experiment(found).name for found in (run.info.experiment_id, other)]
+    together = f"mlflow run --experiment-name {shlex.quote(names[1])}"
+    return [f"{'apart':15}this run is in experiment {names[0]!r}, its training in {names[1]!r}; together: {together}"]

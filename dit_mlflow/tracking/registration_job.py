@@ -6,13 +6,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import mlflow
+from mlflow.entities import Run
 
 from dit_mlflow.errors import InputError
+from dit_mlflow.tracking.artifacts import load_trajectory
 from dit_mlflow.tracking.influence_model import check_influence_model, log_influence_model
 from dit_mlflow.tracking.links import version_link, where_is
 from dit_mlflow.tracking.names import INFLUENCE_RUN, KIND, TRAINING_RUN
 from dit_mlflow.tracking.registration import Registration, asked_and_trained, check_name, register_influence
 from dit_mlflow.tracking.runs import project_run
+from dit_mlflow.trajectory.manifest import WorkloadReference
+from dit_mlflow.trajectory.projects import load_recorded
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,12 @@ def register_job(request: RegistrationRequest, project_run_id: str | None = None
             raise InputError(f"model_name and influence_model are both {request.model_name!r}; they are two models")
     job = project_run(project_run_id, f"register {request.model_name}", {KIND: "registration"})
     with job if project_run_id is not None else nullcontext():
+        reference = ""
+        settings: dict[str, str] = {}
         if request.influence_model:
-            check_influence_model(asked_and_trained(request.influence_run)[1].info.run_id)
+            asked, trained = asked_and_trained(request.influence_run)
+            reference, settings = _workload_of(asked, trained.info.run_id)
+            check_influence_model(trained.info.run_id, reference, settings)
         done = register_influence(request.influence_run, request.model_name, request.model)
         if project_run_id is not None:
             mlflow.set_tags({INFLUENCE_RUN: done.influence_run, TRAINING_RUN: done.training_run})
@@ -56,10 +64,31 @@ def register_job(request: RegistrationRequest, project_run_id: str | None = None
         if request.influence_model:
             windows = ",".join(f"{window.start}:{window.end}" for window in done.influence.windows)
             answering = log_influence_model(
-                done.training_run, windows, _kind(done.influence.kind), request.influence_model
+                done.training_run,
+                windows,
+                _kind(done.influence.kind),
+                request.influence_model,
+                workload=reference,
+                settings=settings,
             )
             lines.append(f"answers rows   models:/{request.influence_model}/{answering.version}")
     return "\n".join(["", *lines, where_is(version_link(done.version))])
+
+
+def _workload_of(influence: Run, training_run: str) -> tuple[str, dict[str, str]]:
+    """Reference and settings of the workload that influence was asked with; empty if training recorded one.
+
+    Empty too if neither knows any.
+    """
+    trajectory = load_trajectory(training_run)
+    params = influence.data.params
+    reference = params.get("resolved.workload", "None")
+    if trajectory.manifest.workload is not None or reference == "None":
+        return "", {}
+    settings = {name.removeprefix("workload."): value for name, value in params.items() if name.startswith("workload.")}
+    # A run's word is worth no more than a trajectory's.
+    load_recorded(WorkloadReference(reference=reference, settings=settings), trajectory.directory)
+    return reference, settings
 
 
 def _summary(done: Registration) -> list[str]:

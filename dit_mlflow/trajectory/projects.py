@@ -95,7 +95,8 @@ def find_factory(reference: str) -> WorkloadFactory:
         except ImportError as error:
             raise WorkloadError(
                 f"workload {reference!r}: cannot import {module_name!r}: {error}; modules are looked for in the "
-                "working directory (under mlflow run: the project's) and in PYTHONPATH; add its folder there"
+                "working directory (under mlflow run: the project's) and in PYTHONPATH; add its folder there, as an "
+                "absolute path: PYTHONPATH=$PWD"
             ) from error
     else:
         module, name = _load_project(reference), "workload"

@@ -308,7 +308,7 @@ def own_loop(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str
 def test_a_loop_of_ones_own_needs_a_workload_that_can_be_trained(own_loop: str) -> None:
     before = len(runs())
     for workload, message in (
-        ("bare", "Workload.optimizer, Workload.batch_size, Workload.epochs must be given to train"),
+        ("bare", "Workload.optimizer, Workload.batch_size, Workload.epochs must be given to train (and scheduler, if"),
         ("untested", "Workload.test_set must be given to cleanse"),
     ):
         finished = cleanse(training_run=own_loop, workload=f"my_job:{workload}", drop="0.1")

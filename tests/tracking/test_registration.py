@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -18,7 +19,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
-from dit_mlflow import InputError, Workload, parse_windows
+from dit_mlflow import InputError, Workload, load_workload, parse_windows
 from dit_mlflow.report.model_card import BEGIN, LONGEST
 from dit_mlflow.tracking import (
     load_influence,
@@ -215,6 +216,37 @@ def test_the_model_of_a_loop_of_ones_own(store: str) -> None:
     # A version of the name is attached to as it stands.
     again = register_influence(influence_run, "own", model="models:/own/1")
     assert (again.created, again.version.version) == (False, done.version.version)
+
+
+def test_the_influence_model_of_a_loop_of_ones_own_asks_the_workload_of_the_influence_run(store: str) -> None:
+    torch.manual_seed(0)
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.5)
+    with mlflow.start_run() as run:
+        with record_trajectory(model, optimizer) as recorder:
+            for batch in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
+                optimizer.zero_grad()
+                sample_losses(model, batch).mean().backward()
+                optimizer.step()
+        log_model(model, "a")
+    influence_run = asked(run.info.run_id, load_workload("workloads:digits_workload"))
+    assert "rows" in register_job(RegistrationRequest(influence_run, "own", influence_model="rows"))
+    answered = mlflow.pyfunc.load_model("models:/rows/1")
+    rows = pd.DataFrame(datasets()[1].tensors[0][:2].numpy()).assign(target=[0, 1])
+    assert set(answered.predict(rows)["side"]) == {"harmful", "helpful"}
+
+
+def test_deleted_runs_are_refused_at_the_beginning(store: str) -> None:
+    training_run, influence_run = trained_and_asked()
+    client = MlflowClient()
+    for deleted in (influence_run, training_run):
+        client.delete_run(deleted)
+        with pytest.raises(InputError, match=f"is deleted; restore it: mlflow runs restore --run-id {deleted}"):
+            register_influence(influence_run, "digits")
+        with pytest.raises(InputError, match="is deleted; restore it"):
+            load_trajectory(deleted)
+        client.restore_run(deleted)
+    assert not client.search_registered_models()
 
 
 def test_what_is_refused_and_changes_nothing(store: str) -> None:

@@ -85,6 +85,19 @@ def test_links_name_the_run_and_the_views(store: str, kind: str) -> None:
     assert said.count("compare ") == len(found)
 
 
+def test_runs_apart_from_their_training_are_told(store: str) -> None:
+    with mlflow.start_run(experiment_id=mlflow.create_experiment("digits of mine")) as training:
+        pass
+    tags = {"dit.kind": "influence", "dit.training_run_id": training.info.run_id}
+    with mlflow.start_run(tags=tags) as run:
+        pass
+    expected = "its training in 'digits of mine'; together: mlflow run --experiment-name 'digits of mine'"
+    assert expected in where_to_look(run)
+    with mlflow.start_run(experiment_id=training.info.experiment_id, tags=tags) as run:
+        pass
+    assert "together" not in where_to_look(run)
+
+
 def test_a_store_that_keeps_no_views_stops_nothing(
     store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
