@@ -57,10 +57,10 @@ def patterns(
 def standardised(influence: Influence, query: str | None = None) -> np.ndarray:
     """Scores ``[windows, samples]`` of one query, each window's divided by their root mean square over samples.
 
-    NaN counts as 0, and a window in which all scores are 0 keeps them.
+    Scores that are missing or infinite count as 0, and a window in which all scores are 0 keeps them.
     """
     position = 0 if query is None else influence.queries.index(query)
-    scores = np.nan_to_num(influence.scores[:, position])
+    scores = np.nan_to_num(influence.scores[:, position], posinf=0.0, neginf=0.0)
     size = np.sqrt((scores**2).mean(axis=1, keepdims=True))
     return np.divide(scores, size, out=np.zeros_like(scores), where=size > 0)
 

@@ -61,12 +61,16 @@ def comparison_note(
     sentences = " ".join(escaped(text, 900) for text in comparison_sentences(table, retraining, attainable))
     over = "one training" if trainings == 1 else f"{trainings} trainings with other seeds (figures are means)"
     compared = (
-        f"**Compared:** {len(table)} methods that say how {escaped(query)} would change without each training sample, "
+        f"**Compared:** {_counted(table)} how {escaped(query)} would change without each training sample, "
         f"on {over}, for all steps; kind `{kind}`. Spearman, Pearson: agreement with exact retraining without each "
         "sample; LDS: with training on random halves; damaged found: share of the damaged samples among as many lowest "
         "scores. Each method is a child run; windows are the steps of its charts `by_window/…`."
     )
     return "\n\n".join(part for part in (sentences, compared, _table(table)) if part)
+
+
+def _counted(table: pd.DataFrame) -> str:
+    return f"{len(table)} methods that say" if len(table) > 1 else "1 method that says"
 
 
 def _fidelity(worked: pd.DataFrame, retraining: Collection[str], attainable: float | None) -> str:
@@ -123,7 +127,14 @@ def _detection(worked: pd.DataFrame) -> str:
 
 def _failed(table: pd.DataFrame) -> str:
     names = list(table.loc[table["failed"].astype(bool), "method"])
-    return f"Failed, with the reason in the table comparison.json: {', '.join(names)}." if names else ""
+    told = [f"Failed, with the reason in the table comparison.json: {', '.join(names)}."] if names else []
+    if "asked" in table:
+        in_part = table[~table["failed"].astype(bool) & (table["trainings"] < table["asked"])]
+        told += [
+            f"{row['method']} worked on {row['trainings']} of {row['asked']} trainings, whose figures alone are told."
+            for row in in_part.to_dict("records")
+        ]
+    return " ".join(told)
 
 
 def _table(table: pd.DataFrame) -> str:
@@ -140,7 +151,9 @@ def _table(table: pd.DataFrame) -> str:
             cells = [_cell(name, row.get(name)) for name in columns]
             if "spearman" in columns:
                 cells[0] += _bounds(pd.Series(row))
-        rows.append([escaped(str(row["method"])), *cells])
+        part = row["trainings"] < row["asked"] if "asked" in row and not row["failed"] else False
+        name = f"{row['method']} ({row['trainings']} of {row['asked']} trainings)" if part else str(row["method"])
+        rows.append([escaped(name), *cells])
     return markdown_table(["method", *columns.values()], rows, GAP)
 
 

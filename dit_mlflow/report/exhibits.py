@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dit_mlflow.report.gallery import Gallery
+from dit_mlflow.report.markdown import LONGEST, encodable
 from dit_mlflow.report.pictures import is_image
 from dit_mlflow.report.thumbnails import thumbnail
 
@@ -80,7 +81,8 @@ class Exhibits:
         return len(self.texts[position])
 
     def _add_row(self, position: int, row: Mapping[str, Any]) -> int:
-        values = {self.names.setdefault(encodable(str(name)), len(self.names)): _value(row[name]) for name in row}
+        named = {encodable(str(name), LONGEST): _value(row[name]) for name in row}
+        values = {self.names.setdefault(name, len(self.names)): value for name, value in named.items()}
         self.rows[position] = [values.get(place) for place in range(len(self.names))]
         return sum(len(value) + 3 for value in values.values())
 
@@ -92,11 +94,5 @@ def lines(tell: Callable[[int], str | None] | None, indices: np.ndarray) -> list
     return [None if line is None else encodable(line, longest) for line in told]
 
 
-def encodable(text: str, longest: int = 200) -> str:
-    """``text`` without halves of surrogate pairs, which UTF-8 cannot hold; longer texts end in an ellipsis."""
-    kept = text if len(text) <= longest else text[: longest - 1] + "…"
-    return kept.encode("utf-8", "replace").decode()
-
-
 def _value(value: Any) -> str:
-    return encodable(f"{value:.6g}" if isinstance(value, float) else str(value))
+    return encodable(f"{value:.6g}" if isinstance(value, float) else str(value), LONGEST)

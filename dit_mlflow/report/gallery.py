@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol, TypeVar
 
-from dit_mlflow.report.markdown import one_line
+from dit_mlflow.report.markdown import encodable, one_line
 from dit_mlflow.trajectory.appearance import Appearance
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Gallery:
 
     def _told(self, what: str, function: Callable[[int], object], index: int) -> str | None:
         found = self._of(what, function, index)
-        return None if found is None else str(found)
+        return None if found is None else encodable(str(found))
 
     def _of(self, what: str, function: Callable[[int], Found], index: int) -> Found | None:
         try:

@@ -15,13 +15,23 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~=])")
 _REFERENCES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", ":": "&#58;", "@": "&#64;"}
 """Instead of marks before which MLflow's UI, or HTML, would show a backslash."""
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
+_TURNS = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+
+TURNING = re.compile(f"[{_TURNS}]")
+"""Characters that turn the direction of what follows."""
+
+_CONTROL = re.compile(rf"[\x00-\x1f\x7f-\x9f{_TURNS}]+")
+
+
+def encodable(text: str, longest: int | None = None) -> str:
+    """``text`` without halves of surrogate pairs, which UTF-8 cannot hold; if cut, with an ellipsis."""
+    kept = text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
+    return kept.encode("utf-8", "replace").decode()
 
 
 def one_line(text: str, longest: int | None = None) -> str:
     """``text`` from data without control characters, line breaks and turns of direction; if cut, with an ellipsis."""
-    plain = " ".join(_CONTROL.sub(" ", text).split())
-    return plain if longest is None or len(plain) <= longest else plain[: longest - 1] + "…"
+    return encodable(" ".join(_CONTROL.sub(" ", text).split()), longest)
 
 
 def escaped(text: str, longest: int = LONGEST) -> str:

@@ -142,7 +142,7 @@ def fidelity(metrics: Mapping[str, float]) -> str:
 
 def _others_part(description: str) -> tuple[str, str]:
     """What stands before and after our part, if there is one."""
-    before, begun, rest = description.partition(BEGIN)
+    before, begun, rest = description.rpartition(BEGIN)
     _, ended, after = rest.partition(END)
     # Whoever took the end away has written on in our part; better repeat it than lose theirs.
     return (before.strip(), after.strip()) if begun and ended else (description.strip(), "")

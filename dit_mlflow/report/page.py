@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from string import Template
@@ -15,8 +14,8 @@ import numpy as np
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence import Influence, Window
-from dit_mlflow.report.exhibits import encodable
 from dit_mlflow.report.gallery import Gallery
+from dit_mlflow.report.markdown import TURNING, encodable
 from dit_mlflow.report.numbers import figure
 from dit_mlflow.report.page_data import Columns, cut_in_tie, flag_count, json_in_html, page_data, readable
 
@@ -35,8 +34,6 @@ UNKNOWN = "How far this can be trusted is not known: no sample was left out exac
 
 ROWS = 5
 """Samples of each side in the table for readers without scripts."""
-
-_TURNING = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
 
 
 def influence_page(
@@ -132,7 +129,7 @@ def _rows(columns: Columns, data: Mapping[str, Any]) -> str:
 
 def _text(text: str) -> str:
     """``text`` as HTML shows it, without characters that turn the direction of what follows."""
-    return html.escape(_TURNING.sub("", encodable(text, 2000)))
+    return html.escape(TURNING.sub("", encodable(text, 2000)))
 
 
 def _asset(name: str) -> str:

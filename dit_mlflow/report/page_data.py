@@ -13,8 +13,9 @@ import numpy as np
 from dit_mlflow.evaluation import Metrics, patterns
 from dit_mlflow.evaluation.patterns import PATTERNS
 from dit_mlflow.influence import Influence, Window
-from dit_mlflow.report.exhibits import Exhibits, encodable, lines
+from dit_mlflow.report.exhibits import Exhibits, lines
 from dit_mlflow.report.gallery import Gallery
+from dit_mlflow.report.markdown import LONGEST, encodable
 from dit_mlflow.report.numbers import decimals
 
 SCORE_BYTES = 2_500_000
@@ -139,7 +140,7 @@ def page_data(
     code = {label: place for place, label in enumerate(distinct)}
     return {
         "kind": estimate.kind,
-        "method": encodable(estimate.method),
+        "method": encodable(estimate.method, LONGEST),
         "left_out": len(estimate.queries) - embedded,
         "queries": [_query(estimate, columns, place, k, known) for place in range(embedded)],
         "columns": [
@@ -170,7 +171,7 @@ def _query(estimate: Influence, columns: Columns, place: int, k: int, known: np.
         found = patterns(estimate.select(list(columns.windows)), name)
         pattern = [PATTERN_NAMES.index(name) for name in found]
     return {
-        "name": encodable(readable(name)),
+        "name": encodable(readable(name), LONGEST),
         "scores": packed(scores),
         "exact": None if known is None or columns.exact is None else packed(columns.exact[:, place, known]),
         "flagged": flagged(first, k).tolist(),

@@ -12,7 +12,7 @@ from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.patterns import PATTERNS, patterns
 from dit_mlflow.influence import Influence
 from dit_mlflow.report.gallery import Gallery
-from dit_mlflow.report.numbers import figure, span
+from dit_mlflow.report.numbers import decimals, figure, span
 from dit_mlflow.report.over_windows import extreme_samples
 
 AGREEMENT = ((0.9, "very high"), (0.7, "high"), (0.5, "moderate"), (0.3, "low"))
@@ -169,15 +169,22 @@ def _damaged(found: Findings) -> str | None:
     if key not in found.whole.values or not k:
         return None
     recall, chance = found.whole.values[key], found.whole.values[f"{key}_chance"]
+    by_window = [metrics.values.get(key, -1.0) for metrics in found.per_window]
+    best = int(np.argmax(by_window))
+    where = f"steps {found.influence.windows[best]}" if by_window[best] > recall else ""
+    expected = chance * k
+    by_chance = f"(by chance {decimals(expected, 1) if expected >= 0.05 else figure(expected, 1)})"
+    if k == 1:
+        is_ = "is" if recall == 1 else "is not" if recall == 0 else "ties with others as"
+        text = f"the one damaged sample {is_} the most harmful of the whole run"
+        return f"{text}{f', but is that of {where}' if where and by_window[best] == 1 else ''} {by_chance}"
     hits = _hits(recall, k)
     text = (
         f"of {k} damaged samples, {hits} {'is' if hits == '1' else 'are'} among the {k} most harmful of the whole run"
     )
-    by_window = [metrics.values.get(key, -1.0) for metrics in found.per_window]
-    best = int(np.argmax(by_window))
-    if by_window[best] > recall:
-        text += f", {_hits(by_window[best], k)} among those of steps {found.influence.windows[best]}"
-    return f"{text} (by chance {chance * k:.1f})"
+    if where:
+        text += f", {_hits(by_window[best], k)} among those of {where}"
+    return f"{text} {by_chance}"
 
 
 def _hits(recall: float, k: int) -> str:

@@ -178,7 +178,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         "seconds": "seconds",
         "error": "failed",
     }
-    shown = table.drop(columns=[] if table["failed"].any() else ["error"])
+    shown = table.drop(columns=[] if table["error"].any() else ["error"])
     lines = [
         "",
         f"{len(names)} method{'s' * (len(names) > 1)}, {len(subjects)} training{'s' * (len(subjects) > 1)}, whole run; "

@@ -101,7 +101,8 @@ def _apart(run_id: str) -> list[str]:
     """A line if the run is in another experiment than its training, so that the UI's list shows one of them only."""
     client = MlflowClient()
     run = client.get_run(run_id)
-    training = run.data.tags.get(TRAINING_RUN)
+    # Of a comparison, the first of several.
+    training = run.data.tags.get(TRAINING_RUN, "").partition(",")[0]
     if not training or (other := client.get_run(training).info.experiment_id) == run.info.experiment_id:
         return []
     names = [client.get_experiment(found).name for found in (run.info.experiment_id, other)]

@@ -14,17 +14,24 @@ FIGURES = ("spearman", "pearson", "lds", "recall_at_k", "auroc")
 
 
 def summarised(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per method: means over trainings; with several, the intervals are those of the mean (Student's t)."""
+    """One row per method: means over trainings; with several, the intervals are those of the mean (Student's t).
+
+    ``trainings`` is the number of those on which the method worked, ``asked`` of all.
+    """
     summary = []
     for name, group in rows.groupby("method", sort=False):
         worked = group[~group["failed"]]
         row: dict[str, object] = {"method": name, "measures": group["measures"].iloc[0], "trainings": len(worked)}
+        row["asked"] = len(group)
         for column in worked.select_dtypes("number"):
             values = worked[column].dropna()
             row.setdefault(str(column), float(values.mean()) if len(values) else None)
             if len(values) > 1 and (column in FIGURES or f"{column}_low" in worked):
                 low, high = mean_interval(values.to_numpy())
                 row |= {f"{column}_low": low, f"{column}_high": high}
+            elif len(group) > 1 and f"{column}_low" in worked:
+                # Of the one training that is left, an interval would be over samples.
+                row |= {f"{column}_low": None, f"{column}_high": None}
         errors = group["error"].dropna() if "error" in group else pd.Series(dtype=object)
         row |= {"failed": worked.empty, "error": str(errors.iloc[0]) if len(errors) else ""}
         summary.append(row)

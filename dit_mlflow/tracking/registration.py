@@ -279,7 +279,7 @@ def _made(run: Run, training: Run, model: LoggedModel, influence: Influence) -> 
         f", in {figure(seconds, 3)} s" if isinstance(seconds, (int, float)) else ""
     )
     known = ", ".join(
-        f"{escaped(name)} {escaped(str(versions[name]))}" for name in ("dit_mlflow", "torch") if name in versions
+        f"{escaped(name)} {escaped(str(versions[name]))}" for name in ("dit-mlflow", "torch") if name in versions
     )
     links = (
         f"[influence run]({run_link(run)}), [training run]({run_link(training)}), "

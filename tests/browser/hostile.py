@@ -13,6 +13,7 @@ TEXTS = (
     "| cell | cell | $x^2$",
     "\u202egnirts desrever",
     "👩‍🔬 naïve 数据",
+    "half \ud83d of a pair",
     "long " * 2000,
 )
 

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from dit_mlflow import Influence, InputError, Window
-from dit_mlflow.evaluation.patterns import correlations_by_pattern, pattern_counts, patterns, window_correlations
+from dit_mlflow.evaluation.patterns import (
+    correlations_by_pattern,
+    pattern_counts,
+    patterns,
+    standardised,
+    window_correlations,
+)
 
 
 def influence(scores: list[list[float]]) -> Influence:
@@ -61,3 +67,9 @@ def test_agreement_by_pattern() -> None:
     assert found.values["early/spearman"] == pytest.approx(1)
     assert found.values["stable/pearson"] == pytest.approx(-1)
     assert set(found.undefined) == {"late/spearman", "late/pearson"}
+
+
+def test_scores_without_a_finite_value_count_as_none() -> None:
+    for missing in (np.nan, np.inf, -np.inf):
+        found = standardised(influence([[missing, 4.0], [2.0, 2.0], [3.0, 0.0]]))
+        np.testing.assert_allclose(found[0], np.array([0, 2, 3]) / np.sqrt(13 / 3))

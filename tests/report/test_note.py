@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from workloads import digits_workload
@@ -16,6 +18,7 @@ from dit_mlflow import Influence, Window, Workload, train
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.report import Findings, Gallery, Links, comparison_note, influence_note, training_note, window_note
 from dit_mlflow.report.markdown import GAP, escaped, markdown_table
+from dit_mlflow.report.model_card import BEGIN, END, CardFacts, with_card
 
 HOSTILE = {
     "script": "<script>alert(1)</script>",
@@ -65,6 +68,25 @@ def test_escaped_text_comes_out_as_it_is(name: str) -> None:
 def test_direction_of_text_cannot_be_turned_and_length_has_an_end() -> None:
     assert escaped("a\u202eb\u2067c") == "a b c"
     assert len(shown(escaped("x" * 10_000))) == 200
+    assert escaped("half \ud83d of a pair") == "half ? of a pair"
+
+
+PARTS = st.lists(st.sampled_from([BEGIN, END, *(f"word{i}" for i in range(9))]), max_size=12)
+
+
+@given(PARTS)
+def test_what_people_write_around_our_part_of_a_description_is_kept(parts: list[str]) -> None:
+    influence = findings().influence
+    once = with_card(" ".join(parts), influence, CardFacts())
+    twice = with_card(once, influence, CardFacts(made=["another run"]))
+    # The last part between marks is ours, whoever wrote it.
+    before, begun, rest = " ".join(parts).rpartition(BEGIN)
+    theirs = before + rest.partition(END)[2] if begun and END in rest else " ".join(parts)
+    for text in (once, twice):
+        assert [word for word in text.split() if word.startswith("word")] == [
+            word for word in theirs.split() if word.startswith("word")
+        ]
+    assert "another run" in twice
 
 
 WINDOWS = (Window(0, 4), Window(4, 8))

@@ -10,8 +10,9 @@ import pytest
 
 from dit_mlflow import Influence, Window
 from dit_mlflow.evaluation import Metrics
-from dit_mlflow.report import Findings, Gallery, answer_sentences, comparison_sentences
+from dit_mlflow.report import Findings, Gallery, answer_sentences, comparison_note, comparison_sentences
 from dit_mlflow.report.sentences import agreement_word, window_sentences
+from dit_mlflow.tracking.over_seeds import summarised
 
 WINDOWS = (Window(0, 4), Window(4, 8), Window(8, 12))
 
@@ -134,6 +135,23 @@ def test_damaged_samples_found_by_half_are_told_as_such() -> None:
     assert "0.5 are among the 2 most harmful of the whole run, 1.5 among those" in answer_sentences(found)[2]
 
 
+@pytest.mark.parametrize(
+    ("recall", "in_window", "said"),
+    [
+        (1.0, 1.0, "The one damaged sample is the most harmful of the whole run (by chance 0.004)"),
+        (0.0, 1.0, "is not the most harmful of the whole run, but is that of steps 0-4 (by chance 0.004)"),
+        (0.0, 0.0, "is not the most harmful of the whole run (by chance 0.004)"),
+        (0.5, 0.5, "ties with others as the most harmful of the whole run (by chance 0.004)"),
+    ],
+)
+def test_one_damaged_sample_is_told_as_one(recall: float, in_window: float, said: str) -> None:
+    def metrics(found: float) -> Metrics:
+        return Metrics({"detection/recall_at_k": found, "detection/recall_at_k_chance": 1 / 256})
+
+    found = findings(SCORES, metrics(recall), (metrics(in_window),) * 3, Known(corrupted=(10,)))
+    assert said in answer_sentences(found)[2]
+
+
 def test_third_sentence_counts_damaged_samples_and_names_the_pattern() -> None:
     scores = [[4.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
     found = findings(scores, detected(0.5), (detected(0.5), detected(1.0), detected(0)), Known(corrupted=(10, 11)))
@@ -212,3 +230,22 @@ def test_few_samples_are_said_to_be_few() -> None:
         "As far as 3 random samples tell, agreement with exact retraining is very high (Spearman 1.00, too few samples "
         "for an interval)."
     )
+
+
+def test_methods_that_failed_on_some_trainings_are_told_as_such() -> None:
+    worked = {"measures": "x", "seconds": 1.0, "failed": False}
+    rows = [
+        {"method": "dit", "spearman": 0.9, "spearman_low": 0.85, "spearman_high": 0.95, **worked},
+        *[{"method": "dit", "measures": "x", "failed": True, "error": "RuntimeError: boom"}] * 2,
+        *[
+            {"method": "tracin", "spearman": s, "spearman_low": s - 0.1, "spearman_high": s, **worked}
+            for s in (0.7, 0.8, 0.6)
+        ],
+    ]
+    table = summarised(pd.DataFrame(rows))
+    note = comparison_note(table, [], 3, "local")
+    assert "dit worked on 1 of 3 trainings, whose figures alone are told." in note.replace("\\", "")
+    assert "| dit \\(1 of 3 trainings\\)" in note and "| tracin" in note and "| tracin \\(" not in note
+    low = table.set_index("method").loc["dit", "spearman_low"]
+    assert np.isnan(low), "the interval of one training is over samples"
+    assert "1 method that says how" in comparison_note(table[:1], [], 3, "local")
