@@ -21,7 +21,7 @@ from dit_mlflow.tracking.recording import record_trajectory
 from dit_mlflow.tracking.runs import log_metrics, log_series, project_run
 from dit_mlflow.trajectory import TrajectoryRecorder, Workload
 from dit_mlflow.trajectory.dataset import dataset_digest
-from dit_mlflow.trajectory.loop import train_recorded
+from dit_mlflow.trajectory.loop import check_seeds, train_recorded
 
 
 def run_training(
@@ -41,6 +41,7 @@ def run_training(
     Returns:
         The run's id. If training fails, the run is FAILED and holds what was recorded until then.
     """
+    check_seeds(init_seed, order_seed)
     title = f"train {workload_title(workload)}{seeds_title(init_seed, order_seed)}"
     with project_run(project_run_id, title, {KIND: "training"}) as run:
         run_id = str(run.info.run_id)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dit_mlflow.errors import TrainingError, TrajectoryError, WorkloadError
+from dit_mlflow.errors import InputError, TrainingError, TrajectoryError, WorkloadError
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.trajectory.random_state import preserved_random_state
 from dit_mlflow.trajectory.recorder import TrajectoryRecorder
@@ -61,6 +61,7 @@ def train(
         ``trajectory.checkpoint(trajectory.num_steps).load_into(model)``.
 
     Raises:
+        InputError: a seed that torch does not take.
         WorkloadError: the workload lacks what training needs.
         TrainingError: a loss is not finite. The steps before are kept, as an incomplete trajectory.
     """
@@ -98,6 +99,13 @@ def train_recorded(
     return model
 
 
+def check_seeds(init_seed: int, order_seed: int) -> None:
+    """Raise :class:`InputError` for seeds that torch's generators do not take."""
+    for name, seed in (("init_seed", init_seed), ("order_seed", order_seed)):
+        if not -(2**63) <= seed < 2**64:
+            raise InputError(f"{name}={seed}; expected a whole number of 64 bits, such as 0")
+
+
 def train_unrecorded(workload: Workload, init_seed: int = 0, order_seed: int = 0) -> nn.Module:
     """:func:`train` without a record and without a progress bar; returns the same model, bit for bit.
 
@@ -130,6 +138,7 @@ def _train(
     max_steps: int | None = None,
     quiet: bool = False,
 ) -> tuple[nn.Module, W]:
+    check_seeds(init_seed, order_seed)
     plan = workload.plan
     assert workload.optimizer is not None
     with preserved_random_state():

@@ -277,6 +277,14 @@ def test_loss_that_is_not_a_number_fails_both_runs_and_keeps_the_record(
     assert load_trajectory(training.info.run_id).num_steps > 0
 
 
+def test_seeds_that_torch_does_not_take_are_refused_before_a_run_is_made(store: str) -> None:
+    for command in ("train", "influence"):
+        result = invoke(command, "--order-seed", str(10**20))
+        assert result.exit_code == 1
+        assert f"order_seed={10**20}; expected a whole number of 64 bits" in result.output
+    assert runs() == []
+
+
 def test_existing_trajectory_that_cannot_be_used(store: str, tmp_path: Path) -> None:
     assert invoke("train").exit_code == 0
     (training,) = runs("training")
