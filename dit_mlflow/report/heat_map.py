@@ -9,24 +9,29 @@ from dit_mlflow.evaluation.patterns import standardised
 from dit_mlflow.influence import Influence
 from dit_mlflow.report.gallery import Gallery
 from dit_mlflow.report.plots import DIVERGING, HARMFUL, HELPFUL, MARKED, SMALL, label_windows, literal, new_figure
+from dit_mlflow.report.ranking import ranking_scores
 
 ROWS = 15
 """Samples on each side."""
 
 
-def plot_heat_map(influence: Influence, gallery: Gallery | None = None, k: int = ROWS) -> Figure:
+def plot_heat_map(
+    influence: Influence, gallery: Gallery | None = None, k: int = ROWS, whole: Influence | None = None
+) -> Figure:
     """The ``k`` most harmful and the ``k`` most helpful samples, a row each; blue helps, vermilion harms.
 
     Scores of the first query are divided by the window's root mean square over all samples, so that every window
-    counts alike; samples are chosen, and ordered, by the mean of that over windows. Damaged samples have a mark.
+    counts alike; samples are chosen, and ordered, by the scores of the ``whole`` run, else by the mean of these over
+    windows. Damaged samples have a mark.
     """
     gallery = gallery or Gallery()
     scores = standardised(influence)
-    shown, harmful = _chosen(scores, k)
+    shown, harmful = _chosen(scores.mean(axis=0) if whole is None else ranking_scores(influence, whole), k)
+    chosen = "on average" if whole is None else "over the whole run"
     figure = new_figure(1.7 + 0.205 * max(len(shown), 3))
     axes = figure.subplots()
     if not shown:
-        axes.text(0.5, 0.5, "no sample mattered on average", transform=axes.transAxes, ha="center")
+        axes.text(0.5, 0.5, f"no sample mattered {chosen}", transform=axes.transAxes, ha="center")
         return figure
     count = len(influence.windows)
     values = scores[:, shown].T
@@ -53,7 +58,7 @@ def plot_heat_map(influence: Influence, gallery: Gallery | None = None, k: int =
     for row, label in enumerate(axes.get_yticklabels()):
         label.set_color(HARMFUL if row < harmful else HELPFUL)
     label_windows(axes, influence.windows, most=9)
-    title = f"Above: {harmful} most harmful samples; below: {len(shown) - harmful} most helpful, on average"
+    title = f"Above: {harmful} most harmful samples; below: {len(shown) - harmful} most helpful, {chosen}"
     note = "◆ deliberately damaged; " if damaged else ""
     axes.set_title(f"{title}\n({note}{influence.method}, {influence.kind})", fontsize=10)
     bar = figure.colorbar(image, extend="both", aspect=40, pad=0.02)
@@ -69,8 +74,8 @@ def plot_heat_map(influence: Influence, gallery: Gallery | None = None, k: int =
 
 def _chosen(scores: np.ndarray, k: int) -> tuple[list[int], int]:
     """Positions of the samples to show, most harmful first and most helpful last; how many of them harm."""
-    mean = scores.mean(axis=0)
-    order = np.argsort(mean, kind="stable")
-    harmful = [int(i) for i in order[:k] if mean[i] < 0]
-    helpful = [int(i) for i in order[len(order) - min(k, len(order)) :] if mean[i] > 0]
+    scores = np.nan_to_num(scores)
+    order = np.argsort(scores, kind="stable")
+    harmful = [int(i) for i in order[:k] if scores[i] < 0]
+    helpful = [int(i) for i in order[len(order) - min(k, len(order)) :] if scores[i] > 0]
     return [*harmful, *helpful], len(harmful)

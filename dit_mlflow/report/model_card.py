@@ -10,6 +10,7 @@ import numpy as np
 from dit_mlflow.influence import Influence
 from dit_mlflow.report.markdown import GAP, escaped, markdown_table
 from dit_mlflow.report.numbers import decimals
+from dit_mlflow.report.ranking import extreme_samples, ranking_scores
 
 BEGIN, END = "<!-- influence by dit-mlflow -->", "<!-- end of influence -->"
 """Around our part, so that it can be written anew and what people wrote beside it stays. Not shown."""
@@ -29,6 +30,7 @@ class CardFacts:
         samples: training sample -> what is known of it, in plain text.
         metrics: of the whole training, as on the influence run.
         by_window: name of a metric -> value of each window, ``None`` where undefined.
+        whole: influence of the whole run, one window, by which samples are ranked; ``None`` = by the mean over windows.
         made: lines on how it was computed and where to look, Markdown already.
     """
 
@@ -36,6 +38,7 @@ class CardFacts:
     metrics: Mapping[str, float] = field(default_factory=dict)
     by_window: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     made: Sequence[str] = ()
+    whole: Influence | None = None
 
 
 def with_card(description: str, influence: Influence, facts: CardFacts) -> str:
@@ -67,7 +70,10 @@ def influence_card(influence: Influence, facts: CardFacts, size: int = 5, most_w
     """
     query = escaped(influence.queries[0], 80)
     count = len(influence.windows)
-    over = "" if count == 1 else f", mean over {count} windows"
+    if facts.whole is not None:
+        over = f", of the whole run, steps {facts.whole.windows[0]}"
+    else:
+        over = "" if count == 1 else f", mean over {count} windows"
     parts = [
         "## Influence of training samples",
         f"Change of {query} had a sample been left out ({escaped(influence.kind)}{over}).",
@@ -79,15 +85,13 @@ def influence_card(influence: Influence, facts: CardFacts, size: int = 5, most_w
 
 
 def _samples(influence: Influence, facts: CardFacts, side: str, size: int) -> str:
-    mean = np.ma.masked_invalid(influence.scores[:, 0, :]).mean(axis=0).filled(np.nan)
-    sign = 1 if side == "Helpful" else -1
-    order = np.argsort(-sign * mean, kind="stable")
-    kept = [at for at in order[:size] if sign * mean[at] > 0]
+    scores = ranking_scores(influence, facts.whole)
+    harmful, helpful = extreme_samples(influence, size, facts.whole)
     lines = []
-    for at in kept:
+    for at in helpful if side == "Helpful" else harmful:
         index = int(influence.samples[at])
         known = facts.samples.get(index)
-        lines.append(f"- sample **{index}**: {mean[at]:+.3g}" + (f", {escaped(known, 80)}" if known else ""))
+        lines.append(f"- sample **{index}**: {scores[at]:+.3g}" + (f", {escaped(known, 80)}" if known else ""))
     return "\n".join(lines) or "- none"
 
 

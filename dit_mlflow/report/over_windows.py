@@ -23,6 +23,7 @@ from dit_mlflow.report.plots import (
     new_figure,
     query_words,
 )
+from dit_mlflow.report.ranking import extreme_samples
 
 MARKERS = "osD^v<>P"
 
@@ -30,25 +31,18 @@ HEIGHT, SIDE = 5.6, 2.75
 """Inches: of the figure, and of the column with the samples."""
 
 
-def extreme_samples(influence: Influence, k: int) -> tuple[list[int], list[int]]:
-    """Positions of the ``k`` most harmful and the ``k`` most helpful samples by the mean over windows, first query.
-
-    Fewer, where fewer means are negative (positive).
-    """
-    mean = np.nan_to_num(influence.scores[:, 0].mean(axis=0))
-    harmful = [int(i) for i in np.argsort(mean, kind="stable")[:k] if mean[i] < 0]
-    helpful = [int(i) for i in np.argsort(-mean, kind="stable")[:k] if mean[i] > 0]
-    return harmful, helpful
-
-
-def plot_top_samples(influence: Influence, gallery: Gallery | None = None, k: int = 4) -> Figure:
+def plot_top_samples(
+    influence: Influence, gallery: Gallery | None = None, k: int = 4, whole: Influence | None = None
+) -> Figure:
     """Influence of the ``k`` most harmful and ``k`` most helpful samples, window by window; beside it, what they are.
 
-    Samples are chosen by :func:`extreme_samples`; of all samples, the range that holds 90 % is drawn in grey.
+    Samples are chosen by their scores of the ``whole`` run, else by the mean over windows; of all samples, the range
+    that holds 90 % is drawn in grey.
     """
     gallery = gallery or Gallery()
     scores = influence.scores[:, 0, :]
-    harmful, helpful = extreme_samples(influence, k)
+    harmful, helpful = extreme_samples(influence, k, whole)
+    chosen = "on average" if whole is None else "over the whole run"
     figure = new_figure(HEIGHT)
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(WIDTH - SIDE, SIDE)))
     axes = left.subplots()
@@ -66,16 +60,22 @@ def plot_top_samples(influence: Influence, gallery: Gallery | None = None, k: in
     query = query_words(influence.queries[0])
     axes.set_ylabel(f"influence = change of {query}\nif the sample is removed")
     axes.set_title(
-        f"Which training samples matter, and when?\n(the largest on average; {influence.method}, {influence.kind})",
+        f"Which training samples matter, and when?\n(the largest {chosen}; {influence.method}, {influence.kind})",
         fontsize=11,
     )
     axes.legend(handles=axes.collections[:1], loc="best", fontsize=SMALL, frameon=False)
-    _beside(right, influence, gallery, harmful, helpful, k)
+    _beside(right, influence, gallery, harmful, helpful, k, chosen)
     return figure
 
 
 def _beside(
-    part: SubFigure, influence: Influence, gallery: Gallery, harmful: Sequence[int], helpful: Sequence[int], k: int
+    part: SubFigure,
+    influence: Influence,
+    gallery: Gallery,
+    harmful: Sequence[int],
+    helpful: Sequence[int],
+    k: int,
+    chosen: str,
 ) -> None:
     """Two blocks of samples: above those that help, below those that harm."""
     sides = ((helpful, HELPFUL, "↑ helpful", "raises"), (harmful, HARMFUL, "↓ harmful", "lowers"))
@@ -85,7 +85,7 @@ def _beside(
     for block, (samples, colour, name, does) in enumerate(sides):
         top = HEIGHT - block * HEIGHT / 2 - 0.08
         axes = _inches(part, 0, top - row / 2, SIDE, row / 2)
-        heading = f"{name}: removal {does} {quantity}" if samples else f"{name}: none on average"
+        heading = f"{name}: removal {does} {quantity}" if samples else f"{name}: none {chosen}"
         write_lines(axes, 0.02, row / 2, heading, color=colour, fontweight="bold")
         for place, sample in enumerate(samples):
             index = int(influence.samples[sample])

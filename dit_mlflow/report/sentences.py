@@ -13,7 +13,7 @@ from dit_mlflow.evaluation.patterns import PATTERNS, patterns
 from dit_mlflow.influence import Influence
 from dit_mlflow.report.gallery import Gallery
 from dit_mlflow.report.numbers import decimals, figure, span
-from dit_mlflow.report.over_windows import extreme_samples
+from dit_mlflow.report.ranking import extreme_samples
 
 AGREEMENT = ((0.9, "very high"), (0.7, "high"), (0.5, "moderate"), (0.3, "low"))
 """The least Spearman correlation with exact leave-one-out that a word stands for; below the last it is very low."""
@@ -40,6 +40,7 @@ class Findings:
         gallery: what is known of the samples.
         checked: samples with an exact ground truth.
         exact: leave-one-out, for some samples and windows.
+        ranking: scores of the whole run, one window, by which samples are ranked; ``None`` = by the mean over windows.
     """
 
     influence: Influence
@@ -48,6 +49,7 @@ class Findings:
     gallery: Gallery
     checked: int = 0
     exact: Influence | None = None
+    ranking: Influence | None = None
 
     @property
     def query(self) -> str:
@@ -75,17 +77,18 @@ def agreement_word(spearman: float) -> str:
 
 
 def _who(found: Findings) -> str:
-    harmful, helpful = extreme_samples(found.influence, 1)
+    harmful, helpful = extreme_samples(found.influence, 1, found.ranking)
+    over = "on average" if found.ranking is None else "over the whole run"
     parts: list[str] = []
     for samples, sign, verb, change in ((harmful, -1, "hurt", "lowers"), (helpful, 1, "helped", "raises")):
         if samples:
             parts.append(_one(found, samples[0], sign, verb, change, first=not parts))
     if not parts:
-        return f"No sample changed the {found.query} on average."
+        return f"No sample changed the {found.query} {over}."
     if not harmful:
-        parts.append("no sample hurt on average")
+        parts.append(f"no sample hurt {over}")
     elif not helpful:
-        parts.append("no sample helped on average")
+        parts.append(f"no sample helped {over}")
     return _capitalised("; ".join(parts)) + "."
 
 
@@ -93,24 +96,29 @@ def _one(found: Findings, sample: int, sign: int, verb: str, change: str, first:
     scores = found.influence.scores[:, 0, sample]
     windows = found.influence.windows
     place = int(np.nanargmax(sign * scores))
-    name = found.gallery.name(int(found.influence.samples[sample]))
     object_, quantity = (" the model", f"the {found.query}") if first else ("", "it")
-    said = f"removal {change} {quantity} by {figure(abs(scores[place]))}{_doubt(found, sample, place)}"
-    if len(windows) == 1:
-        return f"{name} {verb}{object_} most: {said}"
-    text = f"{name} {verb}{object_} most, above all in steps {windows[place]} ({said})"
+    text = f"{found.gallery.name(int(found.influence.samples[sample]))} {verb}{object_} most"
+    if found.ranking is None:
+        told, over = found.influence.select([windows[place]]), ""
+    else:
+        told, over = found.ranking, " over the whole run" if found.ranking.windows != windows else ""
+    amount = figure(abs(told.scores[0, 0, sample]))
+    said = f"removal {change} {quantity} by {amount}{over}{_doubt(found, told, sample)}"
+    if len(windows) == 1 or not sign * scores[place] > 0:
+        return f"{text}: {said}"
+    text += f", above all in steps {windows[place]} ({said})"
     other = int(np.nanargmin(sign * scores))
     if sign * scores[other] < -TURNED * sign * scores[place]:
         text += f", but {'helped' if verb == 'hurt' else 'hurt'} in steps {windows[other]}"
     return text
 
 
-def _doubt(found: Findings, sample: int, place: int) -> str:
+def _doubt(found: Findings, told: Influence, sample: int) -> str:
     """Where an exact retraining is known and went the other way."""
-    window = found.influence.windows[place]
+    (window,) = told.windows
     if found.exact is None or window not in found.exact.windows:
         return ""
-    turned = found.exact.of(window)[sample] * found.influence.scores[place, 0, sample] < 0
+    turned = found.exact.of(window)[sample] * told.scores[0, 0, sample] < 0
     return " by the estimate; left out exactly, it does the opposite" if turned else ""
 
 

@@ -48,7 +48,7 @@ from dit_mlflow.tracking.artifacts import log_influence
 from dit_mlflow.tracking.datasets import log_datasets_of
 from dit_mlflow.tracking.figures import log_plot
 from dit_mlflow.tracking.links import run_link
-from dit_mlflow.tracking.names import CONFIRMED, GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.names import CONFIRMED, GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRAINING_RUN, WHOLE_RUN
 from dit_mlflow.tracking.notes import influence_links, set_note
 from dit_mlflow.tracking.runs import log_metrics, log_series, peak_memory_mb, project_run
 from dit_mlflow.tracking.training import seeds_title, workload_params, workload_title
@@ -156,6 +156,8 @@ def run_influence(
         estimate = track(trajectory, workload, asked, kind, dtype=dtype, memory_budget=memory_budget)
         # Before the ground truth, which takes longest, so that nothing is lost if it is broken off.
         log_influence(estimate.select(windows))
+        if windows != [whole]:
+            log_influence(estimate.select([whole]), folder=WHOLE_RUN)
         truth = None
         if checks.ground_truth != 0:
             truth = leave_one_out(trajectory, workload, asked, kind, samples=checks.ground_truth)
@@ -181,6 +183,7 @@ def run_influence(
             Gallery(workload),
             checked,
             exact,
+            estimate.select([whole]),
         )
         answer = Answer(run, findings)
         samples = _log_parent(answer, estimate, truth, confirmed, workload, training_run_id)
@@ -234,8 +237,9 @@ def _log_parent(
     if workload.corrupted:
         curves = {f"{found.method}, whole run": found.of(whole) for found in (estimate, truth) if found is not None}
         log_plot(plot_recall_curves(curves, workload.corrupted), f"{INFLUENCE}/recall_curve.png")
-    log_plot(plot_top_samples(influence, gallery), f"{INFLUENCE}/influence_over_windows.png")
-    log_plot(plot_heat_map(influence, gallery), f"{INFLUENCE}/heat_map.png")
+    ranking = answer.findings.ranking
+    log_plot(plot_top_samples(influence, gallery, whole=ranking), f"{INFLUENCE}/influence_over_windows.png")
+    log_plot(plot_heat_map(influence, gallery, whole=ranking), f"{INFLUENCE}/heat_map.png")
     measured = dict(zip([*windows, whole], [*answer.per_window, answer.whole], strict=True))
     held = confirmed if truth is None else truth
     sentences = answer_sentences(answer.findings)

@@ -18,6 +18,8 @@ UNDEFINED = "dit.undefined."
 
 TRAJECTORY = "trajectory"
 INFLUENCE = "influence"
+WHOLE_RUN = "influence/whole_run"
+"""Scores of the whole run, by which samples are ranked, where it is not the only window."""
 GROUND_TRUTH = "ground_truth"
 CONFIRMED = "confirmed"
 ROW_INFLUENCE = "row_influence"

@@ -28,7 +28,7 @@ from dit_mlflow.tracking.artifacts import find_run, load_trajectory
 from dit_mlflow.tracking.found_models import FoundModel, find_model
 from dit_mlflow.tracking.links import model_link, run_link
 from dit_mlflow.tracking.model_metrics import log_model_metrics, window_series
-from dit_mlflow.tracking.names import INFLUENCE, INFLUENCE_RUN, INFLUENCE_URI, KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.names import INFLUENCE, INFLUENCE_RUN, INFLUENCE_URI, KIND, METHOD, TRAINING_RUN, WHOLE_RUN
 from dit_mlflow.tracking.remote import reading
 
 INFLUENCE_MODEL = "influence_model"
@@ -190,7 +190,14 @@ def _register(
         "dit.windows": str(len(influence.windows)),
         "dit.fidelity": fidelity(run.data.metrics) or "not held against exact retraining",
     }
-    facts = CardFacts(_known_samples(folder), run.data.metrics, by_window, _made(run, training, model, influence))
+    whole = folder / Path(WHOLE_RUN).name
+    facts = CardFacts(
+        _known_samples(folder),
+        run.data.metrics,
+        by_window,
+        _made(run, training, model, influence),
+        Influence.load(whole) if whole.is_dir() else None,
+    )
     for one in _versions(model, training, name, version):
         client.update_model_version(one.name, one.version, with_card(one.description or "", influence, facts))
         for key, value in tags.items():

@@ -74,6 +74,7 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
     assert artifact_names(parent, "influence") == {
         "scores.parquet",
         "metadata.json",
+        "whole_run",
         "windows.json",
         "top_samples.json",
         "influence_over_windows.png",
@@ -105,9 +106,11 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
 def check_notes(parent: Run, training: Run) -> None:
     """Every run has a note; that of the answer names what the stored scores say, and leads to what there is."""
     note = parent.data.tags["mlflow.note.content"]
-    mean = load_influence(parent.info.run_id).scores[:, 0].mean(axis=0)
-    assert note.startswith(f"Sample {mean.argmin()} ")
-    assert f"sample {mean.argmax()} " in note.split("\n")[0]
+    whole = load_influence(parent.info.run_id, "influence/whole_run")
+    assert whole.windows == (Window(0, 12),)
+    scores = whole.scores[0, 0]
+    assert note.startswith(f"Sample {scores.argmin()} ")
+    assert f"sample {scores.argmax()} " in note.split("\n")[0] and "over the whole run" in note.split("\n")[0]
     assert "over all 40 samples" in note.split("\n")[0]
     targets = re.findall(r"\]\(#/experiments/(\d+)/runs/(\w+)([^?]*)\?workflowType=machine_learning\)", note)
     ids = {run.info.run_id for run in (parent, training, *children(parent))}
@@ -115,7 +118,7 @@ def check_notes(parent: Run, training: Run) -> None:
     assert {experiment for experiment, _, _ in targets} == {parent.info.experiment_id}
     linked = {tab.rpartition("/")[2] for _, _, tab in targets if tab.startswith("/artifacts/influence/")}
     missing = artifact_names(parent, "influence") - linked
-    assert missing == {"scores.parquet", "metadata.json", "window_correlations.json"}
+    assert missing == {"scores.parquet", "metadata.json", "whole_run", "window_correlations.json"}
     command = f"mlflow run . -e influence --env-manager local -P training_run={training.info.run_id}\n"
     assert command in training.data.tags["mlflow.note.content"]
     for child in children(parent):

@@ -139,13 +139,13 @@ def test_the_description_names_the_samples_and_shows_their_texts_as_they_are(sto
     version = register_influence(influence_run, "digits").version
     text = version.description
     influence = load_influence(influence_run)
-    mean = influence.scores[:, 0].mean(axis=0)
-    order = np.argsort(mean)
+    whole = load_influence(influence_run, "influence/whole_run").scores[0, 0]
+    order = np.argsort(whole)
     sections = dict(re.findall(r"^### (\w+)(.*?)(?=^###|\Z)", text, re.MULTILINE | re.DOTALL))
     for side, expected in (("Harmful", order[:5]), ("Helpful", order[::-1][:5])):
         listed = re.findall(r"^- sample \*\*(\d+)\*\*: ([+-][\d.e-]+)", sections[side], re.MULTILINE)
         assert [int(index) for index, _ in listed] == expected.tolist()
-        assert [float(score) for _, score in listed] == pytest.approx(mean[expected], rel=5e-3)
+        assert [float(score) for _, score in listed] == pytest.approx(whole[expected], rel=5e-3)
     rows = [re.split(r" \| ", line.strip("| ").replace("&emsp;", "")) for line in sections["Windows"].splitlines()[4:7]]
     for row, window, scores in zip(rows, influence.windows, influence.scores[:, 0], strict=True):
         assert row[:3] == [str(window), str(scores.argmin()), str(scores.argmax())]

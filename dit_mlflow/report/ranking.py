@@ -1,0 +1,30 @@
+"""Which samples harmed and helped most: one order for sentences, plots, cards and pages."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dit_mlflow.influence import Influence
+
+
+def ranking_scores(influence: Influence, whole: Influence | None = None) -> np.ndarray:
+    """What samples are ranked by, ``[samples]``: first query, lowest = most harmful.
+
+    Args:
+        influence: scores per window.
+        whole: the same of the whole run, one window; ``None`` = not known, the mean over windows stands for it.
+    """
+    if whole is not None:
+        return np.asarray(whole.scores[0, 0])
+    return np.ma.masked_invalid(influence.scores[:, 0]).mean(axis=0).filled(np.nan)
+
+
+def extreme_samples(influence: Influence, k: int, whole: Influence | None = None) -> tuple[list[int], list[int]]:
+    """Positions of the ``k`` most harmful and the ``k`` most helpful samples by :func:`ranking_scores`.
+
+    Fewer, where fewer scores are negative (positive).
+    """
+    scores = np.nan_to_num(ranking_scores(influence, whole))
+    harmful = [int(i) for i in np.argsort(scores, kind="stable")[:k] if scores[i] < 0]
+    helpful = [int(i) for i in np.argsort(-scores, kind="stable")[:k] if scores[i] > 0]
+    return harmful, helpful
