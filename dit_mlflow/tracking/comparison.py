@@ -49,6 +49,7 @@ from dit_mlflow.tracking.over_seeds import stability_table, summarised
 from dit_mlflow.tracking.runs import log_metrics, log_series, project_run
 from dit_mlflow.tracking.training import run_training, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
+from dit_mlflow.trajectory.loop import check_seeds
 
 COMPARISON = "comparison"
 
@@ -210,6 +211,8 @@ def _trained(request: ComparisonRequest) -> list[Subject]:
     workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
     parse_windows(request.windows, workload.plan)
     parse_ground_truth(request.ground_truth, workload.num_samples)
+    for init, order in request.grid:
+        check_seeds(init, order)
     rehearse(workload)
     found = []
     for init, order in request.grid:

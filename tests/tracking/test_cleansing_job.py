@@ -224,6 +224,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "action": ({"action": "repair"}, "action='repair'; expected one of drop, relabel"),
     "memory": ({"memory_mb": "-1"}, "memory_mb=-1; expected MiB"),
     "repeats": ({"repeats": "0"}, "repeats=0; expected 1 or more"),
+    "seeds": ({"init_seed": str(2**64 - 1), "repeats": "2"}, f"init_seed={2**64}; expected a whole number of 64 bits"),
     "draws": ({"draws": "-1"}, "draws=-1; expected 0 or more"),
     "metric": ({"metric": "f1"}, "metric='f1'; the workload has loss, accuracy"),
     "window": ({"windows": "0:13"}, "window 0:13 ends past training, which has 12 steps"),

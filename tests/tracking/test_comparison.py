@@ -117,6 +117,7 @@ def test_seeds_of_weights_and_order_are_separate(store: str) -> None:
         ({"methods": "dit,lucky"}, "no method 'lucky'; there are dit"),
         ({"methods": ","}, "expected 'all' or some of dit"),
         ({"subsets": "2"}, "subsets=2; expected 0, or 3 or more"),
+        ({"seeds": "2", "order_seed": str(2**64 - 1)}, f"order_seed={2**64}; expected a whole number of 64 bits"),
         ({"seeds": "0"}, "seeds=0; expected 1 or more"),
         ({"backend": "cluster"}, "backend='cluster'; expected loky, dask or ray"),
         ({"kind": "global"}, "kind='global'"),
