@@ -256,6 +256,31 @@ def test_a_class_that_would_be_left_without_samples_is_told_before_training_agai
     assert not runs("cleansed")
 
 
+HALVES = r"""
+from workloads import datasets, digits_workload
+
+def told(index):
+    return f"half \ud83d of {index}"
+
+def workload():
+    return digits_workload(describe=told, label=told, show=told, corrupted=(1, 5), test_set=datasets()[1])
+"""
+
+
+@pytest.mark.parametrize(("action", "done"), [("drop", "dropped"), ("relabel", "relabelled")])
+def test_texts_that_cannot_be_stored_cost_no_answer(
+    action: str, done: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "halves.py").write_text(HALVES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finished = cleanse(workload="halves:workload", action=action, drop="0.1", repeats="1", draws="1", windows="2")
+    assert finished.exit_code == 0, finished.output
+    assert {run.info.status for run in runs()} == {"FINISHED"}
+    samples = table(strategies()["loss 10 %"], f"{done}.json")
+    for name in ("sample", "label", *(["new_label"] if action == "relabel" else [])):
+        assert samples[name].str.startswith("half ? of ").all()
+
+
 OWN_LOOP = """
 import torch
 from torch import nn
