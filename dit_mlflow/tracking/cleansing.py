@@ -39,6 +39,7 @@ from dit_mlflow.tracking.datasets import log_datasets_of
 from dit_mlflow.tracking.links import where_to_look
 from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.names import KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.reason import reason_of
 from dit_mlflow.tracking.runs import project_run
 from dit_mlflow.tracking.training import run_training, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
@@ -277,7 +278,7 @@ def _outcomes(
             except Exception as error:
                 if before is None:
                     raise
-                failures.append(f"{runs.name(trial)} failed: {type(error).__name__}: {error}")
+                failures.append(f"{runs.name(trial)} failed: {reason_of(error)}")
                 _log.warning(failures[-1])
     if len(outcomes) == 1:
         raise TrainingError(f"every trial failed; the first: {failures[0]}")

@@ -26,6 +26,7 @@ from dit_mlflow.report.cleansing_note import DONE
 from dit_mlflow.report.markdown import encodable
 from dit_mlflow.tracking.artifacts import active_run_id
 from dit_mlflow.tracking.names import ERROR, HELPED, KIND, TRAINING_RUN
+from dit_mlflow.tracking.reason import reason_of
 from dit_mlflow.tracking.runs import log_metrics, log_series
 from dit_mlflow.trajectory import Workload
 
@@ -81,7 +82,7 @@ class CleansingRuns:
             try:
                 outcome = attempt()
             except Exception as error:
-                mlflow.set_tag(ERROR, f"{type(error).__name__}: {error}"[:5000])
+                mlflow.set_tag(ERROR, reason_of(error))
                 raise
             mlflow.log_table(self._repeats(outcome), "repeats.json")
             log_metrics(self._figures(outcome, before or outcome))

@@ -46,6 +46,7 @@ from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_wor
 from dit_mlflow.tracking.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.notes import set_note
 from dit_mlflow.tracking.over_seeds import stability_table, summarised
+from dit_mlflow.tracking.reason import reason_of
 from dit_mlflow.tracking.runs import log_metrics, log_series, project_run
 from dit_mlflow.tracking.training import run_training, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
@@ -250,11 +251,11 @@ def _child(request: Request, name: str, subject: Subject) -> dict[str, object]:
             try:
                 return {**row, "run_id": run.info.run_id, **_measured(request, name, subject), "failed": False}
             except Exception as error:
-                mlflow.set_tag(ERROR, f"{type(error).__name__}: {error}"[:5000])
+                mlflow.set_tag(ERROR, reason_of(error))
                 raise
     except Exception as error:
         _log.warning("%s failed: %s", name, error)
-        return {**row, "failed": True, "error": f"{type(error).__name__}: {error}"}
+        return {**row, "failed": True, "error": reason_of(error)}
 
 
 def _measured(request: Request, name: str, subject: Subject) -> dict[str, float]:
