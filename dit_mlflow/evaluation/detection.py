@@ -89,7 +89,7 @@ def recall_curve(scores: np.ndarray, corrupted: Sequence[int]) -> tuple[np.ndarr
 
 def _known(scores: np.ndarray, corrupted: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Samples with a score: their scores, and whether each is corrupted."""
-    outside = [index for index in corrupted if not 0 <= index < len(scores)]
+    outside = [int(index) for index in corrupted if not 0 <= index < len(scores)]
     if outside:
         raise InputError(f"corrupted names samples {outside[:5]}; there are scores of 0 … {len(scores) - 1}")
     known = np.isfinite(scores)

@@ -36,11 +36,11 @@ def _trained(trajectory: Trajectory, reference: str, settings: Mapping[str, Any]
     parameters = sum(math.prod(layout.shape) for layout in manifest.model.parameters.values())
     what = escaped(reference) or escaped(manifest.model.name)
     named = ", ".join(f"{name}={value}" for name, value in list(settings.items())[:MENTIONED])
-    epochs = len(manifest.epoch_ends)
+    epochs, steps = len(manifest.epoch_ends), trajectory.num_steps
     data = f" on {manifest.num_samples} samples" if manifest.num_samples is not None else ""
     return (
-        f"Trained {what}{f' ({escaped(named)})' if named else ''}: {parameters:,} parameters, {trajectory.num_steps} "
-        f"steps of {escaped(manifest.optimizer.name)} in {epochs} epoch{'s' * (epochs != 1)}{data}."
+        f"Trained {what}{f' ({escaped(named)})' if named else ''}: {parameters:,} parameters, {steps} "
+        f"step{'s' * (steps != 1)} of {escaped(manifest.optimizer.name)} in {epochs} epoch{'s' * (epochs != 1)}{data}."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from dit_mlflow.tracking.names import ERROR, KIND
+from dit_mlflow.tracking.reason import storable
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def fail_project_run(run_id: str | None, kind: str, message: str) -> None:
             return
         # First, since more may not come through.
         client.set_terminated(run_id, "FAILED")
-        for name, value in {**DitRunContext().tags(), KIND: kind, ERROR: message[:5000]}.items():
+        for name, value in {**DitRunContext().tags(), KIND: kind, ERROR: storable(message)}.items():
             client.set_tag(run_id, name, value)
     except Exception as error:  # Of whatever kind: stores raise what their libraries do.
         _log.warning("run %s cannot be ended as FAILED: %s: %s", run_id, type(error).__name__, error)

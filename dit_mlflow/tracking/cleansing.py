@@ -39,9 +39,11 @@ from dit_mlflow.tracking.datasets import log_datasets_of
 from dit_mlflow.tracking.links import where_to_look
 from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.names import KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.reason import reason_of
 from dit_mlflow.tracking.runs import project_run
 from dit_mlflow.tracking.training import run_training, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
+from dit_mlflow.trajectory.loop import check_seeds
 from dit_mlflow.trajectory.random_state import preserved_random_state
 
 ACTIONS = ("drop", "relabel")
@@ -177,12 +179,13 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
         windows = parse_windows(request.windows, workload.plan)
         plan = Plan.of(request, workload)
+        _repeated(request.init_seed, request.order_seed, request.repeats)
         rehearse(workload, request.memory_budget)
         training_run = run_training(workload, request.init_seed, request.order_seed)
         trajectory = load_trajectory(training_run)
+    seeds, known = _seeds(training_run, request.repeats)
     tags = {KIND: CLEANSING, METHOD: "dit", TRAINING_RUN: training_run}
     with project_run(project_run_id, f"cleanse {workload_title(workload)} {request.action}", tags) as run:
-        seeds, known = _seeds(training_run, request.repeats)
         mlflow.log_params(
             {
                 **workload_params(workload),
@@ -235,7 +238,13 @@ def _seeds(training_run: str, repeats: int) -> tuple[list[tuple[int, int]], bool
     params = MlflowClient().get_run(training_run).data.params
     found = [params.get(f"resolved.{name}") for name in ("init_seed", "order_seed")]
     init, order = (int(value or 0) for value in found)
-    return [(init + repeat, order + repeat) for repeat in range(repeats)], None not in found
+    return _repeated(init, order, repeats), None not in found
+
+
+def _repeated(init: int, order: int, repeats: int) -> list[tuple[int, int]]:
+    """The seeds of each repeat; raises :class:`InputError` if they grow too large."""
+    check_seeds(init + repeats - 1, order + repeats - 1)
+    return [(init + repeat, order + repeat) for repeat in range(repeats)]
 
 
 def _strategies(
@@ -269,7 +278,7 @@ def _outcomes(
             except Exception as error:
                 if before is None:
                     raise
-                failures.append(f"{runs.name(trial)} failed: {type(error).__name__}: {error}")
+                failures.append(f"{runs.name(trial)} failed: {reason_of(error)}")
                 _log.warning(failures[-1])
     if len(outcomes) == 1:
         raise TrainingError(f"every trial failed; the first: {failures[0]}")

@@ -23,8 +23,10 @@ from dit_mlflow.evaluation.changed_data import class_names
 from dit_mlflow.evaluation.cleansing import NO_CLEANING, RANDOM, Cleansing, Outcome, Trial, choose
 from dit_mlflow.report import Gallery, cleansing_note, cleansing_table, plot_cleansing
 from dit_mlflow.report.cleansing_note import DONE
+from dit_mlflow.report.markdown import encodable
 from dit_mlflow.tracking.artifacts import active_run_id
 from dit_mlflow.tracking.names import ERROR, HELPED, KIND, TRAINING_RUN
+from dit_mlflow.tracking.reason import reason_of
 from dit_mlflow.tracking.runs import log_metrics, log_series
 from dit_mlflow.trajectory import Workload
 
@@ -56,7 +58,8 @@ class CleansingRuns:
     @cached_property
     def _names(self) -> dict[int, str]:
         """Of the classes, as people read them."""
-        return {} if self.classes is None else class_names(self.workload, self.classes)
+        names = {} if self.classes is None else class_names(self.workload, self.classes)
+        return {found: encodable(name) for found, name in names.items()}
 
     @property
     def done(self) -> str:
@@ -79,7 +82,7 @@ class CleansingRuns:
             try:
                 outcome = attempt()
             except Exception as error:
-                mlflow.set_tag(ERROR, f"{type(error).__name__}: {error}"[:5000])
+                mlflow.set_tag(ERROR, reason_of(error))
                 raise
             mlflow.log_table(self._repeats(outcome), "repeats.json")
             log_metrics(self._figures(outcome, before or outcome))

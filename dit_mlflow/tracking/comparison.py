@@ -46,9 +46,11 @@ from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_wor
 from dit_mlflow.tracking.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.notes import set_note
 from dit_mlflow.tracking.over_seeds import stability_table, summarised
+from dit_mlflow.tracking.reason import reason_of
 from dit_mlflow.tracking.runs import log_metrics, log_series, project_run
 from dit_mlflow.tracking.training import run_training, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
+from dit_mlflow.trajectory.loop import check_seeds
 
 COMPARISON = "comparison"
 
@@ -210,6 +212,8 @@ def _trained(request: ComparisonRequest) -> list[Subject]:
     workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
     parse_windows(request.windows, workload.plan)
     parse_ground_truth(request.ground_truth, workload.num_samples)
+    for init, order in request.grid:
+        check_seeds(init, order)
     rehearse(workload)
     found = []
     for init, order in request.grid:
@@ -247,11 +251,11 @@ def _child(request: Request, name: str, subject: Subject) -> dict[str, object]:
             try:
                 return {**row, "run_id": run.info.run_id, **_measured(request, name, subject), "failed": False}
             except Exception as error:
-                mlflow.set_tag(ERROR, f"{type(error).__name__}: {error}"[:5000])
+                mlflow.set_tag(ERROR, reason_of(error))
                 raise
     except Exception as error:
         _log.warning("%s failed: %s", name, error)
-        return {**row, "failed": True, "error": f"{type(error).__name__}: {error}"}
+        return {**row, "failed": True, "error": reason_of(error)}
 
 
 def _measured(request: Request, name: str, subject: Subject) -> dict[str, float]:

@@ -31,7 +31,7 @@ def summarised(rows: pd.DataFrame) -> pd.DataFrame:
                 row |= {f"{column}_low": low, f"{column}_high": high}
             elif len(group) > 1 and f"{column}_low" in worked:
                 # Of the one training that is left, an interval would be over samples.
-                row |= {f"{column}_low": None, f"{column}_high": None}
+                row |= {f"{column}_low": np.nan, f"{column}_high": np.nan}
         errors = group["error"].dropna() if "error" in group else pd.Series(dtype=object)
         row |= {"failed": worked.empty, "error": str(errors.iloc[0]) if len(errors) else ""}
         summary.append(row)

@@ -42,9 +42,11 @@ def verify_target(target: str, reference: str, settings: Mapping[str, str], say:
     size = sum(entry.size for entry in manifest.files.values())
     stored = "" if manifest.batches is None else ", and every batch"
     say(f"files          {len(manifest.files)}, {_bytes(size)}: whole, by their SHA-256")
+    steps, epochs = _counted(trajectory.num_steps, "step"), _counted(len(trajectory.epoch_ends), "epoch")
+    checkpoints = _counted(len(manifest.checkpoints), "checkpoint")
     say(
-        f"record         {trajectory.num_steps} steps in {len(trajectory.epoch_ends)} epochs over "
-        f"{trajectory.num_samples or 0} samples, {len(manifest.checkpoints)} checkpoints{stored}: without a gap"
+        f"record         {steps} in {epochs} over {trajectory.num_samples or 0} samples, {checkpoints}{stored}: "
+        "without a gap"
     )
     say(f"complete       {'yes' if trajectory.complete else 'no: recording broke off; what there is has been checked'}")
     say(f"recorded with  {_other_versions(manifest)}")
@@ -129,6 +131,10 @@ def _segments(trajectory: Trajectory, found: Verification) -> list[str]:
 
 def _drift(value: float) -> str:
     return "0" if value == 0 else f"{value:.2g}"
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _bytes(size: float) -> str:

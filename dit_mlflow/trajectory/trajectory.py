@@ -70,7 +70,8 @@ class Trajectory:
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "incomplete"
-        return f"<Trajectory of {self.num_steps} steps, {self.num_samples} samples, {state}, in {self.directory}>"
+        steps = f"{self.num_steps} step{'s' * (self.num_steps != 1)}"
+        return f"<Trajectory of {steps}, {self.num_samples} samples, {state}, in {self.directory}>"
 
     @classmethod
     def open(cls, directory: str | Path, fetch: Fetch | None = None) -> Trajectory:

@@ -177,12 +177,14 @@ class TrajectoryWriter:
             return
         self._gathered = segment.followed_by(self._gathered)
         if self.failure is None:
+            steps = self._folder.manifest.num_steps
             logger.error(
-                "the trajectory in %s holds %d steps and could not be written further: %s: %s. Training goes on; what "
+                "the trajectory in %s holds %d step%s and could not be written further: %s: %s. Training goes on; what "
                 "it does is kept in memory for later attempts, up to %d MiB, and then recording stops",
                 *(
                     self.directory,
-                    self._folder.manifest.num_steps,
+                    steps,
+                    "s" * (steps != 1),
                     type(error).__name__,
                     error,
                     UNWRITTEN_BYTES // 2**20,

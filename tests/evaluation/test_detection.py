@@ -90,6 +90,6 @@ def test_area_under_the_recall_curve_is_that_of_the_auroc(tied: bool) -> None:
 
 
 def test_samples_that_are_not_there_are_named() -> None:
-    for corrupted in ([0, 4], [-1]):
+    for corrupted in ([0, 4], [-1], np.array([4])):
         with pytest.raises(InputError, match=rf"samples \[{corrupted[-1]}\]; there are scores of 0 … 3"):
             detection(np.arange(4.0), corrupted)

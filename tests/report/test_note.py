@@ -19,6 +19,7 @@ from dit_mlflow.evaluation import Metrics
 from dit_mlflow.report import Findings, Gallery, Links, comparison_note, influence_note, training_note, window_note
 from dit_mlflow.report.markdown import GAP, escaped, markdown_table
 from dit_mlflow.report.model_card import BEGIN, END, CardFacts, with_card
+from dit_mlflow.tracking.verification import verify_target
 
 HOSTILE = {
     "script": "<script>alert(1)</script>",
@@ -173,6 +174,15 @@ def test_training_note_has_commands_that_can_be_copied(tmp_path: Path) -> None:
     assert "411 parameters, 9 steps of SGD in 3 epochs on 24 samples" in shown(note)
     assert f"{len(trajectory.checkpoint_steps)} checkpoints" in shown(note)
     assert "broken off" not in note
+
+
+def test_one_step_is_one(tmp_path: Path) -> None:
+    trajectory = train(digits_workload(), tmp_path, max_steps=1)
+    assert "411 parameters, 1 step of SGD" in shown(training_note("abc123", trajectory))
+    assert repr(trajectory).startswith("<Trajectory of 1 step, 24 samples")
+    told: list[str] = []
+    verify_target(str(tmp_path), "", {}, told.append)
+    assert any("1 step in" in line for line in told)
 
 
 def test_comparison_note_has_the_table_best_first() -> None:

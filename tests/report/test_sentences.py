@@ -276,4 +276,6 @@ def test_methods_that_failed_on_some_trainings_are_told_as_such() -> None:
     assert "| dit \\(1 of 3 trainings\\)" in note and "| tracin" in note and "| tracin \\(" not in note
     low = table.set_index("method").loc["dit", "spearman_low"]
     assert np.isnan(low), "the interval of one training is over samples"
+    alone = summarised(pd.DataFrame(rows[:3]))
+    assert np.isnan(alone["spearman_low"][0]), "not None, which the terminal would show"
     assert "1 method that says how" in comparison_note(table[:1], [], 3, "local")

@@ -193,7 +193,7 @@ def test_windows_are_candidates_of_their_own(store: str) -> None:
 def test_a_trial_that_fails_stops_nothing(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails_for_loss(trial: Any, *arguments: Any) -> Any:
         if trial.strategy == "loss":
-            raise RuntimeError("no <b>luck</b> today")
+            raise RuntimeError("no <b>luck</b> today \udcff")
         return tried_out(trial, *arguments)
 
     tried_out = job.tried_out
@@ -202,7 +202,7 @@ def test_a_trial_that_fails_stops_nothing(store: str, monkeypatch: pytest.Monkey
     assert finished.exit_code == 0, finished.output
     status = {name: run.info.status for name, run in strategies().items()}
     assert {name for name, value in status.items() if value == "FAILED"} == {"loss 10 %", "loss 20 %"}
-    assert "no <b>luck</b> today" in strategies()["loss 10 %"].data.tags["dit.error"]
+    assert "no <b>luck</b> today ?" in strategies()["loss 10 %"].data.tags["dit.error"]
     (parent,) = runs("cleansing")
     assert parent.info.status == "FINISHED"
     assert "loss 10 % failed: RuntimeError" in finished.output
@@ -224,6 +224,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "action": ({"action": "repair"}, "action='repair'; expected one of drop, relabel"),
     "memory": ({"memory_mb": "-1"}, "memory_mb=-1; expected MiB"),
     "repeats": ({"repeats": "0"}, "repeats=0; expected 1 or more"),
+    "seeds": ({"init_seed": str(2**64 - 1), "repeats": "2"}, f"init_seed={2**64}; expected a whole number of 64 bits"),
     "draws": ({"draws": "-1"}, "draws=-1; expected 0 or more"),
     "metric": ({"metric": "f1"}, "metric='f1'; the workload has loss, accuracy"),
     "window": ({"windows": "0:13"}, "window 0:13 ends past training, which has 12 steps"),
@@ -253,6 +254,31 @@ def test_a_class_that_would_be_left_without_samples_is_told_before_training_agai
     assert "leaves no sample of class" in finished.output
     assert {run.info.status for run in runs("cleansing")} == {"FAILED"}
     assert not runs("cleansed")
+
+
+HALVES = r"""
+from workloads import datasets, digits_workload
+
+def told(index):
+    return f"half \ud83d of {index}"
+
+def workload():
+    return digits_workload(describe=told, label=told, show=told, corrupted=(1, 5), test_set=datasets()[1])
+"""
+
+
+@pytest.mark.parametrize(("action", "done"), [("drop", "dropped"), ("relabel", "relabelled")])
+def test_texts_that_cannot_be_stored_cost_no_answer(
+    action: str, done: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "halves.py").write_text(HALVES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finished = cleanse(workload="halves:workload", action=action, drop="0.1", repeats="1", draws="1", windows="2")
+    assert finished.exit_code == 0, finished.output
+    assert {run.info.status for run in runs()} == {"FINISHED"}
+    samples = table(strategies()["loss 10 %"], f"{done}.json")
+    for name in ("sample", "label", *(["new_label"] if action == "relabel" else [])):
+        assert samples[name].str.startswith("half ? of ").all()
 
 
 OWN_LOOP = """

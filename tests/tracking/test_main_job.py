@@ -344,6 +344,19 @@ def test_termination_leaves_no_run_running(store: str) -> None:
     assert not trajectory.complete
 
 
+def test_halves_of_surrogate_pairs_cost_no_answer(store: str) -> None:
+    def told(index: int) -> str:
+        return f"half \ud83d of {index}"
+
+    workload = digits_workload(show=told, describe=told, label=told, corrupted=(1,))
+    training_run = run_training(workload)
+    trajectory = load_trajectory(training_run)
+    answer = run_influence(training_run, trajectory, workload, [Window(0, 4), Window(4, 9)], "local", Checks())
+    ended = mlflow.get_run(answer.run.info.run_id)
+    assert ended.info.status == "FINISHED"
+    assert "half ? of" in ended.data.tags["mlflow.note.content"]
+
+
 def test_a_workload_that_cannot_tell_of_its_samples_costs_no_answer(store: str) -> None:
     def fail(index: int) -> str:
         raise KeyError(index)
