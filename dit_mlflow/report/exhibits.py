@@ -10,6 +10,7 @@ import numpy as np
 
 from dit_mlflow.report.gallery import Gallery
 from dit_mlflow.report.markdown import LONGEST, encodable
+from dit_mlflow.report.numbers import figure
 from dit_mlflow.report.pictures import is_image
 from dit_mlflow.report.thumbnails import thumbnail
 
@@ -95,4 +96,4 @@ def lines(tell: Callable[[int], str | None] | None, indices: np.ndarray) -> list
 
 
 def _value(value: Any) -> str:
-    return encodable(f"{value:.6g}" if isinstance(value, float) else str(value), LONGEST)
+    return encodable(figure(value, 3) if isinstance(value, float) else str(value), LONGEST)

@@ -109,7 +109,7 @@ def _entry(part: SubFigure, bottom: float, height: float, style: tuple[str, str]
     text = excerpt(appearance, columns, 2)
     line = literal(gallery.line(index), 90)
     if text:
-        about = [text, *textwrap.wrap(f"{index}: {line}", columns, max_lines=1, placeholder=" …")]
+        about = [text, *textwrap.wrap(f"{index}: {line}".removesuffix(": "), columns, max_lines=1, placeholder=" …")]
     else:
         about = [f"sample {index}", *textwrap.wrap(line, columns, max_lines=2, placeholder=" …")]
     write_lines(axes, start, height / 2, "\n".join(about), va="center")

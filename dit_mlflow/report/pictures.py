@@ -51,7 +51,7 @@ def draw_image(axes: Axes, image: np.ndarray, colour: str) -> None:
 def excerpt(appearance: Appearance | None, columns: int, lines: int) -> str:
     """The beginning of a text, or of a row's values, in as many lines of as many characters; empty for images."""
     if isinstance(appearance, Mapping):
-        text = ", ".join(f"{name} {_short(value)}" for name, value in list(appearance.items())[:40])
+        text = ", ".join(f"{name}={_short(value)}" for name, value in list(appearance.items())[:40])
     elif isinstance(appearance, str):
         text = f"“{appearance[: 2 * columns * lines]}”"
     else:

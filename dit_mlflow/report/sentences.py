@@ -24,7 +24,7 @@ TURNED = 0.5
 MEANING = {
     "early": "most of their influence falls in the first half of training",
     "late": "most of their influence falls in the second half of training",
-    "stable": "their influence keeps its sign and is spread over training",
+    "stable": "their influence is spread over training and mostly of one sign",
     "fluctuating": "their influence changes its sign during training",
 }
 
@@ -148,7 +148,10 @@ def _how_sure(found: Findings) -> str:
 
 
 def _agreement(metrics: Sequence[Metrics], key: str, over: str, where: str) -> str:
-    """``high in the windows (Spearman 0.72 to 0.88 over …)``; if not over all samples, words for the interval."""
+    """``high in the windows (Spearman 0.72 to 0.88 over …)``; if not over all samples, with an interval.
+
+    The words are those of the estimates; where the interval reaches below the least of them, that is said.
+    """
     points = [found.values[key] for found in metrics]
     figures = f"Spearman {span(min(points), max(points))}"
     if over:
@@ -157,7 +160,10 @@ def _agreement(metrics: Sequence[Metrics], key: str, over: str, where: str) -> s
         return f"{_words(min(points), max(points))}{where} ({figures}, too few samples for an interval)"
     low = min(found.values[f"{key}_low"] for found in metrics)
     high = max(found.values[f"{key}_high"] for found in metrics)
-    return f"{_words(low, high)}{where} ({figures}, 95 % interval{'s' * (len(metrics) > 1)} {span(low, high)})"
+    words = _words(min(points), max(points))
+    interval = f"95 % interval{'s' * (len(metrics) > 1)} {span(low, high)}"
+    doubt = "" if (least := agreement_word(low)) == agreement_word(min(points)) else f", so it may be {least}"
+    return f"{words}{where} ({figures}, {interval}{doubt})"
 
 
 def _words(low: float, high: float) -> str:
@@ -209,8 +215,9 @@ def _pattern(found: Findings) -> str | None:
         return None
     ((name, count),) = counts.most_common(1)
     total = len(found.influence.samples)
-    who = "most samples" if count > total / 2 else "the largest group"
-    return f"{who} ({count} of {total}) {'are' if count > total / 2 else 'is'} {name}: {MEANING[name]}"
+    many = count > total / 2
+    who = "most samples" if 3 * count >= 2 * total else "more than half of the samples" if many else "the largest group"
+    return f"{who} ({count} of {total}) {'are' if many else 'is'} {name}: {MEANING[name]}"
 
 
 def _capitalised(text: str) -> str:

@@ -17,7 +17,7 @@ SMALLEST_IMAGE = 4
 LONGEST_ROW = 64
 """Values; longer vectors say nothing to people."""
 
-INPUTS = ("image", "pixel_values", "text", "sentence", "inputs", "input", "x")
+INPUTS = ("image", "pixel_values", "text", "sentence", "inputs", "input", "x", "input_ids")
 LABELS = ("label", "labels", "target", "y")
 
 
@@ -25,7 +25,8 @@ def appearance_of(sample: Any) -> Appearance | None:
     """What a data set's sample looks like, as far as it can be guessed; ``None`` if not.
 
     Of tuples, the first part; of mappings, the first entry with a usual name, or all of it if its values are scalars.
-    Arrays shaped like images are stretched to their own range, since they may have been standardised.
+    Vectors of numbers are rows ``x0, x1, …``; of whole numbers (tokens), a text of them. Arrays shaped like images are
+    stretched to their own range, since they may have been standardised.
     """
     if isinstance(sample, (tuple, list)) and sample:
         sample = sample[0]
@@ -41,7 +42,9 @@ def appearance_of(sample: Any) -> Appearance | None:
         return None
     values = _array(sample)
     if values.ndim == 1 and 0 < len(values) <= LONGEST_ROW:
-        return {str(position): value for position, value in enumerate(values.tolist())}
+        if values.dtype.kind in "iu":
+            return " ".join(map(str, values.tolist()))
+        return {f"x{position}": value for position, value in enumerate(values.tolist())}
     return _image(values)
 
 

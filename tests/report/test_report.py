@@ -80,7 +80,7 @@ def test_texts_and_rows_stand_beside_the_lines_as_excerpts() -> None:
 
     written = "\n".join(texts(plot_top_samples(influence(0), gallery(show=show), k=4)))
     harmful = int(np.argsort(influence(0).scores[:, 0].mean(axis=0))[0])
-    assert (f"“A film about {harmful}" if harmful % 2 else f"age {harmful}, dose 1.23, pay 12345") in written
+    assert (f"“A film about {harmful}" if harmful % 2 else f"age={harmful}, dose=1.23, pay=12345") in written
     assert max(map(len, written.splitlines())) < 80
 
 

@@ -129,13 +129,13 @@ def test_second_sentence_over_all_samples() -> None:
 
 
 def test_second_sentence_over_some_samples_speaks_of_the_interval() -> None:
-    """Neither the word nor the figure is of the estimate alone: 0.72 may be anything from low to very high."""
+    """Neither the words nor the figures are of the estimate alone: 0.72 may be anything from low to very high."""
     key = "trust/spearman"
     trusted = Metrics({key: 0.72, f"{key}_low": 0.4, f"{key}_high": 0.91, "trust/samples": 3.0})
     one = findings(SCORES[:1], trusted, (trusted,), windows=WINDOWS[:1])
     assert answer_sentences(one)[1] == (
-        "As far as 3 random samples tell, agreement with exact retraining is low to very high (Spearman 0.72, 95 % "
-        "interval 0.40 to 0.91)."
+        "As far as 3 random samples tell, agreement with exact retraining is high (Spearman 0.72, 95 % interval "
+        "0.40 to 0.91, so it may be low)."
     )
     some = findings(SCORES[:1], truth(0.72, 0.71, 0.8), (truth(0.72),), checked=2, windows=WINDOWS[:1])
     assert "As far as 2 random samples tell, agreement with exact retraining is high (" in answer_sentences(some)[1]
@@ -185,7 +185,7 @@ def test_third_sentence_counts_damaged_samples_and_names_the_pattern() -> None:
     found = findings(scores, detected(0.5), (detected(0.5), detected(1.0), detected(0)), Known(corrupted=(10, 11)))
     assert answer_sentences(found)[2] == (
         "Of 2 damaged samples, 1 is among the 2 most harmful of the whole run, 2 among those of steps 4-8 (by chance "
-        "1.0); most samples (4 of 4) are stable: their influence keeps its sign and is spread over training."
+        "1.0); most samples (4 of 4) are stable: their influence is spread over training and mostly of one sign."
     )
     assert answer_sentences(findings(scores))[2].startswith("Most samples (4 of 4) are stable: ")
 

@@ -32,7 +32,8 @@ def test_images(sample: Any, image: np.ndarray) -> None:
     [
         (("some words", 3), "some words", "3"),
         ({"text": "some words", "label": "spam"}, "some words", "spam"),
-        ((torch.tensor([1.5, 2.0]), torch.tensor(1.0)), {"0": 1.5, "1": 2.0}, "1"),
+        ((torch.tensor([1.5, 2.0]), torch.tensor(1.0)), {"x0": 1.5, "x1": 2.0}, "1"),
+        ({"input_ids": torch.tensor([37, 21, 18]), "labels": torch.tensor(2)}, "37 21 18", "2"),
         ({"age": 39, "y": torch.tensor([0])}, {"age": 39, "y": 0}, "0"),
         ({"age": 39, "work": "private"}, {"age": 39, "work": "private"}, None),
         ((torch.zeros(1000), torch.zeros(7)), None, None),
@@ -49,7 +50,7 @@ def test_a_workload_knows_better() -> None:
     data = [(torch.zeros(2), 0), (torch.ones(2), 1)]
     model = torch.nn.Linear(2, 1)
     plain = Workload(model, lambda *_: torch.zeros(1), data, data)  # type: ignore[arg-type]
-    assert (plain.appearance(1), plain.label_of(1)) == ({"0": 1.0, "1": 1.0}, "1")
+    assert (plain.appearance(1), plain.label_of(1)) == ({"x0": 1.0, "x1": 1.0}, "1")
     told = Workload(
         model,
         lambda *_: torch.zeros(1),
