@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dit_mlflow.errors import DitError, TrajectoryError
 from dit_mlflow.trajectory.as_recorded import AsRecorded
+from dit_mlflow.trajectory.differentiable import TwiceDifferentiable
 from dit_mlflow.trajectory.manifest import DTYPES, Manifest
 from dit_mlflow.trajectory.optimizers import describe_optimizer
 from dit_mlflow.trajectory.random_state import RandomState, fixed_draws, preserved_random_state
@@ -82,6 +83,7 @@ class Dynamics:
         )
         self.device = next(model.parameters()).device
         self.model = model
+        self._twice_differentiable = TwiceDifferentiable(model)
         self._modules = dict(model.named_modules())
         self._evaluation_mode: frozenset[str] | None = None
 
@@ -235,7 +237,8 @@ class Dynamics:
 
     def call(self, parameters: Parameters, buffers: Buffers, function: Callable[..., Result]) -> Result:
         """``function(model)`` with the given tensors in place of the model's own."""
-        return self._substituted(parameters, buffers, function)
+        with self._twice_differentiable():
+            return self._substituted(parameters, buffers, function)
 
     def bytes_kept(self, state: State, step: Step) -> int:
         """What the forward passes of a step keep for the backward pass, in bytes."""

@@ -46,6 +46,12 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
             "the model is an AveragedModel, which no optimizer steps: record the trained model, the one whose "
             "parameters the optimizer holds; averaging it beside is not disturbed"
         )
+    for name, module in model.named_modules():
+        if getattr(module, "scale_grad_by_freq", False):
+            raise UnsupportedError(
+                f"{name or 'the model'} is an {type(module).__name__}(scale_grad_by_freq=True), whose gradient is not "
+                "that of the loss; train without it"
+            )
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16) and not low_precision:
             raise UnsupportedError(

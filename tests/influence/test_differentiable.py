@@ -1,0 +1,90 @@
+"""Models whose parts torch does not differentiate twice as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import finite_difference
+from plain_loop import record, whole
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
+from workloads import digits_workload, sample_losses
+
+from dit_mlflow import UnsupportedError, leave_one_out, track, train
+from dit_mlflow.trajectory.differentiable import weight_norm as written_out
+
+
+def normalised(dim: int | None) -> nn.Module:
+    return nn.Sequential(weight_norm(nn.Linear(64, 6), dim=dim), nn.Tanh(), weight_norm(nn.Linear(6, 3), dim=dim))
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weight_norm_is_differentiated_twice(tmp_path: Path, dim: int | None) -> None:
+    workload = digits_workload(model=lambda: normalised(dim))
+    trajectory = train(workload, tmp_path / "t")
+    scores = track(trajectory, workload, whole(trajectory), dtype=torch.float64).of(0)
+    samples = [0, 5, 11]
+    exact = finite_difference(workload, trajectory, whole(trajectory)[0], "local", samples, 1e-5)
+    assert np.abs(scores[samples] - exact).max() < 1e-6 * np.abs(scores).max()
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_weight_norm_written_out_is_that_of_torch(dim: int) -> None:
+    v = torch.randn(4, 3, 5, dtype=torch.float64)
+    shape = [1 if dim == -1 or axis != dim else size for axis, size in enumerate(v.shape)]
+    g = torch.rand(shape, dtype=torch.float64)
+    if dim in (0, 2, -1):
+        torch.testing.assert_close(written_out(v, g, dim), torch._weight_norm(v, g, dim))
+    torch.testing.assert_close(
+        written_out(v, torch.ones_like(g), dim).square().sum(), torch.tensor(float(max(shape))).double()
+    )
+
+
+class Checkpointed(nn.Module):
+    """Its inner part is run again for the gradient, unless ``reentrant`` is ``None``."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.first = nn.Linear(64, 6)
+        self.inner = nn.Sequential(nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 6), nn.Tanh())
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.first(images)
+        if self.reentrant is None:
+            return self.last(self.inner(hidden))
+        return self.last(checkpoint(self.inner, hidden, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_models_have_the_scores_of_plain_ones(tmp_path: Path, reentrant: bool) -> None:
+    found: list[Any] = []
+    for kind in (None, reentrant):
+        torch.manual_seed(0)
+        model = Checkpointed(kind)
+        trajectory = record(tmp_path / str(kind), model, SGD(model.parameters(), lr=0.5))
+        workload = digits_workload(model=lambda kind=kind: Checkpointed(kind), optimizer=None)
+        assert trajectory.verify(workload).max_drift == 0
+        windows = whole(trajectory)
+        found.append((track(trajectory, workload, windows).scores, leave_one_out(trajectory, workload, windows).scores))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert checkpoint(torch.sin, torch.zeros(1, requires_grad=True), use_reentrant=False).grad_fn is not None
+
+
+def test_gradients_scaled_by_frequency_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(17, 3, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(192, 3))
+    with pytest.raises(UnsupportedError, match=r"0 is an Embedding\(scale_grad_by_freq=True\)"):
+        record(
+            tmp_path / "t",
+            model,
+            SGD(model.parameters(), lr=0.1),
+            loss=lambda model, batch: sample_losses(model, ((16 * batch[0]).long(), batch[1])),
+        )
