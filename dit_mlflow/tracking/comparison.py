@@ -46,7 +46,7 @@ from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_wor
 from dit_mlflow.tracking.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.notes import set_note
 from dit_mlflow.tracking.over_seeds import stability_table, summarised
-from dit_mlflow.tracking.reason import reason_of
+from dit_mlflow.tracking.reason import reason_of, storable
 from dit_mlflow.tracking.runs import log_metrics, log_series, project_run
 from dit_mlflow.tracking.training import run_training, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload, load_workload
@@ -254,7 +254,7 @@ def _child(request: Request, name: str, subject: Subject) -> dict[str, object]:
                 mlflow.set_tag(ERROR, reason_of(error))
                 raise
     except Exception as error:
-        _log.warning("%s failed: %s", name, error)
+        _log.warning("%s failed: %s", name, storable(str(error)))
         return {**row, "failed": True, "error": reason_of(error)}
 
 
