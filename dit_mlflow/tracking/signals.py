@@ -26,9 +26,9 @@ def ending_on_signals() -> Iterator[None]:
     """Inside, the first SIGINT, SIGTERM or SIGHUP is an exception, which passes through the runs' context managers.
 
     ``KeyboardInterrupt``, or ``SystemExit`` with 128 + the signal's number. It is raised where the main thread is not
-    in the middle of something that must be finished, after :data:`PATIENCE` seconds at the latest. What arrives within
-    that time of it is ignored: ``mlflow run`` sends SIGTERM to a process that the terminal has sent SIGINT, and a run
-    takes a moment to end. Signals that are ignored on entering (``nohup``) stay so.
+    in the middle of something that must be finished, after :data:`PATIENCE` seconds at the latest, and once more if it
+    was lost there. What arrives within that time of it is ignored: ``mlflow run`` sends SIGTERM to a process that the
+    terminal has sent SIGINT, and a run takes a moment to end. Signals that are ignored on entering (``nohup``) stay so.
     """
     endings = _Endings()
     found = {number: signal.getsignal(number) for number in SIGNALS}
@@ -49,6 +49,7 @@ class _Endings:
         self._asked: int | None = None
         self._since = 0.0
         self._waiting: tuple[object, ...] | None = None
+        self._raised: BaseException | None = None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -72,21 +73,42 @@ class _Endings:
 
     def _raise_or_wait(self, frame: FrameType | None) -> None:
         assert self._asked is not None
-        if _is_unsafe(frame) and time.monotonic() - self._since < PATIENCE and hasattr(signal, "setitimer"):
-            if self._waiting is None:
-                self._waiting = (signal.getsignal(signal.SIGALRM), *signal.getitimer(signal.ITIMER_REAL))
-                signal.signal(signal.SIGALRM, lambda _, frame: self._raise_or_wait(frame))
-            signal.setitimer(signal.ITIMER_REAL, _RETRY)
+        if _is_on_its_way(self._raised):
+            self._look_again()
             return
-        self.stop_waiting()
-        if self._asked == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + self._asked)
+        now, unsafe = time.monotonic(), _is_unsafe(frame) and hasattr(signal, "setitimer")
+        if unsafe and now - self._since < PATIENCE:
+            self._look_again()
+            return
+        self._raised = KeyboardInterrupt() if self._asked == signal.SIGINT else SystemExit(128 + self._asked)
+        if unsafe:
+            # A callback may swallow it: then the wait begins again.
+            self._since = now
+            self._look_again()
+        else:
+            self.stop_waiting()
+        raise self._raised
+
+    def _look_again(self) -> None:
+        if self._waiting is None:
+            self._waiting = (signal.getsignal(signal.SIGALRM), *signal.getitimer(signal.ITIMER_REAL))
+            signal.signal(signal.SIGALRM, lambda _, frame: self._raise_or_wait(frame))
+        signal.setitimer(signal.ITIMER_REAL, _RETRY)
+
+
+def _is_on_its_way(raised: BaseException | None) -> bool:
+    """Whether the main thread is in a ``finally``, ``except`` or ``__exit__`` because of this exception."""
+    handled = sys.exc_info()[1]
+    while raised is not None and handled is not None:
+        if handled is raised:
+            return True
+        handled = handled.__context__
+    return False
 
 
 def _is_unsafe(frame: FrameType | None) -> bool:
     while frame is not None:
-        if str(frame.f_globals.get("__name__", "")).startswith(_UNSAFE):
+        if frame.f_code.co_name == "__del__" or str(frame.f_globals.get("__name__", "")).startswith(_UNSAFE):
             return True
         frame = frame.f_back
     return False

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from dit_mlflow.cli import cli
 from dit_mlflow.tracking.broken_off import fail_project_run
+from dit_mlflow.tracking.signals import ending_on_signals
 
 INTERRUPTED_IMPORT = """
 import sys
@@ -112,6 +113,32 @@ run_job("influence", job)
     found = mlflow.get_run(run.info.run_id)
     assert (ended.returncode, found.info.status) == (129, "FAILED"), ended.stderr
     assert found.data.tags["dit.error"] == "SystemExit(129)"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_is_lost_on_its_way_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python drops exceptions of finalizers."""
+    monkeypatch.setattr("dit_mlflow.tracking.signals.PATIENCE", 0.1)
+    ended = []
+
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    with pytest.raises(SystemExit) as caught, ending_on_signals():
+        started = time.monotonic()
+        one = Finalized()
+        del one
+        assert time.monotonic() - started < 5
+        try:
+            time.sleep(10)
+        finally:
+            # Not disturbed once more.
+            time.sleep(0.3)
+            ended.append(signal.getsignal(signal.SIGTERM))
+    assert caught.value.code == 143
+    assert len(ended) == 1
 
 
 def test_hangups_that_nohup_ignores_stay_ignored(store: str) -> None:

@@ -218,8 +218,8 @@ def test_output_is_the_answer_alone_when_piped(store: str) -> None:
     assert opened.startswith("then open      http://127.0.0.1:5000/#/experiments/")
     assert opened.endswith("?workflowType=machine_learning")
     (parent,) = runs("influence")
-    mean = load_influence(parent.info.run_id).scores[:, 0].mean(axis=0)
-    assert f"\nSample {mean.argmin()} (" in finished.stdout
+    whole = load_influence(parent.info.run_id, "influence/whole_run").scores[0, 0]
+    assert f"\nSample {whole.argmin()} (" in finished.stdout
 
 
 def test_train_entry_point_uses_the_project_run(store: str) -> None:
