@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from dit_mlflow.errors import InputError
 from dit_mlflow.trajectory.random_state import RandomState
 from dit_mlflow.trajectory.step import Hyperparameters, StepFields
 from dit_mlflow.trajectory.subject import Subject
@@ -52,7 +53,13 @@ class StepInMaking:
         self.settle(drawn.random_state)
         if self._store_batches:
             # Now: the loop may work in place on its batch. It need not be drawn again, only what follows it.
-            self._tensors.append([tensor.detach().cpu().clone() for tensor in tensors_of(drawn.batch)])
+            tensors = [tensor.detach().cpu().clone() for tensor in tensors_of(drawn.batch)]
+            if not tensors:
+                raise InputError(
+                    f"store_batches found no tensor in a batch, which is a {type(drawn.batch).__name__}; give the "
+                    "loader a collate_fn that returns tensors or NumPy arrays, alone or in tuples, lists or dicts"
+                )
+            self._tensors.append(tensors)
             drawn = drawn._replace(random_state=drawn.drawn or RandomState.capture())
         self._drawn.append(drawn)
 

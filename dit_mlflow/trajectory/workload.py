@@ -21,7 +21,7 @@ from dit_mlflow.trajectory.random_state import preserved_random_state, seed_gene
 from dit_mlflow.trajectory.wrappers import plain_copy
 
 Batch = Any
-"""Whatever the collate function returns: a tensor, or lists, tuples and dicts of tensors."""
+"""Whatever the collate function returns: a tensor or NumPy array, or lists, tuples and dicts of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +246,8 @@ def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh
     """Move every tensor of ``batch`` to ``device``, and floating ones to ``dtype`` if one is given.
 
     Containers are rebuilt; with ``fresh``, tensors are copied even if they need not move, so that a function that
-    works in place on its inputs cannot change the batch.
+    works in place on its inputs cannot change the batch. NumPy arrays of numbers count as tensors, but stay arrays, in
+    the host's memory.
     """
 
     def move(tensor: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
-    """The tensors in ``batch``, in the order of its containers."""
+    """The tensors in ``batch``, in the order of its containers; of NumPy arrays of numbers, copies."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -287,6 +288,8 @@ def _map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     """The containers built anew around what ``function`` makes of their tensors."""
     if isinstance(batch, Tensor):
         return function(batch)
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biufc":
+        return function(torch.from_numpy(batch.copy())).cpu().numpy()
     if isinstance(batch, Mapping):
         mapped = {key: _map_tensors(value, function) for key, value in batch.items()}
         return mapped if type(batch) is dict else type(batch)(mapped)  # type: ignore[call-arg]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset
 from workloads import datasets, digits_workload
 
-from dit_mlflow import Trajectory, TrajectoryError, TrajectoryRecorder, Window, Workload, leave_one_out, track
+from dit_mlflow import (
+    InputError,
+    Trajectory,
+    TrajectoryError,
+    TrajectoryRecorder,
+    Window,
+    Workload,
+    leave_one_out,
+    track,
+)
 
 
 class Augmented(Dataset[Any]):
@@ -128,6 +138,49 @@ class Fixed(Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, label = self.data[index]
         return {"image": image, "labels": label}
+
+
+def as_arrays(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {key: np.stack([np.asarray(sample[key]) for sample in samples]) for key in ("image", "labels")}
+
+
+def array_losses(model: nn.Module, batch: dict[str, np.ndarray]) -> Tensor:
+    return losses(model, {key: torch.from_numpy(value) for key, value in batch.items()})
+
+
+def test_batches_of_arrays_are_stored_as_tensors_are(tmp_path: Path) -> None:
+    trajectory, _, final = record(tmp_path / "a", store_batches=True)
+    torch.manual_seed(0)
+    net = model()
+    optimizer = SGD(net.parameters(), lr=0.2, momentum=0.5)
+    loader = DataLoader(Augmented(), batch_size=8, shuffle=True, collate_fn=as_arrays)
+    with TrajectoryRecorder(net, optimizer, tmp_path / "b", store_batches=True) as recorder:
+        for _ in range(2):
+            for batch in recorder.watch(loader):
+                optimizer.zero_grad()
+                array_losses(net, batch).mean().backward()
+                optimizer.step()
+    arrays = Trajectory.open(tmp_path / "b")
+    assert all(torch.equal(final[name], value) for name, value in net.named_parameters())
+    tensor_job = Workload(model=model, loss=losses, train_set=Augmented(), validation_set=Fixed(datasets()[1]))
+    job = replace(tensor_job, loss=array_losses, collate_fn=as_arrays)
+    assert arrays.verify(job).max_drift == 0
+    whole = [Window(0, trajectory.num_steps)]
+    found, expected = (
+        track(recorded, described, whole, dtype=torch.float64).of(0)
+        for recorded, described in [(arrays, job), (trajectory, tensor_job)]
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
+
+
+def test_a_batch_without_tensors_is_refused_when_it_is_drawn(tmp_path: Path) -> None:
+    net = model()
+    loader = DataLoader(Augmented(), batch_size=8, collate_fn=repr)
+    with (
+        pytest.raises(InputError, match="no tensor in a batch, which is a str; give the loader a collate_fn"),
+        TrajectoryRecorder(net, SGD(net.parameters(), lr=0.1), tmp_path / "t", store_batches=True) as recorder,
+    ):
+        next(iter(recorder.watch(loader)))
 
 
 def test_a_batch_with_other_parts_is_refused(tmp_path: Path) -> None:
