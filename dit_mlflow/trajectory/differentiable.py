@@ -14,8 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 
 class TwiceDifferentiable:
-    """Contexts in which a model is called so that it can be differentiated twice.
+    """Makes a model, and contexts in which it is called, such that it can be differentiated twice.
 
+    Args:
+        model: one's own copy; it is changed.
+
+    - Sparse gradients (``Embedding(sparse=True)``) are made dense; the optimizers that take both make the same step.
     - Weight normalisation: the second derivative of ``torch._weight_norm`` is wrong (torch 2.13, without an error);
       it is written out.
     - Gradient checkpointing (``torch.utils.checkpoint``) runs parts of the model again when the gradient is taken, with
@@ -27,6 +31,9 @@ class TwiceDifferentiable:
         self._normalised = any(
             type(step).__name__ == "_WeightNorm" for module in model.modules() for step in _parametrizations(module)
         )
+        for module in model.modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                module.sparse = False
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

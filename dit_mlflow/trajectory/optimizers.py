@@ -87,13 +87,13 @@ def hyperparameters(optimizer: Optimizer) -> tuple[Hyperparameters, ...]:
 
 
 def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
-    """Detached copies of the state, by parameter name (``names``: ``id(parameter) -> name``).
+    """Detached dense copies of the state, by parameter name (``names``: ``id(parameter) -> name``).
 
     Absent values (SGD's momentum before its first step) are left out.
     """
     return {
         names[id(parameter)]: {
-            key: value.detach().clone() if isinstance(value, Tensor) else value
+            key: value.detach().to_dense().clone() if isinstance(value, Tensor) else value
             for key, value in entry.items()
             if value is not None
         }

@@ -12,7 +12,7 @@ from oracles import finite_difference
 from plain_loop import record, whole
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.optim import SGD
+from torch.optim import SGD, Adagrad
 from torch.utils.checkpoint import checkpoint
 from workloads import digits_workload, sample_losses
 
@@ -79,12 +79,35 @@ def test_checkpointed_models_have_the_scores_of_plain_ones(tmp_path: Path, reent
     assert checkpoint(torch.sin, torch.zeros(1, requires_grad=True), use_reentrant=False).grad_fn is not None
 
 
+def of_pixels(model: nn.Module, batch: Any) -> Tensor:
+    return sample_losses(model, ((16 * batch[0]).long(), batch[1]))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda model: SGD(model.parameters(), lr=0.1),
+        lambda model: SGD(model.parameters(), lr=0.1, momentum=0.9),
+        lambda model: Adagrad(model.parameters(), lr=0.05),
+    ],
+    ids=["SGD", "momentum", "Adagrad"],
+)
+def test_sparse_gradients_have_the_scores_of_dense_ones(tmp_path: Path, optimizer: Any) -> None:
+    found = []
+    for sparse in (False, True):
+
+        def model(sparse: bool = sparse) -> nn.Module:
+            return nn.Sequential(nn.Embedding(17, 3, sparse=sparse), nn.Flatten(), nn.Linear(192, 3))
+
+        workload = digits_workload(model=model, optimizer=optimizer, loss=of_pixels)
+        trajectory = train(workload, tmp_path / str(sparse))
+        assert trajectory.verify(workload).max_drift < 1e-4
+        found.append(track(trajectory, workload, whole(trajectory), dtype=torch.float64).of(0))
+    dense, sparse_ = found
+    assert np.abs(sparse_ - dense).max() < 1e-4 * np.abs(dense).max()
+
+
 def test_gradients_scaled_by_frequency_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(17, 3, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(192, 3))
     with pytest.raises(UnsupportedError, match=r"0 is an Embedding\(scale_grad_by_freq=True\)"):
-        record(
-            tmp_path / "t",
-            model,
-            SGD(model.parameters(), lr=0.1),
-            loss=lambda model, batch: sample_losses(model, ((16 * batch[0]).long(), batch[1])),
-        )
+        record(tmp_path / "t", model, SGD(model.parameters(), lr=0.1), loss=of_pixels)
