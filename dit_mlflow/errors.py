@@ -23,3 +23,8 @@ class TrainingError(DitError):
 
 class UnsupportedError(DitError):
     """The training does something that influence cannot be computed through, and why."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message: torch's go on with stacks and links."""
+    return str(error).strip().partition("\n")[0]

@@ -79,6 +79,12 @@ def parse_windows(text: str, trajectory: Timeline) -> list[Window]:
 
 def check_windows(windows: Sequence[Window], num_steps: int) -> None:
     """Raise :class:`InputError` unless there is a window and all end within training."""
+    given: object = windows
+    if isinstance(given, str):
+        raise InputError(f"windows is {given!r}; parse_windows({given!r}, trajectory) makes a list of Window of it")
+    others = [given] if isinstance(given, Window) else [one for one in windows if not isinstance(one, Window)]
+    if others:
+        raise InputError(f"windows: {others[0]!r} came; expected a list such as [Window(0, 80), Window(80, 160)]")
     if not windows:
         raise InputError("no window was given; expected at least one")
     late = [window for window in windows if window.end > num_steps]

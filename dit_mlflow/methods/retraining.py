@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_mlflow.errors import first_line
 from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course
 from dit_mlflow.trajectory import State
@@ -236,7 +237,7 @@ class Retraining:
             try:
                 together = self._time_step(start, step, size + 1)
             except (RuntimeError, ValueError, NotImplementedError) as error:
-                _log.warning("batched leave-one-out is not possible here (%s); one sample at a time", error)
+                _log.warning("batched leave-one-out is not possible here (%s); one sample at a time", first_line(error))
                 self._side_by_side = False
             else:
                 single = self._time_step(start, step, None)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -25,7 +27,8 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
     """Refuse what is known before training starts.
 
     Raises:
-        UnsupportedError: several processes train the model, or its parameters are in low precision.
+        UnsupportedError: several processes train the model, its parameters are in low precision or have no shape, or
+            it has modules that cannot be copied or differentiated.
         TrajectoryError: ``model`` is a running average.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -46,7 +49,18 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
             "the model is an AveragedModel, which no optimizer steps: record the trained model, the one whose "
             "parameters the optimizer holds; averaging it beside is not disturbed"
         )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise UnsupportedError(
+                f"parameter {name!r} has no shape yet (a Lazy module): build the model with its sizes, or run a batch "
+                "through it, where it is made; the optimizer must be made after that"
+            )
     for name, module in model.named_modules():
+        if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
+            raise UnsupportedError(
+                f"{name or 'the model'} is normalised by torch.nn.utils.weight_norm, whose modules cannot be copied; "
+                "use torch.nn.utils.parametrizations.weight_norm"
+            )
         if getattr(module, "scale_grad_by_freq", False):
             raise UnsupportedError(
                 f"{name or 'the model'} is an {type(module).__name__}(scale_grad_by_freq=True), whose gradient is not "

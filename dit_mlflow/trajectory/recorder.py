@@ -313,6 +313,8 @@ class TrajectoryRecorder:
             return
         self._step.make(self._num_steps, self._settings, self._subject)
         self._num_steps += 1
+        if self._num_steps == 1:
+            self._subject.check_buffers()
         while self._autocast_hooks:
             self._autocast_hooks.pop().remove()
         if self._is_checkpoint(self._num_steps):

@@ -43,15 +43,21 @@ class Replay:
 
     Construction replays the steps before the first checkpoint after ``s_0`` (one step, by default) and compares,
     so that a workload which is not the recorded one is refused before any long work (a warning, where nothing is
-    stored to compare with). In another dtype nothing later can
-    be compared, so all checkpoints are met first, in the recorded dtype, at the cost of one training.
+    stored to compare with). In another dtype nothing later can be compared, so all checkpoints are met first, in the
+    recorded dtype, at the cost of one training.
 
     Attributes:
         dynamics: the step's gradient, for callers that need more than states.
         drift: checkpoint step -> relative drift found there so far (recorded dtype only).
+
+    Raises:
+        InputError: ``dtype`` is not one, or not a floating one.
+        TrajectoryError: the workload is not the recorded one.
     """
 
     def __init__(self, trajectory: Trajectory, workload: Workload, dtype: torch.dtype | None = None) -> None:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(f"dtype is {dtype!r}; expected torch.float64, torch.float32, or None for the recorded one")
         check_dataset(workload.train_set, trajectory.manifest.dataset)
         self.trajectory = trajectory
         self.drift: dict[int, float] = {}
@@ -134,7 +140,7 @@ class Replay:
         each = self.checkpoint(0).nbytes
         if asked is None:
             return max(STATES_IN_MEMORY, (2 * math.isqrt(self.trajectory.num_steps) + 2) * each)
-        if asked < FEWEST_STATES * each:
+        if not asked >= FEWEST_STATES * each:
             raise InputError(
                 f"memory_budget={asked} bytes; one state takes {each}, and at least {FEWEST_STATES} must fit "
                 f"({FEWEST_STATES * each} bytes)"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.trajectory.guards import missing_gradients
 from dit_mlflow.trajectory.manifest import ModelLayout, OptimizerLayout, TensorLayout
 from dit_mlflow.trajectory.optimizers import describe_optimizer, optimizer_state
@@ -45,6 +46,20 @@ class Subject:
         state = State(dict(self.parameters), self._buffers()).map(lambda value: value.detach().clone())
         state.optimizer.update(optimizer_state(self._optimizer, self._names))
         return state.to(torch.device("cpu"))
+
+    def check_buffers(self) -> None:
+        """To be called once training has begun: refuse buffers that were not there, or not so, before it.
+
+        Raises:
+            UnsupportedError: naming one of them.
+        """
+        found, expected = _layouts(self._buffers()), self.model_layout.buffers
+        changed = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        if changed:
+            raise UnsupportedError(
+                f"buffer {changed[0]!r} was made, removed or given another shape or type by the first step; give it "
+                "its form when the model is built (register_buffer in __init__): every state must have the same parts"
+            )
 
     def in_evaluation_mode(self) -> list[str]:
         """Names of the modules that are not in training mode."""

@@ -8,6 +8,8 @@ from types import MethodType
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from dit_mlflow.errors import UnsupportedError, first_line
+
 _COMPILED = "_orig_mod"
 """Where ``torch.compile`` keeps a module in its wrapper. Importing the wrapper's class would load the compiler."""
 
@@ -29,8 +31,19 @@ def plain_name(name: str) -> str:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``unwrapped(model)`` in which nothing is compiled: compiled code has no second derivative."""
-    copied = copy.deepcopy(unwrapped(model))
+    """A copy of ``unwrapped(model)`` in which nothing is compiled: compiled code has no second derivative.
+
+    Raises:
+        UnsupportedError: it cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(unwrapped(model))
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedError(
+            f"the model ({type(unwrapped(model)).__name__}) cannot be copied ({first_line(error)}). Modules must not "
+            "keep tensors of a forward pass (detach them), open files or locks; use "
+            "torch.nn.utils.parametrizations.weight_norm in place of torch.nn.utils.weight_norm"
+        ) from error
     for parent in list(copied.modules()):
         for name, child in parent._modules.items():
             if child is not None and _is_compiled(child):

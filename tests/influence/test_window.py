@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from dit_mlflow import InputError, Window, parse_windows
+from dit_mlflow.influence import check_windows
 from dit_mlflow.trajectory import Plan
 
 TIMELINE = Plan((4, 8, 11))
@@ -43,6 +46,20 @@ def test_windows_are_read(text: str, bounds: list[tuple[int, int]]) -> None:
 def test_windows_that_cannot_be_used_are_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_windows(text, TIMELINE)
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        ([], "no window was given"),
+        ([Window(0, 3), (3, 6)], r"\(3, 6\) came; expected a list such as \[Window\(0, 80\)"),
+        (Window(0, 3), r"Window\(start=0, end=3\) came; expected a list"),
+        ("epochs", r"parse_windows\('epochs', trajectory\) makes a list"),
+    ],
+)
+def test_what_is_no_list_of_windows_is_refused(windows: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_windows(windows, 11)
 
 
 def test_membership_is_half_open() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,44 @@ def test_weights_loaded_as_they_were_are_no_change(tmp_path: Path) -> None:
         checkpoint_every=1,
     )
     assert_replays(trajectory, digits_workload(), model)
+
+
+class LateBuffer(nn.Linear):
+    def forward(self, images: Tensor) -> Tensor:
+        if not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.zeros(()))
+        self.seen: Tensor = self.seen + len(images)
+        return super().forward(images)
+
+
+def weight_normed() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Linear(64, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (weight_normed, r"normalised by torch\.nn\.utils\.weight_norm.*use torch.nn.utils.parametrizations"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), r"parameter '0\.weight' has no shape yet \(a Lazy module\)"),
+        (lambda: LateBuffer(64, 3), "buffer 'seen' was made, removed or given another shape or type by the first step"),
+    ],
+    ids=["weight_norm", "lazy", "buffer"],
+)
+def test_models_that_are_not_what_they_will_be_are_refused(
+    model: Callable[[], nn.Module], message: str, tmp_path: Path
+) -> None:
+    made = model()
+    with pytest.raises(UnsupportedError, match=message):
+        record(tmp_path / "t", made, SGD(made.parameters(), lr=0.1))
+
+
+def test_a_model_that_keeps_what_it_computed_cannot_be_copied() -> None:
+    model = digits_model()
+    model.kept = model(datasets()[0].tensors[0])
+    with pytest.raises(UnsupportedError, match=r"cannot be copied \(Only Tensors .* Modules must not keep tensors"):
+        digits_workload(model=model).build_model()
 
 
 @pytest.mark.parametrize("kind", [{"foreach": True}, {"foreach": False}, {"fused": True}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import weakref
@@ -94,6 +95,16 @@ def test_memory_budget_that_holds_too_few_states_is_refused(tmp_path: Path) -> N
     trajectory = train(workload, tmp_path / "t")
     with pytest.raises(InputError, match=r"memory_budget=100 bytes; one state takes \d+, and at least 4 must fit"):
         track(trajectory, workload, [Window(0, 9)], memory_budget=100)
+    with pytest.raises(InputError, match="memory_budget=nan bytes"):
+        track(trajectory, workload, [Window(0, 9)], memory_budget=math.nan)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float64", torch.int64])
+def test_what_is_no_floating_dtype_is_refused(dtype: Any, tmp_path: Path) -> None:
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(InputError, match=rf"dtype is .*{str(dtype)[-3:]}.*; expected torch.float64, torch.float32"):
+        track(trajectory, workload, [Window(0, 9)], dtype=dtype)
 
 
 def test_replay_is_bit_for_bit_in_another_process(tmp_path: Path) -> None:
