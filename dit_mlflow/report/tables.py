@@ -92,5 +92,7 @@ def terminal_table(table: pd.DataFrame, names: Mapping[str, str]) -> str:
     """The columns of ``table`` that ``names`` maps to headings, as aligned text."""
     kept = table[[name for name in names if name in table]].rename(columns=dict(names))
     # pandas writes missing whole numbers as <NA>, whatever na_rep says.
-    whole = {name: kept[name].astype(object).fillna("-") for name in kept if kept[name].dtype == "Int64"}
+    whole = {
+        name: ["-" if pd.isna(value) else value for value in kept[name]] for name in kept if kept[name].dtype == "Int64"
+    }
     return kept.assign(**whole).to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.3f}")

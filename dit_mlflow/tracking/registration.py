@@ -216,11 +216,11 @@ def _register(
 
 def _attach(model: LoggedModel, folder: Path) -> None:
     """Make ``influence/`` of the model what ``folder`` holds."""
-    client = MlflowClient()
-    client.log_model_artifacts(model.model_id, str(folder), INFLUENCE)
+    # MlflowClient.log_model_artifacts takes no folder to put them in, before 3.17 at least.
+    store = get_artifact_repository(model.artifact_location, tracking_uri=mlflow.get_tracking_uri())
+    store.log_artifacts(str(folder), INFLUENCE)
     kept = {f"{INFLUENCE}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()}
     left = [path for path in _files(model.model_id, INFLUENCE) if path not in kept]
-    store = get_artifact_repository(model.artifact_location, tracking_uri=mlflow.get_tracking_uri())
     for path in left:
         try:
             store.delete_artifacts(path)

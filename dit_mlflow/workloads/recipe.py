@@ -43,6 +43,10 @@ class Recipe:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.l2 is not None and not self.l2 >= 0:
+            raise WorkloadError(f"l2 is {self.l2}; expected 0 or more")
+        if not 0 <= self.momentum < 1:
+            raise WorkloadError(f"momentum is {self.momentum}; expected 0 or more, and less than 1")
         if self.optimizer != "sgd" and self.momentum:
             raise WorkloadError(
                 f"momentum={self.momentum} belongs to optimizer=sgd; {self.optimizer} has betas of its own"

@@ -100,6 +100,9 @@ def test_a_signal_in_the_first_moments_ends_the_run_that_mlflow_made(store: str)
 import os, signal, threading
 from dit_mlflow.cli import run_job
 
+# The tests may run under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 def job(run_id):
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGHUP)).start()
     import mlflow

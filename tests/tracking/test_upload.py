@@ -144,7 +144,7 @@ train_recorded(10**9, run_id=sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1.1])
+@pytest.mark.parametrize("seconds", [0.3, pytest.param(1.1, marks=pytest.mark.slow)])
 def test_a_killed_machine_loses_what_was_not_uploaded_and_nothing_else(
     remote_store: Store, seconds: float, tmp_path: Path
 ) -> None:

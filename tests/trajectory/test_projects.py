@@ -64,6 +64,8 @@ def test_modules_of_a_project_are_its_own(tmp_path: Path, monkeypatch: pytest.Mo
         ("projects/mnist", {"model": "svm"}, "setting model='svm'"),
         ("projects/mnist", {"epochs": "many"}, "setting epochs='many'"),
         ("projects/mnist", {"corrupt": "2"}, "corrupt is 2.0"),
+        ("projects/mnist", {"l2": "-1"}, "l2 is -1.0; expected 0 or more"),
+        ("projects/mnist", {"momentum": "2"}, "momentum is 2.0; expected 0 or more, and less than 1"),
         ("projects/mnist", {"n_train": "5000"}, "5512 samples were asked"),
     ],
 )
