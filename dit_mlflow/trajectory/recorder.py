@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +28,7 @@ from dit_mlflow.trajectory.manifest import FILE_NAME, WorkloadReference
 from dit_mlflow.trajectory.random_state import RandomState, preserved_random_state
 from dit_mlflow.trajectory.resuming import resuming_step
 from dit_mlflow.trajectory.state import State
+from dit_mlflow.trajectory.states_to_store import StatesToStore, checkpoint_rule
 from dit_mlflow.trajectory.step import Hyperparameters
 from dit_mlflow.trajectory.step_in_making import StepInMaking
 from dit_mlflow.trajectory.subject import Subject
@@ -113,7 +113,7 @@ class TrajectoryRecorder:
         resume: bool | Trajectory = False,
         on_written: Callable[[Written], None] | None = None,
     ) -> None:
-        self._is_checkpoint = _checkpoint_rule(checkpoint_every)
+        is_checkpoint = checkpoint_rule(checkpoint_every)
         check_model(unwrapped(model), low_precision)
         self._model = model
         self._subject = Subject(model, optimizer)
@@ -135,8 +135,7 @@ class TrajectoryRecorder:
         self._changes = ChangeCheck(self._subject.parameters)
         self._step = StepInMaking(store_batches, workload)
         self._num_steps = 0
-        self._due: State | None = None
-        self._last_state = 0
+        self._states = StatesToStore(is_checkpoint, self._subject, self._writer)
         self._epoch = -1
         self._received_from: DataLoader[Any] | None = None
         self._iteration: int | None = None
@@ -248,9 +247,9 @@ class TrajectoryRecorder:
 
         To be called where a loop saves itself to be resumed later, between two steps and after :meth:`log`.
         """
-        if self._last_state < self._num_steps:
+        if self._states.latest < self._num_steps:
             self._changes.check(self._num_steps)
-        self._store_state()
+        self._states.take(self._num_steps)
         self._step.settle(RandomState.capture())
         self._commit()
         self._writer.flush()
@@ -278,7 +277,7 @@ class TrajectoryRecorder:
             )
         self._epoch = begun.step(step - 1).epoch if step > 0 else -1
         self._writer.resume(begun.manifest, step, self._epoch if step > 0 else None)
-        self._num_steps = self._last_state = step
+        self._num_steps = self._states.latest = step
 
     def _begin_epoch(self) -> int:
         self._epoch += 1
@@ -317,22 +316,19 @@ class TrajectoryRecorder:
             self._subject.check_buffers()
         while self._autocast_hooks:
             self._autocast_hooks.pop().remove()
-        if self._is_checkpoint(self._num_steps):
-            self._store_state()
-        self._changes.note(None if self._due is None else self._due.parameters)
+        taken = self._states.take_if_due(self._num_steps)
+        self._changes.note(None if taken is None else taken.parameters)
 
     def _commit(self) -> None:
         """Hand the last step (its loss can no longer change) and the state after it to the writer."""
         made = self._step.take()
         if made is not None:
             self._writer.add_step(made.row, made.tensors)
-        if self._due is not None:
-            self._writer.add_checkpoint(self._num_steps, self._due)
-            self._due = None
+        self._states.write()
 
     def _store_last_state(self) -> None:
-        """Like :meth:`_store_state`, unless the model no longer is where the last step left it."""
-        if self._last_state < self._num_steps:
+        """Take it, unless the model no longer is where the last step left it."""
+        if self._states.latest < self._num_steps:
             try:
                 self._changes.check(self._num_steps)
             except TrajectoryError:
@@ -340,21 +336,7 @@ class TrajectoryRecorder:
                     "the parameters changed after the last step (%d), inside the recorder's with block: weights "
                     "loaded back (the best epoch's, averaged ones)? They are not part of the trajectory, whose last "
                     "state is not stored and will be replayed from step %d. Load such weights after the block",
-                    *(self._num_steps - 1, self._last_state),
+                    *(self._num_steps - 1, self._states.latest),
                 )
                 return
-        self._store_state()
-
-    def _store_state(self) -> None:
-        """Take the state after the last step, unless it is stored."""
-        if self._last_state < self._num_steps and not self._writer.stopped:
-            self._due = self._subject.snapshot()
-            self._last_state = self._num_steps
-
-
-def _checkpoint_rule(every: str | int) -> Callable[[int], bool]:
-    if every == "sqrt":
-        return lambda step: math.isqrt(step) ** 2 == step
-    if isinstance(every, int) and every >= 0:
-        return lambda step: every > 0 and step % every == 0
-    raise InputError(f"checkpoint_every is {every!r}; expected 'sqrt', or a number of steps (0: only the ends)")
+        self._states.take(self._num_steps)
