@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -209,8 +211,9 @@ def _told(error: BaseException) -> str | None:
     # Not imported here: what was interrupted may be that import.
     exceptions = sys.modules.get("mlflow.exceptions")
     if exceptions is not None and isinstance(error, exceptions.MlflowException):
-        said, statement, _ = str(error).partition("\n[SQL:")
-        return f"{said}\nThe tracking store failed; it may still show runs as RUNNING" if statement else said
+        # What SQLAlchemy adds to the database's own words.
+        said, *more = re.split(r"\n\[SQL:|\n+\(Background on this error at", str(error), maxsplit=1)
+        return f"{said}\nThe tracking store failed; it may still show runs as RUNNING" if more else said
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         return f"{type(error).__name__}: {error}"
     return None
@@ -225,6 +228,8 @@ def prepare_environment() -> None:
     # The making of a database, and a link for every run that ends; ours are printed once, at the end.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # Tracebacks of failing databases, which reach us as exceptions too.
+    logging.getLogger("mlflow.store.db.utils").addFilter(lambda record: not record.exc_info)
 
 
 def main() -> None:

@@ -144,6 +144,34 @@ def test_what_is_lost_on_its_way_is_raised_again(monkeypatch: pytest.MonkeyPatch
     assert len(ended) == 1
 
 
+def test_a_database_that_fails_is_told_in_a_few_lines(store: str) -> None:
+    script = """
+import sqlite3
+from dit_mlflow.cli import prepare_environment, run_job
+prepare_environment()
+
+import mlflow
+
+def job(run_id):
+    mlflow.search_runs(["1"])
+    with sqlite3.connect(mlflow.get_tracking_uri().removeprefix("sqlite:///")) as database:
+        database.execute("DROP TABLE runs")
+    mlflow.search_runs(["1"])
+
+run_job("influence", job)
+"""
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 1
+    # Outside of click's own main, which would print the rest in the same words.
+    _, said = ended.stderr.split("click.exceptions.ClickException: ")
+    assert said.splitlines() == [
+        "(sqlite3.OperationalError) no such table: runs",
+        "The tracking store failed; it may still show runs as RUNNING",
+    ]
+    assert "SQLAlchemy database error" not in ended.stderr
+
+
 def test_hangups_that_nohup_ignores_stay_ignored(store: str) -> None:
     script = """
 import os, signal
