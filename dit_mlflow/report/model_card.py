@@ -31,6 +31,7 @@ class CardFacts:
         metrics: of the whole training, as on the influence run.
         by_window: name of a metric -> value of each window, ``None`` where undefined.
         whole: influence of the whole run, one window, by which samples are ranked; ``None`` = by the mean over windows.
+        exact: how many samples' scores in ``whole`` are those of exact retraining.
         made: lines on how it was computed and where to look, Markdown already.
     """
 
@@ -39,6 +40,7 @@ class CardFacts:
     by_window: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     made: Sequence[str] = ()
     whole: Influence | None = None
+    exact: int = 0
 
 
 def with_card(description: str, influence: Influence, facts: CardFacts) -> str:
@@ -72,6 +74,9 @@ def influence_card(influence: Influence, facts: CardFacts, size: int = 5, most_w
     count = len(influence.windows)
     if facts.whole is not None:
         over = f", of the whole run, steps {facts.whole.windows[0]}"
+        if facts.exact:
+            some = "" if facts.exact == len(influence.samples) else f", of {facts.exact} samples"
+            over += f"{some} by exact retraining"
     else:
         over = "" if count == 1 else f", mean over {count} windows"
     parts = [

@@ -164,8 +164,10 @@ def page_data(
 
 def _query(estimate: Influence, columns: Columns, place: int, k: int, known: np.ndarray | None) -> dict[str, Any]:
     scores, name = columns.estimate[:, place], estimate.queries[place]
-    first = scores[0]
-    order = np.argsort(first, kind="stable")[: int(np.isfinite(first).sum())]
+    first = ranked = scores[0]
+    if columns.exact is not None and not columns.averaged:
+        ranked = np.where(np.isfinite(columns.exact[0, place]), columns.exact[0, place], first)
+    order = np.argsort(ranked, kind="stable")[: int(np.isfinite(ranked).sum())]
     pattern = None
     if len(columns.windows) > 1:
         found = patterns(estimate.select(list(columns.windows)), name)
@@ -176,8 +178,8 @@ def _query(estimate: Influence, columns: Columns, place: int, k: int, known: np.
         "exact": None if known is None or columns.exact is None else packed(columns.exact[:, place, known]),
         "flagged": flagged(first, k).tolist(),
         "patterns": pattern,
-        "harmful": [int(at) for at in order[:LINES_DRAWN] if first[at] < 0],
-        "helpful": [int(at) for at in order[::-1][:LINES_DRAWN] if first[at] > 0],
+        "harmful": [int(at) for at in order[:LINES_DRAWN] if ranked[at] < 0],
+        "helpful": [int(at) for at in order[::-1][:LINES_DRAWN] if ranked[at] > 0],
         "band": [_quantiles(row) for row in scores],
     }
 

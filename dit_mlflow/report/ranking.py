@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from dit_mlflow.influence import Influence
@@ -17,6 +19,19 @@ def ranking_scores(influence: Influence, whole: Influence | None = None) -> np.n
     if whole is not None:
         return np.asarray(whole.scores[0, 0])
     return np.ma.masked_invalid(influence.scores[:, 0]).mean(axis=0).filled(np.nan)
+
+
+def best_known(estimate: Influence, exact: Influence | None) -> Influence:
+    """Scores of one window by which samples are ranked: those of exact retraining, where ``exact`` has them.
+
+    Of the largest estimates, which are the first to be looked at, most are too large: training is not linear that far.
+    """
+    (window,) = estimate.windows
+    if exact is None or window not in exact.windows:
+        return estimate
+    scores, known = estimate.scores.copy(), exact.of(window)
+    scores[0, 0] = np.where(np.isfinite(known), known, scores[0, 0])
+    return replace(estimate, scores=scores)
 
 
 def extreme_samples(influence: Influence, k: int, whole: Influence | None = None) -> tuple[list[int], list[int]]:

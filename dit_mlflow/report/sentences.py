@@ -10,10 +10,10 @@ import numpy as np
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.patterns import PATTERNS, patterns
-from dit_mlflow.influence import Influence
+from dit_mlflow.influence import Influence, Window
 from dit_mlflow.report.gallery import Gallery
 from dit_mlflow.report.numbers import decimals, figure, span
-from dit_mlflow.report.ranking import extreme_samples
+from dit_mlflow.report.ranking import best_known, extreme_samples
 
 AGREEMENT = ((0.9, "very high"), (0.7, "high"), (0.5, "moderate"), (0.3, "low"))
 """The least Spearman correlation with exact leave-one-out that a word stands for; below the last it is very low."""
@@ -40,7 +40,7 @@ class Findings:
         gallery: what is known of the samples.
         checked: samples with an exact ground truth.
         exact: leave-one-out, for some samples and windows.
-        ranking: scores of the whole run, one window, by which samples are ranked; ``None`` = by the mean over windows.
+        estimate: scores of the whole run, one window; ``None`` = not known.
     """
 
     influence: Influence
@@ -49,7 +49,12 @@ class Findings:
     gallery: Gallery
     checked: int = 0
     exact: Influence | None = None
-    ranking: Influence | None = None
+    estimate: Influence | None = None
+
+    @property
+    def ranking(self) -> Influence | None:
+        """Scores of the whole run, exact where they are known, which rank the samples; ``None``: the mean does."""
+        return None if self.estimate is None else best_known(self.estimate, self.exact)
 
     @property
     def query(self) -> str:
@@ -77,12 +82,13 @@ def agreement_word(spearman: float) -> str:
 
 
 def _who(found: Findings) -> str:
-    harmful, helpful = extreme_samples(found.influence, 1, found.ranking)
-    over = "on average" if found.ranking is None else "over the whole run"
+    ranking = found.ranking
+    harmful, helpful = extreme_samples(found.influence, 1, ranking)
+    over = "on average" if ranking is None else "over the whole run"
     parts: list[str] = []
     for samples, sign, verb, change in ((harmful, -1, "hurt", "lowers"), (helpful, 1, "helped", "raises")):
         if samples:
-            parts.append(_one(found, samples[0], sign, verb, change, first=not parts))
+            parts.append(_one(found, ranking, samples[0], sign, verb, change, first=not parts))
     if not parts:
         return f"No sample changed the {found.query} {over}."
     if not harmful:
@@ -92,18 +98,23 @@ def _who(found: Findings) -> str:
     return _capitalised("; ".join(parts)) + "."
 
 
-def _one(found: Findings, sample: int, sign: int, verb: str, change: str, first: bool) -> str:
+def _one(
+    found: Findings, ranking: Influence | None, sample: int, sign: int, verb: str, change: str, first: bool
+) -> str:
     scores = found.influence.scores[:, 0, sample]
     windows = found.influence.windows
     place = int(np.nanargmax(sign * scores))
     object_, quantity = (" the model", f"the {found.query}") if first else ("", "it")
     text = f"{found.gallery.name(int(found.influence.samples[sample]))} {verb}{object_} most"
-    if found.ranking is None:
+    if ranking is None:
         told, over = found.influence.select([windows[place]]), ""
+        removal, doubt = "removal", _doubt(found, told, sample)
     else:
-        told, over = found.ranking, " over the whole run" if found.ranking.windows != windows else ""
-    amount = figure(abs(told.scores[0, 0, sample]))
-    said = f"removal {change} {quantity} by {amount}{over}{_doubt(found, told, sample)}"
+        told, over = ranking, " over the whole run" if ranking.windows != windows else ""
+        exactly = _exactly(found, told.windows[0])
+        removal = "exact removal" if np.isfinite(exactly[sample]) else "removal"
+        doubt = " by the estimate" if np.isfinite(exactly).any() and removal == "removal" else ""
+    said = f"{removal} {change} {quantity} by {figure(abs(told.scores[0, 0, sample]))}{over}{doubt}"
     if len(windows) == 1 or not sign * scores[place] > 0:
         return f"{text}: {said}"
     text += f", above all in steps {windows[place]} ({said})"
@@ -115,11 +126,15 @@ def _one(found: Findings, sample: int, sign: int, verb: str, change: str, first:
 
 def _doubt(found: Findings, told: Influence, sample: int) -> str:
     """Where an exact retraining is known and went the other way."""
-    (window,) = told.windows
-    if found.exact is None or window not in found.exact.windows:
-        return ""
-    turned = found.exact.of(window)[sample] * told.scores[0, 0, sample] < 0
+    turned = _exactly(found, told.windows[0])[sample] * told.scores[0, 0, sample] < 0
     return " by the estimate; left out exactly, it does the opposite" if turned else ""
+
+
+def _exactly(found: Findings, window: Window) -> np.ndarray:
+    """Scores ``[samples]`` of exact retraining, NaN where there is none."""
+    if found.exact is None or window not in found.exact.windows:
+        return np.full(len(found.influence.samples), np.nan)
+    return found.exact.of(window)
 
 
 def _how_sure(found: Findings) -> str:
@@ -187,14 +202,17 @@ def _damaged(found: Findings) -> str | None:
     best = int(np.argmax(by_window))
     where = f"steps {found.influence.windows[best]}" if by_window[best] > recall else ""
     expected = chance * k
+    # Detection is judged by what was estimated, where the sentence on samples goes by what is known.
+    estimated = "" if found.ranking is found.estimate else " by the estimate"
     by_chance = f"(by chance {decimals(expected, 1) if expected >= 0.05 else figure(expected, 1)})"
     if k == 1:
         is_ = "is" if recall == 1 else "is not" if recall == 0 else "ties with others as"
-        text = f"the one damaged sample {is_} the most harmful of the whole run"
+        text = f"the one damaged sample {is_} the most harmful of the whole run{estimated}"
         return f"{text}{f', but is that of {where}' if where and by_window[best] == 1 else ''} {by_chance}"
     hits = _hits(recall, k)
     text = (
         f"of {k} damaged samples, {hits} {'is' if hits == '1' else 'are'} among the {k} most harmful of the whole run"
+        f"{estimated}"
     )
     if where:
         text += f", {_hits(by_window[best], k)} among those of {where}"

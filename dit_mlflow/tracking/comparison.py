@@ -38,9 +38,9 @@ from dit_mlflow.report import (
     terminal_table,
 )
 from dit_mlflow.tracking.artifacts import load_influence, load_trajectory, log_influence
+from dit_mlflow.tracking.checks import parse_ground_truth
 from dit_mlflow.tracking.datasets import log_datasets_of
 from dit_mlflow.tracking.figures import log_plot
-from dit_mlflow.tracking.influence import parse_ground_truth
 from dit_mlflow.tracking.links import save_comparisons, where_to_look
 from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN

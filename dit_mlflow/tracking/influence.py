@@ -11,7 +11,6 @@ import torch
 from mlflow import ActiveRun, MlflowClient
 from mlflow.entities import Run
 
-from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import (
     Metrics,
     attainable,
@@ -44,48 +43,26 @@ from dit_mlflow.report import (
     window_note,
     windows_table,
 )
+from dit_mlflow.report.ranking import extreme_samples
 from dit_mlflow.tracking.artifacts import log_influence
+from dit_mlflow.tracking.checks import NAMED, Checks, joined
 from dit_mlflow.tracking.datasets import log_datasets_of
 from dit_mlflow.tracking.figures import log_plot
 from dit_mlflow.tracking.links import run_link
-from dit_mlflow.tracking.names import CONFIRMED, GROUND_TRUTH, INFLUENCE, KIND, METHOD, TRAINING_RUN, WHOLE_RUN
+from dit_mlflow.tracking.names import (
+    CONFIRMED,
+    GROUND_TRUTH,
+    INFLUENCE,
+    KIND,
+    METHOD,
+    TRAINING_RUN,
+    WHOLE_RUN,
+    WHOLE_RUN_EXACT,
+)
 from dit_mlflow.tracking.notes import influence_links, set_note
 from dit_mlflow.tracking.runs import log_metrics, log_series, peak_memory_mb, project_run
 from dit_mlflow.tracking.training import seeds_title, workload_params, workload_title
 from dit_mlflow.trajectory import Trajectory, Workload
-
-
-def parse_ground_truth(text: str, num_samples: int) -> int | None:
-    """Samples to retrain without, from ``all`` (``None``), ``none`` (0) or a number; raises :class:`InputError`."""
-    if text in ("all", "none"):
-        return None if text == "all" else 0
-    if text.isdecimal() and 0 < int(text) <= num_samples:
-        return int(text)
-    raise InputError(f"ground_truth={text!r}; expected 'all', 'none' or a number of samples, 1 … {num_samples}")
-
-
-@dataclass(frozen=True)
-class Checks:
-    """What an estimate is held against.
-
-    Attributes:
-        ground_truth: samples to retrain without: ``None`` = all, 0 = none.
-        trust: random samples to retrain without where there is no ground truth, 0 = say nothing about trust.
-        confirm: samples of largest score to retrain without in each window, where there is no ground truth.
-    """
-
-    ground_truth: int | None = 0
-    trust: int = 0
-    confirm: int = 0
-
-    @classmethod
-    def parse(cls, ground_truth: str, trust: int, confirm: int, num_samples: int) -> Checks:
-        """Raises :class:`InputError` for what cannot be used."""
-        if trust < 0 or trust in (1, 2):
-            raise InputError(f"trust={trust}; expected 3 random samples or more, or 0 for none")
-        if not 0 <= confirm <= num_samples:
-            raise InputError(f"confirm={confirm}; expected a number of samples, 0 … {num_samples}")
-        return cls(parse_ground_truth(ground_truth, num_samples), trust, confirm)
 
 
 @dataclass(frozen=True)
@@ -176,20 +153,27 @@ def run_influence(
             confirmed = confirm(estimate.select(windows), trajectory, workload, checks.confirm)
             log_influence(confirmed, folder=CONFIRMED)
         exact = truth or confirmed
+        named = None if truth is None else truth.select([whole])
+        if truth is None and checks.trust:
+            # A few large estimates are what people look at first, and those that are furthest off.
+            samples = [sample for side in extreme_samples(estimate.select([whole]), NAMED) for sample in side]
+            named = leave_one_out(trajectory, workload, [whole], kind, samples=samples) if samples else None
+        if named is not None:
+            log_influence(named, folder=WHOLE_RUN_EXACT)
         findings = Findings(
             estimate.select(windows),
             metrics[asked.index(whole)],
             tuple(metrics[: len(windows)]),
             Gallery(workload),
             checked,
-            exact,
+            joined(named, exact),
             estimate.select([whole]),
         )
         answer = Answer(run, findings)
-        samples = _log_parent(answer, estimate, truth, confirmed, workload, training_run_id)
+        table = _log_parent(answer, estimate, truth, confirmed, workload, training_run_id)
         # The UI lists the newest first: the last window is logged first, so that they stand in order.
         positions = progress_over(range(len(windows))[::-1], "logging windows", "window")
-        runs = [_log_window(answer, k, exact, samples, workload, training_run_id) for k in positions][::-1]
+        runs = [_log_window(answer, k, exact, table, workload, training_run_id) for k in positions][::-1]
         set_note(run.info.run_id, influence_note(findings, influence_links(run, training_run_id, runs)))
     return answer
 
@@ -241,9 +225,9 @@ def _log_parent(
     log_plot(plot_top_samples(influence, gallery, whole=ranking), f"{INFLUENCE}/influence_over_windows.png")
     log_plot(plot_heat_map(influence, gallery, whole=ranking), f"{INFLUENCE}/heat_map.png")
     measured = dict(zip([*windows, whole], [*answer.per_window, answer.whole], strict=True))
-    held = confirmed if truth is None else truth
+    known = answer.findings.exact
     sentences = answer_sentences(answer.findings)
-    report = influence_page(estimate, held, gallery, windows, measured, workload_title(workload), sentences)
+    report = influence_page(estimate, known, gallery, windows, measured, workload_title(workload), sentences)
     mlflow.log_text(report, f"{INFLUENCE}/report.html")
     if truth is not None:
         log_influence(truth.select(windows), folder=GROUND_TRUTH)

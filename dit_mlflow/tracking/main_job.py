@@ -13,7 +13,8 @@ from dit_mlflow.influence import check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.report import answer_sentences, paragraph, terminal_table, windows_table
 from dit_mlflow.tracking.artifacts import load_trajectory
-from dit_mlflow.tracking.influence import Answer, Checks, run_influence
+from dit_mlflow.tracking.checks import Checks
+from dit_mlflow.tracking.influence import Answer, run_influence
 from dit_mlflow.tracking.links import where_to_look
 from dit_mlflow.tracking.training import run_training
 from dit_mlflow.trajectory import Trajectory, Workload, load_recorded, load_workload

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -21,14 +20,12 @@ from mlflow.utils.validation import _validate_model_name
 
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.influence import Influence
-from dit_mlflow.report.markdown import escaped
-from dit_mlflow.report.model_card import CardFacts, fidelity, with_card
-from dit_mlflow.report.numbers import figure
+from dit_mlflow.report.model_card import fidelity, with_card
 from dit_mlflow.tracking.artifacts import find_run, load_trajectory
+from dit_mlflow.tracking.card import card_facts
 from dit_mlflow.tracking.found_models import FoundModel, find_model
-from dit_mlflow.tracking.links import model_link, run_link
 from dit_mlflow.tracking.model_metrics import log_model_metrics, window_series
-from dit_mlflow.tracking.names import INFLUENCE, INFLUENCE_RUN, INFLUENCE_URI, KIND, METHOD, TRAINING_RUN, WHOLE_RUN
+from dit_mlflow.tracking.names import INFLUENCE, INFLUENCE_RUN, INFLUENCE_URI, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.remote import reading
 
 INFLUENCE_MODEL = "influence_model"
@@ -190,14 +187,7 @@ def _register(
         "dit.windows": str(len(influence.windows)),
         "dit.fidelity": fidelity(run.data.metrics) or "not held against exact retraining",
     }
-    whole = folder / Path(WHOLE_RUN).name
-    facts = CardFacts(
-        _known_samples(folder),
-        run.data.metrics,
-        by_window,
-        _made(run, training, model, influence),
-        Influence.load(whole) if whole.is_dir() else None,
-    )
+    facts = card_facts(run, training, model, influence, folder, by_window)
     for one in _versions(model, training, name, version):
         client.update_model_version(one.name, one.version, with_card(one.description or "", influence, facts))
         for key, value in tags.items():
@@ -261,36 +251,3 @@ def _versions(model: LoggedModel, training: Run, name: str, version: ModelVersio
 def _made_from(model_id: str, training: Run) -> list[ModelVersion]:
     found = MlflowClient().search_model_versions(f"run_id = '{training.info.run_id}'")
     return [version for version in found if version.source == f"models:/{model_id}"]
-
-
-def _known_samples(folder: Path) -> dict[int, str]:
-    """What the run's table of top samples says of each."""
-    try:
-        table = json.loads((folder / "top_samples.json").read_text(encoding="utf-8"))
-        at = {name: place for place, name in enumerate(table["columns"])}
-        found = {}
-        for row in table["data"]:
-            text = str(row[at["sample"]] or "") if "sample" in at else ""
-            if "corrupted" in at and row[at["corrupted"]]:
-                text += f"{', ' if text else ''}corrupted"
-            found[int(row[at["sample_index"]])] = text
-        return found
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return {}  # A run of someone's own, which logged scores alone.
-
-
-def _made(run: Run, training: Run, model: LoggedModel, influence: Influence) -> list[str]:
-    versions = influence.metadata.get("versions", {})
-    seconds = influence.metadata.get("seconds")
-    how = f"By {escaped(influence.method)}, {len(influence.samples)} training samples" + (
-        f", in {figure(seconds, 3)} s" if isinstance(seconds, (int, float)) else ""
-    )
-    known = ", ".join(
-        f"{escaped(name)} {escaped(str(versions[name]))}" for name in ("dit-mlflow", "torch") if name in versions
-    )
-    links = (
-        f"[influence run]({run_link(run)}), [training run]({run_link(training)}), "
-        f"[tables, plots and scores]({model_link(model)})"
-    )
-    load = f"`dit_mlflow.tracking.load_influence('models:/{model.model_id}')`"
-    return [f"### How it was computed\n\n{how}{f' ({known})' if known else ''}.", f"{links}; {load}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from types import SimpleNamespace
@@ -74,6 +75,17 @@ def test_windows_can_be_chosen_and_the_whole_run_still_ranks() -> None:
     data = Page(influence_page(result(scores), windows=windows)).data
     assert [column["name"] for column in data["columns"]] == ["whole run", "10–20"]
     np.testing.assert_array_equal(floats(data["queries"][0]["scores"]), scores[[3, 1], 0].ravel().astype("f4"))
+
+
+def test_overview_ranks_by_exact_scores_of_the_whole_run_where_there_are_some() -> None:
+    scores = np.array([[[-1.0, 2.0, 3.0]], [[-3.0, 1.0, 2.0]], [[-4.0, 3.0, 5.0]]])
+    exact = np.full((1, 1, 3), np.nan)
+    exact[0, 0, 0] = 4.0
+    estimate = result(scores)
+    known = replace(estimate, scores=exact, windows=estimate.windows[-1:])
+    query = Page(influence_page(estimate, known)).data["queries"][0]
+    assert (query["harmful"], query["helpful"]) == ([], [2, 0, 1])
+    assert Page(influence_page(estimate)).data["queries"][0]["harmful"] == [0]
 
 
 def test_without_the_whole_run_samples_are_ranked_by_the_mean_over_windows() -> None:

@@ -25,7 +25,7 @@ from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import Window, Workload
 from dit_mlflow.tracking import load_trajectory, record_trajectory, run_influence
-from dit_mlflow.tracking.influence import Checks
+from dit_mlflow.tracking.checks import Checks
 
 WINDOWS = [Window(0, 4), Window(4, 9)]
 TOGETHER_SECONDS = 120.0

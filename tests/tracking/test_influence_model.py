@@ -17,7 +17,7 @@ from workloads import datasets
 from dit_mlflow import InputError, Workload, WorkloadError, load_workload, parse_windows, sample_losses, track
 from dit_mlflow.cli import cli
 from dit_mlflow.tracking import load_influence, load_trajectory, log_influence_model, run_influence, run_training
-from dit_mlflow.tracking.influence import Checks
+from dit_mlflow.tracking.checks import Checks
 from dit_mlflow.trajectory import Trajectory
 
 REFERENCE = "workloads:digits_workload"

@@ -23,8 +23,10 @@ from workloads import digits_workload
 import dit_mlflow
 from dit_mlflow import Influence, Window
 from dit_mlflow.cli import cli
+from dit_mlflow.report.ranking import best_known
 from dit_mlflow.tracking import load_influence, load_trajectory, run_influence, run_training
-from dit_mlflow.tracking.influence import Checks, window_run_name
+from dit_mlflow.tracking.checks import Checks
+from dit_mlflow.tracking.influence import window_run_name
 
 REPOSITORY = Path(dit_mlflow.__file__).parents[1]
 SMALL = {"model": "logreg", "n_train": "40", "n_validation": "30", "n_test": "20", "epochs": "4", "batch_size": "16"}
@@ -106,9 +108,12 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
 def check_notes(parent: Run, training: Run) -> None:
     """Every run has a note; that of the answer names what the stored scores say, and leads to what there is."""
     note = parent.data.tags["mlflow.note.content"]
-    whole = load_influence(parent.info.run_id, "influence/whole_run")
-    assert whole.windows == (Window(0, 12),)
-    scores = whole.scores[0, 0]
+    estimate, exact = (
+        load_influence(parent.info.run_id, f"{part}/whole_run") for part in ("influence", "ground_truth")
+    )
+    assert estimate.windows == exact.windows == (Window(0, 12),)
+    assert (estimate.method, exact.method) == ("dit", "leave_one_out")
+    scores = exact.scores[0, 0]
     assert note.startswith(f"Sample {scores.argmin()} ")
     assert f"sample {scores.argmax()} " in note.split("\n")[0] and "over the whole run" in note.split("\n")[0]
     assert "over all 40 samples" in note.split("\n")[0]
@@ -218,8 +223,14 @@ def test_output_is_the_answer_alone_when_piped(store: str) -> None:
     assert opened.startswith("then open      http://127.0.0.1:5000/#/experiments/")
     assert opened.endswith("?workflowType=machine_learning")
     (parent,) = runs("influence")
-    whole = load_influence(parent.info.run_id, "influence/whole_run").scores[0, 0]
-    assert f"\nSample {whole.argmin()} (" in finished.stdout
+    estimate, exact = (
+        load_influence(parent.info.run_id, f"{part}/whole_run") for part in ("influence", "ground_truth")
+    )
+    # Four on each side stand out, and are left out exactly.
+    order = np.argsort(estimate.scores[0, 0])
+    assert set(np.flatnonzero(np.isfinite(exact.scores[0, 0]))) == {*order[:4], *order[-4:]}
+    ranking = best_known(estimate, exact).scores[0, 0]
+    assert f"\nSample {ranking.argmin()} (" in finished.stdout
 
 
 def test_train_entry_point_uses_the_project_run(store: str) -> None:

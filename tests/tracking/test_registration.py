@@ -21,6 +21,7 @@ from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import InputError, Workload, load_workload, parse_windows
 from dit_mlflow.report.model_card import BEGIN, LONGEST
+from dit_mlflow.report.ranking import best_known
 from dit_mlflow.tracking import (
     load_influence,
     load_trajectory,
@@ -30,7 +31,7 @@ from dit_mlflow.tracking import (
     run_influence,
     run_training,
 )
-from dit_mlflow.tracking.influence import Checks
+from dit_mlflow.tracking.checks import Checks
 from dit_mlflow.tracking.registration_job import RegistrationRequest, register_job
 
 HOSTILE = 'sample {} <script>alert(1)</script> | **bold** [x](http://a.b) `c` "><img onerror=x> 😀 \n# heading'
@@ -139,7 +140,9 @@ def test_the_description_names_the_samples_and_shows_their_texts_as_they_are(sto
     version = register_influence(influence_run, "digits").version
     text = version.description
     influence = load_influence(influence_run)
-    whole = load_influence(influence_run, "influence/whole_run").scores[0, 0]
+    estimate, exact = (load_influence(influence_run, f"{part}/whole_run") for part in ("influence", "ground_truth"))
+    whole = best_known(estimate, exact).scores[0, 0]
+    assert np.isfinite(exact.scores).sum() == 6 and f"steps {exact.windows[0]}, of 6 samples by exact" in text
     order = np.argsort(whole)
     sections = dict(re.findall(r"^### (\w+)(.*?)(?=^###|\Z)", text, re.MULTILINE | re.DOTALL))
     for side, expected in (("Harmful", order[:5]), ("Helpful", order[::-1][:5])):
