@@ -13,7 +13,7 @@ from dit_mlflow.report.page import influence_page
 from dit_mlflow.report.pattern_panels import plot_patterns
 from dit_mlflow.report.recall import plot_recall_curves
 from dit_mlflow.report.sentences import Findings, answer_sentences
-from dit_mlflow.report.tables import paragraph, terminal_table, top_samples_table, windows_table
+from dit_mlflow.report.tables import paragraph, terminal_table, top_samples_table, whole_run_table, windows_table
 from dit_mlflow.report.training_note import training_note
 from dit_mlflow.report.window_correlations import plot_window_correlations, window_correlations_table
 from dit_mlflow.report.window_samples import plot_window_samples
@@ -44,6 +44,7 @@ __all__ = [
     "terminal_table",
     "top_samples_table",
     "training_note",
+    "whole_run_table",
     "window_correlations_table",
     "window_note",
     "windows_table",

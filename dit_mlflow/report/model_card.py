@@ -76,7 +76,7 @@ def influence_card(influence: Influence, facts: CardFacts, size: int = 5, most_w
         over = f", of the whole run, steps {facts.whole.windows[0]}"
         if facts.exact:
             some = "" if facts.exact == len(influence.samples) else f", of {facts.exact} samples"
-            over += f"{some} by exact retraining"
+            over += f"{some or ','} by exact retraining"
     else:
         over = "" if count == 1 else f", mean over {count} windows"
     parts = [

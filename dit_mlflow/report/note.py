@@ -38,6 +38,7 @@ WHERE = (
     ("window_correlations.png", "whether the same samples matter early and late"),
     ("against_leave_one_out.png", "the estimates against exact retraining"),
     ("recall_curve.png", "how fast the damaged samples are found"),
+    ("whole_run.json", "the most harmful and most helpful samples of the whole run, as a table"),
     ("top_samples.json", "the most harmful and most helpful samples of each window, as a table"),
     ("windows.json", "all figures of each window, as a table"),
 )

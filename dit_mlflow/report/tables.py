@@ -10,6 +10,7 @@ import pandas as pd
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.influence import Influence
 from dit_mlflow.report.gallery import Gallery
+from dit_mlflow.report.ranking import best_known
 
 TOP = 10
 """Samples listed per window and side."""
@@ -75,6 +76,21 @@ def top_samples_table(influence: Influence, truth: Influence | None, gallery: Ga
     first = ["window", "side", "sample_index", "score", "sample", "corrupted", "leave_one_out", "rank"]
     known = [name for name in first if name in table]
     return rounded(table[[*known, *(name for name in table if name not in known)]])
+
+
+def whole_run_table(estimate: Influence, exact: Influence | None, gallery: Gallery, k: int = TOP) -> pd.DataFrame:
+    """The ``k`` most harmful and helpful samples of the whole run, ranked by :func:`best_known`; both scores of each.
+
+    Args:
+        estimate: scores of one window.
+        exact: by exact retraining, for some samples and windows.
+    """
+    (window,) = estimate.windows
+    known = exact.select([window]) if exact is not None and window in exact.windows else None
+    ranked = top_samples_table(best_known(estimate, exact), known, gallery, k)
+    of_sample = dict(zip(estimate.samples.tolist(), estimate.scores[0, 0].tolist(), strict=True))
+    ranked.insert(ranked.columns.get_loc("score"), "estimate", ranked["sample_index"].map(of_sample))  # type: ignore[arg-type]
+    return rounded(ranked[ranked["query"] == estimate.queries[0]].drop(columns=["window_index", "score"]))
 
 
 def rounded(table: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:

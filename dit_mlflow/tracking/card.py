@@ -52,19 +52,20 @@ def _exact(run_id: str) -> Influence | None:
 
 
 def _known_samples(folder: Path) -> dict[int, str]:
-    """What the run's table of top samples says of each."""
-    try:
-        table = json.loads((folder / "top_samples.json").read_text(encoding="utf-8"))
-        at = {name: place for place, name in enumerate(table["columns"])}
-        found = {}
-        for row in table["data"]:
-            text = str(row[at["sample"]] or "") if "sample" in at else ""
-            if "corrupted" in at and row[at["corrupted"]]:
-                text += f"{', ' if text else ''}corrupted"
-            found[int(row[at["sample_index"]])] = text
-        return found
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return {}  # A run of someone's own, which logged scores alone.
+    """What the run's tables of samples say of each."""
+    found = {}
+    for name in ("top_samples.json", f"{Path(WHOLE_RUN).name}.json"):
+        try:
+            table = json.loads((folder / name).read_text(encoding="utf-8"))
+            at = {column: place for place, column in enumerate(table["columns"])}
+            for row in table["data"]:
+                text = str(row[at["sample"]] or "") if "sample" in at else ""
+                if "corrupted" in at and row[at["corrupted"]]:
+                    text += f"{', ' if text else ''}corrupted"
+                found[int(row[at["sample_index"]])] = text
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            continue  # A run of someone's own, which logged scores alone.
+    return found
 
 
 def _made(run: Run, training: Run, model: LoggedModel, influence: Influence) -> list[str]:

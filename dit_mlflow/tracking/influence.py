@@ -39,6 +39,7 @@ from dit_mlflow.report import (
     plot_window_correlations,
     plot_window_samples,
     top_samples_table,
+    whole_run_table,
     window_correlations_table,
     window_note,
     windows_table,
@@ -210,6 +211,7 @@ def _log_parent(
     mlflow.log_table(windows_table(influence, answer.per_window), f"{INFLUENCE}/windows.json")
     samples = top_samples_table(influence, exact, gallery)
     mlflow.log_table(samples, f"{INFLUENCE}/top_samples.json")
+    mlflow.log_table(whole_run_table(estimate.select([whole]), answer.findings.exact, gallery), f"{WHOLE_RUN}.json")
     if len(windows) > 1:
         names = patterns(influence)
         log_metrics(pattern_counts(names).prefixed("patterns/"))

@@ -30,6 +30,7 @@ from dit_mlflow.report import (
     plot_window_samples,
     terminal_table,
     top_samples_table,
+    whole_run_table,
     windows_table,
 )
 from dit_mlflow.report.plots import HARMFUL, HELPFUL, NEUTRAL
@@ -249,6 +250,21 @@ def test_top_samples_table_carries_truth_and_descriptions() -> None:
     # Window by window, harmful before helpful, each by rank.
     order = list(zip(table["window_start"], table["side"], table["rank"], strict=True))
     assert order == sorted(order)
+
+
+def test_whole_run_table_ranks_by_exact_scores_and_shows_both() -> None:
+    estimate = influence(0).select([influence(0).windows[0]])
+    exact = influence(1)
+    exact.scores[:, :, ::2] = np.nan
+    table = whole_run_table(estimate, exact, gallery())
+    first = table[table["rank"] == 1].set_index("side")
+    best = np.where(np.isfinite(exact.of(0)), exact.of(0), estimate.of(0))
+    for side, sample in (("harmful", best.argmin()), ("helpful", best.argmax())):
+        assert first.loc[side, "sample_index"] == sample
+        assert first.loc[side, "estimate"] == float(f"{estimate.of(0)[sample]:.4g}")
+        expected = exact.of(0)[sample]
+        assert np.isnan(expected) or first.loc[side, "leave_one_out"] == float(f"{expected:.4g}")
+    assert "score" not in table and "leave_one_out" not in whole_run_table(estimate, None, gallery())
 
 
 def test_scores_that_are_all_zero_can_be_shown() -> None:

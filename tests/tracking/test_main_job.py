@@ -77,6 +77,7 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
         "scores.parquet",
         "metadata.json",
         "whole_run",
+        "whole_run.json",
         "windows.json",
         "top_samples.json",
         "influence_over_windows.png",
