@@ -22,7 +22,7 @@ def ranking_scores(influence: Influence, whole: Influence | None = None) -> np.n
 
 
 def best_known(estimate: Influence, exact: Influence | None) -> Influence:
-    """Scores of one window by which samples are ranked: those of exact retraining, where ``exact`` has them.
+    """Scores of one window by which samples are ranked: for the first query, exact ones where ``exact`` has them.
 
     Of the largest estimates, which are the first to be looked at, most are too large: training is not linear that far.
     """

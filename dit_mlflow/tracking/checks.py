@@ -29,7 +29,7 @@ class Checks:
     Attributes:
         ground_truth: samples to retrain without: ``None`` = all, 0 = none.
         trust: random samples to retrain without where there is no ground truth, and on each side :data:`NAMED` that
-            stand out over the whole run; 0 = neither.
+            stand out over the whole run, if they are not among it; 0 = neither.
         confirm: samples of largest score to retrain without in each window, where there is no ground truth.
     """
 

@@ -155,10 +155,12 @@ def run_influence(
             log_influence(confirmed, folder=CONFIRMED)
         exact = truth or confirmed
         named = None if truth is None else truth.select([whole])
-        if truth is None and checks.trust:
+        if checks.trust:
             # A few large estimates are what people look at first, and those that are furthest off.
             samples = [sample for side in extreme_samples(estimate.select([whole]), NAMED) for sample in side]
-            named = leave_one_out(trajectory, workload, [whole], kind, samples=samples) if samples else None
+            unknown = [sample for sample in samples if named is None or np.isnan(named.of(whole)[sample])]
+            if unknown:
+                named = joined(named, leave_one_out(trajectory, workload, [whole], kind, samples=unknown))
         if named is not None:
             log_influence(named, folder=WHOLE_RUN_EXACT)
         findings = Findings(

@@ -60,7 +60,8 @@ class _Endings:
         now = time.monotonic()
         if self._asked is not None and now - self._since < PATIENCE:
             return
-        self._asked, self._since = number, now
+        # Asked once more, it also breaks off what the first request is being handled by.
+        self._asked, self._since, self._raised = number, now, None
         self._raise_or_wait(frame)
 
     def stop_waiting(self) -> None:

@@ -284,11 +284,15 @@ def with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
     return _map_tensors(batch, lambda _: next(given))
 
 
+_NUMBERS = frozenset(map(np.dtype, ("?", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", "c16")))
+"""Of NumPy, those that torch has too, in this machine's byte order."""
+
+
 def _map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     """The containers built anew around what ``function`` makes of their tensors."""
     if isinstance(batch, Tensor):
         return function(batch)
-    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biufc":
+    if type(batch) is np.ndarray and batch.dtype in _NUMBERS:
         return function(torch.from_numpy(batch.copy())).cpu().numpy()
     if isinstance(batch, Mapping):
         mapped = {key: _map_tensors(value, function) for key, value in batch.items()}

@@ -25,6 +25,7 @@ from dit_mlflow import (
     leave_one_out,
     track,
 )
+from dit_mlflow.trajectory.workload import tensors_of, to_like
 
 
 class Augmented(Dataset[Any]):
@@ -171,6 +172,13 @@ def test_batches_of_arrays_are_stored_as_tensors_are(tmp_path: Path) -> None:
         for recorded, described in [(arrays, job), (trajectory, tensor_job)]
     )
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [">f4", "longdouble", "datetime64[s]", "U3"])
+def test_arrays_that_torch_does_not_know_are_left_as_they_are(dtype: str) -> None:
+    batch = {"x": torch.ones(2), "other": np.zeros(2, dtype)}
+    assert len(tensors_of(batch)) == 1
+    assert to_like(batch, torch.device("cpu"), torch.float64)["other"] is batch["other"]
 
 
 def test_a_batch_without_tensors_is_refused_when_it_is_drawn(tmp_path: Path) -> None:
