@@ -29,7 +29,7 @@ from torch.utils.data import TensorDataset
 
 from dit_mlflow import Window, Workload, track, train
 from dit_mlflow.tracking import load_trajectory, log_trajectory
-from dit_mlflow.tracking.cache import FOLDER
+from dit_mlflow.tracking.store.cache import FOLDER
 
 PIECES = 10
 

@@ -29,8 +29,8 @@ from dit_mlflow import Trajectory, Workload, leave_one_out, parse_windows, track
 from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.kind import sweeps
 from dit_mlflow.influence.query import mean_validation_loss
+from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory import State
-from dit_mlflow.trajectory.replay import Replay
 
 
 class Encoder(nn.Module):

@@ -9,14 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit_mlflow.errors import (
-        DitError,
-        InputError,
-        TrainingError,
-        TrajectoryError,
-        UnsupportedError,
-        WorkloadError,
-    )
+    from dit_mlflow.errors import DitError, InputError, TrainingError, TrajectoryError, UnsupportedError, WorkloadError
     from dit_mlflow.influence import (
         Influence,
         Query,
@@ -31,14 +24,10 @@ if TYPE_CHECKING:
         self_influence,
         track,
     )
-    from dit_mlflow.methods import Effort, leave_one_out
-    from dit_mlflow.trajectory import (
-        Trajectory,
-        TrajectoryRecorder,
-        Workload,
-        load_workload,
-        train,
-    )
+    from dit_mlflow.recording import TrajectoryRecorder, train
+    from dit_mlflow.replay import Trajectory
+    from dit_mlflow.retraining import Effort, leave_one_out
+    from dit_mlflow.workload import Workload, load_workload
 
 __version__ = "0.1.0"
 
@@ -51,7 +40,9 @@ _HOMES = {
         "UnsupportedError",
         "WorkloadError",
     ),
-    "dit_mlflow.trajectory": ("Trajectory", "TrajectoryRecorder", "Workload", "load_workload", "train"),
+    "dit_mlflow.workload": ("Workload", "load_workload"),
+    "dit_mlflow.recording": ("TrajectoryRecorder", "train"),
+    "dit_mlflow.replay": ("Trajectory",),
     "dit_mlflow.influence": (
         "Influence",
         "Query",
@@ -66,7 +57,7 @@ _HOMES = {
         "self_influence",
         "track",
     ),
-    "dit_mlflow.methods": ("Effort", "leave_one_out"),
+    "dit_mlflow.retraining": ("Effort", "leave_one_out"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

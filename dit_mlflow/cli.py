@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from dit_mlflow.errors import DitError, InputError
-from dit_mlflow.tracking.broken_off import fail_project_run
-from dit_mlflow.tracking.signals import ending_on_signals
+from dit_mlflow.tracking.jobs.signals import ending_on_signals
+from dit_mlflow.tracking.store.failed_run import fail_project_run
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -53,9 +53,9 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
     """
 
     def job(project_run_id: str | None) -> str:
-        from dit_mlflow.tracking.main_job import DEFAULT_WORKLOAD
-        from dit_mlflow.tracking.training import run_training
-        from dit_mlflow.trajectory import load_workload
+        from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD
+        from dit_mlflow.tracking.jobs.train import run_training
+        from dit_mlflow.workload import load_workload
 
         every = int(checkpoint_every) if checkpoint_every.isdecimal() else checkpoint_every
         chosen = load_workload(workload or DEFAULT_WORKLOAD, **parse_settings(context.args))
@@ -81,7 +81,7 @@ def influence(context: click.Context, /, **options: Any) -> None:
     """
 
     def job(project_run_id: str | None) -> str:
-        from dit_mlflow.tracking.main_job import Request, main_job
+        from dit_mlflow.tracking.jobs.request import Request, main_job
 
         return main_job(Request(settings=parse_settings(context.args), **options), project_run_id)
 
@@ -103,7 +103,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
     """
 
     def job(project_run_id: str | None) -> str:
-        from dit_mlflow.tracking.comparison import ComparisonRequest, compare_job
+        from dit_mlflow.tracking.jobs.compare import ComparisonRequest, compare_job
 
         return compare_job(ComparisonRequest(settings=parse_settings(context.args), **options), project_run_id)
 
@@ -132,7 +132,7 @@ def cleanse(context: click.Context, /, **options: Any) -> None:
     """
 
     def job(project_run_id: str | None) -> str:
-        from dit_mlflow.tracking.cleansing import CleansingRequest, cleanse_job
+        from dit_mlflow.tracking.jobs.cleanse import CleansingRequest, cleanse_job
 
         return cleanse_job(CleansingRequest(settings=parse_settings(context.args), **options), project_run_id)
 
@@ -153,7 +153,7 @@ def verify(context: click.Context, target: str, workload: str) -> None:
     """
 
     def job(project_run_id: str | None) -> str:
-        from dit_mlflow.tracking.verification import verify_target
+        from dit_mlflow.tracking.jobs.verify import verify_target
 
         return verify_target(target, workload, parse_settings(context.args), click.echo)
 
@@ -169,7 +169,7 @@ def register(**options: str) -> None:
     """Keep the results of an influence run with the model: its artifacts, metrics, description and tags."""
 
     def job(project_run_id: str | None) -> str:
-        from dit_mlflow.tracking.registration_job import RegistrationRequest, register_job
+        from dit_mlflow.tracking.jobs.register import RegistrationRequest, register_job
 
         return register_job(RegistrationRequest(**options), project_run_id)
 

@@ -14,8 +14,9 @@ from dit_mlflow.influence import Query, Window, sample_losses
 from dit_mlflow.influence.query import loss_of_batch
 from dit_mlflow.methods import Method
 from dit_mlflow.methods import method as method_called
-from dit_mlflow.trajectory import Trajectory, Workload
-from dit_mlflow.trajectory.tensors import Substitution
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.replay.substitution import Substitution
+from dit_mlflow.workload import Workload
 
 try:
     from quanda.explainers import Explainer
@@ -44,7 +45,7 @@ class MethodExplainer(Explainer):  # type: ignore[misc]
         train_dataset: as recorded: ``workload.train_set``, or one with as many samples and the same targets.
         checkpoints, checkpoints_load_func: quanda's; the last checkpoint is loaded into ``model``.
         trajectory, workload: of the training.
-        method: a name, or a :class:`~dit_mlflow.methods.Method` with settings of its own.
+        method: a name, or a :class:`~dit_mlflow.methods.method.Method` with settings of its own.
         window, kind: of the scores, default: the whole training, which is all that some methods have.
         sample: ``function(input, target) -> sample`` as ``workload.train_set[i]`` gives samples; default: the pair,
             the target in the type and shape of the recorded ones.

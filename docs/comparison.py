@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 
-from dit_mlflow.tracking.comparison import ComparisonRequest, compare_job
+from dit_mlflow.tracking.jobs.compare import ComparisonRequest, compare_job
 
 HERE = Path(__file__).parent
 SEEDS, SEEDS_OF_DAMAGE = 8, 4

@@ -4,7 +4,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dit_mlflow import load_workload, parse_windows, track, train
-from dit_mlflow.report import Gallery, plot_top_samples
+from dit_mlflow.explanation import Gallery
+from dit_mlflow.plots import plot_top_samples
 
 workload = load_workload("projects/mnist")
 with TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from dit_mlflow import TrainingError, Workload, load_workload, mean_validation_loss, train
-from dit_mlflow.trajectory.projects import find_factory
+from dit_mlflow.workload.projects import find_factory
 
 RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 

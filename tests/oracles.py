@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_mlflow import Trajectory, Window, Workload
-from dit_mlflow.trajectory import to_like
+from dit_mlflow.workload import to_like
 
 WeightOf = Callable[[int, int], float]
 """(step, sample index) -> weight of the sample's loss there."""

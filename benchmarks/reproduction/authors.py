@@ -40,18 +40,18 @@ def authors_scores(trajectory: Trajectory, workload: Workload, windows: list[Win
     rates = [next(iter(learning_rates(replay, step).values())) for step in steps]
     influence = {0: np.zeros(workload.num_samples)}
     for bound in sorted({bound for window in windows for bound in (window.start, window.end)} - {0}):
-        adjoint, kicks = list(query), np.zeros(workload.num_samples)
+        adjoint, weight_gradients = list(query), np.zeros(workload.num_samples)
         for t in range(bound - 1, -1, -1):
             states[t].load_into(model)
             (batch,) = steps[t].indices
             for sample in batch:
                 gradient = torch.autograd.grad(_loss(workload, model, [sample]), parameters)
                 product = sum((g * a).sum() for g, a in zip(gradient, adjoint, strict=True))
-                kicks[sample] += rates[t] / len(batch) * float(product)
+                weight_gradients[sample] += rates[t] / len(batch) * float(product)
             gradient = torch.autograd.grad(_loss(workload, model, list(batch)), parameters, create_graph=True)
             along = torch.autograd.grad(gradient, parameters, adjoint, allow_unused=True, materialize_grads=True)
             adjoint = [a - rates[t] * h for a, h in zip(adjoint, along, strict=True)]
-        influence[bound] = kicks
+        influence[bound] = weight_gradients
     return np.stack([influence[window.end] - influence[window.start] for window in windows])
 
 

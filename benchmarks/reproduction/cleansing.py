@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from dit_mlflow import Workload
 from dit_mlflow.evaluation.changed_data import subset
-from dit_mlflow.evaluation.cleansing import NO_CLEANING, RANDOM, random_scores, trials, tried_out, untouched
-from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL
+from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, random_scores, trials, tried_out, untouched
+from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL
 
 from .cases import Case, seeds_of
 from .memory import remembered

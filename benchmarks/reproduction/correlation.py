@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation import correlations
-from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL
+from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL
 
 from .panels import legend_above, of_case, over_epochs, panels
 from .scored import KINDS, WHOLE, scores

@@ -14,8 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 from dit_mlflow import Window, leave_one_out, parse_windows, track, train
-from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, SMALL, new_figure
-from dit_mlflow.trajectory.loop import train_unrecorded
+from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, SMALL, new_figure
+from dit_mlflow.recording.loop import train_unrecorded
 
 from .authors import authors_scores
 from .cases import Case

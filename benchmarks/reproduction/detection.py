@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation import detection
-from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL
+from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL
 
 from .cases import Case, seeds_of
 from .panels import legend_above, of_case, over_epochs, panels

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation import window_correlations
-from dit_mlflow.report.plots import DIVERGING, SMALL, new_figure
+from dit_mlflow.plots.canvas import DIVERGING, SMALL, new_figure
 
 from .panels import cases_of, legend_above, of_case
 from .patterns import over_windows

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dit_mlflow.report.plots import SMALL, new_figure
+from dit_mlflow.plots.canvas import SMALL, new_figure
 
 Panels = dict[tuple[str, str], Axes]
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from dit_mlflow import Influence, Window
 from dit_mlflow.evaluation import correlations, patterns
 from dit_mlflow.evaluation.patterns import PATTERNS
-from dit_mlflow.report.plots import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
+from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
 
 from .cases import Case
 from .panels import cases_of, legend_above

@@ -19,9 +19,9 @@ from dit_mlflow.evaluation import mean_scores
 from dit_mlflow.influence import Kind
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods import method
-from dit_mlflow.methods.counterfactual import retrain
-from dit_mlflow.methods.retraining import Reweighted
 from dit_mlflow.methods.tracin import TracIn
+from dit_mlflow.retraining.counterfactuals import Reweighted
+from dit_mlflow.retraining.retrain import retrain
 
 from .cases import Case
 from .final_query import final_query

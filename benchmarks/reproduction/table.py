@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation import mean_interval
-from dit_mlflow.report.markdown import markdown_table
+from dit_mlflow.explanation.markdown import markdown_table
 
 from .cases import Case, seeds_of
 

@@ -1,13 +1,8 @@
 """Correlation and detection."""
 
 from dit_mlflow.evaluation.attainable import attainable
-from dit_mlflow.evaluation.correlation import (
-    correlation_intervals,
-    correlations,
-    correlations_with_intervals,
-)
-from dit_mlflow.evaluation.corruption import Corrupted, Damage, corrupt
-from dit_mlflow.evaluation.datamodeling import Subsets, datamodeling_score, train_on_subsets
+from dit_mlflow.evaluation.correlation import correlation_intervals, correlations, correlations_with_intervals
+from dit_mlflow.evaluation.datamodeling_score import datamodeling_score
 from dit_mlflow.evaluation.detection import detection, recall_curve
 from dit_mlflow.evaluation.mean_interval import mean_interval
 from dit_mlflow.evaluation.mean_scores import mean_scores, sample_scores
@@ -17,16 +12,12 @@ from dit_mlflow.evaluation.stability import stability
 from dit_mlflow.evaluation.trust import trust
 
 __all__ = [
-    "Corrupted",
-    "Damage",
     "Metrics",
-    "Subsets",
     "attainable",
     "correlation_intervals",
     "correlations",
     "correlations_by_pattern",
     "correlations_with_intervals",
-    "corrupt",
     "datamodeling_score",
     "detection",
     "mean_interval",
@@ -36,7 +27,6 @@ __all__ = [
     "recall_curve",
     "sample_scores",
     "stability",
-    "train_on_subsets",
     "trust",
     "window_correlations",
 ]

@@ -7,8 +7,9 @@ import numpy as np
 from dit_mlflow.evaluation.correlation import correlations
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence import Influence, check_kind
-from dit_mlflow.methods import Effort, leave_one_out
-from dit_mlflow.trajectory import Trajectory, Workload
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.retraining import Effort, leave_one_out
+from dit_mlflow.workload import Workload
 
 SAMPLES = 32
 """Random samples that are left out once more."""

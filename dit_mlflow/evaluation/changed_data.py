@@ -13,9 +13,9 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.query import CHUNK
-from dit_mlflow.trajectory import Workload, to_like
-from dit_mlflow.trajectory.appearance import LABELS
-from dit_mlflow.trajectory.random_state import preserved_random_state
+from dit_mlflow.workload import Workload, to_like
+from dit_mlflow.workload.appearance import LABELS
+from dit_mlflow.workload.random_state import preserved_random_state
 
 
 def subset(workload: Workload, kept: Sequence[int] | np.ndarray) -> Workload:

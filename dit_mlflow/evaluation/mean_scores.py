@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence.query import CHUNK
-from dit_mlflow.trajectory import Workload, to_like
-from dit_mlflow.trajectory.random_state import fixed_draws
+from dit_mlflow.workload import Workload, to_like
+from dit_mlflow.workload.random_state import fixed_draws
 
 
 def mean_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> Metrics:

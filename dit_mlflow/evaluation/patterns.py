@@ -74,7 +74,7 @@ def correlations_by_pattern(estimate: np.ndarray, truth: np.ndarray, names: np.n
     """Agreement with ground truth among the samples of each pattern: on which can the estimate be trusted?
 
     Args:
-        estimate, truth: ``[samples]``, as for :func:`dit_mlflow.evaluation.correlations`.
+        estimate, truth: ``[samples]``, as for :func:`dit_mlflow.evaluation.correlation.correlations`.
         names: of each sample's pattern, from :func:`patterns`.
 
     Returns:

@@ -10,10 +10,11 @@ from dit_mlflow.evaluation.correlation import correlations_with_intervals
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence import Influence, check_kind
 from dit_mlflow.influence.question import Question
-from dit_mlflow.methods import Effort, leave_one_out
-from dit_mlflow.methods.counterfactual import retrain
-from dit_mlflow.methods.retraining import Reweighted
-from dit_mlflow.trajectory import Trajectory, Workload
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.retraining import Effort, leave_one_out
+from dit_mlflow.retraining.counterfactuals import Reweighted
+from dit_mlflow.retraining.retrain import retrain
+from dit_mlflow.workload import Workload
 
 SAMPLES = 24
 """Random samples that are left out exactly."""

@@ -11,7 +11,7 @@ from dit_mlflow.influence.query import (
     sample_losses,
 )
 from dit_mlflow.influence.result import SIGN_CONVENTION, Influence
-from dit_mlflow.influence.rows import row_losses
+from dit_mlflow.influence.row_queries import row_losses
 from dit_mlflow.influence.sweep import self_influence, track
 from dit_mlflow.influence.window import Timeline, Window, check_windows, parse_windows
 

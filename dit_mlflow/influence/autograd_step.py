@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.influence.adjoint import Adjoint, vector_jacobian
-from dit_mlflow.influence.runs import Run
-from dit_mlflow.influence.step_adjoint import PulledRun
-from dit_mlflow.trajectory.optimizers import optimizer_class
+from dit_mlflow.influence.step_adjoint import PulledGroup
+from dit_mlflow.influence.update_groups import UpdateGroup
+from dit_mlflow.replay.optimizers import optimizer_class
 from dit_mlflow.trajectory.state import COUNTERS, State
 
 
@@ -39,29 +39,29 @@ class AutogradStep:
         self._optimizer = optimizer_class(name)([placeholder], differentiable=True)  # type: ignore[call-arg]
 
     def __call__(
-        self, state: State, runs: Sequence[Run], gradients: Callable[[], Tensor], adjoint: Adjoint
-    ) -> list[PulledRun]:
+        self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
+    ) -> list[PulledGroup]:
         clipped = gradients()
-        return [self.pull(state, run, clipped[run.gradient], adjoint) for run in runs]
+        return [self.pull(state, group, clipped[group.gradient], adjoint) for group in groups]
 
-    def pull(self, state: State, run: Run, gradient: Tensor, adjoint: Adjoint) -> PulledRun:
+    def pull(self, state: State, group: UpdateGroup, gradient: Tensor, adjoint: Adjoint) -> PulledGroup:
         """One run's part, from its gradient ``[size]``."""
-        if run.settings["lr"] == 0.0 and self._divides_by_rate:
+        if group.settings["lr"] == 0.0 and self._divides_by_rate:
             # At the start of a warm-up only the state moves, as it does at any other rate.
             still = Adjoint(torch.zeros_like(adjoint.parameters), adjoint.buffers, adjoint.optimizer)
-            moving = self.pull(state, replace(run, settings={**run.settings, "lr": 1.0}), gradient, still)
-            return replace(moving, parameters=moving.parameters + adjoint.parameters[:, run.part])
-        theta = run.parameters(state).requires_grad_()
-        stored = {key: _stored(state, run, key, value) for key, value in run.entry.items()}
+            moving = self.pull(state, replace(group, settings={**group.settings, "lr": 1.0}), gradient, still)
+            return replace(moving, parameters=moving.parameters + adjoint.parameters[:, group.part])
+        theta = group.parameters(state).requires_grad_()
+        stored = {key: _stored(state, group, key, value) for key, value in group.entry.items()}
         slots = {key: value.requires_grad_() for key, value in stored.items() if _is_slot(key, value)}
         g = gradient.detach().requires_grad_()
         with torch.enable_grad(), _DifferentiableArithmetic():
-            moved, moved_slots = self._step(run, theta, stored, g)
+            moved, moved_slots = self._step(group, theta, stored, g)
         followed = [key for key in moved_slots if key in adjoint.optimizer]
         by_theta, by_g, *by_slots = vector_jacobian(
             [moved, *(moved_slots[key] for key in followed)],
             [theta, g, *slots.values()],
-            [adjoint.parameters[:, run.part], *(adjoint.optimizer[key][:, run.part] for key in followed)],
+            [adjoint.parameters[:, group.part], *(adjoint.optimizer[key][:, group.part] for key in followed)],
             adjoint.rows,
             batched=True,
         )
@@ -69,18 +69,18 @@ class AutogradStep:
         if self._denominator is not None:
             divisor = moved_slots[self._denominator].detach()
             # Adamax adds eps before it takes the maximum, the others after the root.
-            smallest = run.settings["eps"] if self._denominator == "exp_inf" else 0.0
+            smallest = group.settings["eps"] if self._denominator == "exp_inf" else 0.0
             undefined = partial(torch.le, divisor, smallest)
-        return PulledRun(by_theta.clone(), by_g, dict(zip(slots, by_slots, strict=True)), undefined)
+        return PulledGroup(by_theta.clone(), by_g, dict(zip(slots, by_slots, strict=True)), undefined)
 
     def _step(
-        self, run: Run, theta: Tensor, stored: dict[str, Any], gradient: Tensor
+        self, group: UpdateGroup, theta: Tensor, stored: dict[str, Any], gradient: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Parameters and state vectors after the step, as functions of those before and of the gradients."""
         optimizer, moved = self._optimizer, theta.clone()
         moved.grad = gradient
         flags = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
-        optimizer.param_groups = [{**run.settings, **flags, "params": [moved]}]
+        optimizer.param_groups = [{**group.settings, **flags, "params": [moved]}]
         optimizer.state = defaultdict(dict)
         if stored:
             optimizer.state[moved] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in stored.items()}
@@ -126,12 +126,12 @@ class _DifferentiableArithmetic(TorchFunctionMode):
 _SQUARE_ROOTS = (torch.sqrt, Tensor.sqrt, Tensor.sqrt_)
 
 
-def _stored(state: State, run: Run, key: str, value: Any) -> Any:
+def _stored(state: State, group: UpdateGroup, key: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if key in COUNTERS:
         return value.double()
-    return run.slot(state, key)
+    return group.slot(state, key)
 
 
 def _is_slot(key: str, value: Any) -> bool:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory import State
-from dit_mlflow.trajectory.dynamics import Dynamics
-from dit_mlflow.trajectory.step import Step
+from dit_mlflow.trajectory.step_record import StepRecord
 
 
 class BuffersApart:
@@ -29,7 +29,7 @@ class BuffersApart:
         self._followed = followed
         self._harmless: set[str] = set()
 
-    def check(self, before: State, after: State, step: Step) -> None:
+    def check(self, before: State, after: State, step: StepRecord) -> None:
         """Raise :class:`UnsupportedError` if ``step`` moved such a buffer.
 
         Whether the parameters matter is tried, once per buffer that is seen to move: with other parameters, the step's
@@ -51,7 +51,7 @@ class BuffersApart:
                 )
             self._harmless.add(name)
 
-    def _left(self, before: State, parameters: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
+    def _left(self, before: State, parameters: dict[str, Tensor], step: StepRecord) -> dict[str, Tensor]:
         """The buffers after the step's forward passes."""
         buffers = {name: value.clone() for name, value in before.buffers.items()}
         with torch.no_grad():

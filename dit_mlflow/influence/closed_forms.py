@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dit_mlflow.influence.adjoint import Adjoint
 from dit_mlflow.influence.autograd_step import AutogradStep
-from dit_mlflow.influence.runs import Run
-from dit_mlflow.influence.step_adjoint import PulledRun
+from dit_mlflow.influence.step_adjoint import PulledGroup
+from dit_mlflow.influence.update_groups import UpdateGroup
 from dit_mlflow.trajectory.state import State
 
 
@@ -31,30 +31,30 @@ class SgdStep:
     needs_values = False
 
     def __call__(
-        self, state: State, runs: Sequence[Run], gradients: Callable[[], Tensor], adjoint: Adjoint
-    ) -> list[PulledRun]:
-        return [self._pull(run, adjoint) for run in runs]
+        self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
+    ) -> list[PulledGroup]:
+        return [self._pull(group, adjoint) for group in groups]
 
-    def _pull(self, run: Run, adjoint: Adjoint) -> PulledRun:
-        settings = run.settings
+    def _pull(self, group: UpdateGroup, adjoint: Adjoint) -> PulledGroup:
+        settings = group.settings
         rate, momentum = settings["lr"], settings["momentum"]
-        parameters = adjoint.parameters[:, run.part]
+        parameters = adjoint.parameters[:, group.part]
         if not momentum:
             by_h, optimizer = parameters * -rate, {}
         else:
             through = -rate * momentum if settings["nesterov"] else -rate
             later = adjoint.optimizer.get("momentum_buffer")
             # In place: the adjoint after the step is not needed any more.
-            by_buffer = parameters * through if later is None else later[:, run.part].add_(parameters, alpha=through)
+            by_buffer = parameters * through if later is None else later[:, group.part].add_(parameters, alpha=through)
             # The first buffer is the gradient itself, whatever the dampening.
-            share = 1.0 if run.starts_momentum else 1.0 - settings["dampening"]
+            share = 1.0 if group.starts_momentum else 1.0 - settings["dampening"]
             by_h = by_buffer if share == 1.0 else by_buffer * share
             if settings["nesterov"]:
                 by_h = by_h.add(parameters, alpha=-rate)
-            optimizer = {} if run.starts_momentum else {"momentum_buffer": by_buffer * momentum}
+            optimizer = {} if group.starts_momentum else {"momentum_buffer": by_buffer * momentum}
         if settings["weight_decay"]:
             parameters = torch.add(parameters, by_h, alpha=settings["weight_decay"])
-        return PulledRun(parameters, -by_h if settings["maximize"] else by_h, optimizer)
+        return PulledGroup(parameters, -by_h if settings["maximize"] else by_h, optimizer)
 
 
 class AdamStep:
@@ -80,44 +80,44 @@ class AdamStep:
         self._amsgrad = AutogradStep(name)
 
     def __call__(
-        self, state: State, runs: Sequence[Run], gradients: Callable[[], Tensor], adjoint: Adjoint
-    ) -> list[PulledRun]:
+        self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
+    ) -> list[PulledGroup]:
         values = gradients()
-        return [self._pull(state, run, values[run.gradient], adjoint) for run in runs]
+        return [self._pull(state, group, values[group.gradient], adjoint) for group in groups]
 
-    def _pull(self, state: State, run: Run, gradient: Tensor, adjoint: Adjoint) -> PulledRun:
-        settings = run.settings
+    def _pull(self, state: State, group: UpdateGroup, gradient: Tensor, adjoint: Adjoint) -> PulledGroup:
+        settings = group.settings
         if settings["amsgrad"]:
-            return self._amsgrad.pull(state, run, gradient, adjoint)
+            return self._amsgrad.pull(state, group, gradient, adjoint)
         rate, decay, (beta1, beta2) = settings["lr"], settings["weight_decay"], settings["betas"]
         decoupled = settings.get("decoupled_weight_decay", self._decoupled)
-        count = float(run.entry["step"]) + 1 if run.entry else 1.0
+        count = float(group.entry["step"]) + 1 if group.entry else 1.0
         correction1, root2 = 1 - beta1**count, math.sqrt(1 - beta2**count)
 
         h = -gradient if settings["maximize"] else gradient
         if decay and not decoupled:
-            h = h.add(run.parameters(state), alpha=decay)
+            h = h.add(group.parameters(state), alpha=decay)
         mean, square = h * (1 - beta1), (h * h).mul_(1 - beta2)
-        if run.entry:
-            mean.add_(run.slot(state, "exp_avg"), alpha=beta1)
-            square.add_(run.slot(state, "exp_avg_sq"), alpha=beta2)
+        if group.entry:
+            mean.add_(group.slot(state, "exp_avg"), alpha=beta1)
+            square.add_(group.slot(state, "exp_avg_sq"), alpha=beta2)
         # Where v' is 0, so is m', and 0 over the smallest number is the 0 that is meant.
         root = square.sqrt().clamp_min_(torch.finfo(square.dtype).tiny)
         divisor = (root / root2).add_(settings["eps"])
         # What a unit of v' takes from theta', over what a unit of m' takes: -(m' / d) * d(d)/d(v').
         by_square = mean.div_(divisor).div_(root.mul_(2 * root2))
 
-        parameters = adjoint.parameters[:, run.part]
+        parameters = adjoint.parameters[:, group.part]
         through = parameters / divisor.mul_(-correction1 / rate) if rate else torch.zeros_like(parameters)
-        by_mean = through + adjoint.slot("exp_avg")[:, run.part]
-        through = adjoint.slot("exp_avg_sq")[:, run.part] - through.mul_(by_square)
+        by_mean = through + adjoint.slot("exp_avg")[:, group.part]
+        through = adjoint.slot("exp_avg_sq")[:, group.part] - through.mul_(by_square)
         by_h = torch.addcmul(by_mean * (1 - beta1), through, h, value=2 * (1 - beta2))
         if decay:
             alpha = -rate * decay if decoupled else decay
             parameters = parameters.add(parameters if decoupled else by_h, alpha=alpha)
-        return PulledRun(
+        return PulledGroup(
             parameters,
             -by_h if settings["maximize"] else by_h,
-            {"exp_avg": by_mean.mul_(beta1), "exp_avg_sq": through.mul_(beta2)} if run.entry else {},
+            {"exp_avg": by_mean.mul_(beta1), "exp_avg_sq": through.mul_(beta2)} if group.entry else {},
             lambda: square == 0,
         )

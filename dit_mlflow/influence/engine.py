@@ -20,15 +20,15 @@ from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
 from dit_mlflow.influence.buffers import BuffersApart
 from dit_mlflow.influence.kind import Sweep
-from dit_mlflow.influence.ledger import Ledger, Row
 from dit_mlflow.influence.query import Query
 from dit_mlflow.influence.update import Pulled, UpdateAdjoint
+from dit_mlflow.influence.window_scores import Row, WindowScores
 from dit_mlflow.progress import progress_bar
+from dit_mlflow.replay.dynamics import MicroBatch
+from dit_mlflow.replay.replay import Replay
+from dit_mlflow.replay.running_statistics import DifferentiableStatistics, running_statistics
 from dit_mlflow.trajectory import State
-from dit_mlflow.trajectory.dynamics import MicroBatch
-from dit_mlflow.trajectory.replay import Replay
-from dit_mlflow.trajectory.statistics import DifferentiableStatistics, running_statistics
-from dit_mlflow.trajectory.step import Step
+from dit_mlflow.trajectory.step_record import StepRecord
 
 ADJOINTS_IN_MEMORY = 2**30
 """Bytes that adjoints may take, unless told otherwise, before queries are answered in several walks."""
@@ -113,7 +113,7 @@ class Engine:
 
     def run(self, queries: Sequence[Query], planned: Sequence[Sweep], num_windows: int) -> np.ndarray:
         """Scores ``[windows, queries, samples]``, float64."""
-        ledger = Ledger(num_windows, len(queries), self.dynamics.workload.num_samples, planned)
+        collected = WindowScores(num_windows, len(queries), self.dynamics.workload.num_samples, planned)
         first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
         rows: list[Row] = []
         adjoint: Adjoint | None = None
@@ -125,8 +125,8 @@ class Engine:
                 later = state
                 if adjoint is not None:
                     step = self.replay.trajectory.step(t)
-                    adjoint, kicks = self._pull_back(state, step, adjoint)
-                    ledger.add(rows, t, torch.from_numpy(step.samples), kicks)
+                    adjoint, weight_gradients = self._pull_back(state, step, adjoint)
+                    collected.add(rows, t, torch.from_numpy(step.samples), weight_gradients)
                     alive = [position for position, row in enumerate(rows) if row.sweep.stop < t]
                     if len(alive) < len(rows):
                         rows = [rows[position] for position in alive]
@@ -137,7 +137,7 @@ class Engine:
                         started = self._start(state, queries)
                         adjoint = started if adjoint is None else adjoint.append(started)
                         rows += [Row(sweep, query) for query in range(len(queries))]
-        return ledger.scores.numpy()
+        return collected.scores.numpy()
 
     def _start(self, state: State, queries: Sequence[Query]) -> Adjoint:
         """``lambda = grad q`` at ``state``, one row per query; 0 for the optimizer's state."""
@@ -160,8 +160,8 @@ class Engine:
             by_buffers.append(torch.cat([value.new_zeros(0), *(part.reshape(-1) for part in found[len(held) :])]))
         return Adjoint(torch.stack(by_parameters), torch.stack(by_buffers))
 
-    def _pull_back(self, state: State, step: Step, adjoint: Adjoint) -> tuple[Adjoint, Tensor]:
-        """The adjoint at ``t`` from the one at ``t + 1``, and the kicks ``[A, sum B]`` of the step's samples."""
+    def _pull_back(self, state: State, step: StepRecord, adjoint: Adjoint) -> tuple[Adjoint, Tensor]:
+        """The adjoint at ``t`` from the one at ``t + 1``, and weight gradients ``[A, sum B]`` of the samples."""
         # Clipping looks at every gradient, also of parameters that the optimizer does not hold.
         held = self._held.shapes
         theta = {name: state.parameters[name].detach().requires_grad_() for name in held} | {
@@ -201,7 +201,7 @@ class Engine:
         return pulled.adjoint, -by_weight
 
     def _derivatives(
-        self, objective: Objective, state: State, step: Step, batches: list[MicroBatch]
+        self, objective: Objective, state: State, step: StepRecord, batches: list[MicroBatch]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Of ``m``: by the samples' weights ``[A, sum B]``, by the parameters (the Hessian), by the statistics."""
         inputs = [objective.weights, *objective.held.values(), *objective.moving]
@@ -224,10 +224,12 @@ class Engine:
             yield
         self._attends = not calls.seen.isdisjoint(_ATTENTION)
 
-    def _watch(self, step: Step, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float) -> None:
+    def _watch(
+        self, step: StepRecord, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float
+    ) -> None:
         """Warn once if a sample has a gradient where the total has been 0 so far, and the step has no derivative.
 
-        Such a kick carries ``1 / eps``; looked at are steps whose largest one stands out, and the first few.
+        Such a weight gradient carries ``1 / eps``; looked at are steps whose largest one stands out, and the first few.
         """
         if self._warned or not gradients:
             return

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.trajectory import Workload, to_like
-from dit_mlflow.trajectory.workload import Batch
+from dit_mlflow.workload import Workload, to_like
+from dit_mlflow.workload.workload import Batch
 
 Dataset = Literal["validation", "training", "test"]
 CHUNK = 1024
@@ -26,7 +26,7 @@ class Query:
     Attributes:
         name: appears in every result.
         function: ``function(model) -> scalar tensor``, differentiable. It may be called with float64 parameters,
-            so it should move its data to the parameters' dtype (:func:`dit_mlflow.trajectory.to_like`).
+            so it should move its data to the parameters' dtype (:func:`dit_mlflow.workload.to_like`).
     """
 
     name: str

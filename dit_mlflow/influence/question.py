@@ -13,8 +13,9 @@ from dit_mlflow.influence.kind import Kind, check_kind
 from dit_mlflow.influence.query import Query, resolve_queries
 from dit_mlflow.influence.result import Influence
 from dit_mlflow.influence.window import Window, check_windows
-from dit_mlflow.trajectory import Trajectory, Workload
+from dit_mlflow.replay import Trajectory
 from dit_mlflow.trajectory.manifest import library_versions
+from dit_mlflow.workload import Workload
 
 
 @dataclass(frozen=True, eq=False)

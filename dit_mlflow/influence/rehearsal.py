@@ -9,7 +9,8 @@ from pathlib import Path
 from dit_mlflow.errors import TrainingError
 from dit_mlflow.influence.sweep import track
 from dit_mlflow.influence.window import Window
-from dit_mlflow.trajectory import Workload, train
+from dit_mlflow.recording import train
+from dit_mlflow.workload import Workload
 
 STEPS = 2
 

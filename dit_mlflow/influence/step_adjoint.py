@@ -9,12 +9,12 @@ from typing import Protocol
 from torch import Tensor
 
 from dit_mlflow.influence.adjoint import Adjoint
-from dit_mlflow.influence.runs import Run
+from dit_mlflow.influence.update_groups import UpdateGroup
 from dit_mlflow.trajectory.state import State
 
 
 @dataclass(frozen=True, eq=False)
-class PulledRun:
+class PulledGroup:
     """Adjoints of one run before the step: of its parameters, gradients and optimizer state.
 
     Attributes:
@@ -42,8 +42,8 @@ class StepAdjoint(Protocol):
     def needs_values(self) -> bool: ...
 
     def __call__(
-        self, state: State, runs: Sequence[Run], gradients: Callable[[], Tensor], adjoint: Adjoint
-    ) -> list[PulledRun]:
+        self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
+    ) -> list[PulledGroup]:
         """From ``adjoint`` at ``t + 1`` to the runs' parts at ``t``.
 
         Args:

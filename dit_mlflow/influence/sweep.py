@@ -14,8 +14,9 @@ from dit_mlflow.influence.query import Query, sample_losses
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.result import Influence
 from dit_mlflow.influence.window import Window
-from dit_mlflow.trajectory import Trajectory, Workload
-from dit_mlflow.trajectory.random_state import preserved_random_state
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.workload import Workload
+from dit_mlflow.workload.random_state import preserved_random_state
 
 
 def track(
@@ -34,10 +35,10 @@ def track(
 
     .. math::
         \lambda_g = U_t'^{\top} \lambda, \quad
-        \text{kick}_t[j] = -\partial_{w_j} \langle g_t, \lambda_g \rangle, \quad
+        \text{weight gradient}_t[j] = -\partial_{w_j} \langle g_t, \lambda_g \rangle, \quad
         \lambda_\theta \mathrel{+}= \partial_\theta \langle g_t, \lambda_g \rangle;
 
-    a score is the sum of the kicks of its window. For plain SGD this is the recursion of Xu and Wu 2025
+    a score is the sum of the weight gradients of its window. For plain SGD this is the recursion of Xu and Wu 2025
     (arXiv 2502.10793); here it goes through PyTorch's own optimizer code.
 
     Args:

@@ -12,12 +12,12 @@ from torch import Tensor
 from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
 from dit_mlflow.influence.autograd_step import AutogradStep
 from dit_mlflow.influence.closed_forms import AdamStep, SgdStep
-from dit_mlflow.influence.runs import Run, runs_of
-from dit_mlflow.influence.step_adjoint import PulledRun, StepAdjoint
-from dit_mlflow.trajectory.dynamics import Dynamics
+from dit_mlflow.influence.step_adjoint import PulledGroup, StepAdjoint
+from dit_mlflow.influence.update_groups import UpdateGroup, update_groups
+from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step import Step
+from dit_mlflow.trajectory.step_record import StepRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class UpdateAdjoint:
         """Whether the optimizer's state must have its values, or only its keys."""
         return self._step.needs_values
 
-    def __call__(self, state: State, gradients: Mapping[str, Tensor], step: Step, adjoint: Adjoint) -> Pulled:
+    def __call__(self, state: State, gradients: Mapping[str, Tensor], step: StepRecord, adjoint: Adjoint) -> Pulled:
         """``(lambda_theta, lambda_o), lambda_g`` from ``lambda`` at step ``t + 1``.
 
         Args:
@@ -68,52 +68,54 @@ class UpdateAdjoint:
         Cost: a few elementwise passes over parameters and state, per row.
         """
         flat = Flat({name: value.shape for name, value in gradients.items()})
-        runs = runs_of(self._layout, self._held, state, step, flat)
+        groups = update_groups(self._layout, self._held, state, step, flat)
 
         def joined() -> Tensor:
             return flat.join([value.detach() for value in gradients.values()])
 
-        if self._dynamics.clips and runs:
+        if self._dynamics.clips and groups:
             unclipped = joined().requires_grad_()
             with torch.enable_grad():
                 (clipped,) = self._dynamics.clip({"all": unclipped}).values()
-            pulled = self._step(state, runs, clipped.detach, adjoint)
-            by_clipped = self._by_gradient(runs, pulled, adjoint, flat.size)
+            pulled = self._step(state, groups, clipped.detach, adjoint)
+            by_clipped = self._by_gradient(groups, pulled, adjoint, flat.size)
             (by_gradient,) = vector_jacobian([clipped], [unclipped], [by_clipped], adjoint.rows, batched=True)
         else:
-            pulled = self._step(state, runs, joined, adjoint)
-            by_gradient = self._by_gradient(runs, pulled, adjoint, flat.size)
-        undefined = partial(_undefined, runs, pulled, flat)
-        return Pulled(self._replaced(adjoint, runs, pulled), flat.split_rows(by_gradient), undefined)
+            pulled = self._step(state, groups, joined, adjoint)
+            by_gradient = self._by_gradient(groups, pulled, adjoint, flat.size)
+        undefined = partial(_undefined, groups, pulled, flat)
+        return Pulled(self._replaced(adjoint, groups, pulled), flat.split_rows(by_gradient), undefined)
 
-    def _by_gradient(self, runs: Sequence[Run], pulled: Sequence[PulledRun], adjoint: Adjoint, size: int) -> Tensor:
-        if len(runs) == 1 and runs[0].gradient == slice(0, size):
+    def _by_gradient(
+        self, groups: Sequence[UpdateGroup], pulled: Sequence[PulledGroup], adjoint: Adjoint, size: int
+    ) -> Tensor:
+        if len(groups) == 1 and groups[0].gradient == slice(0, size):
             return pulled[0].gradients
         by_gradient = adjoint.parameters.new_zeros((adjoint.rows, size))
-        for run, part in zip(runs, pulled, strict=True):
-            by_gradient[:, run.gradient] = part.gradients
+        for group, part in zip(groups, pulled, strict=True):
+            by_gradient[:, group.gradient] = part.gradients
         return by_gradient
 
-    def _replaced(self, adjoint: Adjoint, runs: Sequence[Run], pulled: Sequence[PulledRun]) -> Adjoint:
+    def _replaced(self, adjoint: Adjoint, groups: Sequence[UpdateGroup], pulled: Sequence[PulledGroup]) -> Adjoint:
         """``adjoint`` with the runs' parts replaced by what was pulled back; the rest passes a step unchanged."""
-        if len(runs) == 1 and runs[0].part == slice(0, self._held.size):
+        if len(groups) == 1 and groups[0].part == slice(0, self._held.size):
             return Adjoint(pulled[0].parameters, adjoint.buffers, pulled[0].optimizer)
         parameters = adjoint.parameters.clone()
         optimizer = {key: value.clone() for key, value in adjoint.optimizer.items()}
-        for run, part in zip(runs, pulled, strict=True):
-            parameters[:, run.part] = part.parameters
+        for group, part in zip(groups, pulled, strict=True):
+            parameters[:, group.part] = part.parameters
             for value in optimizer.values():
-                value[:, run.part] = 0
+                value[:, group.part] = 0
             for key, value in part.optimizer.items():
-                optimizer.setdefault(key, torch.zeros_like(parameters))[:, run.part] = value
+                optimizer.setdefault(key, torch.zeros_like(parameters))[:, group.part] = value
         return Adjoint(parameters, adjoint.buffers, optimizer)
 
 
-def _undefined(runs: Sequence[Run], pulled: Sequence[PulledRun], flat: Flat) -> list[Tensor]:
+def _undefined(groups: Sequence[UpdateGroup], pulled: Sequence[PulledGroup], flat: Flat) -> list[Tensor]:
     found = torch.zeros((1, flat.size), dtype=torch.bool, device=pulled[0].gradients.device if pulled else None)
-    for run, part in zip(runs, pulled, strict=True):
+    for group, part in zip(groups, pulled, strict=True):
         if part.undefined is not None:
-            found[:, run.gradient] = part.undefined()
+            found[:, group.gradient] = part.undefined()
     return [part[0] for part in flat.split_rows(found)]
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.methods.dit_confirmed import confirm
-from dit_mlflow.methods.effort import Effort
-from dit_mlflow.methods.leave_one_out import leave_one_out
 from dit_mlflow.methods.method import Estimate, Method
 
 _HOMES = {
@@ -59,4 +56,4 @@ def method(name: str) -> Method:
     return found
 
 
-__all__ = ["NAMES", "Effort", "Estimate", "Method", "confirm", "leave_one_out", "method"]
+__all__ = ["NAMES", "Estimate", "Method", "method"]

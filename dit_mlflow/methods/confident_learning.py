@@ -13,9 +13,9 @@ from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import training_labels, training_logits
 from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.replay.replay import Replay
+from dit_mlflow.replay.rollout import Rollout
 from dit_mlflow.trajectory import State
-from dit_mlflow.trajectory.replay import Replay
-from dit_mlflow.trajectory.rollout import Rollout
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence.question import Question
-from dit_mlflow.methods.effort import Effort
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.methods.random_subsets import met, outcomes
+from dit_mlflow.retraining.effort import Effort
+from dit_mlflow.retraining.random_subsets import met, outcomes
 
 ROUNDS = 16
 """An order is followed in so many parts: those that are truncated in one need no training in the next."""

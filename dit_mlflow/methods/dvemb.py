@@ -17,9 +17,9 @@ from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import in_parts
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.objective import refuse_ascent
-from dit_mlflow.trajectory.dynamics import MicroBatch
+from dit_mlflow.replay.dynamics import MicroBatch
 from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step import Step
+from dit_mlflow.trajectory.step_record import StepRecord
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Dvemb(Method):
 
 class _GradientsForHessians(Engine):
     def _derivatives(
-        self, objective: Objective, state: State, step: Step, batches: list[MicroBatch]
+        self, objective: Objective, state: State, step: StepRecord, batches: list[MicroBatch]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         by_weight, *by_moving = objective.derivatives([objective.weights, *objective.moving], batched=False)
         # That is c_i <g_i, v>; G v, the sum of c_i <g_i, v> g_i, is the step's gradient with the weights <g_i, v>.
@@ -90,7 +90,7 @@ class _GradientsForHessians(Engine):
         vectors: Mapping[str, Tensor],
         weights: Tensor,
         state: State,
-        step: Step,
+        step: StepRecord,
         batches: list[MicroBatch],
     ) -> list[Tensor]:
         """``G v``, and the regularizer's Hessian times ``v``, for the held parameters."""

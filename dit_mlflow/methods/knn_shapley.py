@@ -14,9 +14,9 @@ from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import LastLayer, class_logits, first_samples
 from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory import State
-from dit_mlflow.trajectory.dynamics import Dynamics
-from dit_mlflow.trajectory.workload import tensors_of
+from dit_mlflow.workload.workload import tensors_of
 
 ROWS = 256
 """Validation samples whose distances are held at once."""

@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from dit_mlflow.errors import UnsupportedError
-from dit_mlflow.trajectory import State, to_like
-from dit_mlflow.trajectory.dynamics import Dynamics
-from dit_mlflow.trajectory.workload import Batch
+from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.trajectory import State
+from dit_mlflow.workload import to_like
+from dit_mlflow.workload.workload import Batch
 
 CHUNK = 256
 """Samples per forward pass."""

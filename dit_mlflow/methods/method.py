@@ -12,8 +12,9 @@ import numpy as np
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence import Influence, Query, Window
 from dit_mlflow.influence.question import Question
-from dit_mlflow.trajectory import Trajectory, Workload
-from dit_mlflow.trajectory.random_state import preserved_random_state
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.workload import Workload
+from dit_mlflow.workload.random_state import preserved_random_state
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,9 @@ from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.snapshot import Snapshot, snapshot_at, snapshots
 from dit_mlflow.methods.tracin import learning_rates
+from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory import State
-from dit_mlflow.trajectory.replay import Replay
-from dit_mlflow.trajectory.step import Step
+from dit_mlflow.trajectory.step_record import StepRecord
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,13 @@ class MirroredInfluence(Method):
         return rates
 
     def _falls(
-        self, replay: Replay, snapshot: Snapshot, step: Step, query: Query, rates: dict[str, float], before: np.ndarray
+        self,
+        replay: Replay,
+        snapshot: Snapshot,
+        step: StepRecord,
+        query: Query,
+        rates: dict[str, float],
+        before: np.ndarray,
     ) -> np.ndarray:
         """``l_j(theta) - l_j(theta')``, or the other way round after an ascent, ``[n]``."""
         direction = 1 if self.ascent else -1

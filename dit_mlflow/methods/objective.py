@@ -7,12 +7,12 @@ import numpy as np
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.window import Window
 from dit_mlflow.methods.method import Method
-from dit_mlflow.trajectory import Workload
-from dit_mlflow.trajectory.replay import Replay
-from dit_mlflow.trajectory.step import Step
+from dit_mlflow.replay.replay import Replay
+from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload import Workload
 
 
-def refuse_ascent(step: Step) -> None:
+def refuse_ascent(step: StepRecord) -> None:
     """Raise :class:`UnsupportedError` for a step uphill."""
     if any(settings.get("maximize") for settings in step.hyperparameters):
         raise UnsupportedError(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dit_mlflow.trajectory.dynamics import Dynamics, MicroBatch, replaying
-from dit_mlflow.trajectory.replay import Replay
+from dit_mlflow.replay.dynamics import Dynamics, MicroBatch, replaying
+from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step import Step
+from dit_mlflow.trajectory.step_record import StepRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ def presentations(replay: Replay, until: int) -> Iterator[Presentation]:
         yield Presentation(t, step.samples, np.concatenate(margins))
 
 
-def _margins(dynamics: Dynamics, step: Step, state: State, micro: MicroBatch) -> np.ndarray:
+def _margins(dynamics: Dynamics, step: StepRecord, state: State, micro: MicroBatch) -> np.ndarray:
     dynamics.set_modes(step)
     buffers = {name: value.clone() for name, value in state.buffers.items()}
     with torch.no_grad(), replaying(micro.random_state):

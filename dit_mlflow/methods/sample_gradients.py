@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_mlflow.methods.snapshot import CHUNK, Snapshot
-from dit_mlflow.trajectory.dynamics import Parameters
-from dit_mlflow.trajectory.workload import Batch, tensors_of, with_tensors
+from dit_mlflow.replay.dynamics import Parameters
+from dit_mlflow.workload.workload import Batch, tensors_of, with_tensors
 
 GRADIENTS_IN_MEMORY = 2**28
 """Bytes of single samples' gradients that are held at once."""

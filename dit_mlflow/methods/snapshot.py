@@ -15,12 +15,13 @@ from dit_mlflow.errors import InputError
 from dit_mlflow.influence import Query
 from dit_mlflow.influence.adjoint import vector_jacobian
 from dit_mlflow.methods.objective import refuse_ascent
-from dit_mlflow.trajectory import State, to_like
-from dit_mlflow.trajectory.dynamics import Dynamics, Parameters
+from dit_mlflow.replay.dynamics import Dynamics, Parameters
+from dit_mlflow.replay.replay import Replay
+from dit_mlflow.trajectory import State
 from dit_mlflow.trajectory.manifest import OptimizerLayout
-from dit_mlflow.trajectory.replay import Replay
-from dit_mlflow.trajectory.step import Step
-from dit_mlflow.trajectory.workload import Batch
+from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload import to_like
+from dit_mlflow.workload.workload import Batch
 
 CHUNK = 256
 """Training samples per forward pass."""
@@ -51,7 +52,7 @@ class Snapshot:
         dynamics: Dynamics,
         layout: OptimizerLayout,
         state: State,
-        step: Step,
+        step: StepRecord,
         frozen: frozenset[str] | None = None,
     ) -> None:
         refuse_ascent(step)
@@ -145,7 +146,7 @@ def snapshots(replay: Replay, steps: Sequence[int]) -> Iterator[tuple[int, Snaps
             yield t, snapshot_at(replay, state, replay.trajectory.step(max(t - 1, 0)))
 
 
-def snapshot_at(replay: Replay, state: State, step: Step) -> Snapshot:
+def snapshot_at(replay: Replay, state: State, step: StepRecord) -> Snapshot:
     """With those parameters for frozen that no step of this one's epoch gave a gradient.
 
     A parameter without one in a single step may only not have been called on (an expert, one head of several).

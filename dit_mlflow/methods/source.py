@@ -18,8 +18,8 @@ from dit_mlflow.methods.krylov import krylov_spaces
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.objective import mean_coefficients, refuse_ascent
 from dit_mlflow.methods.snapshot import Snapshot, snapshots
-from dit_mlflow.trajectory.replay import Replay
-from dit_mlflow.trajectory.step import Step
+from dit_mlflow.replay.replay import Replay
+from dit_mlflow.trajectory.step_record import StepRecord
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ class Source(Method):
         gradients = _visit(replay, segments, {sweep.start for sweep in planned}, question)
         scores = np.zeros(question.shape)
         for sweep in planned:
-            for piece, kicks in self._unroll(replay, segments, sweep, gradients[sweep.start]):
+            for piece, weight_gradients in self._unroll(replay, segments, sweep, gradients[sweep.start]):
                 for share in sweep.shares:
                     if piece.start in Window(share.lo, share.hi):
-                        scores[share.window] += share.sign * kicks
+                        scores[share.window] += share.sign * weight_gradients
         details = {"segments": len(segments), "states": self.states, "max_drift": replay.max_drift}
         return Estimate(scores, details=details)
 
@@ -97,7 +97,7 @@ class Source(Method):
     def _unroll(
         self, replay: Replay, segments: list[Segment], sweep: Sweep, adjoint: np.ndarray
     ) -> Iterator[tuple[Window, np.ndarray]]:
-        """Parts of segments, last first, and the kicks ``[queries, n]`` of all samples there."""
+        """Parts of segments, last first, and the weight gradients ``[queries, n]`` of all samples there."""
         cuts = {sweep.start, *(step for share in sweep.shares for step in (share.lo, share.hi))}
         for segment in reversed(segments):
             bounds = {segment.steps.start, segment.steps.end, *cuts}
@@ -220,7 +220,7 @@ def _visit(replay: Replay, segments: list[Segment], starts: set[int], question: 
     return gradients
 
 
-def _settings(replay: Replay, step: Step) -> dict[str, Mapping[str, float]]:
+def _settings(replay: Replay, step: StepRecord) -> dict[str, Mapping[str, float]]:
     """Hyperparameters of each parameter that the optimizer holds."""
     groups = zip(replay.trajectory.manifest.optimizer.groups, step.hyperparameters, strict=True)
     return {name: settings for names, settings in groups for name in names}

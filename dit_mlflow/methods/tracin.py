@@ -15,10 +15,10 @@ from dit_mlflow.influence.adjoint import vector_jacobian
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.snapshot import Snapshot
-from dit_mlflow.trajectory.replay import Replay
-from dit_mlflow.trajectory.step import Step
+from dit_mlflow.replay.replay import Replay
+from dit_mlflow.trajectory.step_record import StepRecord
 
-Effects = Callable[[Replay, Step, Snapshot, dict[str, Tensor]], np.ndarray]
+Effects = Callable[[Replay, StepRecord, Snapshot, dict[str, Tensor]], np.ndarray]
 """``(replay, step, s_t, grad q by parameter [queries, *shape]) -> [queries, sum B]``: what each presentation did."""
 
 
@@ -59,7 +59,7 @@ def sum_over_steps(question: Question, effects: Effects) -> Estimate:
     return Estimate(scores, details={"max_drift": replay.max_drift})
 
 
-def effects(replay: Replay, step: Step, snapshot: Snapshot, gradients: dict[str, Tensor]) -> np.ndarray:
+def effects(replay: Replay, step: StepRecord, snapshot: Snapshot, gradients: dict[str, Tensor]) -> np.ndarray:
     """``eta c_j <grad l_j, grad q>`` of each presentation in the step, ``[queries, sum B]``."""
     dynamics = replay.dynamics
     parameters = {**snapshot.state.parameters, **snapshot.trained}
@@ -75,7 +75,7 @@ def effects(replay: Replay, step: Step, snapshot: Snapshot, gradients: dict[str,
     return products.double().cpu().numpy()
 
 
-def learning_rates(replay: Replay, step: Step) -> dict[str, float]:
+def learning_rates(replay: Replay, step: StepRecord) -> dict[str, float]:
     """Learning rate of each parameter that the optimizer holds."""
     groups = zip(replay.trajectory.manifest.optimizer.groups, step.hyperparameters, strict=True)
     return {name: float(settings["lr"]) for names, settings in groups for name in names}

@@ -17,8 +17,8 @@ from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.sample_gradients import GRADIENTS_IN_MEMORY
 from dit_mlflow.methods.snapshot import Snapshot
 from dit_mlflow.methods.tracin import effects, sum_over_steps
-from dit_mlflow.trajectory.replay import Replay
-from dit_mlflow.trajectory.step import Step
+from dit_mlflow.replay.replay import Replay
+from dit_mlflow.trajectory.step_record import StepRecord
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class TracInRenormalized(Method):
         return sum_over_steps(question, _renormalized)
 
 
-def _renormalized(replay: Replay, step: Step, snapshot: Snapshot, gradients: dict[str, Tensor]) -> np.ndarray:
+def _renormalized(replay: Replay, step: StepRecord, snapshot: Snapshot, gradients: dict[str, Tensor]) -> np.ndarray:
     """``eta c_j <grad l_j / |grad l_j|, grad q>``, ``[queries, sum B]``."""
     norms = presented_norms(replay, step, snapshot)
     found = effects(replay, step, snapshot, gradients)
     return np.divide(found, norms, out=np.zeros_like(found), where=norms != 0)
 
 
-def presented_norms(replay: Replay, step: Step, snapshot: Snapshot) -> np.ndarray:
+def presented_norms(replay: Replay, step: StepRecord, snapshot: Snapshot) -> np.ndarray:
     """``|grad l_j|`` of each presentation in the step, as recorded, ``[sum B]``; 0 where its coefficient is 0.
 
     The loss draws for the whole batch, so samples cannot be presented one by one. ``d g / d w_j`` is ``c_j l_j`` of the

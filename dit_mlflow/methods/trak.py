@@ -18,9 +18,10 @@ from dit_mlflow.methods.objective import shares
 from dit_mlflow.methods.random_projection import RandomProjection
 from dit_mlflow.methods.sample_gradients import Output, sample_gradients
 from dit_mlflow.methods.snapshot import Snapshot, snapshot_at
-from dit_mlflow.trajectory import State, Workload
-from dit_mlflow.trajectory.dynamics import Dynamics
-from dit_mlflow.trajectory.workload import Batch
+from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.trajectory import State
+from dit_mlflow.workload import Workload
+from dit_mlflow.workload.workload import Batch
 
 LARGEST = 2048
 """Projected dimensions that are taken without being asked for."""

@@ -7,28 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit_mlflow.tracking.artifacts import (
-        load_influence,
-        load_trajectory,
-        log_influence,
-        log_trajectory,
-    )
-    from dit_mlflow.tracking.influence import run_influence
-    from dit_mlflow.tracking.influence_model import log_influence_model
-    from dit_mlflow.tracking.recording import record_trajectory
-    from dit_mlflow.tracking.registration import register_influence
-    from dit_mlflow.tracking.training import run_training
+    from dit_mlflow.tracking.jobs.influence import run_influence
+    from dit_mlflow.tracking.jobs.influence_model import log_influence_model
+    from dit_mlflow.tracking.jobs.register_influence import register_influence
+    from dit_mlflow.tracking.jobs.train import run_training
+    from dit_mlflow.tracking.recording.record_trajectory import record_trajectory
+    from dit_mlflow.tracking.store.artifacts import load_influence, load_trajectory, log_influence, log_trajectory
 
 _HOME_OF = {
-    "load_influence": "artifacts",
-    "load_trajectory": "artifacts",
-    "log_influence": "artifacts",
-    "log_influence_model": "influence_model",
-    "log_trajectory": "artifacts",
-    "record_trajectory": "recording",
-    "register_influence": "registration",
-    "run_influence": "influence",
-    "run_training": "training",
+    "load_influence": "store.artifacts",
+    "load_trajectory": "store.artifacts",
+    "log_influence": "store.artifacts",
+    "log_influence_model": "jobs.influence_model",
+    "log_trajectory": "store.artifacts",
+    "record_trajectory": "recording.record_trajectory",
+    "register_influence": "jobs.register_influence",
+    "run_influence": "jobs.influence",
+    "run_training": "jobs.train",
 }
 
 __all__ = [

@@ -25,7 +25,7 @@ class DitEvaluator(ModelEvaluator):
     - ``top``: samples listed for each row and side, 5;
     - ``batch``: how a row becomes a batch, see :func:`dit_mlflow.influence.row_losses`.
 
-    What is logged: see :func:`dit_mlflow.tracking.evaluation.evaluate_rows`.
+    What is logged: see :func:`dit_mlflow.tracking.jobs.evaluate_rows.evaluate_rows`.
     """
 
     @classmethod
@@ -47,15 +47,15 @@ class DitEvaluator(ModelEvaluator):
         model_id: str | None = None,
         **kwargs: Any,
     ) -> EvaluationResult:
-        """See :func:`dit_mlflow.tracking.evaluation.evaluate_rows`.
+        """See :func:`dit_mlflow.tracking.jobs.evaluate_rows.evaluate_rows`.
 
         Raises:
             DitError: a setting, the data or the model cannot be used.
         """
         from dit_mlflow.errors import InputError
         from dit_mlflow.evaluation import Metrics
-        from dit_mlflow.tracking.evaluation import Settings, evaluate_rows
-        from dit_mlflow.tracking.runs import log_metrics
+        from dit_mlflow.tracking.jobs.evaluate_rows import Settings, evaluate_rows
+        from dit_mlflow.tracking.store.run_log import log_metrics
 
         if extra_metrics or custom_artifacts:
             raise InputError("extra_metrics and custom_artifacts belong to MLflow's own evaluators; leave them out")

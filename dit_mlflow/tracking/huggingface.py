@@ -18,10 +18,10 @@ from accelerate.data_loader import SkipBatchSampler
 from accelerate.state import GradientState
 
 from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.tracking.loss_share import LossShare
-from dit_mlflow.tracking.recorded_training import RecordedTraining
-from dit_mlflow.trajectory import Workload
-from dit_mlflow.trajectory.tap import Handed, LoaderTap
+from dit_mlflow.recording.loader_patch import Handed, LoaderPatch
+from dit_mlflow.tracking.recording.loss_share import LossShare
+from dit_mlflow.tracking.recording.recorded_training import RecordedTraining
+from dit_mlflow.workload import Workload
 
 
 class TrajectoryCallback(TrainerCallback):
@@ -44,9 +44,9 @@ class TrajectoryCallback(TrainerCallback):
     - ``clip_grad_norm``: ``max_grad_norm`` of the training arguments, 1.0 unless changed;
     - ``coefficients``, ``accumulate``: not needed as long as the model itself computes the loss from ``labels``. The
       factor of each sample's loss depends on trainer and model, so it is measured and recorded (see
-      :class:`~dit_mlflow.tracking.loss_share.LossShare`). In transformers 5.23 it is ``1 / N`` where the model divides
-      by ``num_items_in_batch`` (``N`` labels in the whole step: ``LlamaForCausalLM``), and ``1 / B`` where the model
-      takes that argument but averages over the ``B`` labels of its micro-batch all the same
+      :class:`~dit_mlflow.tracking.recording.loss_share.LossShare`). In transformers 5.23 it is ``1 / N`` where the
+      model divides by ``num_items_in_batch`` (``N`` labels in the whole step: ``LlamaForCausalLM``), and ``1 / B``
+      where the model takes that argument but averages over the ``B`` labels of its micro-batch all the same
       (``BertForSequenceClassification``, ``BertForMaskedLM``): the trainer then does not divide by the number of
       micro-batches. Models without keyword arguments get ``1 / (B * A)`` for ``A`` micro-batches in the step, ``A``
       being smaller in the last of an epoch. With a ``compute_loss_func``, label smoothing, or several labels per sample
@@ -164,8 +164,8 @@ class TrajectoryCallback(TrainerCallback):
         self._end()
 
     def _next_batch(self, training: RecordedTraining) -> None:
-        assert training.tap is not None
-        training.next_batch(training.tap.take() or _resumed(training.tap))
+        assert training.patch is not None
+        training.next_batch(training.patch.take() or _resumed(training.patch))
 
     def _used(self, training: RecordedTraining) -> None:
         training.used()
@@ -196,12 +196,12 @@ def _inner(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _resumed(tap: LoaderTap) -> Handed | None:
+def _resumed(patch: LoaderPatch) -> Handed | None:
     """In the middle of an epoch, a resumed trainer iterates a loader of its own over the samplers that are watched."""
     sampler = getattr(GradientState().active_dataloader, "batch_sampler", None)
-    if not isinstance(sampler, SkipBatchSampler) or sampler.batch_sampler is not tap.sampler:
+    if not isinstance(sampler, SkipBatchSampler) or sampler.batch_sampler is not patch.sampler:
         raise TrajectoryError(
             "the trainer draws its batches from another loader than the one that it has shown to its callbacks; the "
             "samples of a step are not known"
         )
-    return tap.take_noted(sampler.skip_batches)
+    return patch.take_noted(sampler.skip_batches)

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dit_mlflow.errors import UnsupportedError
-from dit_mlflow.tracking.recorded_training import RecordedTraining
-from dit_mlflow.trajectory import Workload
+from dit_mlflow.tracking.recording.recorded_training import RecordedTraining
+from dit_mlflow.workload import Workload
 
 
 def _bases() -> tuple[type, ...]:
@@ -122,7 +122,7 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
                 f"{type(pl_module).__name__} trains with {len(trainer.optimizers)} optimizers; a trajectory is that of "
                 "one model with one optimizer"
             )
-        if training.tap is None or trainer.train_dataloader is not training.tap.loader:
+        if training.patch is None or trainer.train_dataloader is not training.patch.loader:
             raise UnsupportedError(
                 f"the trainer draws its batches from {type(trainer.train_dataloader).__name__}; recording needs one "
                 "torch.utils.data.DataLoader, from which all samples of a step come"

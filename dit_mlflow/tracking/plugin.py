@@ -13,7 +13,7 @@ from pathlib import Path
 from mlflow.tracking.context.abstract_context import RunContextProvider
 
 import dit_mlflow
-from dit_mlflow.tracking.names import COMMIT, DIRTY, VERSION
+from dit_mlflow.tracking.store.names import COMMIT, DIRTY, VERSION
 
 WORKING_MODULE = "dit_mlflow.trajectory"
 """Loaded in every process that records or reads trajectories, and in no other."""

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticSerializationError
 
 from dit_mlflow.errors import TrajectoryError, WorkloadError
+from dit_mlflow.workload.projects import WorkloadReference
 
 FILE_NAME = "manifest.json"
 
@@ -100,16 +101,11 @@ class FileEntry(_Part):
     size: Count
 
 
-class WorkloadReference(_Part):
-    reference: str
-    settings: dict[str, Any]
-
-
 class Manifest(_Part):
     """Everything needed to open a trajectory; see the classes of its fields.
 
     ``batches``: where each step's batches are stored, if they are: tensors ``step/micro-batch/place``, the places in
-    the order of :func:`dit_mlflow.trajectory.workload.tensors_of`.
+    the order of :func:`dit_mlflow.workload.workload.tensors_of`.
     """
 
     format: Literal[2] = 2

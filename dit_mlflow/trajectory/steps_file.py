@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.manifest import Manifest, StepsFile
 from dit_mlflow.trajectory.parquet_size import count_rows
-from dit_mlflow.trajectory.random_state import RandomState
-from dit_mlflow.trajectory.step import SCHEMA, Hyperparameters, Step
+from dit_mlflow.trajectory.step_record import SCHEMA, Hyperparameters, StepRecord
+from dit_mlflow.workload.random_state import RandomState
 
 Value = TypeVar("Value")
 _Parts = tuple[np.ndarray, ...]
 
 
-def read_steps(path: Path, part: StepsFile, manifest: Manifest) -> list[Step]:
+def read_steps(path: Path, part: StepsFile, manifest: Manifest) -> list[StepRecord]:
     """The steps ``part.start … part.stop - 1``. What the file holds after them is not looked at.
 
     Args:
@@ -108,7 +108,7 @@ class _Rows:
         self._start = start
         self._parameters = frozenset(manifest.model.parameters)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[StepRecord]:
         length = len(self._batch)
         numbers = range(self._start, self._start + length)
         if not np.array_equal(_numbers(self._column("step")), np.arange(self._start, self._start + length)):
@@ -131,7 +131,7 @@ class _Rows:
             absent,
             zero,
         )
-        return [Step(*row) for row in zip(*columns, strict=True)]
+        return [StepRecord(*row) for row in zip(*columns, strict=True)]
 
     def _need(self, condition: bool | np.bool_, problem: str) -> None:
         if not condition:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dit_mlflow import Workload, WorkloadError
-from dit_mlflow.evaluation import corrupt as damage
-from dit_mlflow.workloads import (
+from dit_mlflow.examples import (
     Captions,
     Decay,
     Labelled,
@@ -24,6 +23,7 @@ from dit_mlflow.workloads import (
     split,
     standardised,
 )
+from dit_mlflow.examples import corrupt as damage
 
 from .encoding import COLUMNS, FEATURES, encoded
 from .table import people
@@ -67,7 +67,7 @@ def workload(
         n_train, n_validation, n_test: samples in each split, drawn without overlap, the last from adult.test.
         data_seed: seed of the split.
         corrupt, corrupt_seed, corruption: share of training samples to damage, seed of the choice, and what is done to
-            them before standardisation; see :func:`dit_mlflow.evaluation.corrupt`.
+            them before standardisation; see :func:`dit_mlflow.examples.corrupt`.
         hidden: width of the ``dnn``'s hidden layer.
         epochs, batch_size: of training.
         optimizer, lr, momentum, weight_decay: of the optimizer; momentum is SGD's.

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.datasets import fetch_openml
 
 from dit_mlflow import WorkloadError
-from dit_mlflow.workloads import Labelled, folder_of
+from dit_mlflow.examples import Labelled, folder_of
 
 from .encoding import CATEGORIES, COLUMNS, MISSING, NUMBERS
 

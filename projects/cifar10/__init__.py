@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 
 from dit_mlflow import Workload, WorkloadError
-from dit_mlflow.evaluation import Damage
-from dit_mlflow.workloads import (
+from dit_mlflow.examples import (
+    Damage,
     Decay,
     Labelled,
     OptimizerName,
@@ -91,7 +91,7 @@ def workload(
         n_train, n_validation, n_test: samples in each split, drawn without overlap, the last from the test file.
         data_seed: seed of the split.
         corrupt, corrupt_seed, corruption: share of training samples to damage, seed of the choice, and what is done to
-            them before standardisation; see :func:`dit_mlflow.evaluation.corrupt`. ``ood`` puts images of the other
+            them before standardisation; see :func:`dit_mlflow.examples.corrupt`. ``ood`` puts images of the other
             eight classes in their place.
         standardise: by the training pixels of each colour (``channel``), each value (``pixel``), or the ``image``
             itself.

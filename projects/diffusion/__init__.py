@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
 from dit_mlflow import Workload, WorkloadError
-from dit_mlflow.evaluation import corrupt as damage
-from dit_mlflow.workloads import Decay, Labelled, OptimizerName, Recipe, build_optimizer, inverse_sqrt, split
+from dit_mlflow.examples import Decay, Labelled, OptimizerName, Recipe, build_optimizer, inverse_sqrt, split
+from dit_mlflow.examples import corrupt as damage
 
 from .network import NoisePredictor, Noising
 

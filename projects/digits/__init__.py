@@ -10,8 +10,8 @@ from typing import Literal
 from sklearn.datasets import load_digits
 
 from dit_mlflow import Workload
-from dit_mlflow.evaluation import Damage
-from dit_mlflow.workloads import (
+from dit_mlflow.examples import (
+    Damage,
     Decay,
     Labelled,
     OptimizerName,
@@ -54,7 +54,7 @@ def workload(
         n_train, n_validation, n_test: samples in each split, drawn without overlap; there are 1,797.
         data_seed: seed of the split.
         corrupt, corrupt_seed, corruption: share of training samples to damage, seed of the choice, and what is done to
-            them before standardisation; see :func:`dit_mlflow.evaluation.corrupt`. There are no images for ``ood``.
+            them before standardisation; see :func:`dit_mlflow.examples.corrupt`. There are no images for ``ood``.
         standardise: by the training pixels together (``channel``), each (``pixel``), or the ``image`` itself.
         hidden: width of the ``dnn``'s hidden layer.
         epochs, batch_size: of training.

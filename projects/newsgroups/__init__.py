@@ -11,8 +11,7 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from dit_mlflow import Workload, WorkloadError
-from dit_mlflow.evaluation import corrupt as damage
-from dit_mlflow.workloads import (
+from dit_mlflow.examples import (
     Captions,
     Decay,
     Labelled,
@@ -27,6 +26,7 @@ from dit_mlflow.workloads import (
     split,
     standardised,
 )
+from dit_mlflow.examples import corrupt as damage
 
 from .posts import GROUPS, read_posts
 
@@ -82,7 +82,7 @@ def workload(
             the archive keeps for testing; default 256, for ``dnn`` with ``preset=paper`` 200.
         data_seed: seed of the split.
         corrupt, corrupt_seed, corruption: share of training samples to damage, seed of the choice, and what is done to
-            them; see :func:`dit_mlflow.evaluation.corrupt`. ``ood`` puts posts of other groups in their place.
+            them; see :func:`dit_mlflow.examples.corrupt`. ``ood`` puts posts of other groups in their place.
         hidden: width of the ``dnn``'s hidden layer.
         epochs, batch_size: of training; default 21 and 64 (four batches of 50 where there are 200 samples).
         optimizer, lr, momentum, weight_decay: of the optimizer; momentum is SGD's.

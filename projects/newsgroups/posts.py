@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.datasets import fetch_20newsgroups
 
 from dit_mlflow import WorkloadError
-from dit_mlflow.workloads import Labelled, folder_of
+from dit_mlflow.examples import Labelled, folder_of
 
 GROUPS = ("comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_mlflow.influence.adjoint import Adjoint
 from dit_mlflow.influence.autograd_step import AutogradStep
 from dit_mlflow.influence.closed_forms import AdamStep, SgdStep
-from dit_mlflow.influence.runs import Run
+from dit_mlflow.influence.update_groups import UpdateGroup
 from dit_mlflow.trajectory import State
 
 SIZE, ROWS = 12, 3
@@ -67,7 +67,7 @@ def test_closed_forms_equal_autograd(name: str, settings: dict[str, Any], first:
     elif settings.get("momentum") and not first:
         entry = {"momentum_buffer": values["m"]}
     whole = slice(0, SIZE)
-    run = Run(("w",), whole, whole, settings, entry)
+    group = UpdateGroup(("w",), whole, whole, settings, entry)
     state = State({"w": values["w"]}, {}, {"w": entry})
     keys = [key for key in ("exp_avg", "exp_avg_sq") if name == "Adam"]
     keys += ["momentum_buffer"] if settings.get("momentum") else []
@@ -77,10 +77,10 @@ def test_closed_forms_equal_autograd(name: str, settings: dict[str, Any], first:
     if name == "SGD" and first and settings["momentum"]:
         expected = first_momentum_step(settings, adjoint)
     else:
-        (pulled,) = AutogradStep(name)(state, [run], lambda: gradient, adjoint)
+        (pulled,) = AutogradStep(name)(state, [group], lambda: gradient, adjoint)
         expected = (pulled.parameters, pulled.gradients, pulled.optimizer)
     written = SgdStep() if name == "SGD" else AdamStep(name)
-    (found,) = written(state, [run], lambda: gradient, adjoint)
+    (found,) = written(state, [group], lambda: gradient, adjoint)
     torch.testing.assert_close(found.parameters, expected[0], rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(found.gradients, expected[1], rtol=1e-12, atol=1e-14)
     assert found.optimizer.keys() == expected[2].keys()

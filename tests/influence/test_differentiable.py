@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from workloads import digits_workload, sample_losses
 
 from dit_mlflow import UnsupportedError, leave_one_out, track, train
-from dit_mlflow.trajectory.differentiable import weight_norm as written_out
+from dit_mlflow.replay.differentiable import weight_norm as written_out
 
 
 def normalised(dim: int | None) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 
 from dit_mlflow import InputError, Window, parse_windows
 from dit_mlflow.influence import check_windows
-from dit_mlflow.trajectory import Plan
+from dit_mlflow.workload import Plan
 
 TIMELINE = Plan((4, 8, 11))
 

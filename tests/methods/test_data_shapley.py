@@ -15,8 +15,8 @@ from workloads import digits_workload
 from dit_mlflow import InputError, Trajectory, Window, Workload, parse_windows, train
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.data_shapley import DataShapley, shapley_values
-from dit_mlflow.methods.effort import Effort
-from dit_mlflow.methods.random_subsets import outcomes
+from dit_mlflow.retraining.effort import Effort
+from dit_mlflow.retraining.random_subsets import outcomes
 
 
 def exact(values: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -12,10 +12,11 @@ from workloads import digits_workload
 
 from dit_mlflow import InputError, Trajectory, UnsupportedError, Window, leave_one_out, parameter_value, train
 from dit_mlflow import mean_validation_loss as validation_query
-from dit_mlflow.methods import Effort, method
+from dit_mlflow.methods import method
 from dit_mlflow.methods.downsampling import Downsampling, mean_difference
-from dit_mlflow.methods.random_subsets import random_subsets
-from dit_mlflow.methods.retraining import Retraining
+from dit_mlflow.retraining import Effort
+from dit_mlflow.retraining.counterfactuals import Retraining
+from dit_mlflow.retraining.random_subsets import random_subsets
 
 
 def exact(values: np.ndarray, kept: np.ndarray, share: float) -> np.ndarray:

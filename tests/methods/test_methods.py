@@ -25,12 +25,13 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow import sample_losses as sample_losses_of
-from dit_mlflow.methods import NAMES, confirm, dit_confirmed, grad_cos, last_layer, method, sample_gradients
+from dit_mlflow.methods import NAMES, dit_confirmed, grad_cos, last_layer, method, sample_gradients
 from dit_mlflow.methods.confident_learning import ConfidentLearning, out_of_sample
 from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.influence_function import InfluenceFunction
 from dit_mlflow.methods.sample_gradients import norms
 from dit_mlflow.methods.snapshot import Snapshot
+from dit_mlflow.retraining import confirm
 
 GRADIENT_METHODS = [
     *["tracin", "tracin_checkpoints", "grad_dot", "grad_cos", "grad_norm", "source", "dvemb"],

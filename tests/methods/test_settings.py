@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dit_mlflow import InputError
-from dit_mlflow.methods import Effort
 from dit_mlflow.methods.data_shapley import DataShapley
 from dit_mlflow.methods.datamodel import Datamodel
 from dit_mlflow.methods.dit_confirmed import DitConfirmed
@@ -17,9 +16,10 @@ from dit_mlflow.methods.influence_function_arnoldi import InfluenceFunctionArnol
 from dit_mlflow.methods.influence_function_datainf import InfluenceFunctionDatainf
 from dit_mlflow.methods.influence_function_ekfac import InfluenceFunctionEkfac
 from dit_mlflow.methods.influence_function_lissa import InfluenceFunctionLissa
-from dit_mlflow.methods.random_subsets import random_subsets
 from dit_mlflow.methods.source import Source
 from dit_mlflow.methods.trak import Trak
+from dit_mlflow.retraining import Effort
+from dit_mlflow.retraining.random_subsets import random_subsets
 
 NAN = float("nan")
 NEWTON_STEP: dict[str, list[Any]] = {"damping": [0, -0.1, NAN, np.inf], "attempts": [0]}

@@ -15,9 +15,9 @@ from dit_mlflow import Trajectory, Window, Workload, parameter_value, train
 from dit_mlflow.methods import method, tracin_renormalized
 from dit_mlflow.methods.snapshot import Snapshot, snapshots
 from dit_mlflow.methods.tracin_renormalized import presented_norms
-from dit_mlflow.trajectory import to_like
-from dit_mlflow.trajectory.replay import Replay
-from dit_mlflow.trajectory.step import Step
+from dit_mlflow.replay.replay import Replay
+from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload import to_like
 
 WINDOWS = [Window(0, 6), Window(2, 5)]
 
@@ -134,7 +134,7 @@ def test_a_direction_that_cannot_be_had_is_not_nothing(tmp_path: Any, monkeypatc
     first, second = trajectory.step(1).samples[:2]
     expected[[first, second]] = 0, np.nan
 
-    def lengths(replay: Replay, step: Step, snapshot: Snapshot) -> np.ndarray:
+    def lengths(replay: Replay, step: StepRecord, snapshot: Snapshot) -> np.ndarray:
         found = presented_norms(replay, step, snapshot)
         found[step.samples == first] = 0
         found[step.samples == second] = np.nan

@@ -25,7 +25,7 @@ from dit_mlflow import (
 from dit_mlflow.methods import sample_gradients as gradients_module
 from dit_mlflow.methods.random_projection import RandomProjection
 from dit_mlflow.methods.trak import Trak
-from dit_mlflow.trajectory import to_like
+from dit_mlflow.workload import to_like
 
 PARAMETERS = 64 * 6 + 6 + 6 * 3 + 3
 

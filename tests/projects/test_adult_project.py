@@ -15,7 +15,7 @@ import torch
 from public_files import person, real, write_adult
 
 from dit_mlflow import Workload, WorkloadError, load_workload
-from dit_mlflow.trajectory.projects import find_factory
+from dit_mlflow.workload.projects import find_factory
 
 COLUMNS = [
     "age",

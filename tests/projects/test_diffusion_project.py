@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from dit_mlflow import Trajectory, Workload, WorkloadError, leave_one_out, load_workload, parse_windows, track, train
-from dit_mlflow.trajectory.random_state import preserved_random_state
+from dit_mlflow.workload.random_state import preserved_random_state
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
@@ -169,7 +169,7 @@ def test_the_sweep_is_the_central_difference_and_leave_one_out_the_removal(
 def test_retraining_side_by_side_draws_what_was_recorded(
     workload: Workload, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dit_mlflow.methods.retraining import Retraining
+    from dit_mlflow.retraining.counterfactuals import Retraining
 
     found = []
     for together in (True, False):

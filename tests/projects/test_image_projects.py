@@ -145,7 +145,7 @@ def test_images_of_other_classes_for_ood(tmp_path: Path) -> None:
 
 def test_resnet9_is_the_published_one() -> None:
     """Parameters by hand: convolutions 3x3, BatchNorm's two per channel, the linear layer."""
-    from dit_mlflow.workloads import resnet9
+    from dit_mlflow.examples import resnet9
 
     channels = [(3, 64), (64, 128), (128, 128), (128, 128), (128, 256), (256, 512), (512, 512), (512, 512)]
     expected = sum(9 * a * b + 2 * b for a, b in channels) + 512 * 10 + 10

@@ -15,7 +15,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import StandardScaler
 
 from dit_mlflow import Workload, WorkloadError, load_workload
-from dit_mlflow.trajectory.projects import find_factory
+from dit_mlflow.workload.projects import find_factory
 
 SMALL = {"n_train": 24, "n_validation": 12, "n_test": 10, "corrupt": 0}
 

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegressionCV
 from torch import nn
 
 from dit_mlflow import Workload, leave_one_out, load_workload, parse_windows, track, train
-from dit_mlflow.methods.counterfactual import _packed
+from dit_mlflow.retraining.retrain import _packed
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import TensorDataset
 from workloads import datasets, digits_workload, sample_losses
 
-import dit_mlflow.trajectory.replay as replay_module
+import dit_mlflow.replay.replay as replay_module
 from dit_mlflow import InputError, TrainingError, Trajectory, TrajectoryError, WorkloadError, track, train
 from dit_mlflow.influence import Window
 from dit_mlflow.trajectory import State

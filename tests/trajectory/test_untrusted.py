@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dit_mlflow import InputError, Trajectory, TrajectoryError, Window, Workload, WorkloadError, parse_windows, track
-from dit_mlflow.trajectory import State, load_recorded
+from dit_mlflow.trajectory import State
 from dit_mlflow.trajectory.manifest import WorkloadReference
 from dit_mlflow.trajectory.parquet_size import count_rows
-from dit_mlflow.trajectory.random_state import RandomState
 from dit_mlflow.trajectory.state import drifts, other_optimizer_state
+from dit_mlflow.workload import load_recorded
+from dit_mlflow.workload.random_state import RandomState
 
 Manifest = dict[str, Any]
 

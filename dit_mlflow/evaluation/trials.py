@@ -1,0 +1,268 @@
+"""Does training again without the suspicious samples, or with other labels, give a better model?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.evaluation.mean_interval import mean_interval
+from dit_mlflow.evaluation.mean_scores import sample_scores
+from dit_mlflow.evaluation.metrics import Metrics
+from dit_mlflow.recording.loop import train_unrecorded
+from dit_mlflow.workload import Workload
+
+NO_CLEANING = "no cleaning"
+RANDOM = "random"
+"""Strategies that are there for comparison; neither is a way to find samples."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Samples to do something about, found in one way.
+
+    Attributes:
+        strategy: how they were found.
+        fraction: share of the training samples that was asked for.
+        flagged: the samples, lowest score first, ``[draws, k]``; strategies without chance have one draw.
+        scores: of all training samples, low = harmful or suspicious, ``[draws, n]``.
+    """
+
+    strategy: str
+    fraction: float
+    flagged: np.ndarray
+    scores: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """How many samples are flagged, ``k``."""
+        return self.flagged.shape[1]
+
+    def found(self, corrupted: Sequence[int]) -> Metrics:
+        """How many of the flagged samples are truly damaged, mean over draws.
+
+        Returns:
+            ``precision``, the share of the flagged that is damaged, and ``recall``, the share of the damaged that is
+            flagged; undefined, with the reason, if nothing is flagged or no damage is known.
+        """
+        if not self.count or not len(corrupted):
+            reason = "no sample is flagged" if not self.count else "it is not known which samples are damaged"
+            return Metrics(undefined=dict.fromkeys(("precision", "recall"), reason))
+        damaged = float(np.isin(self.flagged, np.asarray(corrupted)).sum(axis=1).mean())
+        return Metrics({"precision": damaged / self.count, "recall": damaged / len(corrupted)})
+
+
+def untouched(num_samples: int) -> Trial:
+    """The trial that flags nothing."""
+    return Trial(NO_CLEANING, 0.0, np.zeros((1, 0), dtype=np.int64), np.zeros((1, num_samples)))
+
+
+def trials(strategies: Mapping[str, np.ndarray], counts: Mapping[float, int]) -> list[Trial]:
+    """For each strategy and fraction, the samples of lowest score; ties go to the lower index, NaN comes last.
+
+    Args:
+        strategies: scores ``[draws, n]`` by name.
+        counts: fraction -> number of samples.
+    """
+    return [
+        Trial(name, fraction, np.argsort(scores, axis=1, kind="stable")[:, :count], scores)
+        for name, scores in strategies.items()
+        for fraction, count in counts.items()
+    ]
+
+
+def random_scores(draws: int, num_samples: int, seed: int = 0) -> np.ndarray:
+    """Scores ``[draws, n]`` in random order; of one draw, the samples of a larger fraction hold those of a smaller."""
+    generator = np.random.default_rng(seed)
+    return np.stack([generator.permutation(num_samples) for _ in range(draws)]).astype(np.float64)
+
+
+def check_classes_stay(tried: Sequence[Trial], classes: np.ndarray) -> None:
+    """Raise :class:`InputError` if dropping the flagged samples of a trial leaves a class without any."""
+    for trial in tried:
+        for flagged in trial.flagged:
+            gone = np.setdiff1d(classes, np.delete(classes, flagged))
+            if len(gone):
+                raise InputError(
+                    f"dropping {trial.count} of {len(classes)} samples ({100 * trial.fraction:g} %) "
+                    f"by {trial.strategy} leaves no sample of class {gone[0]}; lower the fraction"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came of a trial.
+
+    Attributes:
+        trial: the samples.
+        figures: ``validation/loss``, ``test/accuracy`` and so on of the retrained models, ``[draws, repeats]``; the
+            same repeat means the same pair of seeds in every trial.
+        by_sample: the same, mean over draws and repeats, for each sample of the split, ``[samples]``.
+    """
+
+    trial: Trial
+    figures: Mapping[str, np.ndarray]
+    by_sample: Mapping[str, np.ndarray]
+
+    def mean(self, name: str) -> float:
+        """Mean of a figure over draws and repeats."""
+        return float(self.figures[name].mean())
+
+    def summary(self) -> Metrics:
+        """Each figure's mean, and the interval (95 %) of the mean over pairs of seeds as ``…_low``, ``…_high``.
+
+        With several draws also ``…_lowest_draw`` and ``…_highest_draw``, each a mean over the pairs of seeds. The
+        intervals tell of seeds alone, not of another validation or test set.
+        """
+        found = Metrics()
+        for name, values in self.figures.items():
+            found = found.and_(_with_interval(name, values.mean(axis=0)))
+            if len(values) > 1:
+                draws = values.mean(axis=1)
+                ends = {f"{name}_lowest_draw": float(draws.min()), f"{name}_highest_draw": float(draws.max())}
+                found = found.and_(Metrics(ends))
+        return found
+
+    def gain(self, other: Outcome) -> Metrics:
+        """How much better each figure is than ``other``'s: the mean over seeds, and its interval (95 %).
+
+        The interval tells of other seeds and of other samples in the split: the two half-widths, each by Student's t
+        over paired differences, are added as squares, as if independent. **Sign**: positive = better, which of a loss
+        means lower and of any other figure higher.
+        """
+        found = Metrics()
+        for name in self.figures:
+            sign = sign_of(name)
+            over_seeds = sign * (self.figures[name].mean(axis=0) - other.figures[name].mean(axis=0))
+            over_samples = sign * (self.by_sample[name] - other.by_sample[name])
+            found = found.and_(_with_interval(name, over_seeds, over_samples))
+        return found
+
+
+def sign_of(name: str) -> int:
+    """-1 for a loss, of which less is better; 1 for all other figures."""
+    return -1 if name.rpartition("/")[2] == "loss" else 1
+
+
+def _with_interval(name: str, values: np.ndarray, *further: np.ndarray) -> Metrics:
+    """Mean of ``values``; its interval, widened by that of the means of ``further``."""
+    ends = (f"{name}_low", f"{name}_high")
+    mean = Metrics({name: float(values.mean())})
+    if len(values) < 2 or any(len(more) < 2 for more in further):
+        reason = f"{len(values)} pairs of seeds; an interval needs 2 or more, and as many samples in the split"
+        return mean.and_(Metrics(undefined=dict.fromkeys(ends, reason)))
+    half = math.hypot(*(np.ptp(mean_interval(part)) / 2 for part in (values, *further)))
+    return mean.and_(Metrics(dict(zip(ends, (mean.values[name] - half, mean.values[name] + half), strict=True))))
+
+
+def tried_out(
+    trial: Trial,
+    change: Callable[[np.ndarray], Workload],
+    seeds: Sequence[tuple[int, int]],
+    told: Callable[[], object] = lambda: None,
+) -> Outcome:
+    """Train on the changed data, for each draw and each pair of seeds.
+
+    Args:
+        trial: the samples.
+        change: makes the workload to be trained from the flagged samples ``[k]``.
+        seeds: ``(init_seed, order_seed)`` of each repeat.
+        told: called after each training.
+
+    Raises:
+        TrainingError: a loss is not finite.
+
+    Cost: ``draws * repeats`` trainings; nothing of them is stored.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for flagged in trial.flagged:
+        workload = change(flagged)
+        for init_seed, order_seed in seeds:
+            model = train_unrecorded(workload, init_seed, order_seed).eval()
+            for split, dataset in (("validation", workload.validation_set), ("test", workload.test_set)):
+                if dataset is not None:
+                    for name, values in sample_scores(workload, model, dataset).items():
+                        found.setdefault(f"{split}/{name}", []).append(values)
+            told()
+    shape = (len(trial.flagged), len(seeds))
+    figures = {name: np.array([values.mean() for values in rows]).reshape(shape) for name, rows in found.items()}
+    return Outcome(trial, figures, {name: np.mean(rows, axis=0) for name, rows in found.items()})
+
+
+def rank(outcome: Outcome, metric: str) -> tuple[float, float, int]:
+    """Sorts outcomes, best on the validation split first; no figure of the test split is looked at.
+
+    Equally good ones are told apart by the validation loss, then by flagging fewer samples.
+    """
+    figures = [-sign_of(name) * outcome.mean(f"validation/{name}") for name in (metric, "loss")]
+    first, second = (value if np.isfinite(value) else np.inf for value in figures)
+    return first, second, outcome.trial.count
+
+
+def choose(outcomes: Sequence[Outcome], metric: str) -> Outcome:
+    """The outcome that is best on the validation split, by :func:`rank`.
+
+    Args:
+        outcomes: one or more.
+        metric: without the split, such as ``accuracy`` or ``loss``.
+    """
+    return min(outcomes, key=lambda outcome: rank(outcome, metric))
+
+
+Verdict = Literal["yes", "no", "unclear"]
+
+
+@dataclass(frozen=True, eq=False)
+class Cleansing:
+    """All that was tried on one training.
+
+    Attributes:
+        outcomes: of the trials, one of them without cleaning.
+        metric: that decides, without the split, such as ``accuracy`` or ``loss``.
+        action: ``drop`` or ``relabel``.
+        corrupted: training samples that are known to be damaged.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    metric: str
+    action: str
+    corrupted: Sequence[int] = ()
+
+    @property
+    def before(self) -> Outcome:
+        """The outcome without cleaning."""
+        return self.by(NO_CLEANING)[0]
+
+    @cached_property
+    def chosen(self) -> Outcome:
+        """What the validation split chooses; to leave the data as it is is a choice, to clean at random is none."""
+        return choose([outcome for outcome in self.outcomes if outcome.trial.strategy != RANDOM], self.metric)
+
+    @property
+    def strategies(self) -> list[str]:
+        """Names of the strategies that flag samples."""
+        names = dict.fromkeys(outcome.trial.strategy for outcome in self.outcomes)
+        return [name for name in names if name != NO_CLEANING]
+
+    def by(self, strategy: str) -> list[Outcome]:
+        """The outcomes of one strategy, fewest samples first."""
+        found = [outcome for outcome in self.outcomes if outcome.trial.strategy == strategy]
+        return sorted(found, key=lambda outcome: outcome.trial.count)
+
+    @property
+    def helped(self) -> Verdict:
+        """Whether cleaning helped, judged on the test split.
+
+        ``no``: nothing was to be cleaned, or the mean did not become better; ``yes``: the whole interval of the gain is
+        above 0; ``unclear``: the mean became better, by no more than seeds and test samples make it differ.
+        """
+        name = f"test/{self.metric}"
+        gain = self.chosen.gain(self.before).values
+        if self.chosen is self.before or not gain[name] > 0:
+            return "no"
+        return "yes" if gain.get(f"{name}_low", 0.0) > 0 else "unclear"

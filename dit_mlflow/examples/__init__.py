@@ -1,0 +1,44 @@
+"""What ready workloads are made of: file formats, splits and damage, small networks, the paper's settings."""
+
+from dit_mlflow.examples.classification import Captions, accuracy, classification, notes, sample_losses
+from dit_mlflow.examples.corruption import Corrupted, Damage, corrupt
+from dit_mlflow.examples.data_folder import download_folder, folder_of, torchvision
+from dit_mlflow.examples.idx import labelled_images, read_idx
+from dit_mlflow.examples.images import Standardise, image_workload, standardised
+from dit_mlflow.examples.networks import NetworkName, network
+from dit_mlflow.examples.recipe import Decay, OptimizerName, Preset, Recipe, build_optimizer, inverse_sqrt, recipe_for
+from dit_mlflow.examples.resnet9 import resnet9
+from dit_mlflow.examples.splits import Labelled, Splits, of_classes, split
+
+__all__ = [
+    "Captions",
+    "Corrupted",
+    "Damage",
+    "Decay",
+    "Labelled",
+    "NetworkName",
+    "OptimizerName",
+    "Preset",
+    "Recipe",
+    "Splits",
+    "Standardise",
+    "accuracy",
+    "build_optimizer",
+    "classification",
+    "corrupt",
+    "download_folder",
+    "folder_of",
+    "image_workload",
+    "inverse_sqrt",
+    "labelled_images",
+    "network",
+    "notes",
+    "of_classes",
+    "read_idx",
+    "recipe_for",
+    "resnet9",
+    "sample_losses",
+    "split",
+    "standardised",
+    "torchvision",
+]

@@ -1,0 +1,161 @@
+"""The answer of a cleansing run in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dit_mlflow.evaluation.trials import RANDOM, Cleansing, Outcome, choose
+from dit_mlflow.explanation.markdown import escaped, markdown_table
+
+ROWS, REMARKS = 40, 4
+"""Of the table, and of further sentences, at most."""
+
+LONGEST = 7500
+"""Characters of a note, for which rows are left out. MLflow cuts tags at 8,000 without a word."""
+
+DONE = {"drop": "dropped", "relabel": "relabelled"}
+DOING = {"drop": "dropping", "relabel": "relabelling"}
+
+ANSWERS = {
+    "yes": "Cleaning helped",
+    "no": "Cleaning did not help",
+    "unclear": "Whether cleaning helped cannot be told, the gain is within what seeds and test samples make of it",
+}
+
+REMARK = {
+    "drop": "Dropped samples were taken out of the data set and training was run again, with the workload's batch size "
+    "and the same seeds. This differs from removal as influence means it (weight 0, all else as recorded): batches are "
+    "drawn anew from fewer samples, and an epoch has fewer steps.",
+    "relabel": "Relabelled samples were given the class that models trained without them predict (5 parts, each left "
+    "out in turn); no true label was used, so a wrong guess costs what it would cost in practice.",
+}
+
+
+def cleansing_answer(cleansing: Cleansing) -> str:
+    """Whether cleaning helped, what else came of as many samples, and how many were truly damaged: three sentences."""
+    chosen, before = cleansing.chosen, cleansing.before
+    names = [f"test/{name}" for name in _metrics(cleansing)]
+    lead = ANSWERS[cleansing.helped]
+    if chosen is before:
+        figures = ", ".join(f"{name} {before.mean(name):.4f}" for name in names)
+        first = f"{lead}: on the validation split, nothing is better than to leave the data as it is ({figures})."
+    else:
+        took = [f"{n} from {before.mean(n):.4f} to {chosen.mean(n):.4f} ({_gain(chosen, before, n)})" for n in names]
+        first = (
+            f"{lead}: {DOING[cleansing.action]} {_samples(chosen)} by {chosen.trial.strategy}, which the validation "
+            f"split chose, takes {' and '.join(took)}."
+        )
+    return " ".join(filter(None, [first, _beside(cleansing, names[0]), _damaged(cleansing)]))
+
+
+def _beside(cleansing: Cleansing, name: str) -> str:
+    """The other strategies with as many samples; if none are to be cleaned, with those that validation likes best.
+
+    Of several windows of influence, the one that validation likes best.
+    """
+    chosen = cleansing.chosen
+    tried = [cleansing.by(strategy) for strategy in cleansing.strategies if strategy != chosen.trial.strategy]
+    nothing = chosen is cleansing.before
+    if nothing:
+        others = [choose(outcomes, cleansing.metric) for outcomes in tried]
+    else:
+        others = [o for outcomes in tried for o in outcomes if o.trial.count == chosen.trial.count]
+    windows = [outcome for outcome in others if outcome.trial.strategy.startswith("influence ")]
+    if windows:
+        window = choose(windows, cleansing.metric)
+        others = [outcome for outcome in others if outcome is window or outcome not in windows]
+    if not others:
+        return ""
+    if nothing:
+        told = [f"{_figure(outcome, name)} with {_samples(outcome)}" for outcome in others]
+        return f"Of each strategy, the number that validation likes best gives {name} {', '.join(told)}."
+    told = [_figure(outcome, name) for outcome in others]
+    random = [f"; over random: {_gain(chosen, o, name)}" for o in others if o.trial.strategy == RANDOM]
+    return f"As many samples chosen otherwise give {name} {', '.join(told)}{''.join(random)}."
+
+
+def _damaged(cleansing: Cleansing) -> str:
+    known, count = len(cleansing.corrupted), cleansing.chosen.trial.count
+    if not known:
+        return "Which samples are truly damaged is not known."
+    found = cleansing.chosen.trial.found(cleansing.corrupted).values
+    if not found:
+        return f"{known} samples of the training set are truly damaged."
+    damaged = round(found["precision"] * count)
+    return f"{damaged} of the {count} are truly damaged, of {known} damaged ones in the training set."
+
+
+def _samples(outcome: Outcome) -> str:
+    return f"{outcome.trial.count} samples ({100 * outcome.trial.fraction:g} %)"
+
+
+def _figure(outcome: Outcome, name: str) -> str:
+    values = outcome.summary().values
+    if outcome.trial.strategy != RANDOM:
+        return f"{values[name]:.4f} by {outcome.trial.strategy}"
+    if f"{name}_lowest_draw" not in values:
+        return f"{values[name]:.4f} at random"
+    low, high = (values[f"{name}_{end}_draw"] for end in ("lowest", "highest"))
+    return f"{values[name]:.4f} at random (draws from {low:.4f} to {high:.4f})"
+
+
+def _gain(outcome: Outcome, other: Outcome, name: str) -> str:
+    """Positive = better."""
+    values = outcome.gain(other).values
+    pairs = outcome.figures[name].shape[1]
+    over = "one pair of seeds" if pairs == 1 else f"{pairs} pairs of seeds"
+    if f"{name}_low" not in values:
+        return f"gain {values[name]:+.4f}, {over}"
+    ends = f"{values[f'{name}_low']:+.4f} to {values[f'{name}_high']:+.4f}"
+    return f"gain {values[name]:+.4f}, 95 % interval {ends}, {over}"
+
+
+def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = ()) -> str:
+    """Markdown for the run's description: the answer, all trials, how to take the indices away, what to mind.
+
+    Args:
+        cleansing: what came out.
+        run_id: of the run that holds the artifacts.
+        remarks: further sentences of plain text, such as why a trial failed.
+    """
+    rows = min(ROWS, len(cleansing.outcomes))
+    while len(note := _note(cleansing, run_id, remarks, rows)) > LONGEST and rows:
+        rows -= 1
+    return note
+
+
+def _note(cleansing: Cleansing, run_id: str, remarks: Sequence[str], rows: int) -> str:
+    lead, _, rest = cleansing_answer(cleansing).partition(":")
+    headings = ["strategy", "samples", *(escaped(name) for name in _columns(cleansing)), "truly damaged"]
+    done = DONE[cleansing.action]
+    parts = [
+        f"**{lead}**: {escaped(rest, longest=1500)}",
+        markdown_table(headings, [_row(outcome, cleansing) for outcome in cleansing.outcomes[:rows]])
+        + ("\n\nThe other trials are in `cleansing.json`." if len(cleansing.outcomes) > rows else ""),
+        f"The indices, in Python: `mlflow.artifacts.load_dict('runs:/{run_id}/{done}_indices.json')['indices']`",
+        REMARK[cleansing.action],
+        "The validation split chose, and influence is measured on it, so that its figures flatter cleaned data; the "
+        "test split was only looked at afterwards. Intervals of gains are over seeds and test samples.",
+        *(escaped(remark, longest=300) for remark in remarks[:REMARKS]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _metrics(cleansing: Cleansing) -> list[str]:
+    return list(dict.fromkeys((cleansing.metric, "loss")))
+
+
+def _columns(cleansing: Cleansing) -> list[str]:
+    return [f"{split}/{name}" for split in ("validation", "test") for name in _metrics(cleansing)]
+
+
+def _row(outcome: Outcome, cleansing: Cleansing) -> list[str]:
+    trial = outcome.trial
+    found = trial.found(cleansing.corrupted).values
+    cells = [
+        escaped(trial.strategy),
+        f"{trial.count} ({100 * trial.fraction:g} %)",
+        *(f"{outcome.mean(name):.4f}" for name in _columns(cleansing)),
+        f"{100 * found['precision']:.0f} %" if found else "–",
+    ]
+    return [f"**{cell}**" for cell in cells] if outcome is cleansing.chosen else cells

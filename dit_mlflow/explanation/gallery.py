@@ -1,0 +1,85 @@
+"""Training samples as people see them, as far as the workload knows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Protocol, TypeVar
+
+from dit_mlflow.explanation.markdown import encodable, one_line
+from dit_mlflow.workload.appearance import Appearance
+
+_log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+
+NAMED = 60
+"""Characters of a description inside of a sentence."""
+
+
+class SampleSource(Protocol):
+    """What is asked of a workload: how its training samples look and what is known of them."""
+
+    @property
+    def corrupted(self) -> Sequence[int]: ...
+
+    @property
+    def describe(self) -> Callable[[int], str] | None: ...
+
+    def appearance(self, index: int) -> Appearance | None: ...
+
+    def label_of(self, index: int) -> str | None: ...
+
+
+class Gallery:
+    """What a workload tells of its samples.
+
+    The workload's functions are a user's: one that fails leaves a gap and a warning, since a report must not lose what
+    was computed for it.
+    """
+
+    def __init__(self, source: SampleSource | None = None) -> None:
+        self._source = source
+        self._failed: set[str] = set()
+        self.corrupted = frozenset(() if source is None else source.corrupted)
+        self.line = lru_cache(maxsize=None)(self._line)
+
+    def appearance(self, index: int) -> Appearance | None:
+        """An image, a text or a table row."""
+        return None if self._source is None else self._of("appearance", self._source.appearance, index)
+
+    def label_of(self, index: int) -> str | None:
+        """The label, as people read it."""
+        return None if self._source is None else self._told("label", self._source.label_of, index)
+
+    @property
+    def describe(self) -> Callable[[int], str | None] | None:
+        """The workload's own description of a sample, if it gives any."""
+        given = None if self._source is None else self._source.describe
+        return None if given is None else lambda index: self._told("describe", given, index)
+
+    def name(self, index: int) -> str:
+        """``sample 69 (digit 7, labelled 1)``, or as much of it as is known, :data:`NAMED` characters at most."""
+        line = one_line(self.line(index), NAMED)
+        return f"sample {index} ({line})" if line else f"sample {index}"
+
+    def _line(self, index: int) -> str:
+        """The workload's own description, else the label; empty if neither is known."""
+        if self.describe is not None and (described := self.describe(index)):
+            return one_line(described)
+        label = self.label_of(index)
+        return "" if label is None else f"label {one_line(label)}"
+
+    def _told(self, what: str, function: Callable[[int], object], index: int) -> str | None:
+        found = self._of(what, function, index)
+        return None if found is None else encodable(str(found))
+
+    def _of(self, what: str, function: Callable[[int], Found], index: int) -> Found | None:
+        try:
+            return function(index)
+        except Exception as error:  # Of whatever kind: it is the user's code.
+            if what not in self._failed:
+                self._failed.add(what)
+                _log.warning("what the workload tells of samples (%s) is left out of the report: %r", what, error)
+            return None

@@ -1,0 +1,157 @@
+"""What a model version says about the influence of its training samples: a part of its description, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dit_mlflow.explanation.markdown import GAP, escaped, markdown_table
+from dit_mlflow.explanation.numbers import decimals
+from dit_mlflow.explanation.ranking import extreme_samples, ranking_scores
+from dit_mlflow.influence import Influence
+
+BEGIN, END = "<!-- influence by dit-mlflow -->", "<!-- end of influence -->"
+"""Around our part, so that it can be written anew and what people wrote beside it stays. Not shown."""
+
+LONGEST = 5000
+"""Characters of a description, the most that MLflow's databases take."""
+
+COLUMNS = {"ground_truth/spearman": "Spearman", "trust/spearman": "Spearman", "detection/recall_at_k": "recall@k"}
+"""Metrics of windows in the table, the first of each heading that is known."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What is said besides the scores.
+
+    Attributes:
+        samples: training sample -> what is known of it, in plain text.
+        metrics: of the whole training, as on the influence run.
+        by_window: name of a metric -> value of each window, ``None`` where undefined.
+        whole: influence of the whole run, one window, by which samples are ranked; ``None`` = by the mean over windows.
+        exact: how many samples' scores in ``whole`` are those of exact retraining.
+        made: lines on how it was computed and where to look, Markdown already.
+    """
+
+    samples: Mapping[int, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    by_window: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    made: Sequence[str] = ()
+    whole: Influence | None = None
+    exact: int = 0
+
+
+def with_card(description: str, influence: Influence, facts: CardFacts) -> str:
+    """A version's description with our part in place of the one before, or at its end.
+
+    As many samples and windows are listed as fit into :data:`LONGEST` characters beside the rest; nothing of what was
+    written by others is lost.
+    """
+    before, after = _others_part(description)
+    texts = [before, "", after]
+    for size, windows in ((5, 12), (5, 6), (3, 6), (3, 3), (1, 1)):
+        texts[1] = f"{BEGIN}\n{influence_card(influence, facts, size, windows)}\n{END}"
+        whole = "\n\n".join(text for text in texts if text)
+        if len(whole) <= LONGEST:
+            return whole
+    texts[1] = f"{BEGIN}\n{facts.made[-1] if facts.made else ''}\n{END}"
+    whole = "\n\n".join(text for text in texts if text)
+    return whole if len(whole) <= LONGEST else description
+
+
+def influence_card(influence: Influence, facts: CardFacts, size: int = 5, most_windows: int = 12) -> str:
+    """Our part, Markdown.
+
+    Args:
+        influence: of which the first query is described.
+        facts: the rest.
+        size: samples of each side.
+        most_windows: rows of the table; of more windows, as many are listed evenly spread.
+    """
+    query = escaped(influence.queries[0], 80)
+    count = len(influence.windows)
+    if facts.whole is not None:
+        over = f", of the whole run, steps {facts.whole.windows[0]}"
+        if facts.exact:
+            some = "" if facts.exact == len(influence.samples) else f", of {facts.exact} samples"
+            over += f"{some or ','} by exact retraining"
+    else:
+        over = "" if count == 1 else f", mean over {count} windows"
+    parts = [
+        "## Influence of training samples",
+        f"Change of {query} had a sample been left out ({escaped(influence.kind)}{over}).",
+    ]
+    for side, meaning in (("Harmful", "removal lowers it"), ("Helpful", "removal raises it")):
+        parts.append(f"### {side} ({meaning})\n\n{_samples(influence, facts, side, size)}")
+    parts += [_windows(influence, facts, most_windows), _fidelity(facts.metrics), *facts.made]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _samples(influence: Influence, facts: CardFacts, side: str, size: int) -> str:
+    scores = ranking_scores(influence, facts.whole)
+    harmful, helpful = extreme_samples(influence, size, facts.whole)
+    lines = []
+    for at in helpful if side == "Helpful" else harmful:
+        index = int(influence.samples[at])
+        known = facts.samples.get(index)
+        lines.append(f"- sample **{index}**: {scores[at]:+.3g}" + (f", {escaped(known, 80)}" if known else ""))
+    return "\n".join(lines) or "- none"
+
+
+def _windows(influence: Influence, facts: CardFacts, most: int) -> str:
+    count = len(influence.windows)
+    shown = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
+    columns: dict[str, str] = {}
+    for name, heading in COLUMNS.items():
+        if any(value is not None for value in facts.by_window.get(name, ())):
+            columns.setdefault(heading, name)
+    headings = ["steps", "most harmful", "most helpful", *columns]
+    rows = []
+    for at in shown:
+        scores = influence.scores[at, 0]
+        ends = [_extreme(influence, scores, -1), _extreme(influence, scores, 1)]
+        values = [facts.by_window[name][at] for name in columns.values()]
+        figures = ["–" if value is None else decimals(value, 3) for value in values]
+        rows.append([str(influence.windows[at]), *ends, *figures])
+    table = markdown_table(headings, rows, GAP)
+    left_out = f", {count - len(shown)} windows are left out here" if len(shown) < count else ""
+    # A line below the table also keeps it clear of the next heading, to which MLflow leaves no space.
+    return f"### Windows of training\n\n{table}\n\nSamples are numbered as in the training set{left_out}."
+
+
+def _extreme(influence: Influence, scores: np.ndarray, sign: int) -> str:
+    signed = np.where(np.isnan(scores), -np.inf, sign * scores)
+    at = int(np.argmax(signed))
+    return str(int(influence.samples[at])) if signed[at] > 0 else "–"
+
+
+def _fidelity(metrics: Mapping[str, float]) -> str:
+    figures = fidelity(metrics)
+    said = f"{figures} over the whole training." if figures else "Not held against exact retraining."
+    found = metrics.get("detection/recall_at_k")
+    chance = metrics.get("detection/recall_at_k_chance")
+    if found is not None:
+        said += f" The lowest scores find {found:.0%} of the samples known to be corrupted"
+        said += f" (by chance {chance:.0%})." if chance is not None else "."
+    return f"### How far to trust it\n\n{said}"
+
+
+def fidelity(metrics: Mapping[str, float]) -> str:
+    """Agreement with exact leave-one-out in plain words; empty if it was not looked at."""
+    if (exact := metrics.get("ground_truth/spearman")) is not None:
+        return f"Spearman {decimals(exact, 3)} to exact leave-one-out"
+    if (found := metrics.get("trust/spearman")) is None:
+        return ""
+    low, high = (metrics.get(f"trust/spearman_{end}") for end in ("low", "high"))
+    interval = "" if low is None or high is None else f" (95 % interval {decimals(low, 3)} to {decimals(high, 3)})"
+    return f"Spearman {decimals(found, 3)}{interval} to {metrics.get('trust/samples', 0):.0f} exact leave-one-outs"
+
+
+def _others_part(description: str) -> tuple[str, str]:
+    """What stands before and after our part, if there is one."""
+    before, begun, rest = description.rpartition(BEGIN)
+    _, ended, after = rest.partition(END)
+    # Whoever took the end away has written on in our part; better repeat it than lose theirs.
+    return (before.strip(), after.strip()) if begun and ended else (description.strip(), "")

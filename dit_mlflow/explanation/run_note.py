@@ -1,0 +1,156 @@
+"""The notes of influence runs and of their windows: Markdown, shown at the top of a run's page in MLflow's UI.
+
+The UI shows the first four lines or so until the reader asks for more: the answer stands first. It breaks lines where
+the text does, and has no room between the columns of a table, nor below one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dit_mlflow.explanation.markdown import GAP, escaped, markdown_table
+from dit_mlflow.explanation.numbers import decimals
+from dit_mlflow.explanation.sentences import Findings, answer_sentences, window_sentences
+
+LONGEST = 7500
+"""Characters of a note. MLflow cuts tags at 8,000 without a word."""
+
+ROWS = 20
+"""Windows in the table; of more, every n-th."""
+
+SENTENCE = 600
+"""Characters of a sentence that names samples; longer descriptions are cut before."""
+
+KINDS = {
+    "local": "the sample is absent from the steps of the window, and the effect is measured at the window's end",
+    "final": "the sample is absent from the steps of the window, and the effect is measured at the end of training",
+    "cumulative": "the sample is absent from all steps up to the window's end, and the effect is the change over the "
+    "window",
+}
+"""What a window's score means."""
+
+WHERE = (
+    ("report.html", "every sample to sort, filter and look at"),
+    ("influence_over_windows.png", "the samples that mattered most, with their pictures"),
+    ("heat_map.png", "the samples that matter most in each window"),
+    ("patterns.png", "early, late, stable and fluctuating samples"),
+    ("window_correlations.png", "whether the same samples matter early and late"),
+    ("against_leave_one_out.png", "the estimates against exact retraining"),
+    ("recall_curve.png", "how fast the damaged samples are found"),
+    ("whole_run.json", "the most harmful and most helpful samples of the whole run, as a table"),
+    ("top_samples.json", "the most harmful and most helpful samples of each window, as a table"),
+    ("windows.json", "all figures of each window, as a table"),
+)
+"""Artifacts below ``influence/``, in the order in which they help."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """Pages of the UI that a note leads to, as Markdown targets; what is missing is named without a link.
+
+    Attributes:
+        training: name and target of the training run.
+        windows: target of each window's run.
+        artifacts: target by artifact name.
+        charts: target of the run's metrics.
+        compare: target of each view that compares, by what it compares.
+    """
+
+    training: tuple[str, str] = ("", "")
+    windows: Sequence[str] = ()
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    charts: str = ""
+    compare: Mapping[str, str] = field(default_factory=dict)
+
+
+def influence_note(found: Findings, links: Links) -> str:
+    """The three sentences, what was asked, a table of the windows, and where to look next."""
+    name, target = links.training
+    count = len(found.influence.windows)
+    sentences = " ".join(escaped(sentence, SENTENCE) for sentence in answer_sentences(found))
+    asked = (
+        f"**Asked:** how {escaped(found.query)} changes if a training sample is removed, "
+        f"in {count} window{'s' * (count > 1)} of the training run {_link(name, target)}. "
+        f"Kind `{found.influence.kind}`: {KINDS.get(found.influence.kind, 'one score for the whole run')}. "
+        "Removing sets the weight of the sample's loss to 0. Positive = helpful (removal raises it), negative = "
+        "harmful."
+    )
+    parts = [sentences, asked, _windows(found, links), _next(links)]
+    while len("\n\n".join(parts)) > LONGEST and parts[2]:
+        # Rows of long descriptions; the table of windows is an artifact too.
+        parts[2] = parts[2].rpartition("\n")[0] if "\n" in parts[2] else ""
+    return "\n\n".join(part for part in parts if part)[:LONGEST]
+
+
+def window_note(found: Findings, position: int, parent: tuple[str, str]) -> str:
+    """Two sentences on one window, and where its pictures are.
+
+    Args:
+        found: of the whole influence run.
+        position: of the window.
+        parent: name and target of the influence run.
+    """
+    sentences = " ".join(escaped(sentence, SENTENCE) for sentence in window_sentences(found, position))
+    kind = KINDS.get(found.influence.kind)
+    meaning = f" (`{found.influence.kind}`: {kind})" if kind else ""
+    more = (
+        f"Pictures of its samples are in the artifact `top_samples.png`. One window of {_link(*parent)}{meaning}; "
+        "positive = helpful, negative = harmful."
+    )
+    return f"{sentences}\n\n{more}"
+
+
+def _windows(found: Findings, links: Links) -> str:
+    influence, gallery = found.influence, found.gallery
+    keys = {
+        "agreement (Spearman)": ("ground_truth/spearman", "trust/spearman"),
+        "damaged found": ("detection/recall_at_k",),
+    }
+    shown = {
+        heading: names
+        for heading, names in keys.items()
+        if any(name in metrics.values for metrics in found.per_window for name in names)
+    }
+    extremes = influence.top(1)
+    extremes = extremes[extremes["query"] == influence.queries[0]].set_index(["window_index", "side"])
+    rows = []
+    every = -(-len(influence.windows) // ROWS)
+    for position in range(0, len(influence.windows), every):
+        row = [_link(str(influence.windows[position]), links.windows[position] if links.windows else "")]
+        for side in ("harmful", "helpful"):
+            if (position, side) in extremes.index:
+                index = int(extremes.loc[(position, side), "sample_index"])
+                row.append(f"{index} {escaped(gallery.line(index), 50)}".strip())
+            else:
+                row.append("none")
+        for heading, names in shown.items():
+            value = next((v for name in names if (v := found.per_window[position].values.get(name)) is not None), None)
+            shares = heading == "damaged found"
+            row.append("undefined" if value is None else f"{100 * value:.0f} %" if shares else decimals(value))
+        rows.append(row)
+    steps = "steps" if every == 1 else f"steps (1 of {every} windows)"
+    return markdown_table([steps, "most harmful", "most helpful", *shown], rows, GAP)
+
+
+def _next(links: Links) -> str:
+    lines = [f"- {compare_line(links.compare)}"] if links.compare else []
+    lines += [
+        f"- {_link(f'influence/{name}', links.artifacts[name])}: {what}"
+        for name, what in WHERE
+        if name in links.artifacts
+    ]
+    if links.charts:
+        lines.append(f"- {_link('Model metrics', links.charts)}: the charts `by_window/…`")
+    if links.windows:
+        lines.append("- each window is a child run; its link is in the table")
+    return "\n".join(["<br>**Where to look next**", "", *lines]) if lines else ""
+
+
+def compare_line(targets: Mapping[str, str]) -> str:
+    """One line that leads to views that compare, given their targets by what they compare."""
+    return f"Compare in charts: {', '.join(_link(name, target) for name, target in targets.items())}"
+
+
+def _link(name: str, target: str) -> str:
+    return f"[{escaped(name)}]({target})" if target else escaped(name)

@@ -1,0 +1,242 @@
+"""What an influence run found, in three sentences of plain text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dit_mlflow.evaluation import Metrics
+from dit_mlflow.evaluation.patterns import PATTERNS, patterns
+from dit_mlflow.explanation.gallery import Gallery
+from dit_mlflow.explanation.numbers import decimals, figure, span
+from dit_mlflow.explanation.ranking import best_known, extreme_samples
+from dit_mlflow.influence import Influence, Window
+
+AGREEMENT = ((0.9, "very high"), (0.7, "high"), (0.5, "moderate"), (0.3, "low"))
+"""The least Spearman correlation with exact leave-one-out that a word stands for; below the last it is very low."""
+
+TURNED = 0.5
+"""A sample is said to hurt elsewhere if it does so by this share of what it helped by where it helped most."""
+
+MEANING = {
+    "early": "most of their influence falls in the first half of training",
+    "late": "most of their influence falls in the second half of training",
+    "stable": "their influence is spread over training and mostly of one sign",
+    "fluctuating": "their influence changes its sign during training",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What an influence run found; the first query is spoken of.
+
+    Attributes:
+        influence: scores per window.
+        whole: metrics of the whole run ``[0, T)``.
+        per_window: metrics of each window.
+        gallery: what is known of the samples.
+        checked: samples with an exact ground truth.
+        exact: leave-one-out, for some samples and windows.
+        estimate: scores of the whole run, one window; ``None`` = not known.
+    """
+
+    influence: Influence
+    whole: Metrics
+    per_window: tuple[Metrics, ...]
+    gallery: Gallery
+    checked: int = 0
+    exact: Influence | None = None
+    estimate: Influence | None = None
+
+    @property
+    def ranking(self) -> Influence | None:
+        """Scores of the whole run, exact where they are known, which rank the samples; ``None``: the mean does."""
+        return None if self.estimate is None else best_known(self.estimate, self.exact)
+
+    @property
+    def query(self) -> str:
+        """As people write it."""
+        return self.influence.queries[0].replace("_", " ")
+
+
+def answer_sentences(found: Findings) -> tuple[str, str, str]:
+    """Which samples hurt and helped most and when; how sure that is; what of damaged samples and patterns."""
+    return _who(found), _how_sure(found), _what_kind(found)
+
+
+def window_sentences(found: Findings, position: int) -> tuple[str, str]:
+    """The first two of :func:`answer_sentences`, for one window."""
+    window = found.influence.windows[position]
+    metrics = found.per_window[position]
+    alone = Findings(found.influence.select([window]), metrics, (metrics,), found.gallery, found.checked, found.exact)
+    who = _who(alone)
+    return f"In steps {window}, {who[0].lower()}{who[1:]}", _how_sure(alone)
+
+
+def agreement_word(spearman: float) -> str:
+    """The word of :data:`AGREEMENT` for a correlation."""
+    return next((word for least, word in AGREEMENT if spearman >= least), "very low")
+
+
+def _who(found: Findings) -> str:
+    ranking = found.ranking
+    harmful, helpful = extreme_samples(found.influence, 1, ranking)
+    over = "on average" if ranking is None else "over the whole run"
+    parts: list[str] = []
+    for samples, sign, verb, change in ((harmful, -1, "hurt", "lowers"), (helpful, 1, "helped", "raises")):
+        if samples:
+            parts.append(_one(found, ranking, samples[0], sign, verb, change, first=not parts))
+    if not parts:
+        return f"No sample changed the {found.query} {over}."
+    if not harmful:
+        parts.append(f"no sample hurt {over}")
+    elif not helpful:
+        parts.append(f"no sample helped {over}")
+    return _capitalised("; ".join(parts)) + "."
+
+
+def _one(
+    found: Findings, ranking: Influence | None, sample: int, sign: int, verb: str, change: str, first: bool
+) -> str:
+    scores = found.influence.scores[:, 0, sample]
+    windows = found.influence.windows
+    place = int(np.nanargmax(sign * scores))
+    object_, quantity = (" the model", f"the {found.query}") if first else ("", "it")
+    text = f"{found.gallery.name(int(found.influence.samples[sample]))} {verb}{object_} most"
+    if ranking is None:
+        told, over = found.influence.select([windows[place]]), ""
+        removal, doubt = "removal", _doubt(found, told, sample)
+    else:
+        told, over = ranking, " over the whole run" if ranking.windows != windows else ""
+        exactly = _exactly(found, told.windows[0])
+        removal = "exact removal" if np.isfinite(exactly[sample]) else "removal"
+        doubt = " by the estimate" if np.isfinite(exactly).any() and removal == "removal" else ""
+    said = f"{removal} {change} {quantity} by {figure(abs(told.scores[0, 0, sample]))}{over}{doubt}"
+    if len(windows) == 1 or not sign * scores[place] > 0:
+        return f"{text}: {said}"
+    text += f", above all in steps {windows[place]} ({said})"
+    other = int(np.nanargmin(sign * scores))
+    if sign * scores[other] < -TURNED * sign * scores[place]:
+        text += f", but {'helped' if verb == 'hurt' else 'hurt'} in steps {windows[other]}"
+    return text
+
+
+def _doubt(found: Findings, told: Influence, sample: int) -> str:
+    """Where an exact retraining is known and went the other way."""
+    turned = _exactly(found, told.windows[0])[sample] * told.scores[0, 0, sample] < 0
+    return " by the estimate; left out exactly, it does the opposite" if turned else ""
+
+
+def _exactly(found: Findings, window: Window) -> np.ndarray:
+    """Scores ``[samples]`` of exact retraining, NaN where there is none."""
+    if found.exact is None or window not in found.exact.windows:
+        return np.full(len(found.influence.samples), np.nan)
+    return found.exact.of(window)
+
+
+def _how_sure(found: Findings) -> str:
+    key = "ground_truth/spearman"
+    every = (found.whole, *found.per_window)
+    total = len(found.influence.samples)
+    count = found.checked
+    if not any(key in metrics.values for metrics in every):
+        reason = next((metrics.undefined[key] for metrics in every if key in metrics.undefined), None)
+        if any("trust/spearman" in metrics.values for metrics in every):
+            key = "trust/spearman"
+            count = int(max(metrics.values.get("trust/samples", 0) for metrics in every))
+        elif reason or (reason := found.whole.undefined.get("trust/spearman")):
+            return f"Agreement with exact retraining cannot be told: {reason}."
+        else:
+            return "How far this can be trusted was not checked: ask for trust=24, or ground_truth=all."
+    over = f" over all {total} samples" if count >= total else ""
+    by_window = [metrics for metrics in found.per_window if key in metrics.values]
+    told = []
+    if by_window and (len(found.per_window) > 1 or key not in found.whole.values):
+        told.append(_agreement(by_window, key, over, " in the windows" if len(found.per_window) > 1 else ""))
+    if key in found.whole.values:
+        told.append(_agreement([found.whole], key, over, " over the whole run" if told else ""))
+    agreement = f"agreement with exact retraining is {' and '.join(told)}."
+    return _capitalised(agreement) if over else f"As far as {count} random samples tell, {agreement}"
+
+
+def _agreement(metrics: Sequence[Metrics], key: str, over: str, where: str) -> str:
+    """``high in the windows (Spearman 0.72 to 0.88 over …)``; if not over all samples, with an interval.
+
+    The words are those of the estimates; where the interval reaches below the least of them, that is said.
+    """
+    points = [found.values[key] for found in metrics]
+    figures = f"Spearman {span(min(points), max(points))}"
+    if over:
+        return f"{_words(min(points), max(points))}{where} ({figures}{over})"
+    if any(f"{key}_low" not in found.values for found in metrics):
+        return f"{_words(min(points), max(points))}{where} ({figures}, too few samples for an interval)"
+    low = min(found.values[f"{key}_low"] for found in metrics)
+    high = max(found.values[f"{key}_high"] for found in metrics)
+    words = _words(min(points), max(points))
+    interval = f"95 % interval{'s' * (len(metrics) > 1)} {span(low, high)}"
+    doubt = "" if (least := agreement_word(low)) == agreement_word(min(points)) else f", so it may be {least}"
+    return f"{words}{where} ({figures}, {interval}{doubt})"
+
+
+def _words(low: float, high: float) -> str:
+    first, last = agreement_word(low), agreement_word(high)
+    return first if first == last else f"{first} to {last}"
+
+
+def _what_kind(found: Findings) -> str:
+    parts = [part for part in (_damaged(found), _pattern(found)) if part]
+    if not parts:
+        return "No training sample is known to be damaged, and one window alone does not tell when samples matter."
+    return _capitalised("; ".join(parts)) + "."
+
+
+def _damaged(found: Findings) -> str | None:
+    key, k = "detection/recall_at_k", len(found.gallery.corrupted)
+    if key not in found.whole.values or not k:
+        return None
+    recall, chance = found.whole.values[key], found.whole.values[f"{key}_chance"]
+    by_window = [metrics.values.get(key, -1.0) for metrics in found.per_window]
+    best = int(np.argmax(by_window))
+    where = f"steps {found.influence.windows[best]}" if by_window[best] > recall else ""
+    expected = chance * k
+    # Detection is judged by what was estimated, where the sentence on samples goes by what is known.
+    estimated = "" if found.ranking is found.estimate else " by the estimate"
+    by_chance = f"(by chance {decimals(expected, 1) if expected >= 0.05 else figure(expected, 1)})"
+    if k == 1:
+        is_ = "is" if recall == 1 else "is not" if recall == 0 else "ties with others as"
+        text = f"the one damaged sample {is_} the most harmful of the whole run{estimated}"
+        return f"{text}{f', but is that of {where}' if where and by_window[best] == 1 else ''} {by_chance}"
+    hits = _hits(recall, k)
+    text = (
+        f"of {k} damaged samples, {hits} {'is' if hits == '1' else 'are'} among the {k} most harmful of the whole run"
+        f"{estimated}"
+    )
+    if where:
+        text += f", {_hits(by_window[best], k)} among those of {where}"
+    return f"{text} {by_chance}"
+
+
+def _hits(recall: float, k: int) -> str:
+    """Samples found; with a decimal where ties at the cut leave an expectation that is not a whole number."""
+    hits = recall * k
+    return f"{hits:.0f}" if abs(hits - round(hits)) < 0.05 else f"{hits:.1f}"
+
+
+def _pattern(found: Findings) -> str | None:
+    if len(found.influence.windows) < 2:
+        return None
+    counts = Counter(name for name in patterns(found.influence).tolist() if name in PATTERNS)
+    if not counts:
+        return None
+    ((name, count),) = counts.most_common(1)
+    total = len(found.influence.samples)
+    many = count > total / 2
+    who = "most samples" if 3 * count >= 2 * total else "more than half of the samples" if many else "the largest group"
+    return f"{who} ({count} of {total}) {'are' if many else 'is'} {name}: {MEANING[name]}"
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,235 @@
+"""The numbers behind the page of an influence run, in a form that is small and cannot break out of it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dit_mlflow.evaluation import Metrics, patterns
+from dit_mlflow.evaluation.patterns import PATTERNS
+from dit_mlflow.explanation.gallery import Gallery
+from dit_mlflow.explanation.markdown import LONGEST, encodable
+from dit_mlflow.explanation.numbers import decimals
+from dit_mlflow.influence import Influence, Window
+from dit_mlflow.page.page_samples import PageSamples, lines
+
+SCORE_BYTES = 2_500_000
+"""Of embedded scores, estimates and exact ones: what decides how many queries a page can hold beside the first."""
+
+LINES_DRAWN = 4
+"""Most harmful and most helpful samples in the overview, each."""
+
+FLAGGED_SHARE = 0.1
+"""Of the samples, where it is not known how many are damaged."""
+
+
+PATTERN_NAMES = ("none", *PATTERNS)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Scores by what the page can sort by: first the whole run, then every window.
+
+    Attributes:
+        estimate: ``[1 + windows, queries, samples]``; if the whole run is the only window, just that.
+        exact: likewise, NaN where it is not known; ``None``: nothing is.
+        windows: those after the first column.
+        whole: what the first column is for.
+        averaged: the first column is the mean over the windows, since there are no scores of the whole run.
+    """
+
+    estimate: np.ndarray
+    exact: np.ndarray | None
+    windows: tuple[Window, ...]
+    whole: Window
+    averaged: bool
+
+    @classmethod
+    def of(cls, estimate: Influence, truth: Influence | None, windows: Sequence[Window]) -> Columns:
+        whole = Window(min(window.start for window in windows), max(window.end for window in windows))
+        whole = max([whole, *estimate.windows], key=lambda window: window.end - window.start)
+        averaged = whole not in estimate.windows
+        shown = () if list(windows) == [whole] else tuple(windows)
+
+        def stacked(found: Influence) -> np.ndarray:
+            kept = np.stack([_scores(found, window, estimate) for window in shown or (whole,)])
+            first = kept.mean(axis=0) if averaged else _scores(found, whole, estimate)
+            return np.concatenate([first[None], kept]) if shown else kept
+
+        exact = None if truth is None else stacked(truth)
+        if exact is not None and np.isnan(exact).all():
+            exact = None
+        return cls(stacked(estimate), exact, shown, whole, averaged)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the columns, as the page shows them."""
+        windows = [f"{window.start}–{window.end}" for window in self.windows]
+        if not windows:
+            return [f"steps {self.whole.start}–{self.whole.end}"]
+        return ["mean of windows" if self.averaged else "whole run", *windows]
+
+
+def _scores(found: Influence, window: Window, like: Influence) -> np.ndarray:
+    """``[queries, samples]`` of ``window``, NaN for queries and windows that ``found`` does not have."""
+    scores = np.full((len(like.queries), len(like.samples)), np.nan)
+    if window in found.windows:
+        _, here, there = np.intersect1d(like.samples, found.samples, return_indices=True)
+        for row, query in enumerate(like.queries):
+            if query in found.queries:
+                scores[row, here] = found.of(window, query)[there]
+    return scores
+
+
+def flagged(scores: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the ``k`` lowest of ``scores`` ``[samples]`` that are negative, lowest first; NaN never."""
+    lowest = np.argsort(scores, kind="stable")[:k]
+    return lowest[scores[lowest] < 0]
+
+
+def cut_in_tie(scores: np.ndarray, k: int) -> bool:
+    """Whether :func:`flagged` takes only some of several equal scores ``[samples]``."""
+    known = np.sort(scores[np.isfinite(scores)])
+    return bool(k < len(known) and known[k - 1] == known[k] < 0)
+
+
+def flag_count(samples: int, corrupted: int) -> int:
+    """How many samples may be flagged: as many as are damaged; if that is not known, :data:`FLAGGED_SHARE` of all."""
+    return corrupted or max(1, round(FLAGGED_SHARE * samples))
+
+
+def by_extremity(scores: np.ndarray) -> np.ndarray:
+    """Positions ``[samples]``, those first that are among the lowest or highest in any row of ``[rows, samples]``."""
+    count = scores.shape[1]
+    best = np.full(count, count)
+    for row in scores:
+        known = int(np.isfinite(row).sum())
+        order = np.argsort(row, kind="stable")[:known]
+        ranks = np.minimum(np.arange(known), np.arange(known)[::-1])
+        best[order] = np.minimum(best[order], ranks)
+    return np.argsort(best, kind="stable")
+
+
+def page_data(
+    estimate: Influence,
+    columns: Columns,
+    gallery: Gallery,
+    metrics: Mapping[Window, Metrics],
+) -> dict[str, Any]:
+    """All that the page shows and can sort, filter and draw, as JSON values.
+
+    Scores are base64 of little-endian float32, ``[columns, samples]`` for each query, so they are rounded to 24 binary
+    digits; exact scores only of the samples that have one.
+    """
+    count = len(estimate.samples)
+    damaged = np.flatnonzero(np.isin(estimate.samples, list(gallery.corrupted)))
+    k = flag_count(count, len(damaged))
+    per_query = 4 * columns.estimate[:, 0].size * (1 if columns.exact is None else 2)
+    embedded = max(1, min(len(estimate.queries), SCORE_BYTES // max(1, per_query)))
+    known = None if columns.exact is None else np.flatnonzero(np.isfinite(columns.exact).any(axis=(0, 1)))
+    order = by_extremity(columns.estimate[:, :embedded].reshape(-1, count)).tolist()
+    shown = PageSamples.of(gallery, estimate.samples, order)
+    labels = lines(gallery.label_of, estimate.samples)
+    notes = lines(gallery.describe, estimate.samples)
+    distinct = sorted({label for label in labels if label is not None})
+    code = {label: place for place, label in enumerate(distinct)}
+    return {
+        "kind": estimate.kind,
+        "method": encodable(estimate.method, LONGEST),
+        "left_out": len(estimate.queries) - embedded,
+        "queries": [_query(estimate, columns, place, k, known) for place in range(embedded)],
+        "columns": [
+            {"name": name, **_trust(metrics.get(window))}
+            for name, window in zip(columns.names, (columns.whole, *columns.windows), strict=True)
+        ],
+        "samples": estimate.samples.tolist(),
+        "known": None if known is None else known.tolist(),
+        "labels": distinct or None,
+        "label": [-1 if label is None else code[label] for label in labels] if distinct else None,
+        "notes": None if all(note is None for note in notes) else notes,
+        "patterns": PATTERN_NAMES,
+        "damaged": damaged.tolist() if gallery.corrupted else None,
+        "pictures": shown.pictures,
+        "texts": shown.texts,
+        "cut": shown.cut,
+        "names": list(shown.names),
+        "rows": shown.rows,
+    }
+
+
+def _query(estimate: Influence, columns: Columns, place: int, k: int, known: np.ndarray | None) -> dict[str, Any]:
+    scores, name = columns.estimate[:, place], estimate.queries[place]
+    first = ranked = scores[0]
+    if columns.exact is not None and not columns.averaged:
+        ranked = np.where(np.isfinite(columns.exact[0, place]), columns.exact[0, place], first)
+    order = np.argsort(ranked, kind="stable")[: int(np.isfinite(ranked).sum())]
+    pattern = None
+    if len(columns.windows) > 1:
+        found = patterns(estimate.select(list(columns.windows)), name)
+        pattern = [PATTERN_NAMES.index(name) for name in found]
+    return {
+        "name": encodable(readable(name), LONGEST),
+        "scores": packed(scores),
+        "exact": None if known is None or columns.exact is None else packed(columns.exact[:, place, known]),
+        "flagged": flagged(first, k).tolist(),
+        "patterns": pattern,
+        "harmful": [int(at) for at in order[:LINES_DRAWN] if ranked[at] < 0],
+        "helpful": [int(at) for at in order[::-1][:LINES_DRAWN] if ranked[at] > 0],
+        "band": [_quantiles(row) for row in scores],
+    }
+
+
+def _quantiles(scores: np.ndarray) -> list[float] | None:
+    known = scores[np.isfinite(scores)]
+    return np.quantile(known, (0.05, 0.95)).tolist() if len(known) else None
+
+
+def _trust(metrics: Metrics | None) -> dict[str, Any]:
+    """How far a column can be trusted: its rank correlation with exact leave-one-out, and sentences."""
+    values = {} if metrics is None else dict(metrics.values)
+    spearman = values.get("ground_truth/spearman", values.get("trust/spearman"))
+    sentences = []
+    if spearman is not None:
+        low, high = values.get("trust/spearman_low"), values.get("trust/spearman_high")
+        interval = "" if low is None or high is None else f", 95 % interval {signed(low)} to {signed(high)}"
+        count = values.get("trust/samples")
+        over = "" if count is None else f", over {count:.0f} samples"
+        floor = values.get("ground_truth/attainable_spearman")
+        most = "" if floor is None else f" (exact retraining with itself: {signed(floor)})"
+        sentences.append(f"Agreement with exact leave-one-out: Spearman {signed(spearman)}{interval}{over}{most}.")
+    if (recall := values.get("detection/recall_at_k")) is not None:
+        by_chance = values.get("detection/recall_at_k_chance")
+        beside = "" if by_chance is None else f" (chance: {_percent(by_chance)})"
+        sentences.append(f"Of the damaged samples, {_percent(recall)} are among as many lowest scores{beside}.")
+    return {"spearman": None if spearman is None else round(spearman, 3), "trust": sentences}
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+
+
+def signed(value: float) -> str:
+    """Two decimals, with a minus sign that is one."""
+    return decimals(value).replace("-", "−")
+
+
+def readable(query: str) -> str:
+    """The query's name in words, if it is one of ours in the form of an identifier."""
+    return query.replace("_", " ") if query.isidentifier() else query
+
+
+def packed(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
+
+
+def json_in_html(value: Any) -> str:
+    """JSON for a ``<script type="application/json">``: no character in it can end the element or begin another."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

@@ -1,0 +1,81 @@
+"""Samples against windows, as colours."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dit_mlflow.evaluation.patterns import standardised
+from dit_mlflow.explanation.gallery import Gallery
+from dit_mlflow.explanation.ranking import ranking_scores
+from dit_mlflow.influence import Influence
+from dit_mlflow.plots.canvas import DIVERGING, HARMFUL, HELPFUL, MARKED, SMALL, label_windows, literal, new_figure
+
+ROWS = 15
+"""Samples on each side."""
+
+
+def plot_heat_map(
+    influence: Influence, gallery: Gallery | None = None, k: int = ROWS, whole: Influence | None = None
+) -> Figure:
+    """The ``k`` most harmful and the ``k`` most helpful samples, a row each; blue helps, vermilion harms.
+
+    Scores of the first query are divided by the window's root mean square over all samples, so that every window
+    counts alike; samples are chosen, and ordered, by the scores of the ``whole`` run, else by the mean of these over
+    windows. Damaged samples have a mark.
+    """
+    gallery = gallery or Gallery()
+    scores = standardised(influence)
+    shown, harmful = _chosen(scores.mean(axis=0) if whole is None else ranking_scores(influence, whole), k)
+    chosen = "on average" if whole is None else "over the whole run"
+    figure = new_figure(1.7 + 0.205 * max(len(shown), 3))
+    axes = figure.subplots()
+    if not shown:
+        axes.text(0.5, 0.5, f"no sample mattered {chosen}", transform=axes.transAxes, ha="center")
+        return figure
+    count = len(influence.windows)
+    values = scores[:, shown].T
+    values[~np.isfinite(influence.scores[:, 0, shown].T)] = np.nan
+    largest = float(np.nanquantile(np.abs(values), 0.98)) if np.isfinite(values).any() else 0.0
+    limit = largest or 1.0
+    strip = 0.05 * count
+    image = axes.imshow(
+        values,
+        cmap=DIVERGING,
+        vmin=-limit,
+        vmax=limit,
+        aspect="auto",
+        extent=(-0.5, count - 0.5, len(shown) - 0.5, -0.5),
+    )
+    indices = [int(influence.samples[sample]) for sample in shown]
+    damaged = [row for row, index in enumerate(indices) if index in gallery.corrupted]
+    axes.scatter([count - 0.5 + strip / 2] * len(damaged), damaged, marker="D", s=18, color=MARKED, lw=0)
+    axes.axhline(harmful - 0.5, color="black", lw=1.5)
+    axes.set_xlim(-0.5, count - 0.5 + (strip if damaged else 0))
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    names = [literal(f"{index}: {gallery.line(index)}".removesuffix(": "), 38) for index in indices]
+    axes.set_yticks(range(len(shown)), names, fontsize=SMALL)
+    for row, label in enumerate(axes.get_yticklabels()):
+        label.set_color(HARMFUL if row < harmful else HELPFUL)
+    label_windows(axes, influence.windows, most=9)
+    title = f"Above: {harmful} most harmful samples; below: {len(shown) - harmful} most helpful, {chosen}"
+    note = "◆ deliberately damaged; " if damaged else ""
+    axes.set_title(f"{title}\n({note}{influence.method}, {influence.kind})", fontsize=10)
+    bar = figure.colorbar(image, extend="both", aspect=40, pad=0.02)
+    bar.set_label(
+        "← harmful      influence / its root mean square in the window      helpful →"
+        if len(shown) > 15
+        else "influence / its root mean square",
+        fontsize=SMALL,
+    )
+    bar.ax.tick_params(labelsize=SMALL)
+    return figure
+
+
+def _chosen(scores: np.ndarray, k: int) -> tuple[list[int], int]:
+    """Positions of the samples to show, most harmful first and most helpful last; how many of them harm."""
+    scores = np.nan_to_num(scores)
+    order = np.argsort(scores, kind="stable")
+    harmful = [int(i) for i in order[:k] if scores[i] < 0]
+    helpful = [int(i) for i in order[len(order) - min(k, len(order)) :] if scores[i] > 0]
+    return [*harmful, *helpful], len(harmful)

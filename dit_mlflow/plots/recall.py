@@ -1,0 +1,68 @@
+"""How fast damaged samples are found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dit_mlflow.evaluation.detection import recall_curve
+from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
+
+COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
+"""Okabe and Ito's; of more curves than colours, the next seven are dashed."""
+
+NAMED = 2 * len(COLOURS)
+"""Curves that are told apart; of more, the others are grey."""
+
+ALWAYS = ("dit", "leave_one_out")
+"""Named whatever they find."""
+
+FEW = 4
+"""Curves whose legend finds room below the line of chance."""
+
+
+def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int]) -> Figure:
+    """Share of the damaged samples found, against the share of all samples inspected, lowest scores first.
+
+    Args:
+        scores: ``[samples]`` by the name that the legend shows; those without a score for any damaged sample are left
+            out. Of many, those that find most are named, and the others drawn in grey.
+        corrupted: indices of the damaged samples; inspecting as many is marked, it is where recall@k is read off.
+    """
+    figure = new_figure(5.2)
+    axes = figure.subplots()
+    drawn = {name: found for name, found in scores.items() if np.isfinite(found[list(corrupted)]).any()}
+    share = 100 * len(corrupted) / max((len(found) for found in scores.values()), default=1)
+    axes.plot([0, 100], [0, 100], color=NEUTRAL, lw=1, ls=":", label="chance")
+    axes.plot([0, share, 100], [0, 100, 100], color=NEUTRAL, lw=1, ls="--", label="best possible")
+    axes.axvline(share, lw=0.8, color=NEUTRAL, alpha=0.5)
+    note: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": SMALL, "color": "#555555"}
+    axes.annotate(f"recall@k: {len(corrupted)} samples inspected, as many as are damaged", (share, 1), **note)
+    curves = {name: recall_curve(found, corrupted) for name, found in drawn.items()}
+    named = _named(curves)
+    others = [name for name in curves if name not in named]
+    for name in others:
+        label = f"{len(others)} others" if name == others[0] else None
+        axes.plot(*(100 * part for part in curves[name]), lw=0.8, color=NEUTRAL, alpha=0.6, label=label)
+    for place, name in enumerate(named):
+        line: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "ls": ("-", "--")[place // len(COLOURS)]}
+        axes.plot(*(100 * part for part in curves[name]), lw=1.7, label=name, **line)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("training samples inspected, lowest scores first (%)")
+    axes.set_ylabel("damaged samples found (%)")
+    axes.set_title("How many samples must be looked at to find the damaged ones?")
+    if len(drawn) > FEW:
+        figure.legend(loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False)
+    else:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.08), fontsize=SMALL, frameon=False)
+    return figure
+
+
+def _named(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
+    """Those to tell apart, in the order that they came in."""
+    most = sorted(curves, key=lambda name: (name not in ALWAYS, -np.mean(curves[name][1])))[:NAMED]
+    return [name for name in curves if name in most]

@@ -1,0 +1,192 @@
+"""The files of a trajectory folder: a segment is appended whole, or not at all."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile, write_atomically
+from dit_mlflow.trajectory.shards import SHARD_BYTES, Shard, StoredOnce, flatten, packed, write_shard
+from dit_mlflow.trajectory.state import State
+from dit_mlflow.trajectory.step_record import StepFields, to_table
+
+
+class Written(NamedTuple):
+    """Files that are on disk: the new ones, and the content of the manifest that lists them."""
+
+    names: list[str]
+    manifest: bytes
+
+
+@dataclass
+class Segment:
+    """What goes into the next files; ``nbytes`` is about what it takes in memory."""
+
+    first_step: int
+    rows: list[StepFields] = field(default_factory=list)
+    states: dict[int, State] = field(default_factory=dict)
+    batches: dict[int, Sequence[Sequence[Tensor]]] = field(default_factory=dict)
+    nbytes: int = 0
+
+    def followed_by(self, later: Segment) -> Segment:
+        return Segment(
+            self.first_step,
+            self.rows + later.rows,
+            self.states | later.states,
+            self.batches | later.batches,
+            self.nbytes + later.nbytes,
+        )
+
+
+def check_new(directory: Path) -> None:
+    """Raise :class:`TrajectoryError` if the folder already holds a trajectory."""
+    if (directory / FILE_NAME).exists():
+        raise TrajectoryError(
+            f"{directory} already holds a trajectory (nothing was overwritten); record into a new folder, or go on "
+            "with it by resume=True"
+        )
+
+
+class TrajectoryFolder:
+    """A trajectory on disk, as it grows.
+
+    Args:
+        directory: where it is, or will be.
+        manifest: of a trajectory without steps.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._number = 0
+        self._open_shard = lru_cache(maxsize=4)(Shard)
+        self._once = StoredOnce(self._load)
+
+    def resume(self, begun: Manifest, step: int) -> None:
+        """Go on with a trajectory from its checkpoint at ``step``."""
+        for left_over in self.directory.glob("*.part"):
+            left_over.unlink()
+        # Numbers go on: files of the old manifest stay as they are, at least until a new one is in place.
+        numbers = (int(found[1]) for name in begun.files if (found := re.search(r"(\d+)\.", name)))
+        self._number = 1 + max(numbers, default=-1)
+        self.manifest = begun.until(step)
+
+    def append(self, segment: Segment, facts: Mapping[str, Any]) -> Written:
+        """Write a segment's files, then the manifest that lists them.
+
+        Args:
+            segment: what follows on the steps that are there.
+            facts: the manifest's other fields, as they are with the segment.
+
+        Raises:
+            UnsupportedError: a tensor that cannot be stored.
+            OSError: the folder cannot be written; the trajectory in it is what it was.
+        """
+        files: dict[str, FileEntry] = {}
+        old = self.manifest
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            checkpoints = self._write_checkpoints(segment, files)
+            batches = self._write_batches(segment, files)
+            steps = self._write_steps(segment, files)
+            manifest = old.model_copy(
+                update={
+                    **facts,
+                    "files": {**old.files, **files},
+                    "checkpoints": (*old.checkpoints, *checkpoints),
+                    "steps": (*old.steps, *steps),
+                    "batches": (*(old.batches or ()), *batches) or None,
+                }
+            )
+            content = manifest.encode()
+            write_atomically(self.directory / FILE_NAME, content)
+        except BaseException:
+            self._once.forget()
+            raise
+        self._once.keep()
+        self.manifest = manifest
+        self._number += len(files)
+        return Written(list(files), content)
+
+    def _write_checkpoints(self, segment: Segment, files: dict[str, FileEntry]) -> list[CheckpointEntry]:
+        stored: dict[str, Tensor] = {}
+        scalars: dict[int, dict[str, dict[str, Any]]] = {}
+        unchanged: dict[int, dict[int, list[str]]] = {step: {} for step in segment.states}
+        held_by: dict[int, list[str]] = {step: [] for step in segment.states}
+        for step, state in segment.states.items():
+            tensors, scalars[step] = flatten(state)
+            for key, value in tensors.items():
+                home = self._once.home(step, key, value, stored)
+                if home == step:
+                    stored[f"{step}/{key}"] = value
+                else:
+                    unchanged[step].setdefault(home, []).append(key)
+        for shard in packed(stored):
+            name = self._name(files, "checkpoints-{:05d}.safetensors")
+            files[name] = write_shard(self.directory / name, shard)
+            for step in dict.fromkeys(int(key.partition("/")[0]) for key in shard):
+                held_by[step].append(name)
+        return [
+            CheckpointEntry(
+                step=step,
+                files=tuple(held_by[step]),
+                unchanged={home: tuple(keys) for home, keys in unchanged[step].items()},
+                scalars=scalars[step],
+            )
+            for step in segment.states
+        ]
+
+    def _write_batches(self, segment: Segment, files: dict[str, FileEntry]) -> list[StepsFile]:
+        parts = []
+        for group in _grouped(segment.batches):
+            name = self._name(files, "batches-{:05d}.safetensors")
+            tensors = {
+                f"{step}/{position}/{place}": tensor
+                for step in group
+                for position, batch in enumerate(segment.batches[step])
+                for place, tensor in enumerate(batch)
+            }
+            files[name] = write_shard(self.directory / name, tensors)
+            parts.append(StepsFile(file=name, start=group.start, stop=group.stop))
+        return parts
+
+    def _write_steps(self, segment: Segment, files: dict[str, FileEntry]) -> list[StepsFile]:
+        if not segment.rows:
+            return []
+        name = self._name(files, "steps-{:05d}.parquet")
+        sink = io.BytesIO()
+        pq.write_table(to_table(segment.rows), sink, compression="zstd")
+        files[name] = write_atomically(self.directory / name, sink.getvalue())
+        start = segment.first_step
+        return [StepsFile(file=name, start=start, stop=start + len(segment.rows))]
+
+    def _name(self, files: dict[str, FileEntry], pattern: str) -> str:
+        return pattern.format(self._number + len(files))
+
+    def _load(self, step: int, key: str) -> Tensor:
+        """A tensor that was written with the checkpoint at ``step``."""
+        entry = next(entry for entry in reversed(self.manifest.checkpoints) if entry.step == step)
+        shards = [self._open_shard(self.directory / name) for name in entry.files]
+        return next(shard.tensor(step, key) for shard in shards if shard.holds(step, key))
+
+
+def _grouped(batches: dict[int, Sequence[Sequence[Tensor]]]) -> Iterator[range]:
+    """Steps, in order, in groups whose tensors take at most :data:`SHARD_BYTES`; a step is never divided."""
+    start, size, stop = None, 0, 0
+    for step, parts in batches.items():
+        nbytes = sum(tensor.nbytes for batch in parts for tensor in batch)
+        if start is not None and size + nbytes > SHARD_BYTES:
+            yield range(start, step)
+            start, size = None, 0
+        start, size, stop = step if start is None else start, size + nbytes, step + 1
+    if start is not None:
+        yield range(start, stop)

@@ -1,0 +1,229 @@
+"""Training that cannot be recorded truthfully is refused by name, as early as it can be known."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Set
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from dit_mlflow.errors import TrajectoryError, UnsupportedError
+from dit_mlflow.replay.optimizers import hyperparameters
+from dit_mlflow.trajectory.step_record import Hyperparameters
+
+_INSIST = (
+    "or insist with TrajectoryRecorder(..., low_precision=True); its documentation says what the scores are then worth"
+)
+
+
+def check_model(model: nn.Module, low_precision: bool) -> None:
+    """Refuse what is known before training starts.
+
+    Raises:
+        UnsupportedError: several processes train the model, its parameters are in low precision or have no shape, or
+            it has modules that cannot be copied or differentiated.
+        TrajectoryError: ``model`` is a running average.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+        if processes > 1:
+            raise UnsupportedError(
+                f"training runs in {processes} processes (torch.distributed): this one sees only its own share of each "
+                "batch, so that the samples of a step are not known; record training in one process"
+            )
+    sharded = {"FullyShardedDataParallel", "FSDPModule"}
+    if any(cls.__name__ in sharded for module in model.modules() for cls in type(module).__mro__):
+        raise UnsupportedError(
+            f"{type(model).__name__} is sharded (FSDP): its parameters are not whole tensors; record training of the "
+            "plain model in one process"
+        )
+    if isinstance(model, AveragedModel):
+        raise TrajectoryError(
+            "the model is an AveragedModel, which no optimizer steps: record the trained model, the one whose "
+            "parameters the optimizer holds; averaging it beside is not disturbed"
+        )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise UnsupportedError(
+                f"parameter {name!r} has no shape yet (a Lazy module): build the model with its sizes, or run a batch "
+                "through it, where it is made; the optimizer must be made after that"
+            )
+    for name, module in model.named_modules():
+        if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
+            raise UnsupportedError(
+                f"{name or 'the model'} is normalised by torch.nn.utils.weight_norm, whose modules cannot be copied; "
+                "use torch.nn.utils.parametrizations.weight_norm"
+            )
+        if getattr(module, "scale_grad_by_freq", False):
+            raise UnsupportedError(
+                f"{name or 'the model'} is an {type(module).__name__}(scale_grad_by_freq=True), whose gradient is not "
+                "that of the loss; train without it"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16) and not low_precision:
+            raise UnsupportedError(
+                f"parameter {name!r} is in {_plain(parameter.dtype)}: second derivatives, which influence needs, are "
+                f"noise in low precision. Train in float32, {_INSIST}"
+            )
+
+
+class AutocastCheck:
+    """A forward pre-hook that refuses ``torch.autocast`` in training.
+
+    Knows nothing but a device type, since copies of the model that are made in the meantime take it along.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled() and torch.is_autocast_enabled(self._device_type):
+            dtype = _plain(torch.get_autocast_dtype(self._device_type))
+            raise UnsupportedError(
+                f"the model is trained under torch.autocast ({dtype}): second derivatives, which influence needs, are "
+                f"noise in low precision. Train without autocast, {_INSIST}"
+            )
+
+
+def check_scaler() -> None:
+    """Refuse an optimizer step that a ``GradScaler`` makes; to be called from a hook of the step.
+
+    Raises:
+        UnsupportedError: a ``GradScaler`` is among the callers.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is torch.amp.GradScaler.step.__code__:
+            raise UnsupportedError(
+                "the optimizer is stepped by a GradScaler, which skips steps and belongs to training in low precision, "
+                f"where second derivatives are noise. Train in float32 without it, {_INSIST}"
+            )
+
+
+def is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a ``GradScaler`` has told a fused optimizer of infinite gradients, so that its step will do nothing."""
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def missing_gradients(parameters: Mapping[str, Tensor], held: Set[str]) -> tuple[list[str], list[str]]:
+    """Names of the parameters without a gradient, and of the frozen ones whose gradient is there and 0.
+
+    Args:
+        parameters: the model's, by name, at a step.
+        held: those that the optimizer steps.
+
+    Raises:
+        UnsupportedError: a frozen parameter would be stepped by a gradient of earlier batches.
+    """
+    absent, frozen = [], []
+    for name, parameter in parameters.items():
+        if parameter.grad is None:
+            absent.append(name)
+        elif not parameter.requires_grad:
+            frozen.append(name)
+            if name in held and parameter.grad.any():
+                raise UnsupportedError(
+                    f"parameter {name!r} is frozen (requires_grad=False), but the optimizer still steps it by an old "
+                    "gradient, which belongs to no sample of this step; call optimizer.zero_grad() after freezing"
+                )
+    return absent, frozen
+
+
+class Groups:
+    """An optimizer's parameter groups, whose settings may change in training, but not their parameters."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._seen: list[dict[str, Any]] = []
+        self._settings: tuple[Hyperparameters, ...] = ()
+        self._may_change_in_place = False
+
+    def settings(self) -> tuple[Hyperparameters, ...]:
+        """The hyperparameters of each group: the same object as before if they are the same.
+
+        Raises:
+            UnsupportedError: groups have been added, or parameters to a group.
+        """
+        groups = [{**group, "params": len(group["params"])} for group in self._optimizer.param_groups]
+        if groups == self._seen and not self._may_change_in_place:
+            return self._settings
+        if [group["params"] for group in groups] != self._sizes:
+            raise UnsupportedError(
+                "the optimizer's parameter groups changed during recording (add_param_group); begin a new "
+                "recorder after the change"
+            )
+        self._seen, self._settings = groups, hyperparameters(self._optimizer)
+        values = [value for group in groups for value in group.values()]
+        self._may_change_in_place = any(isinstance(value, (Tensor, list)) for value in values)
+        return self._settings
+
+
+class ChangeCheck:
+    """Tells whether anything but the recorded optimizer changed parameters between two of its steps.
+
+    Args:
+        parameters: the model's, by name.
+
+    Changes in place are known by the tensors' version counters. These miss assignments through ``.data`` and fused
+    optimizers; a loop that makes such changes at every step is known by its first two, whose values are compared.
+
+    Cost: 0.1 microseconds per parameter, twice a step.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._tensors = list(parameters.values())
+        self.note(None)
+
+    def note(self, values: Mapping[str, Tensor] | None) -> None:
+        """Remember the parameters as they are now; ``values``: copies of them, if there are any."""
+        self._values = values
+        self._versions = list(map(_VERSION, self._tensors))
+
+    def check(self, step: int) -> None:
+        """Raise :class:`TrajectoryError` if parameters are not as they were noted; ``step`` is about to be made."""
+        now = list(map(_VERSION, self._tensors))
+        if now == self._versions and step > 1:
+            return
+        if self._values is not None:
+            changed = [name for name, value in self._values.items() if not same(value, self._parameters[name])]
+        else:
+            names = zip(self._parameters, now, self._versions, strict=True)
+            changed = [name for name, version, noted in names if version != noted]
+        if changed and step == 0:
+            raise TrajectoryError(
+                f"parameters changed between entering the recorder and the first optimizer step ({changed[0]!r} is the "
+                "first); load weights and make earlier steps before the with block, so that the trajectory starts "
+                "where training does. A layer that renormalises its weights (Embedding(max_norm=...)) is not supported"
+            )
+        if changed:
+            raise TrajectoryError(
+                f"parameter {changed[0]!r} changed between step {step - 1} and step {step}, and not by the recorded "
+                "optimizer: a second optimizer, clamping, weights loaded into the model or averaged, or a layer that "
+                "renormalises its weights (Embedding(max_norm=...)) may do that, and replay could not. Train with one "
+                "optimizer, put constraints into the model (torch.nn.utils.parametrize), and load other weights into "
+                "a copy of the model (copy.deepcopy)"
+            )
+
+
+_VERSION = attrgetter("_version")
+
+
+def same(noted: Tensor, current: Tensor) -> bool:
+    """Whether all values are equal, NaN and NaN among them."""
+    current = current.detach().to(noted.device)
+    return torch.equal(noted, current) or torch.allclose(noted, current, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,132 @@
+"""Learn which samples a DataLoader hands out that a trainer iterates itself."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader
+
+from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.recording.watched_loader import Indices, Notes, NotingSampler, check_loader
+from dit_mlflow.workload.random_state import RandomState
+
+
+class Handed(NamedTuple):
+    """One batch on its way from a loader to a trainer, which may ask for it earlier than it needs it.
+
+    Attributes:
+        indices: sample indices.
+        iteration: number of the pass over the loader.
+        batch: as the loader made it; ``None`` = not seen.
+        before: the random state before it was drawn; ``None`` = drawn in a worker process, or not seen.
+        after: the random state when it was handed out.
+        goes_on: the pass began before this training did, which is being resumed.
+    """
+
+    indices: Indices
+    iteration: int
+    batch: Any
+    before: RandomState | None
+    after: RandomState
+    goes_on: bool = False
+
+
+class LoaderPatch:
+    """Queues what a loader hands out, in place: whoever iterates the loader sees no difference.
+
+    The loader's (batch) sampler and class are replaced by ones that take notes, until :meth:`remove`. Samplers are
+    asked in the same order and number as without, and no random number is drawn here.
+
+    Args:
+        loader: over a map-style dataset.
+        on_gone: called with the number of a pass when its iterator is thrown away, exhausted or not: by then, whoever
+            iterated has gone on or has failed.
+
+    Raises:
+        InputError: ``loader`` does not know its samples by index.
+
+    Cost: two looks at the random generators per batch, and the batches that were handed out and not yet taken stay in
+    memory, which those in the trainer's hands do anyway.
+    """
+
+    def __init__(self, loader: DataLoader[Any], on_gone: Callable[[int], None]) -> None:
+        check_loader(loader)
+        self.loader = loader
+        self._on_gone = on_gone
+        self._queue: deque[Handed] = deque()
+        self._iteration = -1
+        self._skipped_in: Notes | None = None
+        self._name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        self._class, self._original = type(loader), getattr(loader, self._name)
+        self.sampler = NotingSampler(self._original, in_main_process=loader.num_workers == 0)
+        # DataLoader refuses to have its samplers set, and persistent workers would go on with the former one.
+        vars(loader).update({self._name: self.sampler, "_iterator": None})
+        loader.__class__ = _patched(self._class, self)
+
+    def remove(self) -> None:
+        """Leave the loader as it was found."""
+        vars(self.loader).update({self._name: self._original, "_iterator": None})
+        self.loader.__class__ = self._class
+        self._queue.clear()
+
+    def take(self) -> Handed | None:
+        """The batch that was handed out first of those not taken; ``None`` if there is none."""
+        return self._queue.popleft() if self._queue else None
+
+    def take_noted(self, skipped: int) -> Handed | None:
+        """The same where another loader was iterated over this one's samplers, and left its first batches out.
+
+        Args:
+            skipped: how many batches are left out of each iteration.
+        """
+        notes = self.sampler.latest
+        if notes is not self._skipped_in:
+            self._skipped_in = notes
+            for _ in range(min(skipped, len(notes))):
+                notes.popleft()
+        if not notes:
+            return None
+        return Handed(notes.popleft()[0], self._iteration, None, None, RandomState.capture(), goes_on=True)
+
+    def iterate(self, batches: Iterator[Any]) -> Iterator[Any]:
+        self._iteration += 1
+        self._queue = deque()
+        pass_ = _Pass(batches, self.sampler.latest, self._queue, self._iteration)
+        weakref.finalize(pass_, self._on_gone, self._iteration).atexit = False
+        return pass_
+
+
+class _Pass:
+    """An iterator that lives as long as somebody iterates; a generator's frame would end with its last batch."""
+
+    def __init__(self, batches: Iterator[Any], notes: Notes, queue: deque[Handed], iteration: int) -> None:
+        self._batches, self._notes, self._queue, self._iteration = batches, notes, queue, iteration
+
+    def __iter__(self) -> _Pass:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        if not self._notes:
+            raise TrajectoryError(
+                "the loader handed out a batch whose indices its sampler has not told; record with a plain "
+                "torch.utils.data.DataLoader"
+            )
+        indices, before = self._notes.popleft()
+        self._queue.append(Handed(indices, self._iteration, batch, before, RandomState.capture()))
+        return batch
+
+
+def _patched(cls: type[DataLoader[Any]], patch: LoaderPatch) -> type[DataLoader[Any]]:
+    """``cls`` whose iterations go through ``tap``."""
+
+    class Patched(cls):  # type: ignore[misc, valid-type]
+        def __iter__(self) -> Iterator[Any]:
+            # Now, not at the first batch: the loader draws its seed and starts its workers here.
+            return patch.iterate(super().__iter__())
+
+    Patched.__name__ = Patched.__qualname__ = cls.__name__
+    return Patched

@@ -1,0 +1,215 @@
+"""A plain training loop around the recorder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from dit_mlflow.errors import InputError, TrainingError, TrajectoryError, WorkloadError
+from dit_mlflow.progress import progress_bar
+from dit_mlflow.recording.recorder import TrajectoryRecorder
+from dit_mlflow.replay.trajectory import Trajectory
+from dit_mlflow.workload.random_state import preserved_random_state
+from dit_mlflow.workload.workload import Batch, Workload, to_like
+
+
+class Witness(Protocol):
+    """What the loop tells of itself: the recorder, or nobody."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps made so far."""
+
+    def watch(self, loader: DataLoader[Batch]) -> Iterable[Batch]:
+        """The batches of ``loader``."""
+
+    def log(self, loss: float | Tensor) -> None:
+        """A step was made."""
+
+
+W = TypeVar("W", bound=Witness)
+
+
+def train(
+    workload: Workload,
+    directory: str | Path,
+    init_seed: int = 0,
+    order_seed: int = 0,
+    checkpoint_every: str | int = "sqrt",
+    max_steps: int | None = None,
+) -> Trajectory:
+    """Train ``workload`` and record it; the caller's random state is left alone.
+
+    Args:
+        workload: with ``optimizer``, ``batch_size`` and ``epochs``.
+        directory: a new folder for the trajectory.
+        init_seed: seed of the weight initialisation.
+        order_seed: seed of the batch order and of the random draws in training.
+        checkpoint_every: see :class:`TrajectoryRecorder`.
+        max_steps: stop after so many; default: all that the workload plans.
+
+    Returns:
+        The trajectory; it replays bit for bit on the same machine. Its last state is the trained model:
+        ``trajectory.checkpoint(trajectory.num_steps).load_into(model)``.
+
+    Raises:
+        InputError: a seed that torch does not take.
+        WorkloadError: the workload lacks what training needs.
+        TrainingError: a loss is not finite. The steps before are kept, as an incomplete trajectory.
+    """
+    train_recorded(
+        workload,
+        lambda model, optimizer: TrajectoryRecorder(model, optimizer, directory, workload, checkpoint_every),
+        init_seed,
+        order_seed,
+        max_steps,
+    )
+    return Trajectory.open(directory)
+
+
+def train_recorded(
+    workload: Workload,
+    recording: Callable[[nn.Module, Optimizer], AbstractContextManager[TrajectoryRecorder]],
+    init_seed: int = 0,
+    order_seed: int = 0,
+    max_steps: int | None = None,
+) -> nn.Module:
+    """:func:`train` with a recorder of the caller's; returns the trained model.
+
+    Raises:
+        TrajectoryError: the trajectory could not be written; the training was made to its end.
+    """
+    try:
+        model, recorder = _train(workload, recording, init_seed, order_seed, max_steps)
+    except TrainingError as error:
+        raise TrainingError(f"{error}. The steps before it are recorded") from error
+    if recorder.failure is not None:
+        raise TrajectoryError(
+            f"the trajectory could not be written to {recorder.directory}: {recorder.failure}; what is there ends "
+            "earlier than training did"
+        ) from recorder.failure
+    return model
+
+
+def check_seeds(init_seed: int, order_seed: int) -> None:
+    """Raise :class:`InputError` for seeds that torch's generators do not take."""
+    for name, seed in (("init_seed", init_seed), ("order_seed", order_seed)):
+        if not -(2**63) <= seed < 2**64:
+            raise InputError(f"{name}={seed}; expected a whole number of 64 bits, such as 0")
+
+
+def train_unrecorded(workload: Workload, init_seed: int = 0, order_seed: int = 0) -> nn.Module:
+    """:func:`train` without a record and without a progress bar; returns the same model, bit for bit.
+
+    Raises:
+        WorkloadError: the workload lacks what training needs.
+        TrainingError: a loss is not finite.
+    """
+    model, _ = _train(workload, lambda *_: nullcontext(_Nobody()), init_seed, order_seed, quiet=True)
+    return model
+
+
+class _Nobody:
+    """Counts steps, which is all that the loop needs of a witness."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+
+    def watch(self, loader: DataLoader[Batch]) -> Iterable[Batch]:
+        return loader
+
+    def log(self, loss: float | Tensor) -> None:
+        self.num_steps += 1
+
+
+def _train(
+    workload: Workload,
+    witnessing: Callable[[nn.Module, Optimizer], AbstractContextManager[W]],
+    init_seed: int,
+    order_seed: int,
+    max_steps: int | None = None,
+    quiet: bool = False,
+) -> tuple[nn.Module, W]:
+    check_seeds(init_seed, order_seed)
+    plan = workload.plan
+    assert workload.optimizer is not None
+    with preserved_random_state():
+        torch.manual_seed(init_seed)
+        model = workload.build_model().train()
+        try:
+            optimizer = workload.optimizer(model)
+        except (TypeError, ValueError) as error:
+            raise WorkloadError(f"Workload.optimizer cannot be built: {error}") from error
+        scheduler = workload.scheduler(optimizer) if workload.scheduler is not None else None
+        loader: DataLoader[Batch] = DataLoader(
+            workload.train_set,
+            batch_size=workload.batch_size,
+            shuffle=True,
+            collate_fn=workload.collate_fn,
+            generator=torch.Generator().manual_seed(order_seed),
+        )
+        torch.manual_seed(order_seed)
+        with (
+            witnessing(model, optimizer) as witness,
+            progress_bar(plan.num_steps, "training", shown=not quiet) as progress,
+        ):
+            for epoch in range(len(plan.epoch_ends)):
+                if witness.num_steps == max_steps:
+                    break
+                last = len(loader) - 1
+                total = 0.0
+                for position, batch in enumerate(witness.watch(loader)):
+                    total += _backward(workload, model, batch, position)
+                    if (position + 1) % workload.accumulate and position != last:
+                        continue
+                    total += _finish_gradient(workload, model)
+                    if not math.isfinite(total):
+                        raise TrainingError(
+                            f"the loss is {total} at step {witness.num_steps} (epoch {epoch}); try a lower "
+                            "learning rate, or look for infinite inputs"
+                        )
+                    optimizer.step()
+                    # The model's, not the optimizer's: clipping looks at every gradient.
+                    model.zero_grad()
+                    witness.log(total)
+                    if scheduler is not None:
+                        scheduler.step()
+                    total = 0.0
+                    progress.update()
+                    if witness.num_steps == max_steps:
+                        break
+    return model, witness
+
+
+def _backward(workload: Workload, model: nn.Module, batch: Batch, position: int) -> float:
+    """Accumulate the gradient of the epoch's micro-batch number ``position``; returns its objective."""
+    assert workload.batch_size is not None
+    size = min(workload.batch_size, workload.num_samples - position * workload.batch_size)
+    device = next(model.parameters()).device
+    coefficients = workload.batch_coefficients(batch, size).to(device)
+    losses = workload.sample_losses(model, to_like(batch, device, None), size)
+    objective = (coefficients.to(losses.dtype) * losses).sum()
+    objective.backward()
+    return objective.item()
+
+
+def _finish_gradient(workload: Workload, model: nn.Module) -> float:
+    """Add the regularizer's gradient and clip; returns the regularizer's value."""
+    penalty = 0.0
+    if workload.regularizer is not None:
+        term = workload.regularizer(model)
+        term.backward()
+        penalty = term.item()
+    if workload.clip_grad_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), workload.clip_grad_norm)
+    if workload.clip_grad_value is not None:
+        nn.utils.clip_grad_value_(model.parameters(), workload.clip_grad_value)
+    return penalty

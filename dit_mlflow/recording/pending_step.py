@@ -1,0 +1,137 @@
+"""The record of a step, from its first batch until nothing about it can change any more."""
+
+from __future__ import annotations
+
+import logging
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.recording.recorded_model import RecordedModel
+from dit_mlflow.recording.watched_loader import Drawn
+from dit_mlflow.trajectory.step_record import Hyperparameters, StepFields
+from dit_mlflow.workload.random_state import RandomState
+from dit_mlflow.workload.workload import Workload, tensors_of
+
+_log = logging.getLogger(__name__)
+
+
+class MadeStep(NamedTuple):
+    """A step's row, and the tensors of its micro-batches if they are to be stored."""
+
+    row: StepFields
+    tensors: list[list[Tensor]]
+
+
+class PendingStep:
+    """Gathers the batches of the step to come, and holds the last one made until its draws and its loss are known.
+
+    Args:
+        store_batches: keep the batches' tensors.
+        workload: knows ``c_i`` of the batches that come without; ``None`` = nothing does.
+    """
+
+    def __init__(self, store_batches: bool, workload: Workload | None) -> None:
+        self._store_batches = store_batches
+        self._workload = workload
+        self._drawn: list[Drawn] = []
+        self._tensors: list[list[Tensor]] = []
+        self._loss: float | None = None
+        self._made: MadeStep | None = None
+        self._began: RandomState | None = None
+        self._warned = False
+
+    @property
+    def has_batches(self) -> bool:
+        return bool(self._drawn)
+
+    def add(self, drawn: Drawn) -> None:
+        """The loop is given a batch."""
+        self.settle(drawn.random_state)
+        if self._store_batches:
+            # Now: the loop may work in place on its batch. It need not be drawn again, only what follows it.
+            tensors = [tensor.detach().cpu().clone() for tensor in tensors_of(drawn.batch)]
+            if not tensors:
+                raise InputError(
+                    f"store_batches found no tensor in a batch, which is a {type(drawn.batch).__name__}; give the "
+                    "loader a collate_fn that returns tensors or NumPy arrays, alone or in tuples, lists or dicts"
+                )
+            self._tensors.append(tensors)
+            drawn = drawn._replace(random_state=drawn.drawn or RandomState.capture())
+        self._drawn.append(drawn)
+
+    def take_back(self) -> None:
+        """Forget the batch added last."""
+        if self._drawn:
+            self._drawn.pop()
+            self._tensors = self._tensors[: len(self._drawn)]
+
+    def discard(self) -> None:
+        """Forget all batches added since the last step."""
+        self._drawn.clear()
+        self._tensors = []
+        self._loss = None
+
+    def weigh(self, coefficients: list[np.ndarray]) -> None:
+        """Note the ``c_i`` of the batches, one array for each."""
+        self._drawn = [drawn._replace(coefficients=part) for drawn, part in zip(self._drawn, coefficients, strict=True)]
+
+    def log(self, loss: float) -> None:
+        """Note the loss of the step whose batch was added last."""
+        if self._drawn or self._made is None:
+            self._loss = loss
+        else:
+            self._made.row["loss"] = loss
+
+    def make(self, index: int, settings: tuple[Hyperparameters, ...], recorded_model: RecordedModel) -> None:
+        """The optimizer has made its step with the batches at hand."""
+        drawn = self._drawn
+        if drawn[0].epoch != drawn[-1].epoch and not self._warned:
+            self._warned = True
+            _log.warning(
+                "step %d is made of batches of two passes over the loader. If the loop left the first (break) before "
+                "it used the last batch, it needs recorder.discard() there: replay counts that batch in",
+                index,
+            )
+        absent, zero = recorded_model.missing_gradients()
+        row: StepFields = {
+            "index": index,
+            "epoch": drawn[-1].epoch,
+            "indices": [part.indices for part in drawn],
+            "coefficients": self._weights(),
+            "hyperparameters": settings,
+            "loss": self._loss,
+            "random_states": [a.random_state.used_since(b.random_state) for a, b in pairwise(drawn)],
+            "evaluation_mode": recorded_model.in_evaluation_mode(),
+            "no_gradient": absent,
+            "zero_gradient": zero,
+        }
+        # Where the last batch's draws end is known when the next is drawn; one look at the generators does for both.
+        self._began = drawn[-1].random_state
+        self._made = MadeStep(row, self._tensors)
+        self._drawn, self._tensors, self._loss = [], [], None
+
+    def settle(self, state: RandomState) -> None:
+        """The last step made no draws after ``state``."""
+        if self._made is not None and self._began is not None:
+            self._made.row["random_states"].append(self._began.used_since(state))
+            self._began = None
+
+    def take(self) -> MadeStep | None:
+        """The last step made, once, when its loss can no longer change."""
+        made, self._made = self._made, None
+        return made
+
+    def _weights(self) -> list[np.ndarray] | None:
+        known = [drawn.coefficients for drawn in self._drawn if drawn.coefficients is not None]
+        if len(known) == len(self._drawn) and (self._workload is None or self._workload.coefficients is None):
+            return known
+        if self._workload is None:
+            return None
+        return [
+            self._workload.batch_coefficients(drawn.batch, len(drawn.indices)).double().cpu().numpy()
+            for drawn in self._drawn
+        ]

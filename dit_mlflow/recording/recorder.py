@@ -1,0 +1,336 @@
+"""Record the trajectory of a training loop that the user already has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.recording.folder import Written, check_new
+from dit_mlflow.recording.guards import AutocastCheck, ChangeCheck, Groups, check_model, check_scaler, is_skipped
+from dit_mlflow.recording.loader_patch import Handed
+from dit_mlflow.recording.pending_step import PendingStep
+from dit_mlflow.recording.recorded_model import RecordedModel
+from dit_mlflow.recording.resuming import resuming_step
+from dit_mlflow.recording.states_to_store import StatesToStore, checkpoint_rule
+from dit_mlflow.recording.training_set import TrainingSet
+from dit_mlflow.recording.watched_loader import Drawn, WatchedLoader
+from dit_mlflow.recording.writer import TrajectoryWriter
+from dit_mlflow.replay.trajectory import Trajectory
+from dit_mlflow.trajectory.manifest import FILE_NAME
+from dit_mlflow.trajectory.state import State
+from dit_mlflow.trajectory.step_record import Hyperparameters
+from dit_mlflow.workload.dataset_digest import is_inert
+from dit_mlflow.workload.projects import WorkloadReference
+from dit_mlflow.workload.random_state import RandomState, preserved_random_state
+from dit_mlflow.workload.workload import Workload
+from dit_mlflow.workload.wrappers import unwrapped
+
+logger = logging.getLogger(__name__)
+
+
+class TrajectoryRecorder:
+    """Records every optimizer step made inside its ``with`` block.
+
+    Three lines in an existing loop::
+
+        with TrajectoryRecorder(model, optimizer, "trajectory") as recorder:    # 1
+            for epoch in range(epochs):
+                for x, y in recorder.watch(loader):                             # 2
+                    optimizer.zero_grad()
+                    loss = criterion(model(x), y).mean()
+                    loss.backward()
+                    optimizer.step()
+                    recorder.log(loss=loss)                                     # 3, optional
+
+    Training comes out bit for bit as without it: parameters, random streams and batches are only read.
+
+    Args:
+        model: the module in training. Compiled ones and those in ``DataParallel`` or (in one process)
+            ``DistributedDataParallel`` are recorded as what they wrap.
+        optimizer: one of the supported ``torch.optim`` classes, over parameters of ``model``.
+        directory: a new folder, or with ``resume`` that of a trajectory.
+        workload: what the loop does, if at hand; its reference and coefficients are then recorded too, and the first
+            step is replayed from it before the second is made.
+        checkpoint_every: ``"sqrt"`` stores ``s_t`` at ``t = 0, 1, 4, 9, … k*k …`` and at the end, about
+            ``sqrt(T)`` states without knowing ``T``; ``n > 0`` stores every ``n``-th; ``0`` first and last only.
+        low_precision: record parameters in float16 or bfloat16, ``torch.autocast`` and ``GradScaler`` all the same.
+            The workload's loss must then use autocast as the loop does, without scaling, and the loop must call
+            :meth:`discard` when the scaler skips a step. Scores in the recorded precision carry its rounding: over 120
+            steps of a small network, bfloat16 was off by 15 % of the largest score. ``track(dtype=torch.float64)`` is
+            exact, but for the training that float64 would have made from the same start on the same batches (autocast
+            leaves float64 alone); there it had departed from the recorded one by 0.4 % of the distance moved.
+        store_batches: store every batch's tensors too, for data that cannot be drawn again: augmentation in worker
+            processes, a dataset with a generator of its own. They take as much space as the batches themselves (64
+            images of 28 x 28 in float32: 200 KB per step), once for every epoch. The dataset is still asked for one
+            batch of the same samples, whose containers are filled with the stored tensors.
+        resume: go on with the trajectory in ``directory``, if there is one (or with the one given, in a folder of its
+            own), from where model and optimizer are when the ``with`` block is entered: the last stored state that is
+            theirs bit for bit. What was recorded after that state is left out. Loops that save themselves to be resumed
+            call :meth:`checkpoint` beside.
+        on_written: told, from another thread, what has been written to the folder.
+
+    A folder that cannot be written any more (a full disk) does not stop training: it is logged once and kept in
+    :attr:`failure`, and the folder holds what could be saved.
+
+    Raises:
+        InputError: ``checkpoint_every`` is none of these.
+        OSError: the folder cannot be written when the block is entered.
+        TrajectoryError: the folder already holds a trajectory, the optimizer is over another model, or the trajectory
+            to be resumed is of another model or was never where the model is now. From a step in
+            training: its samples are not known, something else than the optimizer changed parameters, or the workload
+            does not replay the first step.
+        UnsupportedError: the optimizer's step cannot be differentiated, several processes train, or, without
+            ``low_precision``, training is in low precision (autocast and ``GradScaler`` are noticed at the first step).
+
+    Cost: a copy of the batch's indices and hyperparameters per step, a copy of the state per checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        directory: str | Path,
+        workload: Workload | None = None,
+        checkpoint_every: str | int = "sqrt",
+        *,
+        low_precision: bool = False,
+        store_batches: bool = False,
+        resume: bool | Trajectory = False,
+        on_written: Callable[[Written], None] | None = None,
+    ) -> None:
+        is_checkpoint = checkpoint_rule(checkpoint_every)
+        check_model(unwrapped(model), low_precision)
+        self._model = model
+        self._recorded_model = RecordedModel(model, optimizer)
+        if not resume:
+            check_new(Path(directory))
+        self._low_precision = low_precision
+        self._store_batches = store_batches
+        self._optimizer = optimizer
+        self._workload = workload
+        reference = None
+        if workload is not None and workload.reference is not None:
+            reference = WorkloadReference(reference=workload.reference, settings=dict(workload.settings))
+        self._training_set = TrainingSet(None if workload is None else workload.num_samples)
+        layouts = self._recorded_model.model_layout, self._recorded_model.optimizer_layout
+        self._writer = TrajectoryWriter(Path(directory), *layouts, reference, self._training_set, on_written)
+        self._resume = resume
+        self._groups = Groups(optimizer)
+        self._settings: tuple[Hyperparameters, ...] = ()
+        self._changes = ChangeCheck(self._recorded_model.parameters)
+        self._step = PendingStep(store_batches, workload)
+        self._num_steps = 0
+        self._states = StatesToStore(is_checkpoint, self._recorded_model, self._writer)
+        self._epoch = -1
+        self._received_from: DataLoader[Any] | None = None
+        self._iteration: int | None = None
+        self._loaders: dict[int, tuple[DataLoader[Any], WatchedLoader]] = {}
+
+    @property
+    def directory(self) -> Path:
+        return self._writer.directory
+
+    @property
+    def num_steps(self) -> int:
+        """Steps recorded so far."""
+        return self._num_steps
+
+    @property
+    def dataset(self) -> Dataset[Any] | None:
+        """The training set, once a loader is watched."""
+        return self._training_set.dataset
+
+    @property
+    def dataset_digest(self) -> str | None:
+        """Its digest as recorded; known at the end of the block, for some data sets before."""
+        return self._training_set.digest
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the record could not be written when it was last tried; ``None`` if it could."""
+        return self._writer.failure
+
+    def __enter__(self) -> TrajectoryRecorder:
+        now = self._recorded_model.snapshot()
+        begun = self._resume if isinstance(self._resume, Trajectory) else None
+        if self._resume is True and (self.directory / FILE_NAME).is_file():
+            begun = Trajectory.open(self.directory)
+        if begun is None:
+            self._writer.begin(now)
+        else:
+            self._go_on_with(begun, now)
+        self._changes.note(now.parameters)
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._autocast_hooks = []
+        if not self._low_precision:
+            check = AutocastCheck(next(iter(self._recorded_model.parameters.values())).device.type)
+            self._autocast_hooks = [module.register_forward_pre_hook(check) for module in self._model.modules()]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in [*self._hooks, *self._autocast_hooks]:
+            hook.remove()
+        if kind is None:
+            self._store_last_state()
+        self._step.settle(RandomState.capture())
+        self._commit()
+        self._training_set.complete()
+        self._writer.flush(complete=kind is None)
+        self._writer.close()
+
+    def watch(self, loader: DataLoader[Any]) -> WatchedLoader:
+        """An iterable over the loader's own batches that tells the recorder which samples they hold.
+
+        Raises:
+            InputError: not a DataLoader over a map-style dataset.
+        """
+        _, watched = self._loaders.get(id(loader), (None, None))
+        if watched is None:
+            watched = WatchedLoader(loader, self._begin_epoch, self._step.add, self._step.settle)
+            self._loaders[id(loader)] = (loader, watched)
+            self._training_set.note(loader.dataset)
+        return watched
+
+    def receive(self, loader: DataLoader[Any], handed: Handed) -> None:
+        """For trainers with loaders of their own (see :class:`LoaderPatch`): this batch is about to be used."""
+        if handed.batch is None and (self._store_batches or (self._workload and self._workload.coefficients)):
+            raise InputError(
+                "the tensors of this batch are not known, but store_batches or Workload.coefficients needs them; "
+                "resume training at the end of an epoch"
+            )
+        if loader is not self._received_from:
+            self._training_set.note(loader.dataset)
+            self._received_from, self._iteration = loader, None
+        if handed.iteration != self._iteration:
+            self._iteration = handed.iteration
+            if self._epoch < 0 or not handed.goes_on:
+                self._begin_epoch()
+        now = RandomState.capture()
+        # Where other batches were drawn in between, the state before the draw does not lead to the forward pass.
+        before = handed.before if handed.before is not None and handed.after == now else now
+        self._step.add(Drawn(handed.indices, self._epoch, before, handed.batch, now))
+
+    def take_back(self) -> None:
+        """Forget the batch drawn last, and only that: its gradient was not computed."""
+        self._step.take_back()
+
+    def weigh(self, coefficients: list[np.ndarray]) -> None:
+        """Note the ``c_i`` of the batches of the step at hand, one array for each."""
+        self._step.weigh(coefficients)
+
+    def log(self, loss: float | Tensor) -> None:
+        """Note the loss of the step at hand: the one whose batch was drawn last. Optional."""
+        self._step.log(float(loss.detach() if isinstance(loss, Tensor) else loss))
+
+    def checkpoint(self) -> None:
+        """Store the present state, and have all that is recorded on disk before this returns.
+
+        To be called where a loop saves itself to be resumed later, between two steps and after :meth:`log`.
+        """
+        if self._states.latest < self._num_steps:
+            self._changes.check(self._num_steps)
+        self._states.take(self._num_steps)
+        self._step.settle(RandomState.capture())
+        self._commit()
+        self._writer.flush()
+
+    def discard(self) -> None:
+        """Forget the batches drawn since the last step, which the loop will not use.
+
+        To be called where a loop goes on without ``optimizer.step()``: a batch left out by ``continue``, a step that a
+        ``GradScaler`` skipped. Gradients accumulated so far must be forgotten as well (``optimizer.zero_grad()``).
+        """
+        self._step.discard()
+
+    def _go_on_with(self, begun: Trajectory, now: State) -> None:
+        """Continue a trajectory from the last of its states that is the present one."""
+        step = resuming_step(begun, now, self._recorded_model)
+        stored = begun.manifest.batches is not None
+        if step > 0 and stored != self._store_batches:
+            raise InputError(
+                f"store_batches={self._store_batches}, but the trajectory that is continued was recorded with {stored}"
+            )
+        if step < begun.num_steps:
+            logger.warning(
+                "training goes on from step %d; the %d steps recorded after it are left out of the trajectory in %s",
+                *(step, begun.num_steps - step, begun.directory),
+            )
+        self._epoch = begun.step(step - 1).epoch if step > 0 else -1
+        self._writer.resume(begun.manifest, step, self._epoch if step > 0 else None)
+        self._num_steps = self._states.latest = step
+
+    def _begin_epoch(self) -> int:
+        self._epoch += 1
+        return self._epoch
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._step.has_batches:
+            raise TrajectoryError(
+                "optimizer.step() without a batch from recorder.watch(loader): the samples of this step are "
+                "not known; iterate over recorder.watch(loader) instead of loader"
+            )
+        if self._num_steps == 0 and not self._low_precision:
+            check_scaler()
+        self._changes.check(self._num_steps)
+        self._commit()
+        if self._num_steps == 1 and self._workload is not None:
+            self._try_replay(self._workload)
+        if self._low_precision and is_skipped(optimizer):
+            self.discard()
+        self._settings = self._groups.settings()
+
+    def _try_replay(self, workload: Workload) -> None:
+        """Replay the first step now: a workload that is not what the loop does is refused before a long run."""
+        if self._store_batches and not (self.dataset is not None and is_inert(self.dataset)):
+            return  # One more draw could change what a dataset of this kind draws next.
+        self._writer.flush()
+        with preserved_random_state():
+            Trajectory.open(self.directory).replay(workload)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._step.has_batches:
+            return
+        self._step.make(self._num_steps, self._settings, self._recorded_model)
+        self._num_steps += 1
+        if self._num_steps == 1:
+            self._recorded_model.check_buffers()
+        while self._autocast_hooks:
+            self._autocast_hooks.pop().remove()
+        taken = self._states.take_if_due(self._num_steps)
+        self._changes.note(None if taken is None else taken.parameters)
+
+    def _commit(self) -> None:
+        """Hand the last step (its loss can no longer change) and the state after it to the writer."""
+        made = self._step.take()
+        if made is not None:
+            self._writer.add_step(made.row, made.tensors)
+        self._states.write()
+
+    def _store_last_state(self) -> None:
+        """Take it, unless the model no longer is where the last step left it."""
+        if self._states.latest < self._num_steps:
+            try:
+                self._changes.check(self._num_steps)
+            except TrajectoryError:
+                logger.warning(
+                    "the parameters changed after the last step (%d), inside the recorder's with block: weights "
+                    "loaded back (the best epoch's, averaged ones)? They are not part of the trajectory, whose last "
+                    "state is not stored and will be replayed from step %d. Load such weights after the block",
+                    *(self._num_steps - 1, self._states.latest),
+                )
+                return
+        self._states.take(self._num_steps)

@@ -1,0 +1,218 @@
+"""Append to a trajectory folder, segment by segment, beside the training."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_mlflow.recording.folder import Segment, TrajectoryFolder, Written
+from dit_mlflow.recording.training_set import TrainingSet
+from dit_mlflow.trajectory.manifest import Manifest, ModelLayout, OptimizerLayout, library_versions
+from dit_mlflow.trajectory.state import State
+from dit_mlflow.trajectory.step_record import StepFields
+from dit_mlflow.workload.projects import WorkloadReference
+
+FLUSH_BYTES = 16 * 2**20
+"""Segments are held back until their checkpoints reach this size, so that files are few and large, …"""
+FLUSH_SECONDS = 10.0
+"""… or until this long after the last file was written, so that a crash loses little."""
+UNWRITTEN_BYTES = 256 * 2**20
+"""When a disk takes no more, so much is kept for it to come back, before recording stops."""
+
+logger = logging.getLogger(__name__)
+
+
+class TrajectoryWriter:
+    """Writes one trajectory; not for several processes at once.
+
+    A segment is the steps between two checkpoints. Segments, and the steps of an unfinished one, are gathered into
+    checkpoint shards and one ``steps-NNNNN.parquet``; the manifest is replaced after they are on disk, so that at any
+    moment the folder holds a trajectory that opens. Files are written in a thread of their own, one gathering after the
+    other: training waits only where the disk is slower than it is.
+
+    A disk that fails does not stop training: the loss is logged once, what was gathered is tried again with what comes
+    after, and when that exceeds :data:`UNWRITTEN_BYTES`, recording stops.
+
+    Attributes:
+        failure: why the last attempt to write failed; ``None`` if it did not.
+        stopped: whether recording was given up.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        model: ModelLayout,
+        optimizer: OptimizerLayout,
+        workload: WorkloadReference | None,
+        training_set: TrainingSet,
+        on_written: Callable[[Written], None] | None = None,
+    ) -> None:
+        self.directory = directory
+        self._training_set = training_set
+        self.failure: BaseException | None = None
+        self.stopped = False
+        empty = Manifest(
+            complete=False,
+            num_steps=0,
+            num_samples=None,
+            epoch_ends=(),
+            model=model,
+            optimizer=optimizer,
+            steps=(),
+            checkpoints=(),
+            files={},
+            workload=workload,
+            dataset=None,
+            versions=library_versions(),
+            threads=torch.get_num_threads(),
+        )
+        self._folder = TrajectoryFolder(directory, empty)
+        self._num_steps = 0
+        self._epoch: int | None = None
+        self._epoch_ends: list[int] = []
+        self._gathered = Segment(0)
+        self._on_written = on_written
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dit-mlflow-writer")
+        self._writing: tuple[Segment, Future[None]] | None = None
+        self._last_flush = time.monotonic()
+
+    def begin(self, initial: State) -> None:
+        """Write ``s_0``: what cannot be stored is known before training, and a killed run leaves its start.
+
+        Raises:
+            UnsupportedError: a tensor that cannot be stored.
+            OSError: the folder cannot be written.
+        """
+        self._write(Segment(0, states={0: initial}), self._facts(complete=False))
+
+    def resume(self, begun: Manifest, step: int, epoch: int | None) -> None:
+        """Go on with a trajectory from its checkpoint at ``step``, in place of :meth:`begin`.
+
+        Args:
+            epoch: that of the step before; ``None`` if there is none.
+        """
+        self._folder.resume(begun, step)
+        self._training_set.digest, self._training_set.num_samples = begun.dataset, begun.num_samples
+        self._num_steps = step
+        self._epoch_ends = list(self._folder.manifest.epoch_ends)
+        self._epoch = epoch
+        self._gathered = Segment(step)
+
+    def add_step(self, step: StepFields, batches: Sequence[Sequence[Tensor]] = ()) -> None:
+        """Keep the record of the next step, and the tensors of its micro-batches if they are to be stored."""
+        if self.stopped:
+            return
+        gathered = self._gathered
+        if batches:
+            gathered.batches[self._num_steps] = batches
+            gathered.nbytes += sum(tensor.nbytes for batch in batches for tensor in batch)
+        gathered.rows.append(step)
+        gathered.nbytes += _row_bytes(step)
+        self._num_steps += 1
+        if step["epoch"] != self._epoch:
+            self._epoch = step["epoch"]
+            self._epoch_ends.append(0)
+        self._epoch_ends[-1] = self._num_steps
+        self._flush_if_due()
+
+    def add_checkpoint(self, step: int, state: State) -> None:
+        """Keep ``s_step`` (the caller gives it away); written when what is held back is large or old."""
+        if self.stopped:
+            return
+        self._gathered.states[step] = state
+        self._gathered.nbytes += state.nbytes
+        self._flush_if_due()
+
+    def flush(self, complete: bool = False) -> None:
+        """Write what is held back, and wait for it. A failure is logged, not raised."""
+        self._hand_over(complete)
+        self._await()
+
+    def close(self) -> None:
+        """End the writing thread."""
+        self._await()
+        self._thread.shutdown()
+
+    def _flush_if_due(self) -> None:
+        full = self._gathered.nbytes >= FLUSH_BYTES and self.failure is None
+        if full or time.monotonic() - self._last_flush >= FLUSH_SECONDS:
+            self._hand_over(complete=False)
+
+    def _hand_over(self, complete: bool) -> None:
+        """Have the thread write what is held back; waits for what it was given before."""
+        self._await()
+        self._last_flush = time.monotonic()
+        if self.stopped:
+            return
+        segment, self._gathered = self._gathered, Segment(self._num_steps)
+        self._writing = segment, self._start(segment, self._facts(complete))
+
+    def _start(self, segment: Segment, facts: Mapping[str, Any]) -> Future[None]:
+        try:
+            return self._thread.submit(self._write, segment, facts)
+        except RuntimeError:  # The interpreter ends, and begins nothing in threads any more.
+            done: Future[None] = Future()
+            try:
+                self._write(segment, facts)
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+            return done
+
+    def _await(self) -> None:
+        if self._writing is None:
+            return
+        (segment, future), self._writing = self._writing, None
+        error = future.exception()
+        if error is None:
+            if self.failure is not None:
+                logger.warning("the trajectory in %s is being written again; nothing is missing", self.directory)
+            self.failure = None
+            return
+        self._gathered = segment.followed_by(self._gathered)
+        if self.failure is None:
+            steps = self._folder.manifest.num_steps
+            logger.error(
+                "the trajectory in %s holds %d step%s and could not be written further: %s: %s. Training goes on; what "
+                "it does is kept in memory for later attempts, up to %d MiB, and then recording stops",
+                *(
+                    self.directory,
+                    steps,
+                    "s" * (steps != 1),
+                    type(error).__name__,
+                    error,
+                    UNWRITTEN_BYTES // 2**20,
+                ),
+            )
+        self.failure = error
+        if self._gathered.nbytes > UNWRITTEN_BYTES or not isinstance(error, OSError):
+            self.stopped, self._gathered = True, Segment(self._num_steps)
+
+    def _facts(self, complete: bool) -> dict[str, Any]:
+        """What the manifest says when all that is held back is written."""
+        return {
+            "complete": complete,
+            "num_steps": self._num_steps,
+            "num_samples": self._training_set.num_samples,
+            "epoch_ends": tuple(self._epoch_ends),
+            "dataset": self._training_set.digest,
+        }
+
+    def _write(self, segment: Segment, facts: Mapping[str, Any]) -> None:
+        """In the thread."""
+        written = self._folder.append(segment, facts)
+        if self._on_written is not None:
+            self._on_written(written)
+
+
+def _row_bytes(step: StepFields) -> int:
+    """About what a row takes in memory: indices, and the generators' states where they are kept."""
+    states = sum(state is not None for state in step["random_states"])
+    return 1000 + 40 * sum(map(len, step["indices"])) + 8000 * states

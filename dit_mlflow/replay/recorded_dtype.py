@@ -1,0 +1,87 @@
+"""Compute in another floating dtype than the recorded one, and still do what was recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class RecordedDtype(TorchFunctionMode):
+    """Inside it, a model that was cast to another floating dtype does what it did in the recorded one, ``dtype``.
+
+    A generator gives other numbers for float64 than for float32; a replay in float64 needs those of the record, so
+    random numbers for tensors of another dtype are drawn in ``dtype`` and then cast. Dropout draws the same mask in
+    every dtype, and factories such as ``torch.randn(3)`` do not depend on the model's dtype. Factories that are told a
+    dtype are taken to mean the model's (``torch.randn(3, dtype=x.dtype)``).
+
+    Tensors that a model or a loss makes for itself (class weights, the first state of a recurrent layer) still have the
+    recorded dtype. Where torch does not take the two together, the narrower is cast.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS_ANEW or func in _DRAWS_LIKE:
+            asked = kwargs.get("dtype") or (args[0].dtype if func in _DRAWS_LIKE else None)
+            if asked is not None and asked.is_floating_point:
+                return func(*args, **{**kwargs, "dtype": self.dtype}).to(asked)
+        if func in _DRAWS_FROM and (asked := _floating(*args, *kwargs.values())) is not None:
+            found = func(*map(self._narrow, args), **{name: self._narrow(value) for name, value in kwargs.items()})
+            return found.to(asked) if found.is_floating_point() else found
+        if func in _DRAWS_INTO and args[0].is_floating_point():
+            drawn = func(torch.empty_like(args[0], dtype=self.dtype), *map(self._narrow, args[1:]), **kwargs)
+            return args[0].copy_(drawn)
+        try:
+            return func(*args, **kwargs)
+        except (RuntimeError, ValueError):
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if _is_floating(leaf)]
+            widest = max((leaf.dtype for leaf in given), key=_digits, default=self.dtype)
+            if all(leaf.dtype == widest for leaf in given):
+                raise
+        args, kwargs = tree_map(lambda leaf: leaf.to(widest) if _is_floating(leaf) else leaf, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _narrow(self, value: Any) -> Any:
+        return value.to(self.dtype) if _is_floating(value) else value
+
+
+def _floating(*values: Any) -> torch.dtype | None:
+    """Dtype of the first floating tensor."""
+    return next((value.dtype for value in values if _is_floating(value)), None)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _digits(dtype: torch.dtype) -> float:
+    return -torch.finfo(dtype).eps
+
+
+_DRAWS_ANEW = {torch.rand, torch.randn, torch.normal}
+_DRAWS_LIKE = {torch.rand_like, torch.randn_like}
+_DRAWS_FROM = {
+    torch.bernoulli,
+    torch.normal,
+    torch.poisson,
+    torch.multinomial,
+    torch.Tensor.bernoulli,
+    torch.Tensor.multinomial,
+    torch._standard_gamma,
+    torch._sample_dirichlet,
+}
+_DRAWS_INTO = {
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+    torch.Tensor.exponential_,
+    torch.Tensor.log_normal_,
+    torch.Tensor.cauchy_,
+    torch.Tensor.geometric_,
+    torch.Tensor.bernoulli_,
+}

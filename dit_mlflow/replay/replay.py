@@ -1,0 +1,251 @@
+"""Rebuild every ``s_t`` from the checkpoints, forwards and backwards, within bounded memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+
+from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.replay.rollout import Rollout
+from dit_mlflow.replay.rounding import missed_by_rounding
+from dit_mlflow.trajectory.manifest import DTYPES
+from dit_mlflow.trajectory.record import Record
+from dit_mlflow.trajectory.state import REPLAY_TOLERANCE, State, drifts, other_optimizer_state
+from dit_mlflow.workload.dataset_digest import check_dataset
+from dit_mlflow.workload.workload import Workload
+
+_log = logging.getLogger(__name__)
+
+STATES_IN_MEMORY = 2**30
+"""Bytes that a backward walk may spend on states, unless told otherwise, before it replays a stretch twice instead."""
+
+FEWEST_STATES = 4
+"""States that a backward walk needs room for at the least."""
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """How a backward walk holds states: in how many bytes, with which parts, over which that it is done with."""
+
+    budget: int = 0
+    optimizer_values: bool = True
+    recycled: list[State] = field(default_factory=list)
+
+
+class Replay:
+    """Walks a trajectory in the recorded dtype, or in another from ``s_0``.
+
+    Construction replays the steps before the first checkpoint after ``s_0`` (one step, by default) and compares,
+    so that a workload which is not the recorded one is refused before any long work (a warning, where nothing is
+    stored to compare with). In another dtype nothing later can be compared, so all checkpoints are met first, in the
+    recorded dtype, at the cost of one training.
+
+    Attributes:
+        dynamics: the step's gradient, for callers that need more than states.
+        drift: checkpoint step -> relative drift found there so far (recorded dtype only).
+
+    Raises:
+        InputError: ``dtype`` is not one, or not a floating one.
+        TrajectoryError: the workload is not the recorded one.
+    """
+
+    def __init__(self, trajectory: Record, workload: Workload, dtype: torch.dtype | None = None) -> None:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(f"dtype is {dtype!r}; expected torch.float64, torch.float32, or None for the recorded one")
+        check_dataset(workload.train_set, trajectory.manifest.dataset)
+        self.trajectory = trajectory
+        self.drift: dict[int, float] = {}
+        self.dynamics = Dynamics(workload, trajectory.manifest, stored=trajectory.batches)
+        self._anchors = trajectory.checkpoint_steps
+        if len(self._anchors) > 1:
+            self._meet(self._anchors[1])
+        elif trajectory.num_steps:
+            _log.warning(
+                "no state after the first is stored in %s (training was broken off, with checkpoint_every=0): whether "
+                "the workload is the recorded one cannot be told",
+                trajectory.directory,
+            )
+        if dtype is not None and dtype != _recorded_dtype(trajectory):
+            self._meet(self._anchors[-1])
+            self.dynamics = Dynamics(workload, trajectory.manifest, dtype, trajectory.batches)
+            self._anchors = (0,)
+
+    @property
+    def max_drift(self) -> float:
+        """Largest drift found so far; 0 = bit for bit."""
+        return max(self.drift.values(), default=0.0)
+
+    def forward(self, a: int, b: int) -> Iterator[State]:
+        """Yield ``s_a … s_b``."""
+        if not 0 <= a <= b <= self.trajectory.num_steps:
+            raise InputError(f"states {a} … {b} were asked; the trajectory has 0 … {self.trajectory.num_steps}")
+        anchor = max(step for step in self._anchors if step <= a)
+        if anchor == b:
+            yield self.checkpoint(b)
+            return
+        end = self._next_anchor(b)
+        for lo, hi in pairwise([anchor, *(step for step in self._anchors if anchor < step < end), end]):
+            for t, state in enumerate(self._segment(self.checkpoint(lo), lo, hi), start=lo):
+                if a <= t <= b and (t < hi or t == end):
+                    yield state
+
+    def backward(
+        self, a: int, b: int, memory_budget: int | None = None, optimizer_values: bool = True
+    ) -> Iterator[tuple[int, State]]:
+        """Yield ``(b, s_b), (b - 1, s_{b-1}), …, (a, s_a)``.
+
+        A state keeps its values until the next but one is asked for; then its memory is used again.
+
+        Args:
+            a, b: ``0 <= a <= b <= T``.
+            memory_budget: bytes that the states held at one time may take. Default: enough for every stretch between
+                checkpoints (about ``2 sqrt(T)`` states as recorded by default), and up to :data:`STATES_IN_MEMORY`.
+            optimizer_values: ``False`` = between checkpoints, the optimizer's state has its keys only (values
+                ``None``), for less memory.
+
+        A stretch that does not fit is walked in pieces, from states placed as in binomial checkpointing (Griewank and
+        Walther 2000, doi 10.1145/347837.347846): with room for ``c`` states, ``C(c + r, r)`` steps are walked at the
+        cost of at most ``r`` replays. The states are the same bit for bit.
+
+        Raises:
+            InputError: the budget does not hold :data:`FEWEST_STATES` states.
+        """
+        walk = _Walk(self._budget(memory_budget), optimizer_values)
+        anchors = [step for step in self._anchors if step < b]
+        hi, first = self._next_anchor(b), True
+        previous: State | None = None
+        for lo in reversed(anchors):
+            for t, state in self._backward_segment(self.checkpoint(lo), lo, hi, walk):
+                if t < a:
+                    return
+                if t <= b and (t < hi or first):
+                    yield t, state
+                if previous is not None:
+                    walk.recycled.append(previous)
+                # Checkpoints come on top of what is held; kept, they would pile up.
+                previous = state if lo < t < hi else None
+            if lo <= a:
+                return
+            hi, first = lo, False
+        if b == 0:
+            yield 0, self.checkpoint(0)
+
+    def _budget(self, asked: int | None) -> int:
+        each = self.checkpoint(0).nbytes
+        if asked is None:
+            return max(STATES_IN_MEMORY, (2 * math.isqrt(self.trajectory.num_steps) + 2) * each)
+        if not asked >= FEWEST_STATES * each:
+            raise InputError(
+                f"memory_budget={asked} bytes; one state takes {each}, and at least {FEWEST_STATES} must fit "
+                f"({FEWEST_STATES * each} bytes)"
+            )
+        return asked
+
+    def _backward_segment(self, start: State, lo: int, hi: int, walk: _Walk) -> Iterator[tuple[int, State]]:
+        """``(hi, s_hi) … (lo, s_lo)``, by replay from ``start = s_lo``."""
+        length = hi - lo
+        each = start.nbytes if walk.optimizer_values else start.without_optimizer_values().nbytes
+        if length * each <= walk.budget or length <= 2:
+            states = list(self._segment(start, lo, hi, walk))
+            while states:
+                yield lo + len(states) - 1, states.pop()
+            return
+        mid = lo + _first_piece(length, max(1, walk.budget // start.nbytes))
+        middle = self._state_at(mid, start, lo, walk)
+        rest = replace(walk, budget=walk.budget - middle.nbytes)
+        yield from self._backward_segment(middle, mid, hi, rest)
+        yield from self._backward_segment(start, lo, mid - 1, walk)
+
+    def _state_at(self, t: int, start: State, lo: int, walk: _Walk) -> State:
+        """``s_t``, whole, by replay from ``start = s_lo``."""
+        rollout = Rollout(self.dynamics, self.trajectory.manifest.optimizer, start)
+        for step in map(self.trajectory.step, range(lo, t)):
+            rollout.advance(step, self.dynamics.load(step))
+        return rollout.snapshot(recycled=walk.recycled)
+
+    def _segment(self, start: State, lo: int, hi: int, walk: _Walk | None = None) -> Iterator[State]:
+        """Replay ``s_lo … s_hi`` from ``start``; a checkpoint at ``hi`` is compared, and yielded instead."""
+        rollout = Rollout(self.dynamics, self.trajectory.manifest.optimizer, start)
+        walk = walk or _Walk()
+        state = start
+        for t in range(lo, hi):
+            yield state
+            step = self.trajectory.step(t)
+            rollout.advance(step, self.dynamics.load(step))
+            state = rollout.snapshot(walk.optimizer_values, walk.recycled)
+        if hi in self._anchors:
+            recorded = self.checkpoint(hi)
+            if hi > lo:
+                self._compare(lo, hi, state, recorded, start)
+            state = recorded
+        yield state
+
+    def _meet(self, checkpoint: int) -> None:
+        """Replay up to a checkpoint for the sake of the comparison."""
+        for _ in self.forward(0, checkpoint):
+            pass
+
+    def _next_anchor(self, t: int) -> int:
+        """The first anchor at ``t`` or later, or ``t`` if there is none: a stretch should end in a comparison."""
+        return min((step for step in self._anchors if step >= t), default=t)
+
+    def _compare(self, lo: int, hi: int, replayed: State, recorded: State, origin: State) -> None:
+        found = drifts(replayed, recorded, origin)
+        if max(found.values()) > REPLAY_TOLERANCE:
+            refuse_what_diverged(lo, hi, replayed, recorded)
+            steps = [self.trajectory.step(t) for t in range(lo, hi)]
+            layout = self.trajectory.manifest.optimizer
+            excused = missed_by_rounding(self.dynamics, layout, steps, origin, replayed, recorded)
+            if noise := [name for name in excused if found[name] > REPLAY_TOLERANCE]:
+                _log.info("steps %d to %d: rounding alone moves %s as far as the replay misses", lo, hi, sorted(noise))
+            found = {name: drift for name, drift in found.items() if name not in noise}
+        worst = max(found, key=lambda name: found[name], default="")
+        drift = self.drift[hi] = found.get(worst, 0.0)
+        if drift > REPLAY_TOLERANCE:
+            raise TrajectoryError(
+                f"replaying up to step {hi} misses the checkpoint there by {drift:.2g} of the distance that "
+                f"training moved {worst!r} (allowed {REPLAY_TOLERANCE:g}): the workload does not do what the recorded "
+                "loop did. Compare its loss (one value per sample), coefficients, accumulate, clipping, "
+                "regularizer and data with the loop's. Batches that the loop drew but did not use (continue, break, a "
+                "step that a GradScaler skipped) need recorder.discard() there; a loss scaled by hand needs "
+                "coefficients"
+            )
+        # Where rounding is the same, it is so in the optimizer's state; elsewhere the next checkpoint tells.
+        if drift == 0.0 and (wrong := other_optimizer_state(replayed, recorded)):
+            raise TrajectoryError(
+                f"replaying up to step {hi} meets the parameters of the checkpoint bit for bit, but not its "
+                f"optimizer's state: {wrong}. The checkpoint has been changed"
+            )
+
+    def checkpoint(self, t: int) -> State:
+        """The stored ``s_t``, on the model's device and in the dtype of the replay."""
+        return self.trajectory.checkpoint(t).to(self.dynamics.device, self.dynamics.dtype)
+
+
+def refuse_what_diverged(lo: int, hi: int, replayed: State, recorded: State) -> None:
+    """Raise where neither the replay nor the record holds numbers, but not the same."""
+    for name, value in recorded.parameters.items():
+        if not (value.isfinite().all() or replayed.parameters[name].isfinite().all()):
+            raise TrajectoryError(
+                f"training diverged between step {lo} and step {hi}: {name!r} is no longer finite there, and from then "
+                f"on no state can be rebuilt. Ask for windows up to step {lo}"
+            )
+
+
+def _recorded_dtype(trajectory: Record) -> torch.dtype:
+    name = next(iter(trajectory.manifest.model.parameters.values())).dtype
+    return DTYPES[name]
+
+
+def _first_piece(length: int, room: int) -> int:
+    """Where to hold a state within ``length`` steps, if ``room`` states fit: ``1 <= piece < length``."""
+    repeats = 1
+    while math.comb(room + repeats, repeats) < length:
+        repeats += 1
+    return min(math.comb(room + repeats - 1, room), length - 1)

@@ -1,0 +1,78 @@
+"""A recorded training that can be replayed: every state between its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dit_mlflow.progress import progress_bar
+from dit_mlflow.replay.replay import Replay
+from dit_mlflow.trajectory.record import Record
+from dit_mlflow.trajectory.state import State
+from dit_mlflow.workload.workload import Workload
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :meth:`Trajectory.verify` found.
+
+    Attributes:
+        drift: for each checkpoint after the first, the replay's relative drift against it; 0 = bit for bit.
+    """
+
+    drift: dict[int, float]
+
+    @property
+    def max_drift(self) -> float:
+        """The largest drift of any segment; 0 means that the whole run replays bit for bit."""
+        return max(self.drift.values(), default=0.0)
+
+
+class Trajectory(Record):
+    """A training trajectory on disk: the record, and every state by replay. Open one with :meth:`open`."""
+
+    def states(self, workload: Workload, a: int, b: int, dtype: torch.dtype | None = None) -> Iterator[State]:
+        """Yield ``s_a, …, s_b`` (both ends included), rebuilt by replay from the checkpoint before ``a``.
+
+        In the recorded dtype the replay continues from each checkpoint it meets, and the difference to it is
+        held against :data:`REPLAY_TOLERANCE`; with ``dtype`` it runs from ``s_0`` without re-anchoring.
+
+        Raises:
+            InputError: not ``0 <= a <= b <= num_steps``.
+            TrajectoryError: the replay does not meet a checkpoint, or the workload is another one.
+
+        Cost: one training step per state, and up to ``2 sqrt(T)`` steps before the first.
+        """
+        yield from self.replay(workload, dtype).forward(a, b)
+
+    def replay(self, workload: Workload, dtype: torch.dtype | None = None) -> Replay:
+        """The machinery behind :meth:`states`, for callers that walk the trajectory more than once."""
+        return Replay(self, workload, dtype)
+
+    def verify(self, workload: Workload) -> Verification:
+        """Check the record (:meth:`check_record`), and the replay of every segment against the next checkpoint.
+
+        Then the states are those of the training, up to the drift. Not known by replay, and taken from the record as
+        they are: what has no influence on states (logged losses, epochs' numbers, settings that the optimizer does not
+        read, ``complete``, versions, thread count, the workload's reference, the model's class name). Of tensors that
+        are stored once for several checkpoints, because they were not trained, it is known that they lead to the states
+        that the others are in.
+
+        Raises:
+            TrajectoryError: naming the first thing that does not hold.
+
+        Cost: one training, without its evaluation.
+        """
+        self.check_record()
+        return self.check_replay(workload)
+
+    def check_replay(self, workload: Workload) -> Verification:
+        """The second half of :meth:`verify`."""
+        replay = self.replay(workload)
+        states = replay.forward(0, self.num_steps)
+        with progress_bar(self.num_steps + 1, "replay") as progress:
+            for _ in states:
+                progress.update()
+        return Verification(dict(replay.drift))

@@ -1,0 +1,293 @@
+"""Train again along the record with other weights on the samples: many counterfactuals at once."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_mlflow.errors import first_line
+from dit_mlflow.influence import Query
+from dit_mlflow.influence.kind import Course
+from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.replay.rollout import Rollout
+from dit_mlflow.replay.rounding import missed_by_rounding
+from dit_mlflow.trajectory import State
+from dit_mlflow.trajectory.manifest import OptimizerLayout
+from dit_mlflow.trajectory.state import drifts
+from dit_mlflow.trajectory.step_record import StepRecord
+
+_log = logging.getLogger(__name__)
+
+CONTROL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""How far the control (all weights 1) of a batched retraining may be from the recorded run, relative to
+how far training moved."""
+
+
+class Counterfactuals(ABC):
+    """Trainings that differ from the recorded one by the weights of samples, numbered ``0 … R - 1``."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def at(self, samples: np.ndarray) -> np.ndarray:
+        """Weights ``[R, B]``, float64, of ``samples [B]``."""
+
+    @abstractmethod
+    def part(self, chosen: np.ndarray) -> Counterfactuals:
+        """Those numbered ``chosen``."""
+
+    @abstractmethod
+    def changed_by(self, samples: np.ndarray) -> np.ndarray:
+        """Which of them, ``[R]``, differ from the recorded training if it meets ``samples`` alone."""
+
+    @abstractmethod
+    def identity(self) -> bytes:
+        """Equal for equal weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class LeftOut(Counterfactuals):
+    """Each without one sample: ``samples [R]``."""
+
+    samples: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def at(self, samples: np.ndarray) -> np.ndarray:
+        return (self.samples[:, None] != samples[None, :]).astype(np.float64)
+
+    def part(self, chosen: np.ndarray) -> LeftOut:
+        return LeftOut(self.samples[chosen])
+
+    def changed_by(self, samples: np.ndarray) -> np.ndarray:
+        return np.isin(self.samples, samples)
+
+    def identity(self) -> bytes:
+        return b"without" + self.samples.astype(np.int64).tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class Reweighted(Counterfactuals):
+    """Each with weights of its own: ``weights [R, n]``."""
+
+    weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def at(self, samples: np.ndarray) -> np.ndarray:
+        return self.weights[:, samples].astype(np.float64)
+
+    def part(self, chosen: np.ndarray) -> Reweighted:
+        return Reweighted(self.weights[chosen])
+
+    def changed_by(self, samples: np.ndarray) -> np.ndarray:
+        return (self.weights[:, samples] != 1).any(axis=1)
+
+    def identity(self) -> bytes:
+        return b"weights" + self.weights.astype(np.float64).tobytes()
+
+
+Changes = dict[int, np.ndarray]
+"""Step of measurement -> change of each query ``[queries, R]``."""
+
+Advanced = Callable[[int], object]
+"""Told how many steps of retraining were made; fewer than none where some must be made again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """The recorded run along a course: where it starts, and its states and query values ``[queries]`` at measures."""
+
+    start: State
+    states: dict[int, State]
+    values: dict[int, Tensor]
+
+
+class Retraining:
+    """Runs counterfactuals along a course, side by side or one after the other, whichever a timed step favours.
+
+    Args:
+        dynamics, layout: of the recorded training.
+        queries: to ask at the measures.
+        memory_budget: bytes that retrainings side by side may use.
+    """
+
+    def __init__(
+        self, dynamics: Dynamics, layout: OptimizerLayout, queries: Sequence[Query], memory_budget: int
+    ) -> None:
+        self.dynamics = dynamics
+        self.layout = layout
+        self.queries = queries
+        self.memory_budget = memory_budget
+        self._chunk: int | None = None
+        self._side_by_side: bool | None = None
+
+    def run(
+        self,
+        course: Course,
+        steps: Sequence[StepRecord],
+        baseline: Baseline,
+        counterfactuals: Counterfactuals,
+        advanced: Advanced | None = None,
+    ) -> Changes:
+        """Changes of the queries at each measure of ``course``, whose recorded steps are ``steps``."""
+        advanced = advanced or (lambda count: None)
+        found = None
+        if self._prefer_side_by_side(baseline.start, steps[0], len(counterfactuals)):
+            found = self._side_by_side_changes(course, steps, baseline, counterfactuals, advanced)
+        if found is None:
+            self._side_by_side = False
+            found = self._single_changes(course, steps, baseline, counterfactuals, advanced)
+        return found
+
+    def ask(self, state: State) -> Tensor:
+        """Values of the queries, ``[queries]``."""
+        return self._ask(state.parameters, state.buffers)
+
+    def _single_changes(
+        self,
+        course: Course,
+        steps: Sequence[StepRecord],
+        baseline: Baseline,
+        counterfactuals: Counterfactuals,
+        advanced: Advanced,
+    ) -> Changes:
+        """One retraining after the other, each as the recorded one ran."""
+        changes = self._no_changes(baseline, counterfactuals)
+        for column in range(len(counterfactuals)):
+            one = counterfactuals.part(np.array([column]))
+            rollout = Rollout(self.dynamics, self.layout, baseline.start)
+            for step in steps:
+                weights = _weights(step, course, one, self._like(rollout))[0]
+                rollout.advance(step, self.dynamics.load(step), weights)
+                advanced(1)
+                if (before := baseline.values.get(step.index + 1)) is not None:
+                    after = self._ask(rollout.parameters, rollout.buffers)
+                    changes[step.index + 1][:, column] = (after - before).cpu().numpy()
+        return changes
+
+    def _side_by_side_changes(
+        self,
+        course: Course,
+        steps: Sequence[StepRecord],
+        baseline: Baseline,
+        counterfactuals: Counterfactuals,
+        advanced: Advanced,
+    ) -> Changes | None:
+        """Retrainings under one ``vmap``, in chunks; row 0 of each is the recorded training.
+
+        ``None`` if that row misses the recorded run.
+        """
+        size = self._chunk_size(baseline.start, steps[0])
+        changes = self._no_changes(baseline, counterfactuals)
+        made = 0
+        for first in range(0, len(counterfactuals), size):
+            chunk = slice(first, first + size)
+            part = counterfactuals.part(np.arange(len(counterfactuals))[chunk])
+            rollout = Rollout(self.dynamics, self.layout, baseline.start, copies=1 + len(part))
+            for made_here, step in enumerate(steps, start=1):
+                weights = _weights(step, course, part, self._like(rollout))
+                weights = torch.cat([torch.ones_like(weights[:1]), weights])
+                rollout.advance(step, self.dynamics.load(step), weights)
+                advanced(len(part))
+                made += len(part)
+                if (state := baseline.states.get(step.index + 1)) is not None:
+                    if not self._control_holds(rollout, state, baseline.start, steps[:made_here]):
+                        advanced(-made)
+                        return None
+                    values = self._ask_all(rollout)
+                    changes[step.index + 1][:, chunk] = (values[:, 1:] - values[:, :1]).cpu().numpy()
+        return changes
+
+    def _control_holds(self, rollout: Rollout, recorded: State, origin: State, steps: Sequence[StepRecord]) -> bool:
+        control = State(
+            {name: value.detach()[0] for name, value in rollout.parameters.items()},
+            {name: value[0] for name, value in rollout.buffers.items()},
+        )
+        tolerance = CONTROL_TOLERANCE.get(self._like(rollout).dtype, 1e-3)
+        missed = {name: drift for name, drift in drifts(control, recorded, origin).items() if drift > tolerance}
+        if missed:
+            excused = missed_by_rounding(self.dynamics, self.layout, steps, origin, recorded, control)
+            missed = {name: drift for name, drift in missed.items() if name not in excused}
+        if missed:
+            name = max(missed, key=lambda name: missed[name])
+            _log.warning(
+                "batched leave-one-out: its control run misses %r of the recorded one by %.2g; random draws differ "
+                "under vmap. Retraining one sample at a time instead",
+                name,
+                missed[name],
+            )
+        return not missed
+
+    def _prefer_side_by_side(self, start: State, step: StepRecord, count: int) -> bool:
+        """Time one step of each way and compare what ``count`` samples would take."""
+        if self._side_by_side is None:
+            size = min(self._chunk_size(start, step), count)
+            try:
+                together = self._time_step(start, step, size + 1)
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                _log.warning("batched leave-one-out is not possible here (%s); one sample at a time", first_line(error))
+                self._side_by_side = False
+            else:
+                single = self._time_step(start, step, None)
+                self._side_by_side = together * math.ceil(count / size) < single * count
+        return self._side_by_side
+
+    def _time_step(self, start: State, step: StepRecord, copies: int | None) -> float:
+        rollout = Rollout(self.dynamics, self.layout, start, copies)
+        shape = (len(step.samples),) if copies is None else (copies, len(step.samples))
+        weights = self._like(rollout).new_ones(shape)
+        times = []
+        for _ in range(3):
+            batches = self.dynamics.load(step)
+            begun = time.perf_counter()
+            rollout.advance(step, batches, weights)
+            if self.dynamics.device.type == "cuda":
+                torch.cuda.synchronize(self.dynamics.device)
+            times.append(time.perf_counter() - begun)
+        if copies is not None:
+            self._ask_all(rollout)
+        return min(times)
+
+    def _chunk_size(self, start: State, step: StepRecord) -> int:
+        """Retrainings that fit the budget: states, gradients, and what one forward pass keeps for backward."""
+        if self._chunk is None:
+            each = 3 * start.nbytes + 2 * self.dynamics.bytes_kept(start, step)
+            self._chunk = max(1, self.memory_budget // max(each, 1))
+        return self._chunk
+
+    def _ask(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        """Values of the queries, ``[queries]``."""
+        with torch.no_grad():
+            return torch.stack([self.dynamics.evaluate(parameters, buffers, query) for query in self.queries])
+
+    def _ask_all(self, rollout: Rollout) -> Tensor:
+        """Values of the queries for every copy, ``[queries, K]``."""
+        with torch.no_grad():
+            return torch.func.vmap(self._ask, out_dims=1, randomness="same")(rollout.parameters, rollout.buffers)
+
+    def _no_changes(self, baseline: Baseline, counterfactuals: Counterfactuals) -> Changes:
+        return {step: np.zeros((len(self.queries), len(counterfactuals))) for step in baseline.values}
+
+    @staticmethod
+    def _like(rollout: Rollout) -> Tensor:
+        return next(iter(rollout.parameters.values())).detach()
+
+
+def _weights(step: StepRecord, course: Course, counterfactuals: Counterfactuals, like: Tensor) -> Tensor:
+    """``w`` of the step, ``[R, sum B]``: 1 where the course says as recorded."""
+    weights = counterfactuals.at(step.samples)
+    if not course.start <= step.index < course.until:
+        weights[:] = 1
+    return torch.from_numpy(weights).to(like.device, like.dtype)

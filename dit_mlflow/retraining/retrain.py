@@ -1,0 +1,240 @@
+"""Retrainings for a question, spread over processes or machines, and taken up again where they were broken off."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import joblib
+import numpy as np
+import torch
+
+from dit_mlflow.influence import Query
+from dit_mlflow.influence.kind import Course, courses
+from dit_mlflow.influence.question import Question
+from dit_mlflow.progress import progress_bar
+from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.replay.replay import Replay
+from dit_mlflow.retraining.counterfactuals import Advanced, Baseline, Changes, Counterfactuals, Retraining
+from dit_mlflow.retraining.effort import Effort
+from dit_mlflow.trajectory import State
+from dit_mlflow.trajectory.manifest import Manifest
+from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload import Workload
+from dit_mlflow.workload.random_state import preserved_random_state
+
+ROWS = 64
+"""Retrainings that are lost at the most, for each worker, when they are broken off."""
+
+
+def retrain(
+    question: Question,
+    counterfactuals: Counterfactuals,
+    dtype: torch.dtype | None = torch.float64,
+    effort: Effort | None = None,
+) -> tuple[np.ndarray, float]:
+    """Exact changes of the queries under each counterfactual.
+
+    Args:
+        question: windows, kind and queries.
+        counterfactuals: ``R`` sets of weights.
+        dtype: of the retraining; ``None`` = as recorded.
+        effort: workers, memory, and where to keep finished parts.
+
+    Returns:
+        Changes ``[windows, queries, R]``: query under the counterfactual minus query as recorded, as the kind of the
+        windows says; and the largest drift that the replay met.
+
+    Cost: one training from the window's start per counterfactual (``cumulative``: one for all windows), run side by
+    side under ``torch.func.vmap`` where that is faster.
+    """
+    effort = effort or Effort()
+    changes = np.zeros((len(question.windows), len(question.queries), len(counterfactuals)))
+    # One pool for all courses: ray's starts processes of its own each time.
+    with preserved_random_state(), effort.configured(), joblib.Parallel(n_jobs=effort.jobs) as pool:
+        replay = question.trajectory.replay(question.workload, dtype)
+        shared = _Shared.of(question, replay.dynamics.dtype, effort.memory_budget)
+        here = shared.retraining(replay.dynamics)
+        for course in courses(question.kind, question.windows, question.trajectory.num_steps):
+            steps = [question.trajectory.step(t) for t in range(course.start, course.stop)]
+            met = np.unique(np.concatenate([step.samples for step in steps if step.index < course.until]))
+            affected = np.flatnonzero(counterfactuals.changed_by(met))
+            job = _Job(course, steps, _baseline(replay, course, here), counterfactuals)
+            for rows, found in _run(job, affected, shared, here, effort, pool):
+                for step, window, sign in course.measures:
+                    changes[window][:, rows] += sign * found[step]
+    return changes, replay.max_drift
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """What every worker needs, and how to tell one from another."""
+
+    workload: Workload
+    manifest: Manifest
+    stored: Any
+    queries: tuple[Query, ...]
+    dtype: torch.dtype | None
+    memory_budget: int
+
+    @classmethod
+    def of(cls, question: Question, dtype: torch.dtype | None, memory_budget: int) -> _Shared:
+        # What only training and reports need may be hard to send.
+        lean = replace(question.workload, optimizer=None, scheduler=None, test_set=None, metrics=None)
+        lean = replace(lean, describe=None, show=None, label=None)
+        stored = question.trajectory.batches
+        return cls(lean, question.trajectory.manifest, stored, question.queries, dtype, memory_budget)
+
+    def retraining(self, dynamics: Dynamics | None = None) -> Retraining:
+        dynamics = dynamics or Dynamics(self.workload, self.manifest, self.dtype, self.stored)
+        return Retraining(dynamics, self.manifest.optimizer, self.queries, self.memory_budget)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One course, and what is to be run along it."""
+
+    course: Course
+    steps: list[StepRecord]
+    baseline: Baseline
+    counterfactuals: Counterfactuals
+
+    def part(self, rows: np.ndarray) -> _Job:
+        return replace(self, counterfactuals=self.counterfactuals.part(rows))
+
+    def run(self, retraining: Retraining, advanced: Advanced | None = None) -> Changes:
+        return retraining.run(self.course, self.steps, self.baseline, self.counterfactuals, advanced)
+
+
+def _baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
+    """The recorded run along a course."""
+    asked = {step for step, _, _ in course.measures}
+    states: dict[int, State] = {}
+    start: State | None = None
+    for t, state in enumerate(replay.forward(course.start, course.stop), start=course.start):
+        if t == course.start:
+            start = state
+        if t in asked:
+            states[t] = state
+    assert start is not None
+    return Baseline(start, states, {t: here.ask(state) for t, state in states.items()})
+
+
+def _run(
+    job: _Job, affected: np.ndarray, shared: _Shared, here: Retraining, effort: Effort, pool: joblib.Parallel
+) -> Iterator[tuple[np.ndarray, Changes]]:
+    """Rows and what was found for them, part by part."""
+    workers = joblib.effective_n_jobs(effort.jobs)
+    in_one = workers == 1 and effort.folder is None
+    count = min(len(affected), 1 if in_one else max(workers, -(-len(affected) // ROWS)))
+    parts = np.array_split(affected, count) if count else []
+    kept = _Kept(effort.folder, shared, job)
+    left = []
+    length = len(job.steps)
+    title = f"retraining, steps {job.course.start}-{job.course.stop}"
+    with progress_bar(len(affected) * length, title) as progress:
+        for rows in parts:
+            found = kept.load(rows)
+            if found is None:
+                left.append(rows)
+                continue
+            progress.update(len(rows) * length)
+            yield rows, found
+        if workers == 1:
+            for rows in left:
+                found = job.part(rows).run(here, progress.update)
+                kept.save(rows, found)
+                yield rows, found
+        elif left:
+            sent = _packed(shared)
+            tasks = (
+                joblib.delayed(_work)(sent, tuple(sys.path), cloudpickle.dumps(job.part(rows)), kept, rows)
+                for rows in left
+            )
+            for rows, found in zip(left, pool(tasks), strict=True):
+                progress.update(len(rows) * length)
+                yield rows, found
+
+
+def _packed(shared: _Shared) -> bytes:
+    """As bytes that a process without our project folders can read."""
+    projects = [module for name, module in sys.modules.items() if name.startswith("dit_mlflow_project_")]
+    for module in projects:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return bytes(cloudpickle.dumps(shared))
+    finally:
+        for module in projects:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+@lru_cache(maxsize=1)
+def _unpacked(shared: bytes, path: tuple[str, ...]) -> Retraining:
+    # Workers that ray starts do not look where this process does.
+    sys.path += [folder for folder in path if folder not in sys.path]
+    retraining: Retraining = cloudpickle.loads(shared).retraining()
+    return retraining
+
+
+def _work(shared: bytes, path: tuple[str, ...], job: bytes, kept: _Kept, rows: np.ndarray) -> Changes:
+    """What a worker does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        retraining = _unpacked(shared, path)
+        found: Changes = cloudpickle.loads(job).run(retraining)
+    finally:
+        torch.set_num_threads(threads)
+    kept.save(rows, found)
+    return found
+
+
+class _Kept:
+    """Finished parts of a job, in files named after all that determines them.
+
+    The recorded values of the queries stand for the queries themselves, whose code has no name.
+    """
+
+    def __init__(self, folder: Path | None, shared: _Shared, job: _Job) -> None:
+        self.folder = folder
+        self.key = b""
+        if folder is None:
+            return
+        names = [query.name for query in shared.queries]
+        values = {t: value.tolist() for t, value in job.baseline.values.items()}
+        parts = (shared.manifest.digest(), str(shared.dtype), names, job.course, values)
+        self.key = hashlib.sha256(repr(parts).encode()).digest()
+        self.counterfactuals = job.counterfactuals
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, rows: np.ndarray) -> Changes | None:
+        path = self._path(rows)
+        if path is None or not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {int(step): stored[step] for step in stored.files}
+        except (OSError, ValueError):
+            return None
+
+    def save(self, rows: np.ndarray, found: Changes) -> None:
+        path = self._path(rows)
+        if path is None:
+            return
+        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+        with partial.open("wb") as file:
+            np.savez(file, **{str(step): change for step, change in found.items()})  # type: ignore[arg-type]
+        partial.replace(path)
+
+    def _path(self, rows: np.ndarray) -> Path | None:
+        if self.folder is None:
+            return None
+        what = self.counterfactuals.part(rows).identity()
+        return self.folder / f"{hashlib.sha256(self.key + what).hexdigest()[:32]}.npz"

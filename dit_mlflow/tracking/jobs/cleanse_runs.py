@@ -1,0 +1,171 @@
+"""The runs below a cleansing run, and what the cleansing run itself shows.
+
+- One for each strategy and fraction (``dit.kind=cleansed``), named ``influence 10 %``: figures of the retrained models
+  under the names that training runs use, their gains, and the samples.
+- One for each strategy (``dit.kind=strategy``), named ``influence``: series ``by_fraction/…`` whose step is **the
+  number of samples cleaned** (0 = none), so that a chart overlays the strategies; and the figures of the fraction that
+  the validation split chooses for this strategy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+from dit_mlflow.evaluation import Metrics
+from dit_mlflow.evaluation.changed_data import class_names
+from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, Cleansing, Outcome, Trial, choose
+from dit_mlflow.explanation import Gallery, cleansing_note, cleansing_table
+from dit_mlflow.explanation.cleansing_note import DONE
+from dit_mlflow.explanation.markdown import encodable
+from dit_mlflow.plots import plot_cleansing
+from dit_mlflow.tracking.store.artifacts import active_run_id
+from dit_mlflow.tracking.store.error_text import error_text
+from dit_mlflow.tracking.store.names import ERROR, HELPED, KIND, TRAINING_RUN
+from dit_mlflow.tracking.store.run_log import log_metrics, log_series
+from dit_mlflow.workload import Workload
+
+
+@dataclass(frozen=True, eq=False)
+class CleansingRuns:
+    """Logs below the active run, and on it.
+
+    Attributes:
+        workload: before cleaning.
+        action: ``drop`` or ``relabel``.
+        training_run: the run that recorded the trajectory.
+        seeds: ``(init_seed, order_seed)`` of each repeat.
+        classes: of the training samples as labelled, ``[n]``; ``None`` if they have none.
+        predicted: the classes ``[n]`` that flagged samples are given; ``None`` = they are dropped.
+    """
+
+    workload: Workload
+    action: str
+    training_run: str
+    seeds: Sequence[tuple[int, int]]
+    classes: np.ndarray | None
+    predicted: np.ndarray | None
+
+    @cached_property
+    def _gallery(self) -> Gallery:
+        return Gallery(self.workload)
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        """Of the classes, as people read them."""
+        names = {} if self.classes is None else class_names(self.workload, self.classes)
+        return {found: encodable(name) for found, name in names.items()}
+
+    @property
+    def done(self) -> str:
+        """``dropped`` or ``relabelled``: the parameter and the table of the samples."""
+        return DONE[self.action]
+
+    def name(self, trial: Trial) -> str:
+        """Sorts by strategy, then by fraction."""
+        share = f"{100 * trial.fraction:g}"
+        whole, dot, rest = share.partition(".")
+        return trial.strategy if trial.strategy == NO_CLEANING else f"{trial.strategy} {whole:0>2}{dot}{rest} %"
+
+    def child(self, trial: Trial, before: Outcome | None, attempt: Callable[[], Outcome]) -> Outcome:
+        """Try in a run of its own; FAILED, with the reason, if the attempt raises."""
+        tags = {KIND: "cleansed", TRAINING_RUN: self.training_run}
+        with mlflow.start_run(run_name=self.name(trial), nested=True, tags=tags):
+            params = {"strategy": trial.strategy, "fraction": trial.fraction, self.done: trial.count}
+            mlflow.log_params({**params, "action": self.action})
+            mlflow.log_table(self.samples(trial), f"{self.done}.json")
+            try:
+                outcome = attempt()
+            except Exception as error:
+                mlflow.set_tag(ERROR, error_text(error))
+                raise
+            mlflow.log_table(self._repeats(outcome), "repeats.json")
+            log_metrics(self._figures(outcome, before or outcome))
+            return outcome
+
+    def samples(self, trial: Trial) -> pd.DataFrame:
+        """The flagged samples, lowest score first: index, score, what is known of them."""
+        gallery = self._gallery
+        draws, indices = len(trial.flagged), trial.flagged.ravel()
+        columns: dict[str, object] = {"draw": np.repeat(np.arange(draws), trial.count)} if draws > 1 else {}
+        columns["sample_index"] = indices
+        if trial.strategy != RANDOM:
+            columns["score"] = np.take_along_axis(trial.scores, trial.flagged, axis=1).ravel()
+        if gallery.describe is not None:
+            columns["sample"] = [gallery.describe(int(index)) for index in indices]
+        columns["label"] = [gallery.label_of(int(index)) for index in indices]
+        if self.predicted is not None:
+            columns["new_label"] = [self._names.get(int(found), str(found)) for found in self.predicted[indices]]
+        if gallery.corrupted:
+            columns["corrupted"] = np.isin(indices, list(gallery.corrupted))
+        return pd.DataFrame(columns)
+
+    def log_strategies(self, cleansing: Cleansing) -> None:
+        """A run for each strategy, with series over the number of samples."""
+        for strategy in cleansing.strategies:
+            outcomes = cleansing.by(strategy)
+            best = choose(outcomes, cleansing.metric)
+            tags = {KIND: "strategy", TRAINING_RUN: self.training_run}
+            with mlflow.start_run(run_name=strategy, nested=True, tags=tags):
+                params = {"strategy": strategy, "action": self.action, "chosen.fraction": best.trial.fraction}
+                mlflow.log_params(params | {f"chosen.{self.done}": best.trial.count})
+                log_metrics(self._figures(best, cleansing.before))
+                points = [cleansing.before, *outcomes]
+                series = [self._series(outcome) for outcome in points]
+                for name in dict.fromkeys(name for figures in series for name in figures):
+                    values = [figures.get(name) for figures in series]
+                    log_series(f"by_fraction/{name}", values, [outcome.trial.count for outcome in points])
+
+    def log_answer(self, cleansing: Cleansing, remarks: Sequence[str]) -> None:
+        """On the active run: the answer, table, figure, and the chosen samples."""
+        chosen, before = cleansing.chosen, cleansing.before
+        run_id = active_run_id()
+        mlflow.set_tags({MLFLOW_RUN_NOTE: cleansing_note(cleansing, run_id, remarks), HELPED: cleansing.helped})
+        mlflow.log_params(
+            {"chosen.strategy": chosen.trial.strategy, "chosen.fraction": chosen.trial.fraction}
+            | {f"chosen.{self.done}": chosen.trial.count}
+        )
+        log_metrics(before.summary().prefixed("before/").and_(self._figures(chosen, before)))
+        mlflow.log_table(cleansing_table(cleansing), "cleansing.json")
+        mlflow.log_figure(plot_cleansing(cleansing), "cleansing.png")
+        mlflow.log_table(self.samples(chosen.trial), f"{self.done}.json")
+        indices = chosen.trial.flagged[0]
+        taken: dict[str, object] = {"strategy": chosen.trial.strategy, "indices": indices.tolist()}
+        if self.predicted is not None:
+            taken["classes"] = self.predicted[indices].tolist()
+        mlflow.log_dict(taken, f"{self.done}_indices.json")
+
+    def _figures(self, outcome: Outcome, before: Outcome) -> Metrics:
+        trial, corrupted = outcome.trial, self.workload.corrupted
+        found = outcome.summary().and_(trial.found(corrupted).prefixed("detection/"))
+        extra: dict[str, float] = {}
+        if trial.strategy.startswith("influence"):
+            # More were asked for than are harmful: these help, as far as the estimate goes.
+            extra["flagged/helpful"] = float((np.take_along_axis(trial.scores, trial.flagged, axis=1) > 0).sum())
+        if self.predicted is not None and self.classes is not None:
+            # Of several draws, as many as on average.
+            other = self.predicted[trial.flagged] != self.classes[trial.flagged]
+            extra["relabelled/changed"] = float(other.sum(axis=1).mean())
+        if outcome is not before:
+            found = found.and_(outcome.gain(before).prefixed("gain/"))
+        return found.and_(Metrics(extra))
+
+    def _series(self, outcome: Outcome) -> dict[str, float]:
+        means = {name: outcome.mean(name) for name in outcome.figures}
+        return {**means, **outcome.trial.found(self.workload.corrupted).prefixed("detection/").values}
+
+    def _repeats(self, outcome: Outcome) -> pd.DataFrame:
+        draws = len(outcome.trial.flagged)
+        init, order = np.array(self.seeds).T
+        columns: dict[str, object] = {
+            "draw": np.repeat(np.arange(draws), len(self.seeds)),
+            "init_seed": np.tile(init, draws),
+            "order_seed": np.tile(order, draws),
+        }
+        return pd.DataFrame(columns | {name: values.ravel() for name, values in outcome.figures.items()})

@@ -1,0 +1,298 @@
+"""The comparison job: several methods, and seeds, on the same trajectories, against the same ground truth."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow import MlflowClient
+
+from dit_mlflow.errors import InputError
+from dit_mlflow.evaluation import Metrics, attainable, correlations, correlations_with_intervals, detection
+from dit_mlflow.evaluation.datamodeling_score import datamodeling_score
+from dit_mlflow.explanation import compare_line, comparison_note, comparison_sentences, paragraph, terminal_table
+from dit_mlflow.explanation.checks import parse_ground_truth
+from dit_mlflow.explanation.over_seeds import stability_table, summarised
+from dit_mlflow.influence import Influence, Window, check_kind, parse_windows
+from dit_mlflow.influence.rehearsal import rehearse
+from dit_mlflow.methods import NAMES, method
+from dit_mlflow.plots import plot_fidelity_against_cost, plot_recall_curves
+from dit_mlflow.progress import progress_over
+from dit_mlflow.recording.loop import check_seeds
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.retraining import Effort, Subsets, leave_one_out, train_on_subsets
+from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, recorded_workload
+from dit_mlflow.tracking.jobs.train import run_training, workload_params, workload_title
+from dit_mlflow.tracking.store.artifacts import load_influence, load_trajectory, log_influence
+from dit_mlflow.tracking.store.datasets import log_datasets_of
+from dit_mlflow.tracking.store.error_text import error_text, storable
+from dit_mlflow.tracking.store.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.store.run_log import log_metrics, log_series, project_run
+from dit_mlflow.tracking.ui.links import save_comparisons, where_to_look
+from dit_mlflow.tracking.ui.log_plot import log_plot
+from dit_mlflow.tracking.ui.notes import set_note
+from dit_mlflow.workload import Workload, load_workload
+
+COMPARISON = "comparison"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ComparisonRequest(Request):
+    """As :class:`Request`, and:
+
+    Attributes:
+        methods: names with commas between, or ``all``.
+        seeds: trainings; their weights and batch orders are drawn with separate seeds, on a grid.
+        subsets: trainings on random halves of the data, for the linear datamodeling score; 0 = none.
+        jobs: worker processes of the ground truth.
+        backend: of joblib, see :class:`dit_mlflow.Effort`; empty = its choice.
+    """
+
+    methods: str = "all"
+    seeds: int = 1
+    subsets: int = 32
+    jobs: int = 1
+    backend: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The methods asked for; raises :class:`InputError` for one that is not there."""
+        if self.methods.strip() == "all":
+            return list(NAMES)
+        names = list(dict.fromkeys(name.strip() for name in self.methods.split(",") if name.strip()))
+        if not names:
+            raise InputError(f"methods={self.methods!r}; expected 'all' or some of {', '.join(NAMES)}")
+        for name in names:
+            method(name)
+        return names
+
+    @property
+    def grid(self) -> list[tuple[int, int]]:
+        """``(init_seed, order_seed)`` of each training: the squarest grid of that many."""
+        rows = max(d for d in range(1, math.isqrt(self.seeds) + 1) if self.seeds % d == 0)
+        columns = self.seeds // rows
+        return [(self.init_seed + a, self.order_seed + b) for a in range(rows) for b in range(columns)]
+
+
+@dataclass(frozen=True, eq=False)
+class ComparedTraining:
+    """One training, what is asked of it, and the truth."""
+
+    run_id: str
+    label: str
+    trajectory: Trajectory
+    workload: Workload
+    windows: list[Window]
+    truth: Influence | None
+    subsets: Subsets | None
+
+    @property
+    def whole(self) -> Window:
+        return Window(0, self.trajectory.num_steps)
+
+
+def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -> str:
+    """Compare methods; returns what the terminal shows at the end.
+
+    A parent run holds the table ``comparison.json`` and the figure ``fidelity_against_cost.png``; with several seeds
+    also ``stability.json``, with damaged samples ``recall_curve.png`` of the first training. Below it stands a run for
+    each method and training, with the same metrics each. A method that fails is FAILED there, with the reason in the
+    tag ``dit.error`` and in the table, and stops nothing else.
+
+    Raises:
+        InputError: some part of the request cannot be used, or every method failed.
+    """
+    kind, names = check_kind(request.kind), request.names
+    if request.subsets < 0 or request.subsets in (1, 2):
+        raise InputError(f"subsets={request.subsets}; expected 0, or 3 or more")
+    if request.seeds < 1:
+        raise InputError(f"seeds={request.seeds}; expected 1 or more")
+    effort = Effort(request.jobs, request.backend or None)
+    trainings = [_with_truth(request, training, effort) for training in _trained(request)]
+    workload = trainings[0].workload
+    tags = {KIND: COMPARISON, TRAINING_RUN: ",".join(training.run_id for training in trainings)}
+    with project_run(project_run_id, f"compare {workload_title(workload)} {kind}", tags) as run:
+        mlflow.log_params(
+            {
+                **workload_params(workload),
+                "resolved.kind": kind,
+                "resolved.windows": len(trainings[0].windows),
+                "resolved.methods": ",".join(names),
+                "resolved.seeds": request.seeds,
+            }
+        )
+        log_datasets_of(trainings[0].run_id, run.info.run_id)
+        asked = [(training, name) for training in trainings for name in names]
+        rows = [_child(request, name, training) for training, name in progress_over(asked, "comparing", "method")]
+        ceiling = _attainable(rows, trainings[0])
+        table = summarised(pd.DataFrame(rows))
+        seconds = _training_seconds(trainings)
+        mlflow.log_table(table, "comparison.json")
+        mlflow.log_table(pd.DataFrame(rows), "by_seed.json")
+        if "spearman" in table and table["spearman"].notna().any():
+            log_plot(plot_fidelity_against_cost(table, ceiling, seconds), "fidelity_against_cost.png")
+        if request.seeds > 1:
+            done = [str(row["run_id"]) for row in rows if not row["failed"]]
+            whole = {run_id: load_influence(run_id).of(trainings[0].whole) for run_id in done}
+            mlflow.log_table(stability_table(pd.DataFrame(rows), whole, request.grid), "stability.json")
+        if workload.corrupted:
+            first = [row for row in rows if row["training_run"] == trainings[0].run_id and not row["failed"]]
+            scores = {str(row["method"]): load_influence(str(row["run_id"])).of(trainings[0].whole) for row in first}
+            log_plot(plot_recall_curves(scores, workload.corrupted), "recall_curve.png")
+        if ceiling is not None:
+            mlflow.log_metric("ground_truth/attainable_spearman", ceiling)
+        retraining = [name for name in names if method(name).retrains]
+        note = comparison_note(table, retraining, len(trainings), kind, attainable=ceiling)
+        views = save_comparisons(run.info.run_id)
+        set_note(run.info.run_id, f"{note}\n\n{compare_line(views)}" if views else note)
+        if table["failed"].all():
+            raise InputError(f"every method failed; the first: {rows[0]['error']}")
+    headings = {
+        "method": "method",
+        "spearman": "Spearman",
+        "spearman_low": "low",
+        "spearman_high": "high",
+        "pearson": "Pearson",
+        "lds": "LDS",
+        "recall_at_k": "recall@k",
+        "auroc": "AUROC",
+        "seconds": "seconds",
+        "error": "failed",
+    }
+    shown = table.drop(columns=[] if table["error"].any() else ["error"])
+    lines = [
+        "",
+        f"{len(names)} method{'s' * (len(names) > 1)}, {len(trainings)} training{'s' * (len(trainings) > 1)}, whole "
+        "run; low, high: 95 % interval "
+        f"{'over samples' if len(trainings) == 1 else 'of the mean over trainings'}",
+        *([f"attainable: leave-one-out in the recorded precision reaches {ceiling:.3f}"] if ceiling else []),
+        "",
+        terminal_table(shown, headings),
+        "",
+        *(paragraph(text) for text in comparison_sentences(table, retraining, ceiling)),
+        "",
+        f"training run   {', '.join(training.run_id for training in trainings)}",
+        f"comparison run {run.info.run_id}",
+        where_to_look(run),
+    ]
+    return "\n".join(lines)
+
+
+def _trained(request: ComparisonRequest) -> list[ComparedTraining]:
+    """The trajectories to compare on: the one that is there, or one for each pair of seeds."""
+    if request.training_run:
+        if request.seeds > 1:
+            raise InputError(
+                f"seeds={request.seeds} are trainings, and training_run={request.training_run} is one; leave one out"
+            )
+        trajectory = load_trajectory(request.training_run)
+        workload = recorded_workload(request, trajectory)
+        return [_compared_training(request, request.training_run, "", trajectory, workload)]
+    workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
+    parse_windows(request.windows, workload.plan)
+    parse_ground_truth(request.ground_truth, workload.num_samples)
+    for init, order in request.grid:
+        check_seeds(init, order)
+    rehearse(workload)
+    found = []
+    for init, order in request.grid:
+        run_id = run_training(workload, init, order)
+        label = f" init {init} order {order}" if request.seeds > 1 else ""
+        found.append(_compared_training(request, run_id, label, load_trajectory(run_id), workload))
+    return found
+
+
+def _compared_training(
+    request: Request, run_id: str, label: str, trajectory: Trajectory, workload: Workload
+) -> ComparedTraining:
+    return ComparedTraining(run_id, label, trajectory, workload, parse_windows(request.windows, trajectory), None, None)
+
+
+def _with_truth(request: ComparisonRequest, training: ComparedTraining, effort: Effort) -> ComparedTraining:
+    removed = parse_ground_truth(request.ground_truth, training.workload.num_samples)
+    if request.subsets:
+        subsets = train_on_subsets(
+            training.trajectory, training.workload, [training.whole], subsets=request.subsets, effort=effort
+        )
+        training = replace(training, subsets=subsets)
+    if removed == 0:
+        return training
+    windows = list(dict.fromkeys([*training.windows, training.whole]))
+    kind = check_kind(request.kind)
+    truth = leave_one_out(training.trajectory, training.workload, windows, kind, samples=removed, effort=effort)
+    return replace(training, truth=truth)
+
+
+def _child(request: Request, name: str, training: ComparedTraining) -> dict[str, object]:
+    """Run one method on one training, in a run of its own; its row of the table."""
+    row: dict[str, object] = {"method": name, "training_run": training.run_id, "measures": method(name).measures}
+    tags = {KIND: "method", METHOD: name, TRAINING_RUN: training.run_id}
+    try:
+        with mlflow.start_run(run_name=name + training.label, nested=True, tags=tags) as run:
+            try:
+                return {**row, "run_id": run.info.run_id, **_measured(request, name, training), "failed": False}
+            except Exception as error:
+                mlflow.set_tag(ERROR, error_text(error))
+                raise
+    except Exception as error:
+        _log.warning("%s failed: %s", name, storable(str(error)))
+        return {**row, "failed": True, "error": error_text(error)}
+
+
+def _measured(request: Request, name: str, training: ComparedTraining) -> dict[str, float]:
+    windows = list(dict.fromkeys([*training.windows, training.whole]))
+    begun, cpu = time.perf_counter(), time.process_time()
+    found = method(name)(training.trajectory, training.workload, windows, request.kind)
+    costs = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
+    mlflow.log_params({"method": name, "kind": found.kind})
+    mlflow.log_metrics({"cost/influence_seconds": costs["seconds"], "cost/cpu_seconds": costs["cpu_seconds"]})
+    log_influence(found)
+    agreement, detected = _scored(found, training, training.whole)
+    foretold = Metrics()
+    if training.subsets is not None:
+        foretold = datamodeling_score(found.of(training.whole), training.subsets)
+    log_metrics(foretold.prefixed(f"{GROUND_TRUTH}/"))
+    log_metrics(agreement.prefixed(f"{GROUND_TRUTH}/"))
+    log_metrics(detected.prefixed("detection/"))
+    if len(found.windows) > 1:
+        scored = [_scored(found, training, window) for window in training.windows]
+        for prefix, part in ((f"{GROUND_TRUTH}/", 0), ("detection/", 1)):
+            for figure in dict.fromkeys(figure for parts in scored for figure in parts[part].values):
+                series = [parts[part].values.get(figure) for parts in scored]
+                log_series(f"by_window/{prefix}{figure}", series)
+    return {**agreement.values, **foretold.values, **detected.values, **costs}
+
+
+def _scored(found: Influence, training: ComparedTraining, window: Window) -> tuple[Metrics, Metrics]:
+    """Agreement with the truth, with intervals for the whole run, and detection."""
+    detected = detection(found.of(window), training.workload.corrupted)
+    if training.truth is None:
+        return Metrics(), detected
+    estimate, truth = found.of(window), training.truth.of(window)
+    scored = correlations_with_intervals if window == training.whole else correlations
+    return scored(estimate, truth), detected
+
+
+def _attainable(rows: Sequence[dict[str, object]], training: ComparedTraining) -> float | None:
+    """Spearman correlation of leave-one-out in the recorded precision with the truth, in float64."""
+    if training.truth is None:
+        return None
+    known = [row["spearman"] for row in rows if row["method"] == "leave_one_out" and "spearman" in row]
+    if known:
+        return float(np.mean(known))  # type: ignore[arg-type]
+    (floor,) = attainable(training.truth.select([training.whole]), training.trajectory, training.workload)
+    return floor.values.get("attainable_spearman")
+
+
+def _training_seconds(trainings: Sequence[ComparedTraining]) -> float | None:
+    runs = [MlflowClient().get_run(training.run_id) for training in trainings]
+    known = [run.data.metrics["cost/training_seconds"] for run in runs if "cost/training_seconds" in run.data.metrics]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,131 @@
+"""Which training samples helped or hurt on given rows: what the evaluator and the influence model both answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_mlflow.errors import DitError, InputError
+from dit_mlflow.influence import Influence, Kind, Query, Window, check_kind, parse_windows, row_losses, track
+from dit_mlflow.influence.row_queries import BatchOfRow, Features
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.tracking.jobs.request import Request, recorded_workload
+from dit_mlflow.tracking.store.artifacts import load_trajectory
+from dit_mlflow.workload import Workload
+from dit_mlflow.workload.random_state import preserved_random_state
+
+
+@dataclass(frozen=True)
+class RowAnswer:
+    """Influence of every training sample on every row.
+
+    Attributes:
+        influence: the queries are the rows, ``loss of row 0`` …; the windows are those asked.
+        losses: of the rows at the end of training, ``[rows]``.
+    """
+
+    influence: Influence
+    losses: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class RowQuestion:
+    """A recorded training that is asked about rows, as often as one likes.
+
+    Attributes:
+        training_run: the run that recorded it.
+        trajectory, workload: what was recorded.
+        windows, kind: see :func:`dit_mlflow.track`.
+    """
+
+    training_run: str
+    trajectory: Trajectory
+    workload: Workload
+    windows: tuple[Window, ...]
+    kind: Kind
+
+    @classmethod
+    def of(
+        cls,
+        training_run: str,
+        windows: str | int = "1",
+        kind: str = "local",
+        workload: Workload | str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> RowQuestion:
+        """Load the trajectory and its workload.
+
+        Args:
+            training_run: a run with a trajectory.
+            windows: see :func:`dit_mlflow.parse_windows`; ``"1"`` = the whole training.
+            kind: ``local``, ``final`` or ``cumulative``.
+            workload: itself, or a reference; empty = the one that the trajectory was recorded with.
+            settings: of a workload given by reference.
+
+        Raises:
+            DitError: a part of that cannot be found or used.
+        """
+        checked = check_kind(kind)
+        trajectory = load_trajectory(training_run)
+        if not isinstance(workload, Workload):
+            request = Request(training_run=training_run, workload=workload, settings=dict(settings or {}))
+            workload = recorded_workload(request, trajectory)
+        elif settings:
+            raise InputError("settings belong to a workload given by reference; this one is built already")
+        return cls(training_run, trajectory, workload, tuple(parse_windows(str(windows), trajectory)), checked)
+
+    @property
+    def whole(self) -> Window:
+        """The window of all training."""
+        return Window(0, self.trajectory.num_steps)
+
+    def answer(
+        self,
+        features: Features,
+        targets: Sequence[Any] | np.ndarray,
+        batch: BatchOfRow | None = None,
+        windows: Sequence[Window] | None = None,
+    ) -> RowAnswer:
+        """Influence on each row's loss.
+
+        Args:
+            features, targets, batch: see :func:`dit_mlflow.influence.row_losses`.
+            windows: others than :attr:`windows`.
+
+        Raises:
+            DitError: see :func:`dit_mlflow.influence.row_losses` and :func:`dit_mlflow.track`.
+
+        Cost: as :func:`dit_mlflow.track` with one query for each row.
+        """
+        queries = row_losses(self.workload, features, targets, batch)
+        # First, since it tells in one step whether the model takes these rows.
+        losses = self._final_losses(queries)
+        if not np.isfinite(losses).all():
+            row = int(np.argmin(np.isfinite(losses)))
+            raise InputError(
+                f"the loss of row {row} is {losses[row]}, of which there is no influence; look for values far "
+                "from those that the model was trained on"
+            )
+        return RowAnswer(
+            track(self.trajectory, self.workload, list(windows or self.windows), self.kind, queries), losses
+        )
+
+    def _final_losses(self, queries: Sequence[Query]) -> np.ndarray:
+        with preserved_random_state():
+            last = self.trajectory.num_steps
+            (state,) = self.trajectory.states(self.workload, last, last)
+            model = state.load_into(self.workload.build_model()).eval()
+            try:
+                with torch.no_grad():
+                    return np.array([query(model).item() for query in queries])
+            except DitError:
+                raise
+            except Exception as error:  # Of whatever kind: the model and the loss are the user's.
+                raise InputError(
+                    f"the model of run {self.training_run} or its loss cannot take these rows: {type(error).__name__}: "
+                    f"{error}; rows are given as its training samples were"
+                ) from error

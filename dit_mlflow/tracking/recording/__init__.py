@@ -1,0 +1,1 @@
+"""Trainings that are recorded into runs."""

@@ -1,0 +1,145 @@
+"""Record a training loop straight into an MLflow run."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from torch import nn
+from torch.optim import Optimizer
+
+from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.recording import TrajectoryRecorder
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.tracking.recording.upload import Upload
+from dit_mlflow.tracking.store.artifacts import active_run_id, artifact_folder, find_run, load_trajectory
+from dit_mlflow.tracking.store.datasets import SampleSet, log_dataset, workload_source
+from dit_mlflow.tracking.store.names import KIND, RECORDING, TRAJECTORY
+from dit_mlflow.tracking.ui.notes import note_training
+from dit_mlflow.workload import Workload
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def record_trajectory(
+    model: nn.Module,
+    optimizer: Optimizer,
+    workload: Workload | None = None,
+    run_id: str | None = None,
+    *,
+    resume: bool = False,
+    **options: Any,
+) -> Iterator[TrajectoryRecorder]:
+    """Record what happens in the ``with`` block as ``trajectory/`` of a run, segment by segment as it happens.
+
+    In a store on this machine the trajectory is written where it belongs; to any other, finished segments are uploaded
+    in the background, so that a lost machine loses one segment. The training set is logged as the run's dataset. A
+    store or a disk that fails does not stop training: it is logged once, and what could not be uploaded stays in a
+    folder that the message names, for :func:`dit_mlflow.tracking.log_trajectory`.
+
+    Args:
+        model, optimizer, workload: see :class:`dit_mlflow.TrajectoryRecorder`.
+        run_id: the run; default: the active one, or a new one.
+        resume: go on with the run's trajectory, if it has one, from where the model is; see
+            :class:`dit_mlflow.TrajectoryRecorder`. The run is given by ``run_id``, or resumed before
+            (``mlflow.start_run(run_id=...)``).
+        options: further arguments of :class:`dit_mlflow.TrajectoryRecorder`.
+
+    Raises:
+        InputError: no such run.
+        TrajectoryError: the run has a trajectory already, and ``resume`` is not set; otherwise see
+            :class:`dit_mlflow.TrajectoryRecorder`.
+    """
+    if run_id is None and mlflow.active_run() is None:
+        with mlflow.start_run(), record_trajectory(model, optimizer, workload, resume=resume, **options) as recorder:
+            yield recorder
+        return
+    run = find_run(run_id or active_run_id())
+    begun = _begun(run, resume)
+    folder, upload = _place(run)
+    with ExitStack() as stack:
+        if upload is not None:
+            stack.callback(_finish, upload)
+        recorder = TrajectoryRecorder(
+            model, optimizer, folder, workload, resume=begun or False, on_written=upload, **options
+        )
+        _tag(run)
+        stack.callback(_note, run, recorder, upload, begun)
+        stack.callback(_log_training_set, run, recorder, workload)
+        yield stack.enter_context(recorder)
+
+
+def _begun(run: Run, resume: bool) -> Trajectory | None:
+    if RECORDING not in run.data.tags:
+        return None
+    if not resume:
+        raise TrajectoryError(
+            f"run {run.info.run_id} ({run.info.run_name}) has a trajectory already, or is recording one. A run "
+            "holds one, of one model: record other models in runs of their own; to go on with this one, use resume=True"
+        )
+    return load_trajectory(run.info.run_id) if MlflowClient().list_artifacts(run.info.run_id, TRAJECTORY) else None
+
+
+def _tag(run: Run) -> None:
+    client = MlflowClient()
+    client.set_tag(run.info.run_id, RECORDING, "true")
+    if KIND not in run.data.tags:
+        client.set_tag(run.info.run_id, KIND, "training")
+
+
+def _place(run: Run) -> tuple[Path, Upload | None]:
+    """Where to write: where the run's artifacts are, if that is a folder here; else one whose files are uploaded."""
+    artifacts = artifact_folder(run.info.artifact_uri)
+    if artifacts is not None:
+        try:
+            (artifacts / TRAJECTORY).mkdir(parents=True, exist_ok=True)
+            return artifacts / TRAJECTORY, None
+        except OSError:
+            pass  # The upload will fail as well, and say so, but training has a folder to record to.
+    folder = Path(mkdtemp(prefix="dit-mlflow-")) / TRAJECTORY
+    folder.mkdir()
+    return folder, Upload(folder, run.info.run_id)
+
+
+def _finish(upload: Upload) -> None:
+    upload.finish()
+    if upload.failure is None:
+        shutil.rmtree(upload.folder.parent, ignore_errors=True)
+        return
+    logger.error(
+        "the trajectory of run %s is not in its store as a whole, but in %s. When the store is back: "
+        "dit_mlflow.tracking.log_trajectory(%r, run_id=%r)",
+        *(upload.run_id, upload.folder, str(upload.folder), upload.run_id),
+    )
+
+
+def _note(run: Run, recorder: TrajectoryRecorder, upload: Upload | None, begun: Trajectory | None) -> None:
+    if upload is not None and upload.failure is not None:
+        return  # A store that is lost answers late, or never.
+    try:
+        trajectory = Trajectory.open(recorder.directory)
+    except TrajectoryError:  # Nothing was recorded; what went wrong is said elsewhere.
+        return
+    note_training(run.info.run_id, trajectory, begun)
+
+
+def _log_training_set(run: Run, recorder: TrajectoryRecorder, workload: Workload | None) -> None:
+    """A failure is logged, since training is over and its result counts."""
+    if recorder.dataset is None:
+        return
+    source = workload_source(workload) if workload is not None else {}
+    name = source.get("workload") or type(recorder.dataset).__name__
+    size = len(recorder.dataset)  # type: ignore[arg-type]
+    try:
+        log_dataset(run.info.run_id, SampleSet(name, recorder.dataset_digest, size, source), "training")
+    except Exception as error:  # Of whatever kind: stores raise what their libraries do.
+        logger.error("the dataset of run %s could not be logged: %s", run.info.run_id, error)

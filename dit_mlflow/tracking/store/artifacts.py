@@ -1,0 +1,134 @@
+"""Trajectories and influence as artifacts of MLflow runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.influence import Influence
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.tracking.store.found_models import load_model_influence
+from dit_mlflow.tracking.store.names import INFLUENCE, RECORDING, TRAINING_RUN, TRAJECTORY
+from dit_mlflow.tracking.store.remote import open_remote, reading, without_password
+from dit_mlflow.tracking.ui.notes import note_training
+from dit_mlflow.trajectory.manifest import FILE_NAME
+
+
+def log_trajectory(trajectory: Trajectory | str | Path, run_id: str | None = None) -> None:
+    """Log a trajectory, or the folder of one, as ``trajectory/`` of a run (default: the active one)."""
+    if not isinstance(trajectory, Trajectory):
+        trajectory = Trajectory.open(trajectory)
+    run_id = run_id or active_run_id()
+    with trajectory.folder() as folder:
+        # The manifest last: until it is there, the store has no trajectory, or the one before.
+        for name in (*trajectory.manifest.files, FILE_NAME):
+            mlflow.log_artifact(str(folder / name), TRAJECTORY, run_id=run_id)
+    MlflowClient().set_tag(run_id, RECORDING, "true")
+    note_training(run_id, trajectory)
+
+
+def load_trajectory(run_id: str) -> Trajectory:
+    """The trajectory that a training run recorded.
+
+    Read in place from a local artifact store. From a remote one, only the manifest is downloaded now; every other file
+    is when it is first needed, into a cache by checksum (see :mod:`dit_mlflow.tracking.store.cache`).
+
+    Raises:
+        InputError: no such run, or its store cannot be read. From a remote store, also where the trajectory is used.
+        TrajectoryError: the run has no trajectory, or it is damaged.
+    """
+    run = find_run(run_id)
+    if (local := artifact_folder(run.info.artifact_uri)) is None:
+        trajectory = open_remote(run)
+    else:
+        trajectory = Trajectory.open(local / TRAJECTORY) if (local / TRAJECTORY).is_dir() else None
+    if trajectory is None:
+        hint = run.data.tags.get(TRAINING_RUN)
+        store = without_password(run.info.artifact_uri)
+        raise TrajectoryError(
+            f"run {run_id} ({run.info.run_name}) has no artifact {TRAJECTORY}/ in {store}; expected a training "
+            "run of dit-mlflow" + (f"; it was computed from {hint}" if hint else "")
+        )
+    return trajectory
+
+
+def log_influence(influence: Influence, run_id: str | None = None, folder: str = INFLUENCE) -> None:
+    """Log scores and metadata as ``influence/`` of a run (default: the active one)."""
+    with TemporaryDirectory() as temporary:
+        mlflow.log_artifacts(str(influence.save(temporary)), folder, run_id=run_id)
+
+
+def load_influence(source: str, folder: str = INFLUENCE) -> Influence:
+    """The influence that a run logged, or that is kept with a model.
+
+    Args:
+        source: a run's id, ``runs:/<id>`` or ``runs:/<id>/<folder>``; or a model, as ``models:/<name>/<version>``,
+            ``models:/<name>@<alias>`` or ``models:/m-<id>``.
+        folder: of its artifacts.
+
+    Raises:
+        InputError: no such run or model, or it has no influence.
+    """
+    if source.startswith("models:"):
+        return load_model_influence(source, folder)
+    if source.startswith("runs:/"):
+        run_id, _, path = source.removeprefix("runs:/").strip("/").partition("/")
+        folder = path or folder
+    else:
+        run_id = source
+    run = find_run(run_id)
+    with TemporaryDirectory() as temporary:
+        with reading(run, f"{folder}/"):
+            missing = not MlflowClient().list_artifacts(run_id, folder)
+            found = "" if missing else download_artifacts(run_id=run_id, artifact_path=folder, dst_path=temporary)
+        if missing:
+            raise InputError(f"run {run_id} ({run.info.run_name}) has no artifact {folder}/; expected an influence run")
+        return Influence.load(found)
+
+
+def active_run_id() -> str:
+    """The active run's id; raises :class:`InputError` if there is none."""
+    run = mlflow.active_run()
+    if run is None:
+        raise InputError("no MLflow run is active; expected one (with mlflow.start_run(): ...) or a run_id")
+    return str(run.info.run_id)
+
+
+def find_run(run_id: str) -> Run:
+    """The run, or an :class:`InputError` that says where it was looked for, or that it is deleted."""
+    store = f"the tracking URI {without_password(mlflow.get_tracking_uri())}"
+    try:
+        run = MlflowClient().get_run(run_id)
+    except Exception as error:  # Besides MLflow's own: those of the database's driver, if it is there at all.
+        if isinstance(error, MlflowException) and error.error_code in (
+            "RESOURCE_DOES_NOT_EXIST",
+            "INVALID_PARAMETER_VALUE",
+        ):
+            raise InputError(f"no run {run_id!r} at {store}: {error.message}") from error
+        raise InputError(
+            f"cannot ask {store} for run {run_id!r}: {type(error).__name__}: {error}; check that it can be reached "
+            "from here, that its driver is installed, and that your credentials are right"
+        ) from error
+    if run.info.lifecycle_stage != "active":
+        raise InputError(
+            f"run {run_id} ({run.info.run_name}) is deleted; restore it: mlflow runs restore --run-id {run_id}"
+        )
+    return run
+
+
+def artifact_folder(uri: str) -> Path | None:
+    """The folder that an artifact URI means on this machine, if it is one."""
+    parsed = urlparse(uri)
+    if parsed.scheme == "file":
+        return Path(url2pathname(parsed.path))
+    # A scheme of one letter is a Windows drive.
+    return Path(uri) if len(parsed.scheme) < 2 else None

@@ -1,0 +1,67 @@
+"""Data sets as MLflow shows them beside runs: name, digest, size, context; never their contents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.dataset import Dataset
+from mlflow.entities import DatasetInput, InputTag
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+from dit_mlflow.workload import Workload
+
+DIGEST_CHARACTERS = 32
+"""Of the SHA-256 in hexadecimal that trajectories record; MLflow takes up to 36."""
+
+
+class SampleSet(Dataset):
+    """A PyTorch data set by what is known of it.
+
+    Args:
+        name: shown in the UI.
+        digest: of :func:`dit_mlflow.workload.dataset_digest.dataset_digest`; ``None`` = it varies.
+        num_samples: its length.
+        source: what it was made by, for example the workload's reference and settings.
+    """
+
+    def __init__(self, name: str, digest: str | None, num_samples: int, source: dict[str, str]) -> None:
+        self.num_samples = num_samples
+        known = digest[:DIGEST_CHARACTERS] if digest else f"{num_samples}-varying-samples"
+        super().__init__(source=CodeDatasetSource(tags=source), name=name, digest=known)
+
+    def _compute_digest(self) -> str:
+        raise AssertionError("a digest is always given")
+
+    @property
+    def profile(self) -> dict[str, int]:
+        return {"num_samples": self.num_samples}
+
+    @property
+    def schema(self) -> None:
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "profile": f'{{"num_samples": {self.num_samples}}}'}
+
+
+def log_dataset(run_id: str, dataset: SampleSet, context: str) -> None:
+    """Log a data set as input of a run; ``context``: ``training``, ``validation`` or ``test``."""
+    tags = [InputTag(MLFLOW_DATASET_CONTEXT, context)]
+    MlflowClient().log_inputs(run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+
+
+def log_datasets_of(training_run_id: str, run_id: str) -> None:
+    """Log the data sets of a training as inputs of a run that asks about it."""
+    client = MlflowClient()
+    inputs = client.get_run(training_run_id).inputs
+    if inputs is not None and inputs.dataset_inputs:
+        client.log_inputs(run_id, inputs.dataset_inputs)
+
+
+def workload_source(workload: Workload) -> dict[str, str]:
+    """What a workload's data sets were made by."""
+    if workload.reference is None:
+        return {}
+    return {"workload": workload.reference, **{name: str(value) for name, value in workload.settings.items()}}

@@ -1,0 +1,64 @@
+"""The trained model as MLflow's LoggedModel."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import mlflow
+import torch
+from torch import Tensor, nn
+
+from dit_mlflow.workload import Workload, to_like
+
+MODEL_NAME = "model"
+
+logger = logging.getLogger(__name__)
+
+
+def log_model(model: nn.Module, workload: Workload) -> str | None:
+    """Log a trained model in the active run, as an exported graph that is loaded without pickle.
+
+    Returns:
+        The model's id; ``None`` if it cannot be exported. That is logged; the trajectory holds its weights anyway.
+
+    Cost: one export, some seconds.
+    """
+    example = _inputs(model, workload)
+    if example is None:
+        logger.warning("the model is not logged: MLflow exports models that are called with tensors alone")
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logged = mlflow.pytorch.log_model(
+                model,
+                name=MODEL_NAME,
+                input_example=example,
+                serialization_format="pt2",
+                pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
+            )
+    except Exception as error:  # Of whatever kind: what a graph cannot hold has many names.
+        logger.warning("the model is not logged: it cannot be exported (%s: %s)", type(error).__name__, error)
+        return None
+    return str(logged.model_id)
+
+
+def _inputs(model: nn.Module, workload: Workload) -> Any:
+    """What the workload's loss calls the model with, for two samples; ``None`` if that is not tensors alone."""
+    seen: list[tuple[Any, Any]] = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    # Not one: an export takes a size of 1 for a constant.
+    indices = range(min(2, workload.num_samples))
+    batch = to_like(workload.collate(workload.train_set, indices), next(model.parameters()).device, None)
+    try:
+        with torch.no_grad():
+            workload.sample_losses(model, batch, len(indices))
+    finally:
+        hook.remove()
+    args, kwargs = seen[0] if seen else ((), {})
+    if not args or kwargs or not all(isinstance(value, Tensor) for value in args):
+        return None
+    arrays = [value.cpu().numpy() for value in args]
+    return arrays[0] if len(arrays) == 1 else arrays

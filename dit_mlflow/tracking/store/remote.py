@@ -1,0 +1,149 @@
+"""A trajectory in a remote artifact store: its manifest at once, every other file when it is first needed."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import shutil
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from urllib.parse import urlsplit
+
+import mlflow
+from mlflow.entities import Run
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.tracking.store.cache import FileCache
+from dit_mlflow.tracking.store.names import TRAJECTORY
+from dit_mlflow.trajectory.manifest import FILE_NAME, FileEntry
+
+MANIFEST_BYTES = 256 * 2**20
+"""Largest manifest that is downloaded."""
+
+
+def open_remote(run: Run) -> Trajectory | None:
+    """The trajectory of a run, read through the user's file cache; ``None`` if the run has none.
+
+    Raises:
+        InputError: the store cannot be read, or the cache folder not be used.
+        TrajectoryError: the manifest or a file it names is missing in the store, or has another size there.
+    """
+    files = RemoteFiles(run, FileCache.of_user())
+    if not files.sizes:
+        return None
+    folder = mkdtemp(prefix="dit-mlflow-")
+    try:
+        files.fetch_manifest(Path(folder))
+        with files.named(FILE_NAME):
+            trajectory = Trajectory.open(folder, fetch=files)
+        files.compare(trajectory.manifest.files)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    weakref.finalize(trajectory, shutil.rmtree, folder, ignore_errors=True)
+    return trajectory
+
+
+class RemoteFiles:
+    """Fetches the files of a run's trajectory, through a cache.
+
+    Attributes:
+        sizes: what the store lists, in bytes; ``None`` where it does not say.
+    """
+
+    def __init__(self, run: Run, cache: FileCache) -> None:
+        self._run = run
+        self._cache = cache
+        self._held: dict[str, Path] = {}
+        with reading(run, f"{TRAJECTORY}/"):
+            # Made once, with the tracking URI of now: later calls must not read another store.
+            self._store = get_artifact_repository(_uri(run), tracking_uri=mlflow.get_tracking_uri())
+        self.sizes = self._listing()
+
+    def __call__(self, name: str, entry: FileEntry) -> Path:
+        """Where the file is on this machine; its size and SHA-256 are those of ``entry``.
+
+        Raises:
+            InputError: the store cannot be read, or the cache folder not be used.
+            TrajectoryError: the store has something else under this name.
+        """
+        held = self._held.get(name)
+        if held is None or not self._cache.touch(held):
+            with self.named(name):
+                held = self._cache.get(entry.sha256, entry.size, lambda folder: self._download(name, folder))
+            self._held[name] = held
+        return held
+
+    def fetch_manifest(self, folder: Path) -> None:
+        """Put ``manifest.json`` into ``folder``; it alone has no checksum to be cached by."""
+        with self.named(FILE_NAME):
+            if FILE_NAME not in self.sizes:
+                raise TrajectoryError("missing; expected a training run of dit-mlflow")
+            if (self.sizes[FILE_NAME] or 0) > MANIFEST_BYTES:
+                raise TrajectoryError(f"{self.sizes[FILE_NAME]} bytes; expected {MANIFEST_BYTES} at most")
+            self._download(FILE_NAME, folder)
+
+    def compare(self, files: dict[str, FileEntry]) -> None:
+        """Hold names and sizes in a manifest against the store, without a download."""
+        # Listed again: a training that still runs may have added files before it replaced the manifest.
+        self.sizes = self._listing()
+        for name, entry in files.items():
+            with self.named(name):
+                if name not in self.sizes:
+                    raise TrajectoryError("missing; log the trajectory again")
+                # Now, and not after the download, which may be of any length.
+                if self.sizes[name] not in (entry.size, None):
+                    raise TrajectoryError(f"{self.sizes[name]} bytes, recorded {entry.size}; log the trajectory again")
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Say in errors which file of which run they are about."""
+        try:
+            yield
+        except TrajectoryError as error:
+            raise TrajectoryError(f"{TRAJECTORY}/{name} of {_described(self._run)}: {error}") from error
+
+    def _download(self, name: str, folder: Path) -> Path:
+        path = folder / name
+        with reading(self._run, f"{TRAJECTORY}/{name}"):
+            # What every store implements. download_artifacts() around it would list the folder and draw a progress bar
+            # for each file, and hide why it failed.
+            self._store._download_file(f"{TRAJECTORY}/{name}", os.fspath(path))
+        return path
+
+    def _listing(self) -> dict[str, int | None]:
+        with reading(self._run, f"{TRAJECTORY}/"):
+            found = self._store.list_artifacts(TRAJECTORY)
+        return {posixpath.basename(item.path): item.file_size for item in found if not item.is_dir}
+
+
+@contextmanager
+def reading(run: Run, what: str) -> Iterator[None]:
+    """Whatever an artifact store raises, as an :class:`InputError` that names run, file and store."""
+    try:
+        yield
+    except Exception as error:  # Each store has its own: of requests, botocore, a missing library …
+        cause = f"{type(error).__name__}: {error}".rstrip(".")
+        raise InputError(
+            f"cannot read {what} of {_described(run)}: {cause}; check that the store can be reached "
+            "from here, that its client library is installed, and that your credentials may read there"
+        ) from error
+
+
+def without_password(uri: str) -> str:
+    """A URI that can be shown: the password of a database or an FTP server is not."""
+    password = urlsplit(uri).password
+    return uri.replace(f":{password}@", ":***@") if password else uri
+
+
+def _described(run: Run) -> str:
+    return f"run {run.info.run_id} ({run.info.run_name}) in {without_password(_uri(run))}"
+
+
+def _uri(run: Run) -> str:
+    return str(run.info.artifact_uri)

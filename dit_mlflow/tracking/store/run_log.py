@@ -1,0 +1,84 @@
+"""Runs and what is written on them."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import mlflow
+from mlflow import ActiveRun, MlflowClient
+from mlflow.data.dataset import Dataset
+from mlflow.entities import Metric
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
+
+from dit_mlflow.evaluation import Metrics
+from dit_mlflow.tracking.plugin import DitRunContext
+from dit_mlflow.tracking.store.names import UNDEFINED
+
+BATCH = 1000
+"""Metrics per request, the most that MLflow takes."""
+
+
+@contextmanager
+def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Iterator[ActiveRun]:
+    """A run at top level: the one ``mlflow run`` made, or a new one. FAILED if the body raises."""
+    if run_id is None:
+        with mlflow.start_run(run_name=name, tags=dict(tags)) as run:
+            yield run
+        return
+    # MLflow applies context providers only to runs that it creates itself.
+    with mlflow.start_run(run_id=run_id, tags={**DitRunContext().tags(), **tags}) as run:
+        # A name of the form 'adjective-noun-123' was made up by MLflow; any other is the user's.
+        if re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.info.run_name or ""):
+            mlflow.set_tag(MLFLOW_RUN_NAME, name)
+        yield run
+
+
+def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset | None = None) -> None:
+    """Log the values of ``metrics`` on the active run; a missing or infinite value becomes a tag that says why.
+
+    ``model_id``, ``dataset``: what they are of, so that MLflow shows them there too.
+    """
+    finite = {name: value for name, value in metrics.values.items() if math.isfinite(value)}
+    reasons = dict(metrics.undefined)
+    reasons |= {name: f"the value is {v}" for name, v in metrics.values.items() if name not in finite}
+    if finite:
+        mlflow.log_metrics(finite, model_id=model_id, dataset=dataset)
+    if reasons:
+        mlflow.set_tags({UNDEFINED + name: reason for name, reason in reasons.items()})
+
+
+def log_series(name: str, values: Sequence[float | None], steps: Sequence[int] | None = None) -> None:
+    """Log one value per step on the active run; ``None`` and NaN are left out.
+
+    ``steps``: default ``0, 1, …``.
+    """
+    log_points((name, step, value) for step, value in zip(steps or range(len(values)), values, strict=True))
+
+
+def log_points(points: Iterable[tuple[str, int, float | None]]) -> None:
+    """Log ``(metric, step, value)`` on the active run, in few requests; ``None`` and NaN are left out."""
+    run = mlflow.active_run()
+    assert run is not None
+    now = int(time.time() * 1000)
+    metrics = [
+        Metric(name, float(value), now, step)
+        for name, step, value in points
+        if value is not None and math.isfinite(value)
+    ]
+    for start in range(0, len(metrics), BATCH):
+        MlflowClient().log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
+
+
+def peak_memory_mb() -> float | None:
+    """Largest resident memory of this process so far, in MiB; ``None`` where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,87 @@
+"""Aggregates of an influence run as metrics of the model, beside the data set that they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, Metric, Run
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+from dit_mlflow.tracking.store.run_log import BATCH
+
+GROUPS = ("ground_truth/", "detection/", "trust/")
+"""Of the whole training; all of these are copied to the model."""
+PER_WINDOW = (
+    "ground_truth/spearman",
+    "ground_truth/pearson",
+    "trust/spearman",
+    "trust/smoothness",
+    "detection/recall_at_k",
+    "detection/auroc",
+)
+"""Of these, the mean over windows goes to the model as well, as ``mean_over_windows/…``."""
+DEFAULT_QUERY = "mean_validation_loss"
+
+
+def window_series(run: Run, count: int) -> dict[str, list[float | None]]:
+    """The values of :data:`PER_WINDOW` in each of ``count`` windows, as far as the run has them; last logged wins."""
+    found: dict[str, list[float | None]] = {}
+    for name in PER_WINDOW:
+        values: list[float | None] = [None] * count
+        for metric in _history(run, f"by_window/{name}"):
+            if metric.step < count:
+                values[metric.step] = metric.value
+        if any(value is not None for value in values):
+            found[name] = values
+    return found
+
+
+def log_model_metrics(
+    run: Run, model_id: str, query: str, training: Run, by_window: Mapping[str, Sequence[float | None]]
+) -> None:
+    """Copy an influence run's aggregates to a model, each with its first time and the run as its source.
+
+    Logging the same again changes nothing: MLflow tells metrics of a model apart by name, time, step and run.
+
+    Args:
+        run: the influence run.
+        model_id: of the model.
+        query: what influence was asked on; the default one is a matter of the validation set.
+        training: the training run, whose inputs are the data sets.
+        by_window: from :func:`window_series`.
+    """
+    datasets = {
+        next((tag.value for tag in item.tags if tag.key == MLFLOW_DATASET_CONTEXT), ""): item.dataset
+        for item in (training.inputs.dataset_inputs if training.inputs else [])
+    }
+    metrics = []
+    for name in sorted(run.data.metrics):
+        if name.startswith(GROUPS):
+            metrics += [_linked(metric, model_id, _about(name, query, datasets)) for metric in _history(run, name)[-1:]]
+    for name, values in by_window.items():
+        known = [value for value in values if value is not None]
+        last = _history(run, f"by_window/{name}")[-1]
+        mean = Metric(f"mean_over_windows/{name}", sum(known) / len(known), last.timestamp, 0)
+        metrics.append(_linked(mean, model_id, _about(name, query, datasets)))
+    for start in range(0, len(metrics), BATCH):
+        MlflowClient().log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
+
+
+def _about(name: str, query: str, datasets: Mapping[str, Dataset]) -> Dataset | None:
+    """Detection is about the training set, agreement about the set that the query is on."""
+    if name.startswith("detection/"):
+        return datasets.get("training")
+    return datasets.get("validation") if query == DEFAULT_QUERY else None
+
+
+def _linked(metric: Metric, model_id: str, dataset: Dataset | None) -> Metric:
+    named = (dataset.name, dataset.digest) if dataset is not None else (None, None)
+    return Metric(metric.key, metric.value, metric.timestamp, metric.step, model_id, *named)
+
+
+def _history(run: Run, name: str) -> list[Metric]:
+    """A metric's values in the order of time; none if the run has no such metric."""
+    if name not in run.data.metrics:
+        return []
+    return sorted(MlflowClient().get_metric_history(run.info.run_id, name), key=lambda metric: metric.timestamp)

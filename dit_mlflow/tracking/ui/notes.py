@@ -1,0 +1,50 @@
+"""Notes on runs, and the links in them."""
+
+from __future__ import annotations
+
+import logging
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+from dit_mlflow.explanation.run_note import Links
+from dit_mlflow.explanation.training_note import training_note
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.tracking.store.names import INFLUENCE
+from dit_mlflow.tracking.ui.links import run_link, save_comparisons
+
+_log = logging.getLogger(__name__)
+
+
+def set_note(run_id: str, note: str, former: str | None = None) -> None:
+    """Make ``note`` (Markdown) the description of a run that has none, or ``former``; a user's own stays."""
+    client = MlflowClient()
+    if client.get_run(run_id).data.tags.get(MLFLOW_RUN_NOTE, "").strip() in ("", former):
+        client.set_tag(run_id, MLFLOW_RUN_NOTE, note)
+
+
+def influence_links(run: Run, training_run_id: str, windows: list[Run]) -> Links:
+    """Where the note of the influence run ``run`` leads, whose windows have the runs ``windows``."""
+    client = MlflowClient()
+    training = client.get_run(training_run_id)
+    names = [item.path.rpartition("/")[2] for item in client.list_artifacts(run.info.run_id, INFLUENCE)]
+    return Links(
+        training=(training.info.run_name or training_run_id, run_link(training)),
+        windows=[run_link(window) for window in windows],
+        artifacts={name: run_link(run, f"/artifacts/{INFLUENCE}/{name}") for name in names},
+        charts=run_link(run, "/model-metrics"),
+        compare=save_comparisons(run.info.run_id),
+    )
+
+
+def note_training(run_id: str, trajectory: Trajectory, begun: Trajectory | None = None) -> None:
+    """Leave the note of a training run, in place of that on ``begun``, which ``trajectory`` goes on from.
+
+    It is not worth a failure, nor a warning: training is over and counts.
+    """
+    try:
+        former = None if begun is None else training_note(run_id, begun)
+        set_note(run_id, training_note(run_id, trajectory), former)
+    except Exception as error:  # Of whatever kind: stores raise what their libraries do.
+        _log.info("the note of run %s could not be written: %s", run_id, error)

@@ -1,0 +1,244 @@
+"""Saved views of MLflow's run list: the right runs, columns and charts, opened by a link or from its menu *Views*.
+
+A view is a tag of the experiment, in the form in which the UI keeps the views that people save in it. MLflow before
+3.17 reads another form, which stands beside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from dit_mlflow.tracking.store.names import INFLUENCE, KIND
+
+TAG = "mlflow.sharedViewState."
+PREFIX = "dit-"
+KEPT = 50
+"""Views of single runs that an experiment keeps; the UI reads all of its tags with every page."""
+
+Chart = dict[str, Any]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class View:
+    """One view.
+
+    Attributes:
+        key: what names it in a link.
+        name: in the menu, and above its charts.
+        runs: filter of the runs, in MLflow's search language.
+        charts: see :func:`bars`, :func:`lines`, :func:`parallel`, :func:`scatter`; those without data are not shown.
+        columns: metrics and parameters that the table shows, such as ``metrics.validation/loss``.
+        order: the column to sort by. By start time, the UI would fold children under their parents.
+        ascending: smallest first.
+    """
+
+    key: str
+    name: str
+    runs: str
+    charts: tuple[Chart, ...]
+    columns: tuple[str, ...]
+    order: str
+    ascending: bool
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the UI restores."""
+        section = "dit"
+        return {
+            "searchFilter": self.runs,
+            "orderByKey": _quoted(self.order),
+            "orderByAsc": self.ascending,
+            "selectedColumns": [_quoted(column) for column in self.columns],
+            "runsHiddenMode": "SHOW_ALL",
+            "compareRunCharts": [
+                {"uuid": f"{section}-{place}", "metricSectionId": section, **chart}
+                for place, chart in enumerate(self.charts)
+            ],
+            "compareRunSections": [{"uuid": section, "name": self.name, "display": True, "isReordered": True}],
+            # In the order given; the UI would sort ours in among the sections that it makes itself.
+            "isAccordionReordered": True,
+        }
+
+    def encoded(self, created: int) -> str:
+        """The value of the tag; ``created``: milliseconds since 1970."""
+        packed = base64.b64encode(zlib.compress(json.dumps(self.state).encode())).decode()
+        return json.dumps({"name": self.name, "createdAt": created, "state": f"deflate;{packed}", **self.state})
+
+
+def _quoted(column: str) -> str:
+    kind, name = column.split(".", 1)
+    return column if kind == "attributes" else f"{kind}.`{name}`"
+
+
+def bars(metric: str) -> Chart:
+    """A bar for each run."""
+    return _chart("BAR", metricKey=metric)
+
+
+def lines(metric: str) -> Chart:
+    """A line for each run, over the metric's steps."""
+    return _chart("LINE", metricKey=metric, selectedMetricKeys=[metric], xAxisKey="step", lineSmoothness=0)
+
+
+def scatter(title: str, x: str, y: str) -> Chart:
+    """A point for each run, by two metrics."""
+    axes = {name: {"key": key, "type": "METRIC", "dataAccessKey": key} for name, key in (("xaxis", x), ("yaxis", y))}
+    return _chart("SCATTER", displayName=title, **axes)
+
+
+def parallel(params: Sequence[str], metrics: Sequence[str]) -> Chart:
+    """Parallel coordinates: a line for each run, coloured by the last metric. Three axes have room for their names."""
+    return _chart("PARALLEL", selectedParams=list(params), selectedMetrics=list(metrics), showAllRuns=False)
+
+
+def _chart(kind: str, **settings: Any) -> Chart:
+    return {"type": kind, "runsCountToCompare": 100, **settings}
+
+
+def windows_view(run: Run) -> View:
+    """The windows of an influence run beside each other."""
+    truth = "ground_truth/spearman" if "ground_truth/spearman" in run.data.metrics else "trust/spearman"
+    measured = (truth, "detection/auroc", "detection/recall_at_k")
+    found = [name for name in measured if name in run.data.metrics]
+    return View(
+        key=PREFIX + run.info.run_id,
+        name=f"Windows of {run.info.run_name}",
+        runs=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'",
+        charts=(*map(bars, found), parallel([], ["window_start", *found[:2]])),
+        columns=("metrics.window_start", "metrics.window_end", *(f"metrics.{name}" for name in found)),
+        order="metrics.window_start",
+        ascending=True,
+    )
+
+
+def methods_view(run: Run) -> View:
+    """The methods of a comparison beside each other, the best first: over windows, and against cost."""
+    whole = ("ground_truth/spearman", "ground_truth/pearson", "ground_truth/lds", "detection/auroc")
+    cost = "cost/influence_seconds"
+    return View(
+        key=PREFIX + run.info.run_id,
+        name=f"Methods of {run.info.run_name}",
+        runs=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'",
+        charts=(
+            lines("by_window/ground_truth/spearman"),
+            lines("by_window/detection/auroc"),
+            scatter("Agreement against cost", cost, whole[0]),
+            parallel(["method"], [cost, whole[0]]),
+            *map(bars, whole),
+        ),
+        columns=("params.method", *(f"metrics.{name}" for name in (*whole, "detection/recall_at_k", cost))),
+        order=f"metrics.{whole[0]}",
+        ascending=False,
+    )
+
+
+def strategies_view(run: Run) -> View:
+    """The strategies of a cleansing beside each other, over the number of samples that each took."""
+    measured = [f"{data}/{figure}" for figure in ("accuracy", "loss") for data in ("validation", "test")]
+    return View(
+        key=PREFIX + run.info.run_id,
+        name=f"Strategies of {run.info.run_name}",
+        runs=f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and tags.`{KIND}` = 'strategy'",
+        charts=tuple(lines(f"by_fraction/{name}") for name in measured),
+        columns=("params.strategy", "params.chosen.fraction", *(f"metrics.{name}" for name in measured)),
+        order="params.strategy",
+        ascending=True,
+    )
+
+
+TRAININGS = View(
+    key=PREFIX + "trainings",
+    name="Trainings",
+    runs=f"tags.`{KIND}` = 'training'",
+    charts=(
+        bars("validation/accuracy"),
+        bars("test/accuracy"),
+        bars("validation/loss"),
+        lines("training/loss"),
+        parallel(["resolved.init_seed", "resolved.order_seed"], ["validation/loss"]),
+    ),
+    columns=(
+        "params.resolved.init_seed",
+        "params.resolved.order_seed",
+        "params.workload.model",
+        "params.workload.lr",
+        "metrics.validation/loss",
+        "metrics.validation/accuracy",
+        "metrics.test/accuracy",
+    ),
+    order="attributes.start_time",
+    ascending=True,
+)
+"""All training runs of an experiment."""
+
+INFLUENCES = View(
+    key=PREFIX + "influences",
+    name="Influence runs",
+    runs=f"tags.`{KIND}` = '{INFLUENCE}'",
+    charts=(
+        lines("by_window/ground_truth/spearman"),
+        lines("by_window/detection/auroc"),
+        lines("by_window/trust/spearman"),
+        bars("ground_truth/spearman"),
+        bars("detection/auroc"),
+        bars("cost/influence_seconds"),
+    ),
+    columns=(
+        "params.resolved.kind",
+        "params.resolved.windows",
+        "params.resolved.training_run",
+        "metrics.ground_truth/spearman",
+        "metrics.trust/spearman",
+        "metrics.detection/auroc",
+    ),
+    order="attributes.start_time",
+    ascending=True,
+)
+"""All influence runs of an experiment: kinds and trainings over each other, window by window."""
+
+
+def save_views(experiment_id: str, *views: View) -> list[View]:
+    """Keep ``views``, :data:`TRAININGS` and :data:`INFLUENCES` in an experiment, in place of older ones of their keys.
+
+    Of the views of single runs only the newest :data:`KEPT` stay.
+
+    Returns:
+        Those of ``views`` that are kept: none if the store does not let us, which is logged and stops nothing.
+    """
+    client = MlflowClient()
+    try:
+        tags = dict(client.get_experiment(experiment_id).tags)
+        for view in (TRAININGS, INFLUENCES, *views):
+            there = _created(tags.get(TAG + view.key, ""))
+            value = view.encoded(there or int(time.time() * 1000))
+            if tags.get(TAG + view.key) != value:
+                client.set_experiment_tag(experiment_id, TAG + view.key, value)
+                tags[TAG + view.key] = value
+        fixed = {TAG + TRAININGS.key, TAG + INFLUENCES.key}
+        of_runs = [key for key in tags if key.startswith(TAG + PREFIX) and key not in fixed]
+        for key in sorted(of_runs, key=lambda key: _created(tags[key]))[:-KEPT]:
+            client.delete_experiment_tag(experiment_id, key)
+    except MlflowException as error:
+        _log.warning("no saved views in the UI: %s", error)
+        return []
+    return list(views)
+
+
+def _created(value: str) -> int:
+    try:
+        return int(json.loads(value)["createdAt"])
+    except (ValueError, KeyError, TypeError):
+        return 0

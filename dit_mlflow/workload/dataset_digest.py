@@ -1,0 +1,91 @@
+"""Tell whether a training set is the recorded one, without storing it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.workload.random_state import preserved_random_state
+
+SAMPLES = 256
+"""At most so many samples, evenly spread, enter the digest of a dataset that is not a TensorDataset."""
+
+
+def dataset_digest(dataset: Dataset[Any]) -> str | None:
+    """SHA-256 over a dataset's length and contents, for comparison with a later run's.
+
+    All of a ``TensorDataset``; :data:`SAMPLES` samples, drawn under a fixed random state, of any other. ``None`` if the
+    same sample comes out differently when drawn twice: such a dataset has a generator of its own.
+    """
+    size = len(dataset)  # type: ignore[arg-type]
+    if is_inert(dataset):
+        digest = hashlib.sha256(str(size).encode())
+        _update(digest, dataset.tensors)  # type: ignore[attr-defined]
+        return digest.hexdigest()
+    indices = np.unique(np.linspace(0, size - 1, min(size, SAMPLES)).astype(int))
+    if _drawn_digest(dataset, indices[:1]) != _drawn_digest(dataset, indices[:1]):
+        return None
+    return _drawn_digest(dataset, indices)
+
+
+def is_inert(dataset: Dataset[Any]) -> bool:
+    """Whether reading samples surely changes nothing, so that it may happen while training goes on."""
+    return type(dataset) is TensorDataset
+
+
+def _drawn_digest(dataset: Dataset[Any], indices: np.ndarray) -> str:
+    digest = hashlib.sha256(str(len(dataset)).encode())  # type: ignore[arg-type]
+    with preserved_random_state():
+        random.seed(0)
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        for index in indices:
+            _update(digest, dataset[int(index)])
+    return digest.hexdigest()
+
+
+def check_dataset(dataset: Dataset[Any], recorded: str | None) -> None:
+    """Raise :class:`TrajectoryError` if ``dataset`` is not the recorded one; ``None`` = unknown."""
+    if recorded is None:
+        return
+    found = dataset_digest(dataset)
+    if found is not None and found != recorded:
+        raise TrajectoryError(
+            f"the workload's train_set is not the recorded one: digest {found[:12]}…, recorded "
+            f"{recorded[:12]}…; influence belongs to the data that was trained on"
+        )
+
+
+def _update(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() and value.dim() else b"")
+        digest.update(str(value.item()).encode() if value.dim() == 0 else b"")
+    elif isinstance(value, (np.ndarray, np.generic)):
+        value = np.asarray(value)
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            digest.update(str(key).encode())
+            _update(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _update(digest, part)
+    elif isinstance(value, (str, bytes, int, float, bool, type(None))):
+        digest.update(repr(value).encode())
+    else:
+        digest.update(type(value).__qualname__.encode())
+        # Pictures, for one, are arrays to whoever asks.
+        array = np.asarray(value)
+        if array.dtype != object:
+            _update(digest, array)

@@ -1,0 +1,304 @@
+"""What a method needs besides the trajectory: model, data, per-sample loss, and what the loop does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from dit_mlflow.errors import TrajectoryError, UnsupportedError, WorkloadError
+from dit_mlflow.workload.appearance import Appearance, appearance_of, label_of
+from dit_mlflow.workload.random_state import preserved_random_state, seed_generators
+from dit_mlflow.workload.wrappers import plain_copy
+
+Batch = Any
+"""Whatever the collate function returns: a tensor or NumPy array, or lists, tuples and dicts of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """A training job, as far as influence depends on it.
+
+    Attributes:
+        model: a module (copied before use, never changed), or a factory ``() -> module``.
+        loss: ``loss(model, batch) -> [B]``, one value per sample of the batch.
+        train_set: map-style dataset; sample ``i`` is ``train_set[i]``.
+        validation_set: map-style dataset of the default query, the mean validation loss.
+        optimizer: ``optimizer(model) -> torch.optim.Optimizer``; only :func:`train` needs it.
+        batch_size: samples per micro-batch; only :func:`train` needs it.
+        epochs: passes over ``train_set``; only :func:`train` needs it.
+        scheduler: ``scheduler(optimizer)``, stepped after each optimizer step.
+        test_set: judged at the end of training, never used to choose anything.
+        coefficients: ``coefficients(batch) -> [B]``, the factor ``c_i`` with which each sample's loss enters
+            the step; default ``1 / (B * accumulate)``.
+        accumulate: micro-batches per optimizer step.
+        clip_grad_norm, clip_grad_value: gradient clipping before the optimizer step (norm first).
+        regularizer: ``regularizer(model) -> scalar``, a loss term that belongs to no sample.
+        collate_fn: joins samples to a batch; default ``torch.utils.data.default_collate``.
+        corrupted: indices of deliberately damaged training samples, so that detection can be scored.
+        describe: ``describe(index) -> str``, a line on the training sample for reports.
+        show: ``show(index) -> Appearance``, the training sample as people see it: an image, a text or a table row (see
+            :data:`dit_mlflow.workload.appearance.Appearance`); default: guessed from ``train_set[index]``.
+        label: ``label(index) -> str``, what the sample was trained to be; default: from ``train_set[index]``.
+        outputs: ``outputs(model, batch) -> [B, classes]`` logits (or ``[B]``, ``[B, 1]``: of class 1 against 0), for
+            queries on them; default ``model(batch[0])``.
+        targets: ``targets(batch) -> [B]``, the class of each sample, for queries and methods that ask for it; default
+            ``batch[1]`` or ``batch["labels"]``.
+        metrics: ``metrics(model, batch) -> {name: [B]}``, averaged over validation and test set and logged.
+        reference, settings: where the workload came from; set by :func:`load_workload`, recorded with the
+            trajectory, so that a later run can build the same workload.
+    """
+
+    model: nn.Module | Callable[[], nn.Module]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    train_set: Dataset[Any]
+    validation_set: Dataset[Any]
+    optimizer: Callable[[nn.Module], Optimizer] | None = None
+    batch_size: int | None = None
+    epochs: int | None = None
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    test_set: Dataset[Any] | None = None
+    coefficients: Callable[[Batch], Tensor] | None = None
+    accumulate: int = 1
+    clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
+    regularizer: Callable[[nn.Module], Tensor] | None = None
+    collate_fn: Callable[[list[Any]], Batch] | None = None
+    corrupted: Sequence[int] = ()
+    describe: Callable[[int], str] | None = None
+    show: Callable[[int], Appearance] | None = None
+    label: Callable[[int], str] | None = None
+    outputs: Callable[[nn.Module, Batch], Tensor] | None = None
+    targets: Callable[[Batch], Tensor] | None = None
+    metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
+    reference: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("train_set", "validation_set"):
+            data = getattr(self, name)
+            if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+                raise WorkloadError(
+                    f"Workload.{name} is a {type(data).__name__}; expected a map-style dataset with "
+                    "__len__ and __getitem__, because samples are known by their index"
+                )
+            if len(data) == 0:
+                raise WorkloadError(f"Workload.{name} is empty; expected at least one sample")
+        if self.test_set is not None and len(self.test_set) == 0:  # type: ignore[arg-type]
+            raise WorkloadError("Workload.test_set is empty; expected at least one sample, or None")
+        for name in ("batch_size", "epochs", "accumulate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise WorkloadError(f"Workload.{name} is {value}; expected 1 or more")
+        outside = [index for index in self.corrupted if not 0 <= index < self.num_samples]
+        if outside:
+            raise WorkloadError(f"Workload.corrupted names samples {outside[:5]} outside 0 … {self.num_samples - 1}")
+
+    @property
+    def num_samples(self) -> int:
+        """Number of training samples ``n``."""
+        return len(self.train_set)  # type: ignore[arg-type]
+
+    def build_model(self) -> nn.Module:
+        """A model of the caller's own: a copy of the module, or of what the factory makes (it may hand out one).
+
+        Of a compiled or parallel model, a copy of what it wraps.
+        """
+        return plain_copy(self.model if isinstance(self.model, nn.Module) else self.model())
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The collated training samples ``indices``, as the training loop saw them."""
+        return self.collate(self.train_set, indices)
+
+    def collate(self, dataset: Dataset[Any], indices: Sequence[int] | np.ndarray) -> Batch:
+        """Samples ``indices`` of ``dataset`` as one batch."""
+        if self.collate_fn is None and type(dataset) is TensorDataset:
+            picked = torch.as_tensor(indices, dtype=torch.long)
+            return [tensor.index_select(0, picked.to(tensor.device)) for tensor in dataset.tensors]
+        samples = [dataset[int(index)] for index in indices]
+        return (self.collate_fn or default_collate)(samples)
+
+    def unvarying(self, dataset: Dataset[Any], indices: Sequence[int] | np.ndarray) -> Batch:
+        """As :meth:`collate`, for looks at samples outside of recorded steps: every look sees the same.
+
+        Where samples are augmented at random, a sample's draws are those of its index; where ``collate_fn`` draws, its
+        draws are the same for every batch. The generators stay as they were found.
+        """
+        if self.collate_fn is None and type(dataset) is TensorDataset:
+            return self.collate(dataset, indices)
+
+        def seeded(index: int) -> Any:
+            seed_generators(index)
+            return dataset[index]
+
+        with preserved_random_state():
+            samples = [seeded(int(index)) for index in indices]
+            seed_generators(0)
+            return (self.collate_fn or default_collate)(samples)
+
+    def appearance(self, index: int) -> Appearance | None:
+        """Training sample ``index`` as people see it; ``None`` if that is not known."""
+        return appearance_of(self.train_set[index]) if self.show is None else self.show(index)
+
+    def label_of(self, index: int) -> str | None:
+        """The label of training sample ``index`` as people read it; ``None`` if that is not known."""
+        return label_of(self.train_set[index]) if self.label is None else self.label(index)
+
+    def batch_coefficients(self, batch: Batch, size: int) -> Tensor:
+        """``c_i`` for a micro-batch of ``size`` samples, shape ``[size]``."""
+        if self.coefficients is None:
+            return torch.full((size,), 1.0 / (size * self.accumulate), dtype=torch.float64)
+        coefficients = self.coefficients(batch)
+        if coefficients.shape != (size,):
+            raise WorkloadError(
+                f"Workload.coefficients returned shape {list(coefficients.shape)} for a batch of {size} "
+                f"samples; expected [{size}], one factor per sample"
+            )
+        return coefficients.detach()
+
+    def sample_losses(self, model: nn.Module, batch: Batch, size: int) -> Tensor:
+        """``loss(model, batch)``, checked to be one value per sample."""
+        losses = self.loss(model, batch)
+        if losses.shape != (size,):
+            raise WorkloadError(
+                f"Workload.loss returned shape {list(losses.shape)} for a batch of {size} samples; expected "
+                f"[{size}], one value per sample (reduction='none'), since influence is asked per sample"
+            )
+        return losses
+
+    def class_logits(self, model: nn.Module, batch: Batch, size: int) -> Tensor:
+        """Logits ``[size, classes]``; a single output ``z`` per sample becomes ``(-z / 2, z / 2)``."""
+        if self.outputs is None and isinstance(batch, Mapping):
+            raise WorkloadError(
+                f"Workload.outputs is needed to read logits from batches of type {type(batch).__name__}; "
+                "give outputs(model, batch) -> [B, classes]"
+            )
+        found = model(batch[0]) if self.outputs is None else self.outputs(model, batch)
+        if not isinstance(found, Tensor) or found.shape[:1] != (size,) or found.dim() > 2:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise WorkloadError(f"Workload.outputs gave {shape} for {size} samples; expected [{size}, classes] logits")
+        if found.numel() == size:
+            return torch.stack([-found.reshape(size) / 2, found.reshape(size) / 2], dim=1)
+        return found
+
+    def class_labels(self, batch: Batch, classes: int) -> Tensor:
+        """Class numbers ``[B]`` of a batch; raises :class:`UnsupportedError` if its labels are none."""
+        labels: Any
+        if self.targets is not None:
+            labels = self.targets(batch)
+        elif isinstance(batch, Mapping):
+            labels = batch.get("labels")
+        else:
+            labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
+        if not isinstance(labels, Tensor) or labels.dim() == 0:
+            raise UnsupportedError(
+                f"batches of type {type(batch).__name__} hold no tensor of labels, batch[1] or batch['labels'], which "
+                "is needed here; give Workload.targets(batch) -> [B], if it is a classification"
+            )
+        whole = labels.reshape(-1).long()
+        if (
+            labels.numel() != len(labels)
+            or not (whole == labels.reshape(-1)).all()
+            or not 0 <= whole.min() <= whole.max() < classes
+        ):
+            raise UnsupportedError(
+                f"labels of shape {list(labels.shape)} are not one class of 0 … {classes - 1} per sample, as is needed "
+                "here; give Workload.targets(batch) -> [B], if it is a classification"
+            )
+        return whole
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The steps that :func:`train` will make, known before it starts."""
+        missing = [name for name in ("optimizer", "batch_size", "epochs") if getattr(self, name) is None]
+        if missing or self.batch_size is None or self.epochs is None:
+            raise WorkloadError(f"Workload.{', Workload.'.join(missing)} must be given to train")
+        micro_batches = math.ceil(self.num_samples / self.batch_size)
+        per_epoch = math.ceil(micro_batches / self.accumulate)
+        return Plan(tuple(per_epoch * epoch for epoch in range(1, self.epochs + 1)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A timeline of steps: all that windows need to be laid out.
+
+    Attributes:
+        epoch_ends: for each epoch, the step after its last one.
+    """
+
+    epoch_ends: tuple[int, ...]
+
+    @property
+    def num_steps(self) -> int:
+        return self.epoch_ends[-1]
+
+
+def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh: bool = False) -> Batch:
+    """Move every tensor of ``batch`` to ``device``, and floating ones to ``dtype`` if one is given.
+
+    Containers are rebuilt; with ``fresh``, tensors are copied even if they need not move, so that a function that
+    works in place on its inputs cannot change the batch. NumPy arrays of numbers count as tensors, but stay arrays, in
+    the host's memory.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=fresh)
+
+    return _map_tensors(batch, move)
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """The tensors in ``batch``, in the order of its containers; of NumPy arrays of numbers, copies."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map_tensors(batch, note)
+    return found
+
+
+def with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
+    """``batch`` with other tensors in place of its own, in the order of :func:`tensors_of`.
+
+    Raises:
+        TrajectoryError: there are not as many.
+    """
+    expected = len(tensors_of(batch))
+    if expected != len(tensors):
+        raise TrajectoryError(
+            f"a stored batch has {len(tensors)} tensors; the workload's have {expected}. It was recorded with "
+            "another dataset or collate_fn"
+        )
+    given = iter(tensors)
+    return _map_tensors(batch, lambda _: next(given))
+
+
+_NUMBERS = frozenset(map(np.dtype, ("?", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", "c16")))
+"""Of NumPy, those that torch has too, in this machine's byte order."""
+
+
+def _map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """The containers built anew around what ``function`` makes of their tensors."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if type(batch) is np.ndarray and batch.dtype in _NUMBERS:
+        return function(torch.from_numpy(batch.copy())).cpu().numpy()
+    if isinstance(batch, Mapping):
+        mapped = {key: _map_tensors(value, function) for key, value in batch.items()}
+        return mapped if type(batch) is dict else type(batch)(mapped)  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_map_tensors(value, function) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_map_tensors(value, function) for value in batch)
+    return batch

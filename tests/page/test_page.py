@@ -1,0 +1,326 @@
+"""The page holds the numbers it was given, within its size, and no string of the data becomes markup."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import BytesIO
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from pages import HOSTILE, Samples, random_scores, result
+from PIL import Image
+
+from dit_mlflow import Window
+from dit_mlflow.evaluation import Metrics, patterns
+from dit_mlflow.explanation import Gallery
+from dit_mlflow.page import influence_page
+
+
+class Page(HTMLParser):
+    """Elements, texts, and the embedded data of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[str] = []
+        self.texts: list[str] = []
+        self.inside: list[tuple[str, dict[str, str | None]]] = []
+        self.data: Any = None
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+        self.inside.append((tag, dict(attrs)))
+
+    def handle_data(self, text: str) -> None:
+        tag, attributes = self.inside[-1] if self.inside else ("", {})
+        if tag == "script" and attributes.get("id") == "data" and self.data is None:
+            self.data = json.loads(text)
+        elif tag not in ("script", "style"):
+            self.texts.append(text)
+
+
+def floats(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4")
+
+
+def test_scores_and_exact_values_are_those_given_in_float32() -> None:
+    scores = random_scores(5, 30, queries=2)
+    exact = random_scores(5, 30, queries=2, seed=1)
+    exact[:, :, ::3] = np.nan
+    scores[1, 0, 4] = np.nan
+    queries = ("loss", "margin of validation sample 3")
+    data = Page(influence_page(result(scores, queries=queries), result(exact, queries=queries), None)).data
+    # The whole run, which came last, is the first column.
+    order = [4, 0, 1, 2, 3, 4]
+    assert [column["name"] for column in data["columns"]] == ["whole run", "0–10", "10–20", "20–30", "30–40", "0–40"]
+    known = [position for position in range(30) if position % 3]
+    assert data["known"] == known
+    for place, query in enumerate(data["queries"]):
+        assert query["name"] == queries[place]
+        np.testing.assert_array_equal(floats(query["scores"]), scores[order, place].ravel().astype("f4"))
+        np.testing.assert_array_equal(floats(query["exact"]), exact[order, place][:, known].ravel().astype("f4"))
+
+
+def test_windows_can_be_chosen_and_the_whole_run_still_ranks() -> None:
+    scores = random_scores(4, 12)
+    windows = [Window(10, 20)]
+    data = Page(influence_page(result(scores), windows=windows)).data
+    assert [column["name"] for column in data["columns"]] == ["whole run", "10–20"]
+    np.testing.assert_array_equal(floats(data["queries"][0]["scores"]), scores[[3, 1], 0].ravel().astype("f4"))
+
+
+def test_overview_ranks_by_exact_scores_of_the_whole_run_where_there_are_some() -> None:
+    scores = np.array([[[-1.0, 2.0, 3.0]], [[-3.0, 1.0, 2.0]], [[-4.0, 3.0, 5.0]]])
+    exact = np.full((1, 1, 3), np.nan)
+    exact[0, 0, 0] = 4.0
+    estimate = result(scores)
+    known = replace(estimate, scores=exact, windows=estimate.windows[-1:])
+    query = Page(influence_page(estimate, known)).data["queries"][0]
+    assert (query["harmful"], query["helpful"]) == ([], [2, 0, 1])
+    assert Page(influence_page(estimate)).data["queries"][0]["harmful"] == [0]
+
+
+def test_without_the_whole_run_samples_are_ranked_by_the_mean_over_windows() -> None:
+    scores = random_scores(3, 12)
+    data = Page(influence_page(result(scores, whole=False))).data
+    assert data["columns"][0]["name"] == "mean of windows"
+    found = floats(data["queries"][0]["scores"]).reshape(4, 12)
+    np.testing.assert_allclose(found[0], (scores[0, 0] + scores[1, 0] + scores[2, 0]) / 3, rtol=1e-6)
+    assert data["queries"][0]["harmful"][0] == scores[:, 0].mean(axis=0).argmin()
+
+
+def test_truth_of_some_windows_and_samples_stands_at_their_places() -> None:
+    scores = random_scores(3, 6)
+    truth = result(random_scores(3, 6, seed=1), method="leave_one_out").select([Window(10, 20)])
+    truth.scores[0, 0, [0, 1, 2, 3]] = np.nan
+    data = Page(influence_page(result(scores), truth, windows=[Window(0, 10), Window(10, 20)])).data
+    assert data["known"] == [4, 5]
+    found = floats(data["queries"][0]["exact"]).reshape(3, 2)
+    np.testing.assert_array_equal(found[2], truth.scores[0, 0, [4, 5]].astype("f4"))
+    assert np.isnan(found[:2]).all()
+
+
+@pytest.mark.parametrize("damaged", [(), (1, 5, 9, 12)])
+def test_flagged_are_the_lowest_negative_scores(damaged: tuple[int, ...]) -> None:
+    scores = np.abs(random_scores(3, 40))
+    lowest = [31, 7, 22] if damaged else [31, 7]
+    scores[2, 0, lowest] = [-3, -2, -1][: len(lowest)]
+    scores[2, 0, 0] = np.nan
+    subjects = Samples([None] * 40, [None] * 40, corrupted=damaged)
+    page = Page(influence_page(result(scores), gallery=subjects))
+    # k = 4 either way, of which not all are negative.
+    assert page.data["queries"][0]["flagged"] == lowest
+    rule = next(text for text in page.texts if text.startswith("Flagged"))
+    assert "among the 4 lowest scores" in rule
+    assert ("as many as are known to be damaged" in rule) == bool(damaged)
+    assert page.data["damaged"] == (list(damaged) or None)
+
+
+def test_of_more_negative_scores_only_k_are_flagged() -> None:
+    scores = -np.abs(random_scores(3, 40))
+    data = Page(influence_page(result(scores))).data
+    assert data["queries"][0]["flagged"] == np.argsort(scores[2, 0])[:4].tolist()
+
+
+def test_how_equal_scores_are_flagged_is_said_where_it_matters() -> None:
+    scores = np.abs(random_scores(3, 40))
+    scores[2, 0, [9, 3, 30, 20]] = -1
+    for tied, said in ((4, False), (5, True)):
+        scores[2, 0, 7] = 1 if tied == 4 else -1
+        page = Page(influence_page(result(scores)))
+        rule = next(text for text in page.texts if text.startswith("Flagged"))
+        assert ("of equal scores, those of lower index" in rule) == said
+        assert page.data["queries"][0]["flagged"] == sorted([9, 3, 30, 20, 7][:tied])[:4]
+
+
+def test_overview_patterns_band_and_words() -> None:
+    scores = random_scores(5, 50)
+    found = result(scores)
+    windows = list(found.windows[:4])
+    metrics = {
+        windows[1]: Metrics({"trust/spearman": -0.5, "trust/spearman_low": -0.9, "trust/spearman_high": 0.1}),
+        Window(0, 40): Metrics({"ground_truth/spearman": 0.7126, "detection/recall_at_k": 0.875}),
+    }
+    page = Page(
+        influence_page(found, windows=windows, metrics=metrics, training="digits <b>", sentences=("One & two",))
+    )
+    query = page.data["queries"][0]
+    order = np.argsort(scores[4, 0])
+    assert (query["harmful"], query["helpful"]) == (order[:4].tolist(), order[::-1][:4].tolist())
+    names = [page.data["patterns"][code] for code in query["patterns"]]
+    assert names == patterns(found.select(windows)).tolist()
+    np.testing.assert_allclose(query["band"][2], np.quantile(scores[1, 0], (0.05, 0.95)))
+    assert [column["spearman"] for column in page.data["columns"]] == [0.713, None, -0.5, None, None]
+    assert page.data["columns"][2]["trust"] == [
+        "Agreement with exact leave-one-out: Spearman −0.50, 95 % interval −0.90 to 0.10."
+    ]
+    agreement, found_again = page.data["columns"][0]["trust"]
+    assert "Spearman 0.71." in agreement
+    assert "88\N{NO-BREAK SPACE}%" in found_again
+    assert "One & two" in page.texts
+    assert any("50 samples in 4 windows of training steps 0–40 of digits <b>" in text for text in page.texts)
+
+
+def test_hostile_strings_arrive_and_are_never_markup() -> None:
+    count = len(HOSTILE)
+    harmless = Samples(["x"] * count, ["x"] * count, ["x"] * count)
+    plain = influence_page(result(random_scores(3, count)), gallery=harmless)
+    queries = [f"loss {text} {k}" for k, text in enumerate(HOSTILE)]
+    scores = result(random_scores(3, count, queries=count), queries=queries)
+    looks = [text if k % 2 else {text: text, "other": text} for k, text in enumerate(HOSTILE)]
+    hostile = influence_page(
+        scores, gallery=Samples(looks, HOSTILE, HOSTILE), training=HOSTILE[2], sentences=HOSTILE[:6] + HOSTILE[8:11]
+    )
+    hostile.encode()
+    expected, found = Page(plain), Page(hostile)
+    repeated = ("li", "tr", "td")
+    assert [tag for tag in found.tags if tag not in repeated] == [tag for tag in expected.tags if tag not in repeated]
+    assert set(found.attributes) == set(expected.attributes)
+    assert not {name for name in found.attributes if name.startswith("on")}
+    assert set(HOSTILE[:6]) <= set(found.data["labels"])
+    assert found.data["texts"]["1"] == HOSTILE[1]
+    assert found.data["notes"][2] == HOSTILE[2]
+    assert len(found.data["notes"][7]) == 200
+    assert found.data["rows"]["0"] == [HOSTILE[0], HOSTILE[0]]
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]", hostile[: hostile.index('id="data"')])
+
+
+def test_only_our_script_may_run() -> None:
+    html = influence_page(result(random_scores(3, 4)))
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-")
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|https?://(?!www\.w3\.org/2000/svg)", html
+    )
+
+
+@pytest.mark.parametrize("image", ["digit", "photo", "floats outside", "nan"])
+def test_pictures_are_the_samples_own(image: str) -> None:
+    digits = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    y, x = np.mgrid[0:1:300j, 0:1:200j]
+    shown = {
+        "digit": digits,
+        "photo": np.stack([x, y, np.sin(9 * x) / 2 + 0.5], axis=2),
+        "floats outside": digits / 100 - 0.5,
+        "nan": np.where(digits > 99, np.nan, digits / 255),
+    }[image]
+    data = Page(influence_page(result(random_scores(3, 1)), gallery=Samples([shown], ["7"]))).data
+    found = np.asarray(Image.open(BytesIO(base64.b64decode(data["pictures"]["0"].partition(",")[2]))))
+    if image == "photo":
+        assert found.shape == (128, 85, 3)
+        corners = shown[[4, -5]][:, [4, -5]] * 255
+        np.testing.assert_allclose(found[[2, -3]][:, [2, -3]], corners, atol=16)
+    else:
+        expected = np.round(255 * np.clip(np.nan_to_num(shown if image != "digit" else shown / 255), 0, 1))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_ten_thousand_samples_stay_below_five_megabytes() -> None:
+    rng = np.random.default_rng(0)
+    count = 10_000
+    photo = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    notes = [f"photograph {index} of something, labelled as another ({index})" for index in range(count)]
+    subjects = Samples([photo] * count, [f"class {index % 100}" for index in range(count)], notes, range(0, count, 10))
+    scores, exact = random_scores(22, count, queries=3), random_scores(22, count, queries=3, seed=1)
+    queries = ("a", "b", "c")
+    html = influence_page(result(scores, queries=queries), result(exact, queries=queries), subjects)
+    assert len(html.encode()) < 5e6
+    data = Page(html).data
+    assert (len(data["queries"]), data["left_out"]) == (1, 2)
+    shown = {int(position) for position in data["pictures"]}
+    assert len(shown) > 50
+    for row in scores[:, 0]:
+        assert {int(row.argmin()), int(row.argmax())} <= shown
+
+
+def test_texts_are_whole_where_they_matter_and_begun_elsewhere() -> None:
+    count = 3000
+    texts = [f"{index} " + "word " * 400 for index in range(count)]
+    scores = random_scores(3, count)
+    data = Page(influence_page(result(scores), gallery=Samples(texts, [None] * count))).data
+    assert len(data["texts"]) == count
+    assert sum(map(len, data["texts"].values())) <= 1_500_000
+    worst = str(int(scores[2, 0].argmin()))
+    assert data["texts"][worst] == texts[int(worst)]
+    assert int(worst) not in data["cut"]
+    begun = str(data["cut"][0])
+    assert data["texts"][begun][:-1] == texts[int(begun)][: len(data["texts"][begun]) - 1]
+
+
+def test_rows_with_different_columns_keep_their_values_apart() -> None:
+    looks = [{"age": 3, "name": "a"}, {"size": 0.123456789, "age": 4}, None]
+    data = Page(influence_page(result(random_scores(2, 3)), gallery=Samples(looks, ["x", None, "y"]))).data
+    for position, row in ((0, {"age": "3", "name": "a"}), (1, {"age": "4", "size": "0.123"})):
+        found = zip(data["names"], data["rows"][str(position)], strict=False)
+        assert {name: value for name, value in found if value is not None} == row
+    assert [data["labels"][code] if code >= 0 else None for code in data["label"]] == ["x", None, "y"]
+
+
+@pytest.mark.parametrize("scores", [np.zeros((3, 1, 5)), np.full((3, 1, 5), np.nan), np.full((1, 1, 1), -2.0)])
+def test_degenerate_scores_have_a_page(scores: np.ndarray) -> None:
+    page = Page(influence_page(result(scores, whole=len(scores) > 1)))
+    query = page.data["queries"][0]
+    assert query["helpful"] == []
+    assert query["harmful"] == query["flagged"] == ([0] if scores.flat[0] < 0 else [])
+    assert any("Without" in text or "helpful" in text for text in page.texts)
+
+
+def test_all_is_readable_without_scripts() -> None:
+    scores = random_scores(3, 20)
+    html = influence_page(result(scores), gallery=Samples([None] * 20, [f"<{k}>" for k in range(20)]))
+    table = html[html.index("<noscript>") : html.index("</noscript>")]
+    cells = re.findall(r"<td>([^<]*)</td>", table)
+    order = np.argsort(scores[2, 0])
+    assert [int(cell) for cell in cells[::3]] == [*order[:5], *order[-5:]]
+    assert cells[1] == f"&lt;{order[0]}&gt;"
+    assert float(cells[2]) == pytest.approx(scores[2, 0, order[0]], rel=0.01)
+
+
+def test_a_workload_that_cannot_tell_of_its_samples_leaves_gaps() -> None:
+    def fail(index: int) -> str:
+        raise KeyError(index)
+
+    gallery = Gallery(SimpleNamespace(corrupted=(1,), describe=fail, appearance=fail, label_of=fail))
+    data = Page(influence_page(result(random_scores(2, 3)), gallery=gallery)).data
+    assert (data["pictures"], data["texts"], data["rows"], data["labels"], data["notes"]) == ({}, {}, {}, None, None)
+    assert data["damaged"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    {
+        "numbers up to 255": (np.full((5, 5), 128), np.full((5, 5), 128)),
+        "yes and no": (np.eye(4) > 0, 255 * np.eye(4)),
+        "transparent, as large as a photograph": (
+            np.random.default_rng(0).integers(0, 256, (128, 128, 4), dtype=np.uint8),
+            None,
+        ),
+        "one channel": (np.ones((8, 8, 1)), ...),
+        "empty": (np.ones((0, 3)), ...),
+        "four axes": (np.ones((2, 2, 2, 2)), ...),
+        "words": (np.array([["a"]]), ...),
+        "a number": (5, ...),
+    }.values(),
+)
+def test_looks_of_an_unusual_form(shown: Any, expected: Any) -> None:
+    """As in the plots: pictures of every kind of number are shown, what is no picture is left out."""
+    data = Page(influence_page(result(random_scores(2, 1)), gallery=Samples([shown], ["7"]))).data
+    assert list(data["pictures"]) == ([] if expected is ... else ["0"])
+    if isinstance(expected, np.ndarray):
+        found = np.asarray(Image.open(BytesIO(base64.b64decode(data["pictures"]["0"].partition(",")[2]))))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_labels_and_descriptions_need_not_be_text() -> None:
+    subjects = Samples([None] * 2, [3, 4.5], [1, None])
+    data = Page(influence_page(result(random_scores(2, 2)), gallery=subjects)).data
+    assert (data["labels"], data["notes"]) == (["3", "4.5"], ["1", None])

@@ -1,0 +1,139 @@
+"""A disk that takes no more does not stop training; what could be saved is there, and the loss is said once."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+from workloads import datasets, digits_model, digits_workload, sample_losses
+
+from dit_mlflow import Trajectory, TrajectoryError, TrajectoryRecorder, train
+from dit_mlflow.recording import writer
+
+
+def run_loop(folder: Path, steps: int, at: dict[int, object] | None = None) -> tuple[nn.Module, TrajectoryRecorder]:
+    """Train for some steps; before step ``t`` call ``at[t]``."""
+    torch.manual_seed(0)
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with TrajectoryRecorder(model, optimizer, folder, checkpoint_every=2) as recorder:
+        while recorder.num_steps < steps:
+            for batch in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
+                if at and recorder.num_steps in at:
+                    at.pop(recorder.num_steps)()  # type: ignore[operator]
+                optimizer.zero_grad()
+                sample_losses(model, batch).mean().backward()
+                optimizer.step()
+    return model, recorder
+
+
+def test_training_goes_on_and_what_was_kept_is_written_when_the_disk_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
+    folder, away = tmp_path / "t", tmp_path / "away"
+
+    def break_it() -> None:
+        folder.rename(away)
+        folder.write_text("a file where the folder was")
+
+    def mend_it() -> None:
+        folder.unlink()
+        away.rename(folder)
+
+    with caplog.at_level(logging.WARNING, logger="dit_mlflow"):
+        model, recorder = run_loop(folder, 30, {9: break_it, 21: mend_it})
+    assert recorder.failure is None
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+    assert "Training goes on" in caplog.records[0].message
+    assert "nothing is missing" in caplog.records[1].message
+    trajectory = Trajectory.open(folder)
+    assert (trajectory.num_steps, trajectory.complete) == (30, True)
+    assert trajectory.verify(digits_workload()).max_drift == 0.0
+    undisturbed, _ = run_loop(tmp_path / "u", 30)
+    for one, other in zip(model.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_disk_that_stays_away_ends_the_record_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "UNWRITTEN_BYTES", 20_000)
+    folder, away = tmp_path / "t", tmp_path / "away"
+
+    def break_it() -> None:
+        folder.rename(away)
+        folder.write_text("a file where the folder was")
+
+    with caplog.at_level(logging.WARNING, logger="dit_mlflow"):
+        _, recorder = run_loop(folder, 300, {9: break_it})
+    assert recorder.num_steps == 300
+    assert isinstance(recorder.failure, OSError)
+    assert len(caplog.records) == 1
+    saved = Trajectory.open(away)
+    assert 7 <= saved.num_steps <= 9
+    assert not saved.complete
+    assert saved.verify(digits_workload()).max_drift == 0.0
+
+
+FULL_DISK = """
+import resource, sys
+sys.path[:0] = [sys.argv[1]]
+from torch.optim import Adam
+import dit_mlflow.recording.writer as writer
+from dit_mlflow import TrajectoryError, train
+from workloads import digits_workload
+writer.FLUSH_BYTES = 200_000
+# No file may grow beyond this: real failing writes, in the middle of a file.
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    train(digits_workload(epochs=20, optimizer=lambda m: Adam(m.parameters())), sys.argv[2], checkpoint_every=1)
+except TrajectoryError as error:
+    sys.exit(f"TrajectoryError: {error}")
+"""
+
+
+def test_a_full_disk_in_the_middle_of_a_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(Path(__file__).parents[1]), str(tmp_path / "t")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("Training goes on") == 1, done.stderr
+    assert "TrajectoryError: the trajectory could not be written" in done.stderr
+    saved = Trajectory.open(tmp_path / "t")
+    assert not saved.complete
+    assert not list((tmp_path / "t").glob("*.part"))
+    saved.verify(digits_workload(optimizer=None))
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = digits_model()
+    with (
+        pytest.raises(OSError, match="file"),
+        TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "file" / "t"),
+    ):
+        raise AssertionError("training was reached")
+
+
+def test_our_own_loop_says_that_the_trajectory_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
+    steps = []
+
+    def losses(model: nn.Module, batch: object) -> torch.Tensor:
+        steps.append(None)
+        if len(steps) == 12:
+            (tmp_path / "t").rename(tmp_path / "away")
+            (tmp_path / "t").write_text("")
+        return sample_losses(model, batch)
+
+    with pytest.raises(TrajectoryError, match=r"could not be written to .*ends earlier than training"):
+        train(digits_workload(loss=losses, epochs=10), tmp_path / "t")
+    assert len(steps) >= 30

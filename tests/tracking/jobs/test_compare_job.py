@@ -1,0 +1,147 @@
+"""Methods compared through the doors that users take."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from scipy import stats
+from test_influence_job import SMALL, artifact_names, children, mlflow_run, runs
+
+from dit_mlflow.cli import cli
+from dit_mlflow.explanation.over_seeds import summarised
+from dit_mlflow.methods import NAMES, method
+from dit_mlflow.methods.loss import Loss
+from dit_mlflow.tracking import load_influence
+from dit_mlflow.tracking.jobs.compare import ComparisonRequest
+
+
+def compare(**options: str) -> Any:
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, **options}.items()]
+    return CliRunner().invoke(cli, ["compare", *arguments])
+
+
+def test_all_methods_from_mlflow_run(store: str) -> None:
+    finished = mlflow_run("compare", **SMALL, corrupt="0.2", windows="2")
+    assert finished.returncode == 0, finished.stderr
+    (parent,) = runs("comparison")
+    (training,) = runs("training")
+    found = {child.data.tags["dit.method"]: child for child in children(parent)}
+    assert set(found) == set(NAMES)
+    assert {run.info.status for run in runs()} == {"FINISHED"}
+    assert artifact_names(parent, "") == {
+        "comparison.json",
+        "by_seed.json",
+        "fidelity_against_cost.png",
+        "recall_curve.png",
+    }
+    truth = load_influence(found["leave_one_out"].info.run_id)
+    for name, child in found.items():
+        assert child.data.tags["dit.training_run_id"] == training.info.run_id
+        assert {
+            "ground_truth/spearman",
+            "ground_truth/lds",
+            "detection/auroc",
+            "cost/influence_seconds",
+        } <= child.data.metrics.keys()
+        estimate = load_influence(child.info.run_id)
+        expected = stats.spearmanr(estimate.scores[-1, 0], truth.scores[-1, 0]).statistic
+        assert child.data.metrics["ground_truth/spearman"] == pytest.approx(expected, abs=0.02)
+        series = mlflow.MlflowClient().get_metric_history(child.info.run_id, "by_window/detection/auroc")
+        assert len(series) == (2 if len(estimate.windows) > 1 else 0), name
+    table = mlflow.load_table("comparison.json", run_ids=[parent.info.run_id])
+    assert list(table["method"]) == list(NAMES)
+    assert "Spearman" in finished.stdout
+    cheap = table[~table["method"].isin([name for name in NAMES if method(name).retrains])]
+    best = cheap.loc[cheap["spearman"].idxmax(), "method"].replace("_", "\\_")
+    answer, _, rest = parent.data.tags["mlflow.note.content"].partition("best with exact leave")
+    assert best in answer
+    assert len(parent.data.tags["mlflow.note.content"]) < 8000
+    assert rest.count("\n| ") == len(NAMES) + 2
+    assert "workflowType=machine_learning" in finished.stdout
+
+
+def test_a_method_that_fails_is_reported_and_stops_nothing(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no luck today: \udcff.bin")  # As Python has names of files that are no UTF-8.
+
+    monkeypatch.setattr(Loss, "scores", fail)
+    finished = compare(methods="sgd_influence,loss,tracin", optimizer="adam", windows="2")
+    assert finished.exit_code == 0, finished.output
+    (parent,) = runs("comparison")
+    status = {child.data.tags["dit.method"]: child.info.status for child in children(parent)}
+    assert status == {"sgd_influence": "FAILED", "loss": "FAILED", "tracin": "FINISHED"}
+    assert parent.info.status == "FINISHED"
+    reasons = mlflow.load_table("comparison.json", run_ids=[parent.info.run_id]).set_index("method")["error"]
+    assert "plain SGD; the training used Adam" in reasons["sgd_influence"]
+    assert reasons["loss"] == "RuntimeError: no luck today: ?.bin"
+    failed = compare(methods="loss", windows="2")
+    assert failed.exit_code == 1
+    assert "every method failed; the first: RuntimeError: no luck today" in failed.output
+    assert "RUNNING" not in {run.info.status for run in runs()}
+
+
+def test_seeds_of_weights_and_order_are_separate(store: str) -> None:
+    finished = compare(methods="dit", seeds="4", windows="2", ground_truth="6")
+    assert finished.exit_code == 0, finished.output
+    (parent,) = runs("comparison")
+    names = [child.info.run_name for child in children(parent)]
+    assert names == [f"dit init {a} order {b}" for a in (0, 1) for b in (0, 1)]
+    chosen = [
+        (run.data.params["resolved.init_seed"], run.data.params["resolved.order_seed"]) for run in runs("training")
+    ]
+    assert sorted(chosen) == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
+    (row,) = mlflow.load_table("comparison.json", run_ids=[parent.info.run_id]).to_dict("records")
+    values = [child.data.metrics["ground_truth/spearman"] for child in children(parent)]
+    assert row["spearman"] == pytest.approx(np.mean(values))
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert (row["spearman_low"], row["spearman_high"]) == pytest.approx((low, high))
+    assert 0 < parent.data.metrics["ground_truth/attainable_spearman"] <= 1
+    stability = mlflow.load_table("stability.json", run_ids=[parent.info.run_id]).set_index("of")
+    pairs = combinations([load_influence(child.info.run_id).scores[-1, 0] for child in children(parent)], 2)
+    agreement = np.mean([stats.spearmanr(a, b).statistic for a, b in pairs])
+    assert stability.loc["scores", "mean"] == pytest.approx(agreement)
+    assert stability.loc["spearman", "mean"] == pytest.approx(np.mean(values))
+    shares = stability.loc[["scores", "spearman"], ["share_init", "share_order", "share_rest"]]
+    assert shares.sum(axis=1).to_numpy() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": "dit,lucky"}, "no method 'lucky'; there are dit"),
+        ({"methods": ","}, "expected 'all' or some of dit"),
+        ({"subsets": "2"}, "subsets=2; expected 0, or 3 or more"),
+        ({"seeds": "2", "order_seed": str(2**64 - 1)}, f"order_seed={2**64}; expected a whole number of 64 bits"),
+        ({"seeds": "0"}, "seeds=0; expected 1 or more"),
+        ({"backend": "cluster"}, "backend='cluster'; expected loky, dask or ray"),
+        ({"kind": "global"}, "kind='global'"),
+        ({"windows": "0:99"}, "ends past training"),
+    ],
+)
+def test_bad_input_ends_before_any_training(options: dict[str, str], message: str, store: str) -> None:
+    finished = compare(**options)
+    assert finished.exit_code == 1
+    assert message in finished.output
+    assert not runs()
+
+
+def test_grid_of_seeds_is_the_squarest() -> None:
+    assert ComparisonRequest(seeds=6, init_seed=3).grid == [(3, 0), (3, 1), (3, 2), (4, 0), (4, 1), (4, 2)]
+    assert ComparisonRequest(seeds=5).grid == [(0, k) for k in range(5)]
+
+
+def test_a_method_that_failed_on_one_seed_keeps_its_others() -> None:
+    rows = pd.DataFrame(
+        [
+            {"method": "a", "measures": "query", "failed": False, "spearman": 0.5},
+            {"method": "a", "measures": "query", "failed": True, "error": "late"},
+        ]
+    )
+    (row,) = summarised(rows).to_dict("records")
+    assert (row["spearman"], row["trainings"], row["failed"], row["error"]) == (0.5, 1, False, "late")

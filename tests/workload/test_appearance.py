@@ -1,0 +1,62 @@
+"""What samples of usual data sets look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dit_mlflow import Workload
+from dit_mlflow.workload.appearance import appearance_of, label_of
+
+GREY = np.arange(30.0).reshape(5, 6)
+
+
+@pytest.mark.parametrize(
+    ("sample", "image"),
+    [
+        ((torch.tensor(GREY)[None] - 7, 1), GREY / 29),
+        ({"pixel_values": torch.tensor(np.stack([GREY] * 3)), "labels": 1}, np.stack([GREY / 29] * 3, axis=2)),
+        ((GREY[:, :, None].astype(np.uint8), 0), GREY.astype(np.uint8)),
+        ((np.ones((5, 6)), 0), np.zeros((5, 6))),
+    ],
+)
+def test_images(sample: Any, image: np.ndarray) -> None:
+    np.testing.assert_allclose(appearance_of(sample), image)
+
+
+@pytest.mark.parametrize(
+    ("sample", "seen", "label"),
+    [
+        (("some words", 3), "some words", "3"),
+        ({"text": "some words", "label": "spam"}, "some words", "spam"),
+        ((torch.tensor([1.5, 2.0]), torch.tensor(1.0)), {"x0": 1.5, "x1": 2.0}, "1"),
+        ({"input_ids": torch.tensor([37, 21, 18]), "labels": torch.tensor(2)}, "37 21 18", "2"),
+        ({"age": 39, "y": torch.tensor([0])}, {"age": 39, "y": 0}, "0"),
+        ({"age": 39, "work": "private"}, {"age": 39, "work": "private"}, None),
+        ((torch.zeros(1000), torch.zeros(7)), None, None),
+        (torch.zeros(3, 2), None, None),
+        (object(), None, None),
+    ],
+)
+def test_texts_rows_and_labels(sample: Any, seen: Any, label: str | None) -> None:
+    assert appearance_of(sample) == seen
+    assert label_of(sample) == label
+
+
+def test_a_workload_knows_better() -> None:
+    data = [(torch.zeros(2), 0), (torch.ones(2), 1)]
+    model = torch.nn.Linear(2, 1)
+    plain = Workload(model, lambda *_: torch.zeros(1), data, data)  # type: ignore[arg-type]
+    assert (plain.appearance(1), plain.label_of(1)) == ({"x0": 1.0, "x1": 1.0}, "1")
+    told = Workload(
+        model,
+        lambda *_: torch.zeros(1),
+        data,  # type: ignore[arg-type]
+        data,  # type: ignore[arg-type]
+        show=lambda index: f"sample {index}",
+        label=lambda index: "ab"[index],
+    )
+    assert (told.appearance(1), told.label_of(1)) == ("sample 1", "b")
