@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from dit_mlflow import leave_one_out, load_workload, parse_windows, track, train
-from dit_mlflow.explanation.checks import NAMED
 from dit_mlflow.explanation.ranking import best_known, extreme_samples
+from dit_mlflow.explanation.truth import NAMED
 
 
 def measure(reference: str, settings: dict[str, str], seed: int, windows: str) -> list[dict[str, object]]:

@@ -81,7 +81,8 @@ def influence(context: click.Context, /, **options: Any) -> None:
     """
 
     def job(project_run_id: str | None) -> str:
-        from dit_mlflow.tracking.jobs.request import Request, main_job
+        from dit_mlflow.tracking.jobs.influence import main_job
+        from dit_mlflow.tracking.jobs.request import Request
 
         return main_job(Request(settings=parse_settings(context.args), **options), project_run_id)
 

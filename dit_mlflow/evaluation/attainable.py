@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dit_mlflow.evaluation.correlation import correlations
 from dit_mlflow.evaluation.metrics import Metrics
-from dit_mlflow.influence import Influence, check_kind
+from dit_mlflow.influence import Influence, Query, check_kind
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, leave_one_out
 from dit_mlflow.workload import Workload
@@ -22,6 +24,7 @@ def attainable(
     samples: int = SAMPLES,
     seed: int = 0,
     effort: Effort | None = None,
+    queries: Sequence[Query] | None = None,
 ) -> tuple[Metrics, ...]:
     """Leave-one-out in the recorded precision against the truth in float64, window by window.
 
@@ -29,10 +32,10 @@ def attainable(
     these figures.
 
     Args:
-        truth: exact leave-one-out in float64, of all samples or some; one query, the mean validation loss.
+        truth: exact leave-one-out in float64, of all samples or some; the first query is judged.
         trajectory, workload: that it was computed from.
         samples: how many of its samples are left out again, drawn by ``seed``; all, if there are fewer.
-        effort: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
+        effort, queries: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
 
     Returns:
         For each window of the truth what :func:`correlations` gives, its names with ``attainable_`` before. A run that
@@ -43,5 +46,5 @@ def attainable(
     known = np.flatnonzero(np.isfinite(truth.scores).all(axis=(0, 1)))
     chosen = sorted(np.random.default_rng(seed).permutation(known)[:samples].tolist())
     kind = check_kind(truth.kind)
-    again = leave_one_out(trajectory, workload, truth.windows, kind, samples=chosen, dtype=None, effort=effort)
+    again = leave_one_out(trajectory, workload, truth.windows, kind, queries, chosen, dtype=None, effort=effort)
     return tuple(correlations(again.of(k), truth.of(k)).prefixed("attainable_") for k in range(len(truth.windows)))

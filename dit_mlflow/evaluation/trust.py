@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation.correlation import correlations_with_intervals
 from dit_mlflow.evaluation.metrics import Metrics
-from dit_mlflow.influence import Influence, check_kind
+from dit_mlflow.influence import Influence, Query, check_kind
 from dit_mlflow.influence.question import Question
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, leave_one_out
@@ -31,6 +33,7 @@ def trust(
     dtype: torch.dtype | None = torch.float64,
     seed: int = 0,
     effort: Effort | None = None,
+    queries: Sequence[Query] | None = None,
 ) -> tuple[Metrics, ...]:
     r"""Fidelity from a random sample, and how linear training is in the weights of the samples, window by window.
 
@@ -45,11 +48,11 @@ def trust(
       :math:`o` over the foretold :math:`-s \cdot d = -|s|`: 1 where the derivative holds up to the size of a removal.
 
     Args:
-        estimate: scores of one query, the mean validation loss, with a kind.
+        estimate: scores of one query, with a kind.
         trajectory, workload: that it was computed from.
         samples: how many are drawn by ``seed``, 3 or more; all, if there are fewer.
         truth: exact leave-one-out for some windows of the estimate's, if it is known: its samples are used instead.
-        dtype, effort: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
+        dtype, effort, queries: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
 
     Returns:
         For each window of the estimate, the figures above and ``samples``, the number of them with both scores. Figures
@@ -66,12 +69,12 @@ def trust(
     if truth is None:
         count = min(samples, workload.num_samples)
         truth = leave_one_out(
-            trajectory, workload, estimate.windows, kind, None, count, dtype, sample_seed=seed, effort=effort
+            trajectory, workload, estimate.windows, kind, queries, count, dtype, sample_seed=seed, effort=effort
         )
     found = []
     for k, window in enumerate(estimate.windows):
         scores, exact = estimate.of(k), truth.of(window)
-        question = Question.of(trajectory, workload, [window], kind, None)
+        question = Question.of(trajectory, workload, [window], kind, queries)
         found.append(_agreement(scores, exact).and_(_linearity(question, scores, dtype, effort)))
     return tuple(found)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.markdown import GAP, escaped, markdown_table
 from dit_mlflow.explanation.numbers import decimals
-from dit_mlflow.explanation.sentences import Findings, answer_sentences, window_sentences
+from dit_mlflow.explanation.sentences import answer_sentences, window_sentences
 
 LONGEST = 7500
 """Characters of a note. MLflow cuts tags at 8,000 without a word."""
@@ -64,7 +65,7 @@ class Links:
     compare: Mapping[str, str] = field(default_factory=dict)
 
 
-def influence_note(found: Findings, links: Links) -> str:
+def influence_note(found: Explanation, links: Links) -> str:
     """The three sentences, what was asked, a table of the windows, and where to look next."""
     name, target = links.training
     count = len(found.influence.windows)
@@ -83,7 +84,7 @@ def influence_note(found: Findings, links: Links) -> str:
     return "\n\n".join(part for part in parts if part)[:LONGEST]
 
 
-def window_note(found: Findings, position: int, parent: tuple[str, str]) -> str:
+def window_note(found: Explanation, position: int, parent: tuple[str, str]) -> str:
     """Two sentences on one window, and where its pictures are.
 
     Args:
@@ -101,7 +102,7 @@ def window_note(found: Findings, position: int, parent: tuple[str, str]) -> str:
     return f"{sentences}\n\n{more}"
 
 
-def _windows(found: Findings, links: Links) -> str:
+def _windows(found: Explanation, links: Links) -> str:
     influence, gallery = found.influence, found.gallery
     keys = {
         "agreement (Spearman)": ("ground_truth/spearman", "trust/spearman"),

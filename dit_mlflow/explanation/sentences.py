@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.patterns import PATTERNS, patterns
-from dit_mlflow.explanation.gallery import Gallery
+from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.numbers import decimals, figure, span
-from dit_mlflow.explanation.ranking import best_known, extreme_samples
+from dit_mlflow.explanation.ranking import extreme_samples
 from dit_mlflow.influence import Influence, Window
 
 AGREEMENT = ((0.9, "very high"), (0.7, "high"), (0.5, "moderate"), (0.3, "low"))
@@ -29,49 +29,18 @@ MEANING = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Findings:
-    """What an influence run found; the first query is spoken of.
-
-    Attributes:
-        influence: scores per window.
-        whole: metrics of the whole run ``[0, T)``.
-        per_window: metrics of each window.
-        gallery: what is known of the samples.
-        checked: samples with an exact ground truth.
-        exact: leave-one-out, for some samples and windows.
-        estimate: scores of the whole run, one window; ``None`` = not known.
-    """
-
-    influence: Influence
-    whole: Metrics
-    per_window: tuple[Metrics, ...]
-    gallery: Gallery
-    checked: int = 0
-    exact: Influence | None = None
-    estimate: Influence | None = None
-
-    @property
-    def ranking(self) -> Influence | None:
-        """Scores of the whole run, exact where they are known, which rank the samples; ``None``: the mean does."""
-        return None if self.estimate is None else best_known(self.estimate, self.exact)
-
-    @property
-    def query(self) -> str:
-        """As people write it."""
-        return self.influence.queries[0].replace("_", " ")
-
-
-def answer_sentences(found: Findings) -> tuple[str, str, str]:
+def answer_sentences(found: Explanation) -> tuple[str, str, str]:
     """Which samples hurt and helped most and when; how sure that is; what of damaged samples and patterns."""
     return _who(found), _how_sure(found), _what_kind(found)
 
 
-def window_sentences(found: Findings, position: int) -> tuple[str, str]:
+def window_sentences(found: Explanation, position: int) -> tuple[str, str]:
     """The first two of :func:`answer_sentences`, for one window."""
     window = found.influence.windows[position]
     metrics = found.per_window[position]
-    alone = Findings(found.influence.select([window]), metrics, (metrics,), found.gallery, found.checked, found.exact)
+    alone = replace(
+        found, influence=found.influence.select([window]), whole=metrics, per_window=(metrics,), whole_run=None
+    )
     who = _who(alone)
     return f"In steps {window}, {who[0].lower()}{who[1:]}", _how_sure(alone)
 
@@ -81,7 +50,7 @@ def agreement_word(spearman: float) -> str:
     return next((word for least, word in AGREEMENT if spearman >= least), "very low")
 
 
-def _who(found: Findings) -> str:
+def _who(found: Explanation) -> str:
     ranking = found.ranking
     harmful, helpful = extreme_samples(found.influence, 1, ranking)
     over = "on average" if ranking is None else "over the whole run"
@@ -99,7 +68,7 @@ def _who(found: Findings) -> str:
 
 
 def _one(
-    found: Findings, ranking: Influence | None, sample: int, sign: int, verb: str, change: str, first: bool
+    found: Explanation, ranking: Influence | None, sample: int, sign: int, verb: str, change: str, first: bool
 ) -> str:
     scores = found.influence.scores[:, 0, sample]
     windows = found.influence.windows
@@ -124,20 +93,20 @@ def _one(
     return text
 
 
-def _doubt(found: Findings, told: Influence, sample: int) -> str:
+def _doubt(found: Explanation, told: Influence, sample: int) -> str:
     """Where an exact retraining is known and went the other way."""
     turned = _exactly(found, told.windows[0])[sample] * told.scores[0, 0, sample] < 0
     return " by the estimate; left out exactly, it does the opposite" if turned else ""
 
 
-def _exactly(found: Findings, window: Window) -> np.ndarray:
+def _exactly(found: Explanation, window: Window) -> np.ndarray:
     """Scores ``[samples]`` of exact retraining, NaN where there is none."""
     if found.exact is None or window not in found.exact.windows:
         return np.full(len(found.influence.samples), np.nan)
     return found.exact.of(window)
 
 
-def _how_sure(found: Findings) -> str:
+def _how_sure(found: Explanation) -> str:
     key = "ground_truth/spearman"
     every = (found.whole, *found.per_window)
     total = len(found.influence.samples)
@@ -186,14 +155,14 @@ def _words(low: float, high: float) -> str:
     return first if first == last else f"{first} to {last}"
 
 
-def _what_kind(found: Findings) -> str:
+def _what_kind(found: Explanation) -> str:
     parts = [part for part in (_damaged(found), _pattern(found)) if part]
     if not parts:
         return "No training sample is known to be damaged, and one window alone does not tell when samples matter."
     return _capitalised("; ".join(parts)) + "."
 
 
-def _damaged(found: Findings) -> str | None:
+def _damaged(found: Explanation) -> str | None:
     key, k = "detection/recall_at_k", len(found.gallery.corrupted)
     if key not in found.whole.values or not k:
         return None
@@ -203,7 +172,7 @@ def _damaged(found: Findings) -> str | None:
     where = f"steps {found.influence.windows[best]}" if by_window[best] > recall else ""
     expected = chance * k
     # Detection is judged by what was estimated, where the sentence on samples goes by what is known.
-    estimated = "" if found.ranking is found.estimate else " by the estimate"
+    estimated = "" if found.ranking is found.whole_run else " by the estimate"
     by_chance = f"(by chance {decimals(expected, 1) if expected >= 0.05 else figure(expected, 1)})"
     if k == 1:
         is_ = "is" if recall == 1 else "is not" if recall == 0 else "ties with others as"
@@ -225,7 +194,7 @@ def _hits(recall: float, k: int) -> str:
     return f"{hits:.0f}" if abs(hits - round(hits)) < 0.05 else f"{hits:.1f}"
 
 
-def _pattern(found: Findings) -> str | None:
+def _pattern(found: Explanation) -> str | None:
     if len(found.influence.windows) < 2:
         return None
     counts = Counter(name for name in patterns(found.influence).tolist() if name in PATTERNS)

@@ -11,7 +11,7 @@ from dit_mlflow.errors import InputError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.retraining.confirm import exact_scores
+from dit_mlflow.retraining.confirmation import exact_scores
 from dit_mlflow.retraining.effort import Effort
 
 

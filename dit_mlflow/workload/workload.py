@@ -104,6 +104,12 @@ class Workload:
             raise WorkloadError(f"Workload.corrupted names samples {outside[:5]} outside 0 … {self.num_samples - 1}")
 
     @property
+    def title(self) -> str:
+        """A short name: the project's folder, and its model if it has such a setting."""
+        parts = [(self.reference or "workload").rpartition("/")[2], str(self.settings.get("model", ""))]
+        return " ".join(part for part in parts if part)
+
+    @property
     def num_samples(self) -> int:
         """Number of training samples ``n``."""
         return len(self.train_set)  # type: ignore[arg-type]

@@ -16,7 +16,16 @@ from workloads import digits_workload
 
 from dit_mlflow import Influence, Window, Workload, train
 from dit_mlflow.evaluation import Metrics
-from dit_mlflow.explanation import Findings, Gallery, Links, comparison_note, influence_note, training_note, window_note
+from dit_mlflow.explanation import (
+    Explanation,
+    Gallery,
+    Links,
+    Truth,
+    comparison_note,
+    influence_note,
+    training_note,
+    window_note,
+)
 from dit_mlflow.explanation.markdown import GAP, escaped, markdown_table
 from dit_mlflow.explanation.model_card import BEGIN, END, CardFacts, with_card
 from dit_mlflow.tracking.jobs.verify import verify_target
@@ -93,7 +102,7 @@ def test_what_people_write_around_our_part_of_a_description_is_kept(parts: list[
 WINDOWS = (Window(0, 4), Window(4, 8))
 
 
-def findings(line: str = "digit 7", count: int = 2, windows: tuple[Window, ...] = WINDOWS) -> Findings:
+def findings(line: str = "digit 7", count: int = 2, windows: tuple[Window, ...] = WINDOWS) -> Explanation:
     scores = np.tile(np.array([[-2.0, 1.0, 3.0]]), (len(windows), 1))[:, None]
     found = Influence(scores, windows, ("mean_validation_loss",), np.arange(3), "local", "dit")
     data = torch.utils.data.TensorDataset(torch.zeros(3, 1))
@@ -101,7 +110,7 @@ def findings(line: str = "digit 7", count: int = 2, windows: tuple[Window, ...] 
         torch.nn.Linear(1, 1), lambda model, batch: model(batch[0])[:, 0], data, data, describe=lambda index: line
     )
     metrics = tuple(Metrics({"ground_truth/spearman": 0.5 + 0.4 * k / len(windows)}) for k in range(len(windows)))
-    return Findings(found, Metrics({"ground_truth/spearman": 0.75}), metrics, Gallery(workload), 3)
+    return Explanation(found, Metrics({"ground_truth/spearman": 0.75}), metrics, Gallery(workload), truth=Truth(found))
 
 
 LINKS = Links(

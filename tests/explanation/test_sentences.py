@@ -10,7 +10,7 @@ import pytest
 
 from dit_mlflow import Influence, Window
 from dit_mlflow.evaluation import Metrics
-from dit_mlflow.explanation import Findings, Gallery, answer_sentences, comparison_note, comparison_sentences
+from dit_mlflow.explanation import Explanation, Gallery, Truth, answer_sentences, comparison_note, comparison_sentences
 from dit_mlflow.explanation.over_seeds import summarised
 from dit_mlflow.explanation.sentences import agreement_word, window_sentences
 
@@ -33,10 +33,14 @@ def findings(
     gallery: Gallery | None = None,
     checked: int = 0,
     windows: tuple[Window, ...] = WINDOWS,
-) -> Findings:
+) -> Explanation:
     values = np.array(scores)[:, None]
     found = Influence(values, windows, ("mean_validation_loss",), np.arange(10, 10 + values.shape[2]), "local", "dit")
-    return Findings(found, whole or Metrics(), per_window or (Metrics(),) * len(windows), gallery or Known(), checked)
+    exact = replace(found, scores=np.where(np.arange(values.shape[2]) < checked, values, np.nan))
+    truth = Truth(exact if checked else None)
+    return Explanation(
+        found, whole or Metrics(), per_window or (Metrics(),) * len(windows), gallery or Known(), truth=truth
+    )
 
 
 SCORES = [[-1.0, 2.0, 0.5, 0.25], [-3.0, 1.0, 0.5, 0.25], [-0.5, -1.75, 0.5, 0.25]]
@@ -65,19 +69,19 @@ def test_samples_are_ranked_by_the_whole_run_where_it_is_known() -> None:
     found = Influence(scores, WINDOWS, *settings)
     whole = Influence(np.array([[[-2.0, 0.1, 1.5, -4.0]]]), (Window(0, 12),), *settings)
     metrics = (Metrics(),) * 3
-    told = Findings(found, Metrics(), metrics, Known(), estimate=whole)
+    told = Explanation(found, Metrics(), metrics, Known(), whole_run=whole)
     assert answer_sentences(told)[0] == (
         "Sample 13 hurt the model most, above all in steps 4-8 (removal lowers the mean validation loss by 4 over the "
         "whole run); sample 12 helped most, above all in steps 0-4 (removal raises it by 1.5 over the whole run)."
     )
     turned = Influence(-whole.scores, whole.windows, *settings)
-    said = answer_sentences(replace(told, estimate=turned))[0]
+    said = answer_sentences(replace(told, whole_run=turned))[0]
     assert said.startswith(
         "Sample 12 hurt the model most: removal lowers the mean validation loss by 1.5 over the whole"
     )
     flat = Influence(0 * whole.scores, whole.windows, *settings)
     assert (
-        answer_sentences(replace(told, estimate=flat))[0]
+        answer_sentences(replace(told, whole_run=flat))[0]
         == "No sample changed the mean validation loss over the whole run."
     )
 
@@ -88,7 +92,7 @@ def test_exact_scores_of_the_whole_run_rank_before_estimates() -> None:
     found = findings(SCORES).influence
     estimate = Influence(np.array([[[-2.0, 0.1, 1.5, -4.0]]]), (Window(0, 12),), *settings)
     exact = Influence(np.array([[[-0.5, 0.2, np.nan, 1.0]]]), (Window(0, 12),), *settings)
-    told = Findings(found, Metrics(), (Metrics(),) * 3, Known(), exact=exact, estimate=estimate)
+    told = Explanation(found, Metrics(), (Metrics(),) * 3, Known(), named=exact, whole_run=estimate)
     assert answer_sentences(told)[0] == (
         "Sample 10 hurt the model most, above all in steps 4-8 (exact removal lowers the mean validation loss by 0.5 "
         "over the whole run); sample 12 helped most, above all in steps 0-4 (removal raises it by 1.5 over the whole "

@@ -37,7 +37,7 @@ from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.tracking.jobs.cleanse_runs import CleansingRuns
 from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, recorded_workload
-from dit_mlflow.tracking.jobs.train import run_training, workload_params, workload_title
+from dit_mlflow.tracking.jobs.train import run_training, workload_params
 from dit_mlflow.tracking.store.artifacts import load_trajectory, log_influence
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.error_text import error_text
@@ -186,7 +186,7 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         trajectory = load_trajectory(training_run)
     seeds, known = _seeds(training_run, request.repeats)
     tags = {KIND: CLEANSING, METHOD: "dit", TRAINING_RUN: training_run}
-    with project_run(project_run_id, f"cleanse {workload_title(workload)} {request.action}", tags) as run:
+    with project_run(project_run_id, f"cleanse {workload.title} {request.action}", tags) as run:
         mlflow.log_params(
             {
                 **workload_params(workload),

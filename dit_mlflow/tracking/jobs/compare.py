@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlflow
 import numpy as np
@@ -14,32 +13,44 @@ import pandas as pd
 from mlflow import MlflowClient
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.evaluation import Metrics, attainable, correlations, correlations_with_intervals, detection
-from dit_mlflow.evaluation.datamodeling_score import datamodeling_score
-from dit_mlflow.explanation import compare_line, comparison_note, comparison_sentences, paragraph, terminal_table
-from dit_mlflow.explanation.checks import parse_ground_truth
+from dit_mlflow.explanation import (
+    Checks,
+    Truth,
+    compare_line,
+    comparison_note,
+    comparison_sentences,
+    explain,
+    find_truth,
+    noise_floor,
+    paragraph,
+    terminal_table,
+)
 from dit_mlflow.explanation.over_seeds import stability_table, summarised
-from dit_mlflow.influence import Influence, Window, check_kind, parse_windows
+from dit_mlflow.influence import Window, check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods import NAMES, method
 from dit_mlflow.plots import plot_fidelity_against_cost, plot_recall_curves
 from dit_mlflow.progress import progress_over
 from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.retraining import Effort, Subsets, leave_one_out, train_on_subsets
+from dit_mlflow.retraining import Effort
 from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, recorded_workload
-from dit_mlflow.tracking.jobs.train import run_training, workload_params, workload_title
+from dit_mlflow.tracking.jobs.train import run_training, workload_params
 from dit_mlflow.tracking.store.artifacts import load_influence, load_trajectory, log_influence
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.error_text import error_text, storable
-from dit_mlflow.tracking.store.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import log_metrics, log_series, project_run
+from dit_mlflow.tracking.store.explanations import log_window_series
+from dit_mlflow.tracking.store.names import ERROR, KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.store.run_log import log_metrics, project_run
 from dit_mlflow.tracking.ui.links import save_comparisons, where_to_look
 from dit_mlflow.tracking.ui.log_plot import log_plot
 from dit_mlflow.tracking.ui.notes import set_note
 from dit_mlflow.workload import Workload, load_workload
 
 COMPARISON = "comparison"
+
+COSTS = {"seconds": "cost/influence_seconds", "cpu_seconds": "cost/cpu_seconds"}
+"""Columns of the table, and the figures that they hold."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +72,10 @@ class ComparisonRequest(Request):
     subsets: int = 32
     jobs: int = 1
     backend: str = ""
+
+    def checks(self, workload: Workload) -> Checks:
+        """Leave-one-out and subsets; raises :class:`InputError` for what cannot be used."""
+        return Checks.parse(self.ground_truth, workload.num_samples, subsets=self.subsets)
 
     @property
     def names(self) -> list[str]:
@@ -91,8 +106,7 @@ class ComparedTraining:
     trajectory: Trajectory
     workload: Workload
     windows: list[Window]
-    truth: Influence | None
-    subsets: Subsets | None
+    truth: Truth = field(default_factory=Truth)
 
     @property
     def whole(self) -> Window:
@@ -111,15 +125,12 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         InputError: some part of the request cannot be used, or every method failed.
     """
     kind, names = check_kind(request.kind), request.names
-    if request.subsets < 0 or request.subsets in (1, 2):
-        raise InputError(f"subsets={request.subsets}; expected 0, or 3 or more")
     if request.seeds < 1:
         raise InputError(f"seeds={request.seeds}; expected 1 or more")
-    effort = Effort(request.jobs, request.backend or None)
-    trainings = [_with_truth(request, training, effort) for training in _trained(request)]
+    trainings = [_with_truth(request, training) for training in _trained(request)]
     workload = trainings[0].workload
     tags = {KIND: COMPARISON, TRAINING_RUN: ",".join(training.run_id for training in trainings)}
-    with project_run(project_run_id, f"compare {workload_title(workload)} {kind}", tags) as run:
+    with project_run(project_run_id, f"compare {workload.title} {kind}", tags) as run:
         mlflow.log_params(
             {
                 **workload_params(workload),
@@ -198,7 +209,7 @@ def _trained(request: ComparisonRequest) -> list[ComparedTraining]:
         return [_compared_training(request, request.training_run, "", trajectory, workload)]
     workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
     parse_windows(request.windows, workload.plan)
-    parse_ground_truth(request.ground_truth, workload.num_samples)
+    request.checks(workload)
     for init, order in request.grid:
         check_seeds(init, order)
     rehearse(workload)
@@ -213,21 +224,13 @@ def _trained(request: ComparisonRequest) -> list[ComparedTraining]:
 def _compared_training(
     request: Request, run_id: str, label: str, trajectory: Trajectory, workload: Workload
 ) -> ComparedTraining:
-    return ComparedTraining(run_id, label, trajectory, workload, parse_windows(request.windows, trajectory), None, None)
+    return ComparedTraining(run_id, label, trajectory, workload, parse_windows(request.windows, trajectory))
 
 
-def _with_truth(request: ComparisonRequest, training: ComparedTraining, effort: Effort) -> ComparedTraining:
-    removed = parse_ground_truth(request.ground_truth, training.workload.num_samples)
-    if request.subsets:
-        subsets = train_on_subsets(
-            training.trajectory, training.workload, [training.whole], subsets=request.subsets, effort=effort
-        )
-        training = replace(training, subsets=subsets)
-    if removed == 0:
-        return training
-    windows = list(dict.fromkeys([*training.windows, training.whole]))
+def _with_truth(request: ComparisonRequest, training: ComparedTraining) -> ComparedTraining:
+    effort, checks = Effort(request.jobs, request.backend or None), request.checks(training.workload)
     kind = check_kind(request.kind)
-    truth = leave_one_out(training.trajectory, training.workload, windows, kind, samples=removed, effort=effort)
+    truth = find_truth(training.trajectory, training.workload, training.windows, kind, checks, effort=effort)
     return replace(training, truth=truth)
 
 
@@ -238,7 +241,7 @@ def _child(request: Request, name: str, training: ComparedTraining) -> dict[str,
     try:
         with mlflow.start_run(run_name=name + training.label, nested=True, tags=tags) as run:
             try:
-                return {**row, "run_id": run.info.run_id, **_measured(request, name, training), "failed": False}
+                return {**row, "run_id": run.info.run_id, **_log_explained(request, name, training), "failed": False}
             except Exception as error:
                 mlflow.set_tag(ERROR, error_text(error))
                 raise
@@ -247,49 +250,32 @@ def _child(request: Request, name: str, training: ComparedTraining) -> dict[str,
         return {**row, "failed": True, "error": error_text(error)}
 
 
-def _measured(request: Request, name: str, training: ComparedTraining) -> dict[str, float]:
-    windows = list(dict.fromkeys([*training.windows, training.whole]))
-    begun, cpu = time.perf_counter(), time.process_time()
-    found = method(name)(training.trajectory, training.workload, windows, request.kind)
-    costs = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
-    mlflow.log_params({"method": name, "kind": found.kind})
-    mlflow.log_metrics({"cost/influence_seconds": costs["seconds"], "cost/cpu_seconds": costs["cpu_seconds"]})
-    log_influence(found)
-    agreement, detected = _scored(found, training, training.whole)
-    foretold = Metrics()
-    if training.subsets is not None:
-        foretold = datamodeling_score(found.of(training.whole), training.subsets)
-    log_metrics(foretold.prefixed(f"{GROUND_TRUTH}/"))
-    log_metrics(agreement.prefixed(f"{GROUND_TRUTH}/"))
-    log_metrics(detected.prefixed("detection/"))
-    if len(found.windows) > 1:
-        scored = [_scored(found, training, window) for window in training.windows]
-        for prefix, part in ((f"{GROUND_TRUTH}/", 0), ("detection/", 1)):
-            for figure in dict.fromkeys(figure for parts in scored for figure in parts[part].values):
-                series = [parts[part].values.get(figure) for parts in scored]
-                log_series(f"by_window/{prefix}{figure}", series)
-    return {**agreement.values, **foretold.values, **detected.values, **costs}
-
-
-def _scored(found: Influence, training: ComparedTraining, window: Window) -> tuple[Metrics, Metrics]:
-    """Agreement with the truth, with intervals for the whole run, and detection."""
-    detected = detection(found.of(window), training.workload.corrupted)
-    if training.truth is None:
-        return Metrics(), detected
-    estimate, truth = found.of(window), training.truth.of(window)
-    scored = correlations_with_intervals if window == training.whole else correlations
-    return scored(estimate, truth), detected
+def _log_explained(request: Request, name: str, training: ComparedTraining) -> dict[str, float]:
+    """Explain by one method and log it on the active run; its figures of the whole run, without their groups."""
+    found = explain(
+        training.trajectory,
+        training.workload,
+        training.windows,
+        check_kind(request.kind),
+        method=name,
+        checks=Checks(),
+        truth=training.truth,
+    )
+    mlflow.log_params({"method": name, "kind": found.influence.kind})
+    log_influence(found.scores)
+    log_metrics(found.whole.and_(found.cost))
+    if len(found.scores.windows) > 1:
+        log_window_series(found)
+    short = {figure.partition("/")[2]: value for figure, value in found.whole.values.items()}
+    return {**short, **{column: found.cost.values[figure] for column, figure in COSTS.items()}}
 
 
 def _attainable(rows: Sequence[dict[str, object]], training: ComparedTraining) -> float | None:
     """Spearman correlation of leave-one-out in the recorded precision with the truth, in float64."""
-    if training.truth is None:
-        return None
     known = [row["spearman"] for row in rows if row["method"] == "leave_one_out" and "spearman" in row]
     if known:
         return float(np.mean(known))  # type: ignore[arg-type]
-    (floor,) = attainable(training.truth.select([training.whole]), training.trajectory, training.workload)
-    return floor.values.get("attainable_spearman")
+    return noise_floor(training.truth, training.trajectory, training.workload)
 
 
 def _training_seconds(trainings: Sequence[ComparedTraining]) -> float | None:

@@ -16,7 +16,6 @@ from mlflow.models.evaluation.base import EvaluationResult
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import Metrics
-from dit_mlflow.explanation import Gallery
 from dit_mlflow.explanation.row_tables import check_top, mean_over_rows, mean_table, rows_metrics, rows_table
 from dit_mlflow.influence.row_queries import BatchOfRow, Features
 from dit_mlflow.plots import plot_top_samples
@@ -107,11 +106,8 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
     question = RowQuestion.of(
         settings.training_run, settings.windows, settings.kind, settings.workload, settings.settings
     )
-    windows, whole = list(question.windows), question.whole
-    asked = windows if whole in windows else [*windows, whole]
-    answer = question.answer(features, targets, settings.batch, asked)  # type: ignore[arg-type]
-    gallery, top = Gallery(question.workload), settings.top
-    shown = answer.influence.select(windows)
+    answer = question.answer(features, targets, settings.batch, whole_run=True)  # type: ignore[arg-type]
+    gallery, top, shown = answer.explanation.gallery, settings.top, answer.explanation.influence
     shown = replace(shown, metadata={**shown.metadata, "training_run": settings.training_run})
     _tag(run_id, settings.training_run)
     log_influence(shown, run_id, ROW_INFLUENCE)
@@ -121,10 +117,12 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
     }
     for name, table in tables.items():
         _log_table(run_id, table, f"{name}.json")
-    if len(windows) > 1:
+    if len(shown.windows) > 1:
         figure = plot_top_samples(mean_over_rows(shown), gallery)
         log_plot(figure, f"{ROW_INFLUENCE}/influence_over_windows.png")
-    found = rows_metrics(answer.influence, answer.losses, whole, top, gallery.corrupted).prefixed("dit/")
+    whole = answer.explanation.whole_run
+    assert whole is not None
+    found = rows_metrics(whole, answer.losses, whole.windows[0], top, gallery.corrupted).prefixed("dit/")
     log_metrics(Metrics({}, found.undefined))
     artifacts = {name: JsonEvaluationArtifact(mlflow.get_artifact_uri(f"{name}.json")) for name in tables}
     return EvaluationResult(dict(found.values), artifacts, run_id)

@@ -1,97 +1,94 @@
-"""The influence job: one run for the question, one child run for each window."""
+"""The main job: check everything, train if there is no trajectory yet, explain, log, say what came out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import mlflow
-import numpy as np
-import pandas as pd
 import torch
 from mlflow import ActiveRun, MlflowClient
-from mlflow.entities import Run
 
-from dit_mlflow.evaluation import (
-    Metrics,
-    attainable,
-    correlations,
-    correlations_by_pattern,
-    correlations_with_intervals,
-    detection,
-    pattern_counts,
-    patterns,
-    trust,
-)
+from dit_mlflow.errors import InputError
+from dit_mlflow.evaluation import Metrics
 from dit_mlflow.explanation import (
-    Findings,
-    Gallery,
+    Checks,
+    Explanation,
     answer_sentences,
-    influence_note,
-    top_samples_table,
-    whole_run_table,
-    window_correlations_table,
-    window_note,
+    explain,
+    paragraph,
+    terminal_table,
     windows_table,
 )
-from dit_mlflow.explanation.checks import NAMED, Checks, joined
-from dit_mlflow.explanation.ranking import extreme_samples
-from dit_mlflow.influence import Influence, Kind, Window, track
-from dit_mlflow.page import influence_page
-from dit_mlflow.plots import (
-    plot_against_truth,
-    plot_heat_map,
-    plot_patterns,
-    plot_recall_curves,
-    plot_top_samples,
-    plot_window_correlations,
-    plot_window_samples,
-)
-from dit_mlflow.progress import progress_over
+from dit_mlflow.influence import Influence, Kind, Window, check_kind, parse_windows
+from dit_mlflow.influence.rehearsal import rehearse
+from dit_mlflow.methods.dit import Dit
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.retraining import confirm, leave_one_out
-from dit_mlflow.tracking.jobs.train import seeds_title, workload_params, workload_title
-from dit_mlflow.tracking.store.artifacts import log_influence
+from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, DTYPES, Request, recorded_workload
+from dit_mlflow.tracking.jobs.train import run_training, seeds_title, workload_params
+from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.tracking.store.datasets import log_datasets_of
-from dit_mlflow.tracking.store.names import (
-    CONFIRMED,
-    GROUND_TRUTH,
-    INFLUENCE,
-    KIND,
-    METHOD,
-    TRAINING_RUN,
-    WHOLE_RUN,
-    WHOLE_RUN_EXACT,
-)
-from dit_mlflow.tracking.store.run_log import log_metrics, log_series, peak_memory_mb, project_run
-from dit_mlflow.tracking.ui.links import run_link
-from dit_mlflow.tracking.ui.log_plot import log_plot
-from dit_mlflow.tracking.ui.notes import influence_links, set_note
-from dit_mlflow.workload import Workload
+from dit_mlflow.tracking.store.explanations import log_answer, log_part
+from dit_mlflow.tracking.store.names import KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.store.run_log import project_run
+from dit_mlflow.tracking.ui.links import where_to_look
+from dit_mlflow.workload import Workload, load_workload
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an influence run found.
+    """An explanation, and the run that it is logged on.
 
     Attributes:
         run: the parent run.
-        findings: scores per window, and metrics of the whole run and of each window.
+        explanation: what was found.
     """
 
     run: ActiveRun
-    findings: Findings
+    explanation: Explanation
 
     @property
     def influence(self) -> Influence:
-        return self.findings.influence
+        return self.explanation.influence
 
     @property
     def whole(self) -> Metrics:
-        return self.findings.whole
+        return self.explanation.whole
 
     @property
     def per_window(self) -> tuple[Metrics, ...]:
-        return self.findings.per_window
+        return self.explanation.per_window
+
+
+def main_job(request: Request, project_run_id: str | None = None) -> str:
+    """Run the main job; returns what the terminal shows at the end.
+
+    All of the request is checked, and two steps are rehearsed, before anything is trained for long or logged.
+
+    Raises:
+        DitError: some part of the request cannot be used, or training or replay fail.
+    """
+    kind = check_kind(request.kind)
+    if request.dtype not in DTYPES:
+        raise InputError(f"dtype={request.dtype!r}; expected one of {', '.join(DTYPES)}")
+    memory_budget = request.memory_budget
+    if request.training_run:
+        trajectory = load_trajectory(request.training_run)
+        workload = recorded_workload(request, trajectory)
+        windows = parse_windows(request.windows, trajectory)
+        checks = request.checks(workload)
+        training_run = request.training_run
+    else:
+        workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
+        windows = parse_windows(request.windows, workload.plan)
+        checks = request.checks(workload)
+        rehearse(workload, memory_budget)
+        training_run = run_training(workload, request.init_seed, request.order_seed)
+        trajectory = load_trajectory(training_run)
+    dtype = DTYPES[request.dtype]
+    answer = run_influence(
+        training_run, trajectory, workload, windows, kind, checks, dtype, memory_budget, project_run_id
+    )
+    return summary(answer, training_run)
 
 
 def run_influence(
@@ -105,10 +102,7 @@ def run_influence(
     memory_budget: int | None = None,
     project_run_id: str | None = None,
 ) -> Answer:
-    """Compute influence per window and log it: a parent run, and a nested child per window.
-
-    The parent holds scores, tables, plots, ``by_window/…`` series, and the metrics of the whole run ``[0, T)``; each
-    child the metrics of its window.
+    """:func:`dit_mlflow.explain` in a run of its own, which logs it: a parent run, and a nested child per window.
 
     Args:
         training_run_id: the run that recorded ``trajectory``.
@@ -119,8 +113,7 @@ def run_influence(
     tags = {KIND: "influence", METHOD: "dit", TRAINING_RUN: training_run_id}
     seeds = MlflowClient().get_run(training_run_id).data.params
     seeded = seeds_title(seeds.get("resolved.init_seed", 0), seeds.get("resolved.order_seed", 0))
-    title = f"influence {workload_title(workload)}{seeded} {kind}"
-    with project_run(project_run_id, title, tags) as run:
+    with project_run(project_run_id, f"influence {workload.title}{seeded} {kind}", tags) as run:
         mlflow.log_params(
             {
                 **workload_params(workload),
@@ -132,154 +125,67 @@ def run_influence(
             }
         )
         log_datasets_of(training_run_id, run.info.run_id)
-        whole = Window(0, trajectory.num_steps)
-        asked = windows if whole in windows else [*windows, whole]
-        estimate = track(trajectory, workload, asked, kind, dtype=dtype, memory_budget=memory_budget)
-        # Before the ground truth, which takes longest, so that nothing is lost if it is broken off.
-        log_influence(estimate.select(windows))
-        if windows != [whole]:
-            log_influence(estimate.select([whole]), folder=WHOLE_RUN)
-        truth = None
-        if checks.ground_truth != 0:
-            truth = leave_one_out(trajectory, workload, asked, kind, samples=checks.ground_truth)
-        metrics = [_window_metrics(estimate, truth, window, workload) for window in asked]
-        if truth is not None:
-            floor = attainable(truth, trajectory, workload)
-            metrics = [
-                found.and_(more.prefixed(f"{GROUND_TRUTH}/")) for found, more in zip(metrics, floor, strict=True)
-            ]
-        if checks.trust:
-            trusted = trust(estimate, trajectory, workload, checks.trust, truth)
-            metrics = [found.and_(more.prefixed("trust/")) for found, more in zip(metrics, trusted, strict=True)]
-        checked = int(np.isfinite(truth.of(whole)).sum()) if truth is not None else 0
-        confirmed = None
-        if truth is None and checks.confirm:
-            confirmed = confirm(estimate.select(windows), trajectory, workload, checks.confirm)
-            log_influence(confirmed, folder=CONFIRMED)
-        exact = truth or confirmed
-        named = None if truth is None else truth.select([whole])
-        if checks.trust:
-            # A few large estimates are what people look at first, and those that are furthest off.
-            samples = [sample for side in extreme_samples(estimate.select([whole]), NAMED) for sample in side]
-            unknown = [sample for sample in samples if named is None or np.isnan(named.of(whole)[sample])]
-            if unknown:
-                named = joined(named, leave_one_out(trajectory, workload, [whole], kind, samples=unknown))
-        if named is not None:
-            log_influence(named, folder=WHOLE_RUN_EXACT)
-        findings = Findings(
-            estimate.select(windows),
-            metrics[asked.index(whole)],
-            tuple(metrics[: len(windows)]),
-            Gallery(workload),
-            checked,
-            joined(named, exact),
-            estimate.select([whole]),
-        )
-        answer = Answer(run, findings)
-        table = _log_parent(answer, estimate, truth, confirmed, workload, training_run_id)
-        # The UI lists the newest first: the last window is logged first, so that they stand in order.
-        positions = progress_over(range(len(windows))[::-1], "logging windows", "window")
-        runs = [_log_window(answer, k, exact, table, workload, training_run_id) for k in positions][::-1]
-        set_note(run.info.run_id, influence_note(findings, influence_links(run, training_run_id, runs)))
-    return answer
+        method = Dit(dtype, memory_budget)
+        explanation = explain(trajectory, workload, windows, kind, method=method, checks=checks, reached=log_part)
+        log_answer(explanation, training_run_id)
+    return Answer(run, explanation)
 
 
-def _window_metrics(estimate: Influence, truth: Influence | None, window: Window, workload: Workload) -> Metrics:
-    found = detection(estimate.of(window), workload.corrupted).prefixed("detection/")
-    if truth is None:
-        return found
-    agreement = correlations(estimate.of(window), truth.of(window)).and_(
-        correlations_with_intervals(estimate.of(window), truth.of(window), ("spearman", "pearson"))
-    )
-    return agreement.prefixed(f"{GROUND_TRUTH}/").and_(found)
-
-
-def _log_parent(
-    answer: Answer,
-    estimate: Influence,
-    truth: Influence | None,
-    confirmed: Influence | None,
-    workload: Workload,
-    training_run_id: str,
-) -> pd.DataFrame:
-    """Returns the table of the top samples."""
-    log_metrics(answer.whole)
-    log_metrics(_costs(estimate, truth, training_run_id))
-    # Bounds and levels of chance stand on the window's own run; as charts they would only be in the way.
-    figures = (name for metrics in answer.per_window for name in metrics.values)
-    for name in dict.fromkeys(name for name in figures if not name.endswith(("_low", "_high", "_chance"))):
-        log_series(f"by_window/{name}", [metrics.values.get(name) for metrics in answer.per_window])
-    influence, gallery = answer.influence, answer.findings.gallery
-    windows = list(influence.windows)
-    whole = Window(0, max(window.end for window in estimate.windows))
-    exact = truth.select(windows) if truth is not None else confirmed
-    mlflow.log_table(windows_table(influence, answer.per_window), f"{INFLUENCE}/windows.json")
-    samples = top_samples_table(influence, exact, gallery)
-    mlflow.log_table(samples, f"{INFLUENCE}/top_samples.json")
-    mlflow.log_table(whole_run_table(estimate.select([whole]), answer.findings.exact, gallery), f"{WHOLE_RUN}.json")
-    if len(windows) > 1:
-        names = patterns(influence)
-        log_metrics(pattern_counts(names).prefixed("patterns/"))
-        if truth is not None:
-            log_metrics(correlations_by_pattern(estimate.of(whole), truth.of(whole), names).prefixed("patterns/"))
-        mlflow.log_table(window_correlations_table(influence), f"{INFLUENCE}/window_correlations.json")
-        log_plot(plot_window_correlations(influence), f"{INFLUENCE}/window_correlations.png")
-        log_plot(plot_patterns(influence, names), f"{INFLUENCE}/patterns.png")
-    if workload.corrupted:
-        curves = {f"{found.method}, whole run": found.of(whole) for found in (estimate, truth) if found is not None}
-        log_plot(plot_recall_curves(curves, workload.corrupted), f"{INFLUENCE}/recall_curve.png")
-    ranking = answer.findings.ranking
-    log_plot(plot_top_samples(influence, gallery, whole=ranking), f"{INFLUENCE}/influence_over_windows.png")
-    log_plot(plot_heat_map(influence, gallery, whole=ranking), f"{INFLUENCE}/heat_map.png")
-    measured = dict(zip([*windows, whole], [*answer.per_window, answer.whole], strict=True))
-    known = answer.findings.exact
-    sentences = answer_sentences(answer.findings)
-    report = influence_page(estimate, known, gallery, windows, measured, workload_title(workload), sentences)
-    mlflow.log_text(report, f"{INFLUENCE}/report.html")
-    if truth is not None:
-        log_influence(truth.select(windows), folder=GROUND_TRUTH)
-        everywhere = range(len(estimate.windows))
-        figure = plot_against_truth(estimate, truth, everywhere, workload.corrupted)
-        log_plot(figure, f"{INFLUENCE}/against_leave_one_out.png")
-    return samples
-
-
-def window_run_name(window: Window, index: int, count: int) -> str:
-    """``w03 240-320``: names of ``count`` windows sort as the windows do."""
-    return f"w{index:0{max(2, len(str(count - 1)))}d} {window}"
-
-
-def _log_window(
-    answer: Answer, index: int, exact: Influence | None, samples: pd.DataFrame, workload: Workload, training_run_id: str
-) -> Run:
-    """Log a window's run. ``exact``: leave-one-out, for some samples; ``samples``: the top samples of all windows."""
-    influence = answer.influence
-    window = influence.windows[index]
-    tags = {KIND: "window", METHOD: influence.method, TRAINING_RUN: training_run_id}
-    name = window_run_name(window, index, len(influence.windows))
-    with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
-        bounds = {"window_index": index, "window_start": window.start, "window_end": window.end}
-        mlflow.log_params({"method": influence.method, "kind": influence.kind, **bounds})
-        log_metrics(answer.per_window[index])
-        # After the others: the page that compares runs begins with the metric that was logged first.
-        mlflow.log_metrics({"window_start": window.start, "window_end": window.end})
-        known = None if exact is None else exact.of(window)
-        log_plot(plot_window_samples(influence, index, answer.findings.gallery, known), "top_samples.png")
-        mlflow.log_table(samples[samples["window_index"] == index], "top_samples.json")
-        if exact is not None and answer.findings.checked:
-            figure = plot_against_truth(influence, exact, [index], workload.corrupted)
-            log_plot(figure, "against_leave_one_out.png")
-        parent = (answer.run.info.run_name or "the influence run", run_link(answer.run))
-        set_note(run.info.run_id, window_note(answer.findings, index, parent))
-    return run
-
-
-def _costs(estimate: Influence, truth: Influence | None, training_run_id: str) -> Metrics:
-    costs = {
-        "cost/influence_seconds": estimate.metadata["seconds"],
-        "cost/ground_truth_seconds": truth.metadata["seconds"] if truth is not None else None,
-        "cost/training_seconds": MlflowClient().get_run(training_run_id).data.metrics.get("cost/training_seconds"),
-        "cost/peak_memory_mb": peak_memory_mb(),
-        "replay/max_drift": estimate.metadata["max_drift"],
+def summary(answer: Answer, training_run: str) -> str:
+    """A table with a row per window and one for the whole run, and where to look further."""
+    headings = {
+        "window": "window",
+        "start": "from step",
+        "end": "to step",
+        "most_harmful": "most harmful",
+        "most_helpful": "most helpful",
+        "ground_truth/spearman": "Spearman",
+        "ground_truth/pearson": "Pearson",
+        "trust/spearman": "Spearman",
+        "trust/smoothness": "smoothness",
+        "detection/recall_at_k": "recall@k",
+        "detection/auroc": "AUROC",
     }
-    return Metrics({name: value for name, value in costs.items() if value is not None})
+    if "ground_truth/spearman" in answer.whole.values:
+        del headings["trust/spearman"]
+    lines = [
+        "",
+        f"Influence ({answer.influence.kind}) on {answer.influence.queries[0]}, per window of steps, end excluded",
+        *_legend(answer.whole),
+        "",
+        terminal_table(windows_table(answer.influence, answer.per_window), headings),
+        "",
+    ]
+    whole = {name: answer.whole.values.get(key) for key, name in headings.items()}
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in whole.items() if value is not None)
+    lines += [f"Whole run: {figures}"] if figures else []
+    lines += [*_trusted(answer.whole), "", *(paragraph(text) for text in answer_sentences(answer.explanation)), ""]
+    lines += [
+        f"training run   {training_run}",
+        f"influence run  {answer.run.info.run_id}",
+        where_to_look(answer.run),
+    ]
+    return "\n".join(lines)
+
+
+def _trusted(metrics: Metrics) -> list[str]:
+    """How far the scores of the whole run can be trusted, in a sentence."""
+    found = {name.removeprefix("trust/"): value for name, value in metrics.values.items()}
+    if "spearman_low" not in found or "smoothness" not in found:
+        return []
+    return [
+        f"Trust: over {found['samples']:.0f} samples left out exactly, Spearman {found['spearman']:.3f} "
+        f"(95 % interval {found['spearman_low']:.3f} to {found['spearman_high']:.3f}); effects are estimated at "
+        f"{found['spread_ratio']:.2f} times their true spread"
+    ]
+
+
+def _legend(metrics: Metrics) -> list[str]:
+    lines = ["most harmful, most helpful: the training samples whose removal lowers it most, raises it most"]
+    if any(name.startswith(("ground_truth/", "trust/spearman")) for name in metrics.values):
+        lines.append("Spearman, Pearson: agreement of the estimate with exact retraining without each sample")
+    if "trust/smoothness" in metrics.values:
+        lines.append("smoothness: 1 if training is linear in the samples' weights, as the estimate takes it to be")
+    if any(name.startswith("detection/") for name in metrics.values):
+        lines.append("recall@k, AUROC: how well the lowest scores find the corrupted samples")
+    return lines

@@ -19,13 +19,11 @@ from mlflow.types import ColSpec, DataType, Schema
 
 import dit_mlflow
 from dit_mlflow.errors import InputError
-from dit_mlflow.explanation import Gallery
 from dit_mlflow.explanation.row_tables import check_top, rows_table
 from dit_mlflow.influence import row_losses
 from dit_mlflow.influence.row_queries import sample_as_row
 from dit_mlflow.tracking.jobs.register_influence import INFLUENCE_MODEL, check_name
 from dit_mlflow.tracking.jobs.row_influence import RowQuestion
-from dit_mlflow.tracking.jobs.train import workload_title
 from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.tracking.store.found_models import versions_of
 from dit_mlflow.tracking.store.names import KIND, TRAINING_RUN
@@ -80,7 +78,7 @@ class InfluenceModel(PythonModel):
             raise InputError(f"expected a DataFrame with the column {self._target!r}, which holds targets; got {shown}")
         targets = model_input[self._target].to_numpy()
         answer = self._question.answer(model_input.drop(columns=self._target), targets)
-        return rows_table(answer.influence, answer.losses, self._top, Gallery(self._question.workload))
+        return rows_table(answer.explanation.influence, answer.losses, self._top, answer.explanation.gallery)
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def log_influence_model(
     checksum = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     if name and (there := _registered(name, checksum)) is not None:
         return there
-    title = f"influence model {workload_title(question.workload)}"
+    title = f"influence model {question.workload.title}"
     tags = {KIND: INFLUENCE_MODEL, TRAINING_RUN: training_run}
     with nullcontext() if mlflow.active_run() else mlflow.start_run(run_name=title, tags=tags):
         logged = mlflow.pyfunc.log_model(

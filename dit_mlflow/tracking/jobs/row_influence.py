@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from dit_mlflow.errors import DitError, InputError
-from dit_mlflow.influence import Influence, Kind, Query, Window, check_kind, parse_windows, row_losses, track
+from dit_mlflow.explanation import Checks, Explanation, explain
+from dit_mlflow.influence import Kind, Query, Window, check_kind, parse_windows, row_losses
 from dit_mlflow.influence.row_queries import BatchOfRow, Features
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.tracking.jobs.request import Request, recorded_workload
@@ -24,11 +25,11 @@ class RowAnswer:
     """Influence of every training sample on every row.
 
     Attributes:
-        influence: the queries are the rows, ``loss of row 0`` …; the windows are those asked.
+        explanation: the queries are the rows, ``loss of row 0`` …
         losses: of the rows at the end of training, ``[rows]``.
     """
 
-    influence: Influence
+    explanation: Explanation
     losses: np.ndarray
 
 
@@ -78,23 +79,18 @@ class RowQuestion:
             raise InputError("settings belong to a workload given by reference; this one is built already")
         return cls(training_run, trajectory, workload, tuple(parse_windows(str(windows), trajectory)), checked)
 
-    @property
-    def whole(self) -> Window:
-        """The window of all training."""
-        return Window(0, self.trajectory.num_steps)
-
     def answer(
         self,
         features: Features,
         targets: Sequence[Any] | np.ndarray,
         batch: BatchOfRow | None = None,
-        windows: Sequence[Window] | None = None,
+        whole_run: bool = False,
     ) -> RowAnswer:
         """Influence on each row's loss.
 
         Args:
             features, targets, batch: see :func:`dit_mlflow.influence.row_losses`.
-            windows: others than :attr:`windows`.
+            whole_run: also over all of training.
 
         Raises:
             DitError: see :func:`dit_mlflow.influence.row_losses` and :func:`dit_mlflow.track`.
@@ -110,9 +106,16 @@ class RowQuestion:
                 f"the loss of row {row} is {losses[row]}, of which there is no influence; look for values far "
                 "from those that the model was trained on"
             )
-        return RowAnswer(
-            track(self.trajectory, self.workload, list(windows or self.windows), self.kind, queries), losses
+        found = explain(
+            self.trajectory,
+            self.workload,
+            self.windows,
+            self.kind,
+            queries,
+            checks=Checks(),
+            whole_run=whole_run,
         )
+        return RowAnswer(found, losses)
 
     def _final_losses(self, queries: Sequence[Query]) -> np.ndarray:
         with preserved_random_state():

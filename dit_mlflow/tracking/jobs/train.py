@@ -43,7 +43,7 @@ def run_training(
         The run's id. If training fails, the run is FAILED and holds what was recorded until then.
     """
     check_seeds(init_seed, order_seed)
-    title = f"train {workload_title(workload)}{seeds_title(init_seed, order_seed)}"
+    title = f"train {workload.title}{seeds_title(init_seed, order_seed)}"
     with project_run(project_run_id, title, {KIND: "training"}) as run:
         run_id = str(run.info.run_id)
         mlflow.log_params(
@@ -73,12 +73,6 @@ def run_training(
             if dataset is not None:
                 _log_scores(run_id, model_id, workload, model, dataset, context)
         return run_id
-
-
-def workload_title(workload: Workload) -> str:
-    """Short name for runs: the project's folder and its model, if it has such a setting."""
-    parts = [(workload.reference or "workload").rpartition("/")[2], str(workload.settings.get("model", ""))]
-    return " ".join(part for part in parts if part)
 
 
 def seeds_title(init_seed: int | str, order_seed: int | str) -> str:

@@ -23,7 +23,7 @@ from workloads import digits_workload
 import dit_mlflow
 from dit_mlflow import Influence, Window
 from dit_mlflow.cli import cli
-from dit_mlflow.explanation.checks import Checks
+from dit_mlflow.explanation import Checks
 from dit_mlflow.tracking import load_influence, load_trajectory, run_influence, run_training
 from dit_mlflow.tracking.jobs.influence import window_run_name
 

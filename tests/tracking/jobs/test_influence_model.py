@@ -16,7 +16,7 @@ from workloads import datasets
 
 from dit_mlflow import InputError, Workload, WorkloadError, load_workload, parse_windows, sample_losses, track
 from dit_mlflow.cli import cli
-from dit_mlflow.explanation.checks import Checks
+from dit_mlflow.explanation import Checks
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.tracking import load_influence, load_trajectory, log_influence_model, run_influence, run_training
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import InputError, Workload, load_workload, parse_windows
-from dit_mlflow.explanation.checks import Checks
+from dit_mlflow.explanation import Checks
 from dit_mlflow.explanation.model_card import BEGIN, LONGEST
 from dit_mlflow.tracking import (
     load_influence,

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import Window, Workload
-from dit_mlflow.explanation.checks import Checks
+from dit_mlflow.explanation import Checks
 from dit_mlflow.tracking import load_trajectory, record_trajectory, run_influence
 
 WINDOWS = [Window(0, 4), Window(4, 9)]

@@ -1,0 +1,180 @@
+"""The whole answer as one value: scores, what is exact, how far they can be trusted, figures, and words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from dit_mlflow.evaluation import Metrics, correlations_by_pattern, pattern_counts, patterns
+from dit_mlflow.explanation.gallery import Gallery
+from dit_mlflow.explanation.ranking import best_known
+from dit_mlflow.explanation.truth import Truth, joined
+from dit_mlflow.influence import Influence, Window
+
+Part = Literal["influence", "whole_run", "truth", "confirmed", "named"]
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What is known of a training's samples after :func:`dit_mlflow.explain`; the first query is spoken of.
+
+    Attributes:
+        influence: scores of the windows that were asked for, by the method's estimate.
+        whole: figures of the whole run ``[0, T)``, by their names in :mod:`dit_mlflow.evaluation.figures`.
+        per_window: figures of each window.
+        gallery: what is known of the samples.
+        whole_run: the same of the whole run, one window; ``None`` = not known.
+        truth: exact retraining that the estimate was held against.
+        confirmed: exact scores of the samples of largest score in each window; ``None`` = not asked for.
+        named: exact scores over the whole run of all samples, some, or those that stand out; ``None`` = of none.
+        cost: seconds and drift, by metric name.
+        title: a few words that name what was trained.
+    """
+
+    influence: Influence
+    whole: Metrics
+    per_window: tuple[Metrics, ...]
+    gallery: Gallery = field(default_factory=Gallery)
+    whole_run: Influence | None = None
+    truth: Truth = field(default_factory=Truth)
+    confirmed: Influence | None = None
+    named: Influence | None = None
+    cost: Metrics = field(default_factory=Metrics)
+    title: str = ""
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """Those that were asked for."""
+        return self.influence.windows
+
+    @property
+    def query(self) -> str:
+        """As people write it."""
+        return self.influence.queries[0].replace("_", " ")
+
+    @property
+    def estimates(self) -> Mapping[str, Influence]:
+        """Scores of the windows, and of the whole run, by the method that made them."""
+        return {self.influence.method: self.scores}
+
+    @property
+    def parts(self) -> Mapping[Part, Influence]:
+        """All scores that are known, by what they are, in the order in which they became known."""
+        exact = self.truth.leave_one_out
+        apart = self.whole_run is not None and self.whole_run.windows != self.windows
+        parts: dict[Part, Influence | None] = {
+            "influence": self.influence,
+            "whole_run": self.whole_run if apart else None,
+            "truth": None if exact is None else exact.select(list(self.windows)),
+            "confirmed": self.confirmed,
+            "named": self.named,
+        }
+        return {part: found for part, found in parts.items() if found is not None}
+
+    @property
+    def scores(self) -> Influence:
+        """The estimate for the windows that were asked for and for the whole run."""
+        return joined_windows(self.influence, self.whole_run)
+
+    @property
+    def exact(self) -> Influence | None:
+        """Exact scores of the first query, for some samples and windows: what replaces estimates."""
+        return joined(self.named, self.truth.leave_one_out or self.confirmed)
+
+    @property
+    def checked(self) -> int:
+        """Samples with an exact ground truth over the whole run."""
+        return self.truth.checked
+
+    @property
+    def ranking(self) -> Influence | None:
+        """Scores of the whole run, exact where they are known, which rank the samples; ``None``: the mean does."""
+        return None if self.whole_run is None else best_known(self.whole_run, self.exact)
+
+    @property
+    def trust(self) -> Mapping[str, float]:
+        """How far the scores of the whole run can be trusted, see :func:`dit_mlflow.evaluation.trust`."""
+        prefix = "trust/"
+        return {name.removeprefix(prefix): v for name, v in self.whole.values.items() if name.startswith(prefix)}
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """Figures of the whole run, and what it cost."""
+        return {**self.whole.values, **self.pattern_figures.values, **self.cost.values}
+
+    @property
+    def measured(self) -> dict[Window, Metrics]:
+        """Figures of each window and of the whole run."""
+        found = dict(zip(self.windows, self.per_window, strict=True))
+        if self.whole_run is not None:
+            found[self.whole_run.windows[0]] = self.whole
+        return found
+
+    @cached_property
+    def patterns(self) -> np.ndarray | None:
+        """The pattern of each sample over the windows, ``[samples]``; ``None`` for one window."""
+        return patterns(self.influence) if len(self.windows) > 1 else None
+
+    @property
+    def pattern_figures(self) -> Metrics:
+        """How many samples have each pattern, and how well the estimate agrees with what is exact among them."""
+        if self.patterns is None:
+            return Metrics()
+        counts = pattern_counts(self.patterns)
+        exact = self.truth.leave_one_out
+        if exact is not None and self.whole_run is not None:
+            counts = counts.and_(correlations_by_pattern(self.whole_run.of(0), exact.of(-1), self.patterns))
+        return counts.prefixed("patterns/")
+
+    @property
+    def sentences(self) -> tuple[str, str, str]:
+        """Which samples hurt and helped most and when; how sure that is; what of damaged samples and patterns."""
+        from dit_mlflow.explanation.sentences import answer_sentences
+
+        return answer_sentences(self)
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The ``k`` most harmful and helpful samples of the whole run, ranked by what is known best.
+
+        Where the whole run is not known, of each window.
+        """
+        from dit_mlflow.explanation.tables import top_samples_table, whole_run_table
+
+        if self.whole_run is None:
+            return top_samples_table(self.influence, self.exact, self.gallery, k)
+        return whole_run_table(self.whole_run, self.exact, self.gallery, k)
+
+    def to_frame(self) -> pd.DataFrame:
+        """All scores in long form, see :meth:`dit_mlflow.Influence.to_frame`; ``exact`` where it is known."""
+        table = self.scores.to_frame()
+        if self.exact is None:
+            return table
+        keys = ["sample_index", "window_start", "window_end", "query"]
+        known = self.exact.to_frame()[[*keys, "score"]].rename(columns={"score": "exact"})
+        return table.merge(known, on=keys, how="left")
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write :meth:`to_frame`."""
+        self.to_frame().to_csv(path, index=False)
+        return Path(path)
+
+    def __repr__(self) -> str:
+        return f"<Explanation of {self.title or 'a training'}: {self.influence!r}>"
+
+    def __str__(self) -> str:
+        return " ".join(self.sentences)
+
+
+def joined_windows(one: Influence, other: Influence | None) -> Influence:
+    """The scores of both; ``other``'s windows that ``one`` has too are left out."""
+    if other is None or set(other.windows) <= set(one.windows):
+        return one
+    more = [window for window in other.windows if window not in one.windows]
+    scores = np.concatenate([one.scores, other.select(more).scores])
+    return replace(one, scores=scores, windows=(*one.windows, *more))

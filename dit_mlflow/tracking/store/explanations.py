@@ -1,0 +1,196 @@
+"""An explanation as an influence run, with a nested child run for each window."""
+
+from __future__ import annotations
+
+import mlflow
+import pandas as pd
+from matplotlib.figure import Figure
+from mlflow import ActiveRun, MlflowClient
+from mlflow.entities import Run
+
+from dit_mlflow.evaluation import Metrics
+from dit_mlflow.explanation import (
+    Explanation,
+    influence_note,
+    top_samples_table,
+    whole_run_table,
+    window_correlations_table,
+    window_note,
+    windows_table,
+)
+from dit_mlflow.explanation.explanation import Part
+from dit_mlflow.influence import Influence, Window
+from dit_mlflow.page import influence_page
+from dit_mlflow.plots import (
+    plot_against_truth,
+    plot_heat_map,
+    plot_patterns,
+    plot_recall_curves,
+    plot_top_samples,
+    plot_window_correlations,
+    plot_window_samples,
+)
+from dit_mlflow.progress import progress_over
+from dit_mlflow.tracking.store.artifacts import log_influence
+from dit_mlflow.tracking.store.names import (
+    CONFIRMED,
+    GROUND_TRUTH,
+    INFLUENCE,
+    KIND,
+    METHOD,
+    TRAINING_RUN,
+    WHOLE_RUN,
+    WHOLE_RUN_EXACT,
+)
+from dit_mlflow.tracking.store.run_log import log_metrics, log_series, peak_memory_mb
+from dit_mlflow.tracking.ui.links import run_link
+from dit_mlflow.tracking.ui.log_plot import log_plot
+from dit_mlflow.tracking.ui.notes import influence_links, set_note
+
+FOLDERS: dict[Part, str] = {
+    "influence": INFLUENCE,
+    "whole_run": WHOLE_RUN,
+    "truth": GROUND_TRUTH,
+    "confirmed": CONFIRMED,
+    "named": WHOLE_RUN_EXACT,
+}
+"""Where the parts of an explanation are kept."""
+
+
+def log_part(part: Part, found: Influence) -> None:
+    """Log scores on the active run, in the folder of their own."""
+    log_influence(found, folder=FOLDERS[part])
+
+
+def log_explanation(explanation: Explanation, training_run_id: str) -> None:
+    """Log an explanation on the active run: scores, figures, tables, plots, its page, and a child run per window.
+
+    Args:
+        explanation: from :func:`dit_mlflow.explain`.
+        training_run_id: the run that recorded the trajectory.
+    """
+    for part, found in explanation.parts.items():
+        log_part(part, found)
+    log_answer(explanation, training_run_id)
+
+
+def log_answer(explanation: Explanation, training_run_id: str) -> None:
+    """The same, where :func:`log_part` has logged the scores as they were computed.
+
+    The run gets the figures of the whole run ``[0, T)`` and ``by_window/…`` series; each child those of its window.
+    """
+    run = mlflow.active_run()
+    assert run is not None
+    training = MlflowClient().get_run(training_run_id)
+    _log_figures(explanation, training)
+    samples = _log_tables(explanation)
+    for name, figure in _plots(explanation).items():
+        log_plot(figure, f"{INFLUENCE}/{name}.png")
+    mlflow.log_text(
+        influence_page(
+            explanation.scores,
+            explanation.exact,
+            explanation.gallery,
+            explanation.windows,
+            explanation.measured,
+            explanation.title,
+            explanation.sentences,
+        ),
+        f"{INFLUENCE}/report.html",
+    )
+    # The UI lists the newest first: the last window is logged first, so that they stand in order.
+    positions = progress_over(range(len(explanation.windows))[::-1], "logging windows", "window")
+    runs = [_log_window(explanation, k, samples, run, training_run_id) for k in positions][::-1]
+    set_note(run.info.run_id, influence_note(explanation, influence_links(run, training_run_id, runs)))
+
+
+def log_window_series(explanation: Explanation) -> None:
+    """The figures of the windows as series on the active run, step = window index.
+
+    Bounds and levels of chance stand on the window's own run; as charts they would only be in the way.
+    """
+    names = dict.fromkeys(name for metrics in explanation.per_window for name in metrics.values)
+    for name in names:
+        if not name.endswith(("_low", "_high", "_chance")):
+            log_series(f"by_window/{name}", [metrics.values.get(name) for metrics in explanation.per_window])
+
+
+def window_run_name(window: Window, index: int, count: int) -> str:
+    """``w03 240-320``: names of ``count`` windows sort as the windows do."""
+    return f"w{index:0{max(2, len(str(count - 1)))}d} {window}"
+
+
+def _log_figures(explanation: Explanation, training: Run) -> None:
+    known = {
+        "cost/training_seconds": training.data.metrics.get("cost/training_seconds"),
+        "cost/peak_memory_mb": peak_memory_mb(),
+    }
+    costs = Metrics({name: value for name, value in known.items() if value is not None})
+    log_metrics(explanation.whole)
+    log_metrics(explanation.cost.and_(costs))
+    log_window_series(explanation)
+    log_metrics(explanation.pattern_figures)
+
+
+def _log_tables(explanation: Explanation) -> pd.DataFrame:
+    """Returns the table of the top samples of all windows."""
+    found, gallery = explanation.influence, explanation.gallery
+    truth = explanation.truth.leave_one_out
+    exact = explanation.confirmed if truth is None else truth.select(list(found.windows))
+    samples = top_samples_table(found, exact, gallery)
+    tables = {
+        "windows": windows_table(found, explanation.per_window),
+        "top_samples": samples,
+    }
+    if explanation.whole_run is not None:
+        tables["whole_run"] = whole_run_table(explanation.whole_run, explanation.exact, gallery)
+    if len(found.windows) > 1:
+        tables["window_correlations"] = window_correlations_table(found)
+    for name, table in tables.items():
+        mlflow.log_table(table, f"{INFLUENCE}/{name}.json")
+    return samples
+
+
+def _plots(explanation: Explanation) -> dict[str, Figure]:
+    found, gallery = explanation.influence, explanation.gallery
+    truth = explanation.truth.leave_one_out
+    plots = {}
+    if explanation.patterns is not None:
+        plots["window_correlations"] = plot_window_correlations(found)
+        plots["patterns"] = plot_patterns(found, explanation.patterns)
+    corrupted = sorted(gallery.corrupted)
+    if corrupted and explanation.whole_run is not None:
+        known = [part for part in (explanation.whole_run, truth) if part is not None]
+        curves = {f"{part.method}, whole run": part.of(-1) for part in known}
+        plots["recall_curve"] = plot_recall_curves(curves, corrupted)
+    plots["influence_over_windows"] = plot_top_samples(found, gallery, whole=explanation.ranking)
+    plots["heat_map"] = plot_heat_map(found, gallery, whole=explanation.ranking)
+    if truth is not None:
+        everywhere = range(len(explanation.scores.windows))
+        plots["against_leave_one_out"] = plot_against_truth(explanation.scores, truth, everywhere, corrupted)
+    return plots
+
+
+def _log_window(
+    explanation: Explanation, index: int, samples: pd.DataFrame, parent: ActiveRun, training_run_id: str
+) -> Run:
+    """Log a window's run. ``samples``: the top samples of all windows."""
+    found, window = explanation.influence, explanation.windows[index]
+    exact = explanation.truth.leave_one_out or explanation.confirmed
+    tags = {KIND: "window", METHOD: found.method, TRAINING_RUN: training_run_id}
+    name = window_run_name(window, index, len(explanation.windows))
+    with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
+        bounds = {"window_index": index, "window_start": window.start, "window_end": window.end}
+        mlflow.log_params({"method": found.method, "kind": found.kind, **bounds})
+        log_metrics(explanation.per_window[index])
+        # After the others: the page that compares runs begins with the metric that was logged first.
+        mlflow.log_metrics({"window_start": window.start, "window_end": window.end})
+        known = None if exact is None else exact.of(window)
+        log_plot(plot_window_samples(found, index, explanation.gallery, known), "top_samples.png")
+        mlflow.log_table(samples[samples["window_index"] == index], "top_samples.json")
+        if exact is not None and explanation.checked:
+            figure = plot_against_truth(found, exact, [index], sorted(explanation.gallery.corrupted))
+            log_plot(figure, "against_leave_one_out.png")
+        link = (parent.info.run_name or "the influence run", run_link(parent))
+        set_note(run.info.run_id, window_note(explanation, index, link))
+    return run
