@@ -14,8 +14,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from dit_mlflow import leave_one_out, load_workload, parse_windows, track, train
-from dit_mlflow.evaluation import correlations
+from dit_mlflow import Checks, explain, load_workload, parse_windows, train
+from dit_mlflow.explanation import find_truth
+from dit_mlflow.influence import check_kind
+from dit_mlflow.methods.dit import Dit
+
+FIGURES = ["spearman", "pearson", "jaccard_30"]
 
 
 def measure(
@@ -26,14 +30,14 @@ def measure(
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         trajectory = train(workload, Path(folder) / "trajectory", init_seed=seed, order_seed=seed)
-        whole = parse_windows("1", trajectory)
-        chosen = [*parse_windows(windows, trajectory), *whole]
-        for kind in kinds:
-            estimate = track(trajectory, workload, chosen, kind, dtype=torch.float64)  # type: ignore[arg-type]
-            truth = leave_one_out(trajectory, workload, chosen, kind, samples=samples)  # type: ignore[arg-type]
-            for position, window in enumerate(chosen):
-                values = correlations(estimate.of(position), truth.of(position)).values
-                name = "whole run" if position == len(chosen) - 1 else str(window)
+        chosen = parse_windows(windows, trajectory)
+        for kind in map(check_kind, kinds):
+            truth = find_truth(trajectory, workload, chosen, kind, Checks(ground_truth=samples))
+            method = Dit(dtype=torch.float64)
+            found = explain(trajectory, workload, chosen, kind, method=method, checks=Checks(), truth=truth)
+            for window, figures in found.measured.items():
+                name = "whole run" if window == found.scores.windows[-1] else str(window)
+                values = {figure: figures.values[f"ground_truth/{figure}"] for figure in FIGURES}
                 rows.append({"kind": kind, "window": name, "seed": seed, **values})
     return rows
 
@@ -60,7 +64,7 @@ def main() -> None:
         ]
         table = pd.DataFrame(rows)
         print(f"\n{model}, {options.seeds} seeds, {time.perf_counter() - started:.0f} s")
-        grouped = table.groupby(["kind", "window"], sort=False)[["spearman", "pearson", "jaccard_30"]]
+        grouped = table.groupby(["kind", "window"], sort=False)[FIGURES]
         print(grouped.agg(["median", "min"]).to_string(float_format="%.3f"))
         windows = table[table["window"] != "whole run"]
         overall = windows.groupby("kind", sort=False)["spearman"].agg(["median", "min", "count"])

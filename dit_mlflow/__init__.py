@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dit_mlflow.errors import DitError, InputError, TrainingError, TrajectoryError, UnsupportedError, WorkloadError
+    from dit_mlflow.explanation import Checks, Explanation, explain
     from dit_mlflow.influence import (
         Influence,
         Query,
@@ -58,6 +59,7 @@ _HOMES = {
         "track",
     ),
     "dit_mlflow.retraining": ("Effort", "leave_one_out"),
+    "dit_mlflow.explanation": ("Checks", "Explanation", "explain"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -80,6 +82,9 @@ __all__ = [  # noqa: RUF022  (in the order a reader meets them)
     "self_influence",
     "leave_one_out",
     "Effort",
+    "explain",
+    "Checks",
+    "Explanation",
     "Influence",
     "DitError",
     "InputError",

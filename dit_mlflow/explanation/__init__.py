@@ -2,7 +2,7 @@
 
 from dit_mlflow.explanation.cleansing_note import cleansing_answer, cleansing_note
 from dit_mlflow.explanation.comparison_note import comparison_note, comparison_sentences
-from dit_mlflow.explanation.explain import explain
+from dit_mlflow.explanation.explainer import explain
 from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.run_note import Links, compare_line, influence_note, window_note

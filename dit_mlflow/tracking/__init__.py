@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from dit_mlflow.tracking.jobs.train import run_training
     from dit_mlflow.tracking.recording.record_trajectory import record_trajectory
     from dit_mlflow.tracking.store.artifacts import load_influence, load_trajectory, log_influence, log_trajectory
+    from dit_mlflow.tracking.store.explanations import log_explanation
 
 _HOME_OF = {
     "load_influence": "store.artifacts",
     "load_trajectory": "store.artifacts",
+    "log_explanation": "store.explanations",
     "log_influence": "store.artifacts",
     "log_influence_model": "jobs.influence_model",
     "log_trajectory": "store.artifacts",
@@ -29,6 +31,7 @@ _HOME_OF = {
 __all__ = [
     "load_influence",
     "load_trajectory",
+    "log_explanation",
     "log_influence",
     "log_influence_model",
     "log_trajectory",

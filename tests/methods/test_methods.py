@@ -25,13 +25,13 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow import sample_losses as sample_losses_of
-from dit_mlflow.methods import NAMES, dit_confirmed, grad_cos, last_layer, method, sample_gradients
+from dit_mlflow.methods import NAMES, grad_cos, last_layer, method, sample_gradients
 from dit_mlflow.methods.confident_learning import ConfidentLearning, out_of_sample
 from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.influence_function import InfluenceFunction
 from dit_mlflow.methods.sample_gradients import norms
 from dit_mlflow.methods.snapshot import Snapshot
-from dit_mlflow.retraining import confirm
+from dit_mlflow.retraining import confirm, confirmation
 
 GRADIENT_METHODS = [
     *["tracin", "tracin_checkpoints", "grad_dot", "grad_cos", "grad_norm", "source", "dvemb"],
@@ -470,8 +470,8 @@ def test_a_sample_confirmed_for_one_query_is_exact_for_all(
     queries = sample_losses_of(workload, range(6))
     windows = parse_windows("2", trajectory)
     estimate, truth = (ask(trajectory, workload, windows, queries=queries).scores for ask in (track, leave_one_out))
-    made, real = [], dit_confirmed.retrain
-    monkeypatch.setattr(dit_confirmed, "retrain", lambda q, left, *rest: made.append(len(left)) or real(q, left, *rest))
+    made, real = [], confirmation.retrain
+    monkeypatch.setattr(confirmation, "retrain", lambda q, left, *rest: made.append(len(left)) or real(q, left, *rest))
     found = DitConfirmed(share=3 / 24, dtype=torch.float64)(trajectory, workload, windows, queries=queries)
     for k in range(2):
         union = np.unique(np.argsort(-np.abs(estimate[k]), axis=1)[:, :3])

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import mlflow
-import numpy as np
 from mlflow import MlflowClient
 
-from dit_mlflow.errors import InputError, TrainingError, UnsupportedError, WorkloadError
-from dit_mlflow.evaluation import mean_scores
-from dit_mlflow.evaluation.changed_data import relabelled, sample_classes, subset
+from dit_mlflow.errors import InputError, TrainingError
 from dit_mlflow.evaluation.trials import (
     NO_CLEANING,
-    RANDOM,
     Cleansing,
     Outcome,
     Trial,
-    check_classes_stay,
-    random_scores,
-    trials,
-    tried_out,
     untouched,
 )
 from dit_mlflow.explanation import cleansing_answer, cleansing_table, terminal_table
-from dit_mlflow.influence import Kind, Window, check_kind, parse_windows, track
+from dit_mlflow.explanation.cleansing import ACTIONS, CleansingTask, parse_shares
+from dit_mlflow.explanation.explanation import Explanation
+from dit_mlflow.influence import check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
-from dit_mlflow.methods import method
-from dit_mlflow.methods.confident_learning import check_folds, out_of_sample
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.recording.loop import check_seeds
-from dit_mlflow.replay import Trajectory
 from dit_mlflow.tracking.jobs.cleanse_runs import CleansingRuns
 from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, recorded_workload
 from dit_mlflow.tracking.jobs.train import run_training, workload_params
@@ -44,15 +34,9 @@ from dit_mlflow.tracking.store.error_text import error_text
 from dit_mlflow.tracking.store.names import KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import project_run
 from dit_mlflow.tracking.ui.links import where_to_look
-from dit_mlflow.workload import Workload, load_workload
-from dit_mlflow.workload.random_state import preserved_random_state
-
-ACTIONS = ("drop", "relabel")
+from dit_mlflow.workload import load_workload
 
 CLEANSING = "cleansing"
-
-FOLDS = 5
-"""Parts of the training samples, each predicted by a model that is trained on the others."""
 
 _log = logging.getLogger(__name__)
 
@@ -89,73 +73,7 @@ class CleansingRequest(Request):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}; expected {least} or more")
         _ = self.memory_budget
-        self.counts(2**31)
-
-    def counts(self, num_samples: int) -> dict[float, int]:
-        """The fractions that were asked for, ascending, and how many samples each is; raises :class:`InputError`."""
-        expected = "expected shares of the training samples between 0 and 1, such as 0.05,0.1"
-        try:
-            fractions = sorted({float(part) for part in self.drop.split(",")})
-        except ValueError:
-            raise InputError(f"drop={self.drop!r} cannot be read; {expected}") from None
-        if not all(0 < fraction < 1 for fraction in fractions):
-            raise InputError(f"drop={self.drop!r}; {expected}")
-        counts = {fraction: round(fraction * num_samples) for fraction in fractions}
-        for fraction, count in counts.items():
-            if not 0 < count < num_samples:
-                raise InputError(
-                    f"drop={fraction:g} of {num_samples} samples is {f'all {count}' if count else 'none'} of them; "
-                    "expected at least one, and at least one left"
-                )
-        if len(set(counts.values())) < len(counts):
-            raise InputError(f"drop={self.drop!r} asks for the same number of {num_samples} samples twice")
-        return counts
-
-
-@dataclass(frozen=True, eq=False)
-class CheckedCleansing:
-    """A request that was held against its workload.
-
-    Attributes:
-        classes: of the training samples as labelled, ``[n]``; ``None`` if they have none.
-        counts: fraction -> number of samples.
-        metric: to choose and judge by.
-    """
-
-    classes: np.ndarray | None
-    counts: dict[float, int]
-    metric: str
-
-    @classmethod
-    def of(cls, request: CleansingRequest, workload: Workload) -> CheckedCleansing:
-        """Raises :class:`DitError` for what cannot be done on this workload."""
-        counts = request.counts(workload.num_samples)
-        try:
-            _ = workload.plan
-        except WorkloadError as error:
-            raise WorkloadError(
-                f"cleanse trains again, so the workload must also say how the loop does that: {error} (and scheduler, "
-                "if the loop has one)"
-            ) from error
-        if workload.test_set is None:
-            raise WorkloadError(
-                "Workload.test_set must be given to cleanse: the validation split chooses what to clean, so that only "
-                "another one can tell whether it helped"
-            )
-        try:
-            classes = sample_classes(workload)
-        except UnsupportedError as error:
-            if request.action == "relabel":
-                raise UnsupportedError(f"action=relabel needs a classification: {error}") from error
-            classes = None
-        if request.action == "relabel" and classes is not None:
-            check_folds(classes, FOLDS)
-        most, kinds = max(counts.values()), 1 if classes is None else len(np.unique(classes))
-        if request.action == "drop" and workload.num_samples - most < kinds:
-            raise InputError(
-                f"dropping {most} of {workload.num_samples} samples leaves fewer than the {kinds} classes; lower drop"
-            )
-        return cls(classes, counts, _metric(request, workload))
+        parse_shares(self.drop, 2**31)
 
 
 def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) -> str:
@@ -174,12 +92,12 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         trajectory = load_trajectory(request.training_run)
         workload = recorded_workload(request, trajectory)
         windows = parse_windows(request.windows, trajectory)
-        plan = CheckedCleansing.of(request, workload)
+        task = CleansingTask.of(workload, request.drop, request.action, request.metric)
         training_run = request.training_run
     else:
         workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
         windows = parse_windows(request.windows, workload.plan)
-        plan = CheckedCleansing.of(request, workload)
+        task = CleansingTask.of(workload, request.drop, request.action, request.metric)
         _repeated(request.init_seed, request.order_seed, request.repeats)
         rehearse(workload, request.memory_budget)
         training_run = run_training(workload, request.init_seed, request.order_seed)
@@ -192,46 +110,32 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
                 **workload_params(workload),
                 "resolved.kind": kind,
                 "resolved.windows": len(windows),
-                "resolved.drop": ",".join(f"{fraction:g}" for fraction in plan.counts),
+                "resolved.drop": ",".join(f"{fraction:g}" for fraction in task.counts),
                 "resolved.action": request.action,
-                "resolved.metric": plan.metric,
+                "resolved.metric": task.metric,
                 "resolved.repeats": request.repeats,
                 "resolved.draws": request.draws,
                 "resolved.training_run": training_run,
             }
         )
         log_datasets_of(training_run, run.info.run_id)
-        strategies = _strategies(request, trajectory, workload, windows, kind)
-        predicted = None
-        if request.action == "relabel":
-            with preserved_random_state():
-                predicted = out_of_sample(trajectory.replay(workload), FOLDS, seed=0)[1].argmax(axis=1)
-        tried = trials(strategies, plan.counts)
-        if request.action == "drop" and plan.classes is not None:
-            check_classes_stay(tried, plan.classes)
-        runs = CleansingRuns(workload, request.action, training_run, seeds, plan.classes, predicted)
-        outcomes, failures = _outcomes([untouched(workload.num_samples), *tried], workload, predicted, runs)
-        cleansing = Cleansing(tuple(outcomes), plan.metric, request.action, workload.corrupted)
+        task, tried = task.flag(
+            trajectory,
+            windows,
+            kind,
+            request.draws,
+            request.memory_budget,
+            _log_scores,
+        )
+        runs = CleansingRuns(task, training_run, seeds)
+        outcomes, failures = _outcomes([untouched(workload.num_samples), *tried], runs)
+        cleansing = Cleansing(tuple(outcomes), task.metric, request.action, workload.corrupted)
         remarks = [*_against_record(cleansing.before, training_run, known), *failures]
         runs.log_strategies(cleansing)
         runs.log_answer(cleansing, remarks)
     return _summary(
         cleansing, remarks, [f"training run   {training_run}", f"cleansing run  {run.info.run_id}", where_to_look(run)]
     )
-
-
-def _metric(request: CleansingRequest, workload: Workload) -> str:
-    with preserved_random_state():
-        found = mean_scores(workload, workload.build_model().eval(), workload.validation_set).values
-    if not request.metric:
-        return "accuracy" if math.isfinite(found.get("accuracy", math.nan)) else "loss"
-    if request.metric not in found:
-        raise InputError(f"metric={request.metric!r}; the workload has {', '.join(found)}")
-    if not math.isfinite(found[request.metric]):
-        raise InputError(
-            f"metric={request.metric!r} is {found[request.metric]} on the validation split before training"
-        )
-    return request.metric
 
 
 def _seeds(training_run: str, repeats: int) -> tuple[list[tuple[int, int]], bool]:
@@ -248,24 +152,11 @@ def _repeated(init: int, order: int, repeats: int) -> list[tuple[int, int]]:
     return [(init + repeat, order + repeat) for repeat in range(repeats)]
 
 
-def _strategies(
-    request: CleansingRequest, trajectory: Trajectory, workload: Workload, windows: list[Window], kind: Kind
-) -> dict[str, np.ndarray]:
-    """Scores ``[draws, n]`` by the name of the strategy, low = to be cleaned."""
-    influence = track(trajectory, workload, windows, kind, memory_budget=request.memory_budget)
-    log_influence(influence)
-    width = max(2, len(str(len(windows) - 1)))
-    names = [f"influence w{index:0{width}d} {window}" for index, window in enumerate(windows)]
-    found = {name: influence.of(index)[None] for index, name in enumerate(names if len(windows) > 1 else ["influence"])}
-    found["loss"] = method("loss")(trajectory, workload).of(0)[None]
-    if request.draws:
-        found[RANDOM] = random_scores(request.draws, workload.num_samples)
-    return found
+def _log_scores(found: Explanation) -> None:
+    log_influence(found.influence)
 
 
-def _outcomes(
-    tried: list[Trial], workload: Workload, predicted: np.ndarray | None, runs: CleansingRuns
-) -> tuple[list[Outcome], list[str]]:
+def _outcomes(tried: list[Trial], runs: CleansingRuns) -> tuple[list[Outcome], list[str]]:
     """What came of the trials, each in a run of its own, and why others failed."""
     outcomes: list[Outcome] = []
     failures: list[str] = []
@@ -273,7 +164,7 @@ def _outcomes(
     with progress_bar(total, "trainings", "training") as progress:
         for trial in tried:
             before = outcomes[0] if outcomes else None
-            attempt = partial(tried_out, trial, _change(workload, predicted), runs.seeds, progress.update)
+            attempt = partial(runs.task.attempt, trial, runs.seeds, progress.update)
             try:
                 outcomes.append(runs.child(trial, before, attempt))
             except Exception as error:
@@ -284,13 +175,6 @@ def _outcomes(
     if len(outcomes) == 1:
         raise TrainingError(f"every trial failed; the first: {failures[0]}")
     return outcomes, failures
-
-
-def _change(workload: Workload, predicted: np.ndarray | None) -> Callable[[np.ndarray], Workload]:
-    """What is done about flagged samples: dropped, or given the predicted classes ``[n]``."""
-    if predicted is not None:
-        return lambda flagged: relabelled(workload, flagged, predicted[flagged])
-    return lambda flagged: subset(workload, np.delete(np.arange(workload.num_samples), flagged))
 
 
 def _against_record(before: Outcome, training_run: str, known: bool) -> list[str]:

@@ -22,6 +22,7 @@ from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.changed_data import class_names
 from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, Cleansing, Outcome, Trial, choose
 from dit_mlflow.explanation import Gallery, cleansing_note, cleansing_table
+from dit_mlflow.explanation.cleansing import CleansingTask
 from dit_mlflow.explanation.cleansing_note import DONE
 from dit_mlflow.explanation.markdown import encodable
 from dit_mlflow.plots import plot_cleansing
@@ -29,7 +30,6 @@ from dit_mlflow.tracking.store.artifacts import active_run_id
 from dit_mlflow.tracking.store.error_text import error_text
 from dit_mlflow.tracking.store.names import ERROR, HELPED, KIND, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import log_metrics, log_series
-from dit_mlflow.workload import Workload
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,35 +37,29 @@ class CleansingRuns:
     """Logs below the active run, and on it.
 
     Attributes:
-        workload: before cleaning.
-        action: ``drop`` or ``relabel``.
+        task: what is cleaned, and how.
         training_run: the run that recorded the trajectory.
         seeds: ``(init_seed, order_seed)`` of each repeat.
-        classes: of the training samples as labelled, ``[n]``; ``None`` if they have none.
-        predicted: the classes ``[n]`` that flagged samples are given; ``None`` = they are dropped.
     """
 
-    workload: Workload
-    action: str
+    task: CleansingTask
     training_run: str
     seeds: Sequence[tuple[int, int]]
-    classes: np.ndarray | None
-    predicted: np.ndarray | None
 
     @cached_property
     def _gallery(self) -> Gallery:
-        return Gallery(self.workload)
+        return Gallery(self.task.workload)
 
     @cached_property
     def _names(self) -> dict[int, str]:
         """Of the classes, as people read them."""
-        names = {} if self.classes is None else class_names(self.workload, self.classes)
+        names = {} if self.task.classes is None else class_names(self.task.workload, self.task.classes)
         return {found: encodable(name) for found, name in names.items()}
 
     @property
     def done(self) -> str:
         """``dropped`` or ``relabelled``: the parameter and the table of the samples."""
-        return DONE[self.action]
+        return DONE[self.task.action]
 
     def name(self, trial: Trial) -> str:
         """Sorts by strategy, then by fraction."""
@@ -78,7 +72,7 @@ class CleansingRuns:
         tags = {KIND: "cleansed", TRAINING_RUN: self.training_run}
         with mlflow.start_run(run_name=self.name(trial), nested=True, tags=tags):
             params = {"strategy": trial.strategy, "fraction": trial.fraction, self.done: trial.count}
-            mlflow.log_params({**params, "action": self.action})
+            mlflow.log_params({**params, "action": self.task.action})
             mlflow.log_table(self.samples(trial), f"{self.done}.json")
             try:
                 outcome = attempt()
@@ -100,8 +94,8 @@ class CleansingRuns:
         if gallery.describe is not None:
             columns["sample"] = [gallery.describe(int(index)) for index in indices]
         columns["label"] = [gallery.label_of(int(index)) for index in indices]
-        if self.predicted is not None:
-            columns["new_label"] = [self._names.get(int(found), str(found)) for found in self.predicted[indices]]
+        if self.task.predicted is not None:
+            columns["new_label"] = [self._names.get(int(found), str(found)) for found in self.task.predicted[indices]]
         if gallery.corrupted:
             columns["corrupted"] = np.isin(indices, list(gallery.corrupted))
         return pd.DataFrame(columns)
@@ -113,7 +107,7 @@ class CleansingRuns:
             best = choose(outcomes, cleansing.metric)
             tags = {KIND: "strategy", TRAINING_RUN: self.training_run}
             with mlflow.start_run(run_name=strategy, nested=True, tags=tags):
-                params = {"strategy": strategy, "action": self.action, "chosen.fraction": best.trial.fraction}
+                params = {"strategy": strategy, "action": self.task.action, "chosen.fraction": best.trial.fraction}
                 mlflow.log_params(params | {f"chosen.{self.done}": best.trial.count})
                 log_metrics(self._figures(best, cleansing.before))
                 points = [cleansing.before, *outcomes]
@@ -137,20 +131,20 @@ class CleansingRuns:
         mlflow.log_table(self.samples(chosen.trial), f"{self.done}.json")
         indices = chosen.trial.flagged[0]
         taken: dict[str, object] = {"strategy": chosen.trial.strategy, "indices": indices.tolist()}
-        if self.predicted is not None:
-            taken["classes"] = self.predicted[indices].tolist()
+        if self.task.predicted is not None:
+            taken["classes"] = self.task.predicted[indices].tolist()
         mlflow.log_dict(taken, f"{self.done}_indices.json")
 
     def _figures(self, outcome: Outcome, before: Outcome) -> Metrics:
-        trial, corrupted = outcome.trial, self.workload.corrupted
+        trial, corrupted = outcome.trial, self.task.workload.corrupted
         found = outcome.summary().and_(trial.found(corrupted).prefixed("detection/"))
         extra: dict[str, float] = {}
         if trial.strategy.startswith("influence"):
             # More were asked for than are harmful: these help, as far as the estimate goes.
             extra["flagged/helpful"] = float((np.take_along_axis(trial.scores, trial.flagged, axis=1) > 0).sum())
-        if self.predicted is not None and self.classes is not None:
+        if self.task.predicted is not None and self.task.classes is not None:
             # Of several draws, as many as on average.
-            other = self.predicted[trial.flagged] != self.classes[trial.flagged]
+            other = self.task.predicted[trial.flagged] != self.task.classes[trial.flagged]
             extra["relabelled/changed"] = float(other.sum(axis=1).mean())
         if outcome is not before:
             found = found.and_(outcome.gain(before).prefixed("gain/"))
@@ -158,7 +152,7 @@ class CleansingRuns:
 
     def _series(self, outcome: Outcome) -> dict[str, float]:
         means = {name: outcome.mean(name) for name in outcome.figures}
-        return {**means, **outcome.trial.found(self.workload.corrupted).prefixed("detection/").values}
+        return {**means, **outcome.trial.found(self.task.workload.corrupted).prefixed("detection/").values}
 
     def _repeats(self, outcome: Outcome) -> pd.DataFrame:
         draws = len(outcome.trial.flagged)

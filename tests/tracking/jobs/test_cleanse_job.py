@@ -22,10 +22,11 @@ from workloads import datasets, digits_workload
 from dit_mlflow import InputError, UnsupportedError, load_workload
 from dit_mlflow.cli import cli
 from dit_mlflow.evaluation import mean_scores
+from dit_mlflow.explanation import cleansing
+from dit_mlflow.explanation.cleansing import CleansingTask
 from dit_mlflow.recording.loop import train_unrecorded
 from dit_mlflow.tracking import load_influence, load_trajectory, record_trajectory
 from dit_mlflow.tracking.jobs import cleanse as job
-from dit_mlflow.tracking.jobs.cleanse import CheckedCleansing, CleansingRequest
 from dit_mlflow.workload import Workload
 
 QUICK = {**SMALL, "repeats": "2", "draws": "2", "drop": "0.1,0.2"}
@@ -197,7 +198,7 @@ def test_a_trial_that_fails_stops_nothing(store: str, monkeypatch: pytest.Monkey
         return tried_out(trial, *arguments)
 
     tried_out = job.tried_out
-    monkeypatch.setattr(job, "tried_out", fails_for_loss)
+    monkeypatch.setattr(cleansing, "tried_out", fails_for_loss)
     finished = cleanse(**QUICK)
     assert finished.exit_code == 0, finished.output
     status = {name: run.info.status for name, run in strategies().items()}
@@ -207,7 +208,7 @@ def test_a_trial_that_fails_stops_nothing(store: str, monkeypatch: pytest.Monkey
     assert parent.info.status == "FINISHED"
     assert "loss 10 % failed: RuntimeError" in finished.output
     assert "<b>" not in parent.data.tags["mlflow.note.content"]
-    monkeypatch.setattr(job, "tried_out", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(cleansing, "tried_out", lambda *arguments: 1 / 0)
     assert cleanse(**QUICK).exit_code == 1
     assert not [run for run in runs() if run.info.status == "RUNNING"]
 
@@ -248,7 +249,7 @@ def test_bad_input_ends_before_any_work(name: str, store: str, monkeypatch: pyte
 def test_a_class_that_would_be_left_without_samples_is_told_before_training_again(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "tried_out", lambda *arguments: pytest.fail("trained"))
+    monkeypatch.setattr(cleansing, "tried_out", lambda *arguments: pytest.fail("trained"))
     finished = cleanse(**{**QUICK, "drop": "0.9"}, corrupt="0.4", corruption="class_flip")
     assert finished.exit_code == 1
     assert "leaves no sample of class" in finished.output
@@ -349,8 +350,8 @@ def test_a_loop_of_ones_own_needs_a_workload_that_can_be_trained(own_loop: str) 
     assert "need" in parent.data.tags["dit.undefined.test/loss_low"]
 
 
-def planned(workload: Workload, **asked: Any) -> CheckedCleansing:
-    return CheckedCleansing.of(CleansingRequest(drop="0.2", **asked), workload)
+def planned(workload: Workload, **asked: Any) -> CleansingTask:
+    return CleansingTask.of(workload, "0.2", asked.get("action", "drop"), asked.get("metric", ""))
 
 
 def test_relabelling_needs_a_class_of_five_samples() -> None:

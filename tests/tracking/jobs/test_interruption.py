@@ -221,7 +221,7 @@ def test_a_file_that_is_gone_is_named_without_a_traceback(store: str, monkeypatc
     def gone(request: object, run_id: str | None) -> str:
         raise FileNotFoundError(2, "No such file or directory", "/mnt/artifacts")
 
-    monkeypatch.setattr("dit_mlflow.tracking.jobs.request.main_job", gone)
+    monkeypatch.setattr("dit_mlflow.tracking.jobs.influence.main_job", gone)
     finished = CliRunner().invoke(cli, ["influence"])
     assert finished.exit_code == 1
     assert finished.output.endswith("Error: FileNotFoundError: [Errno 2] No such file or directory: '/mnt/artifacts'\n")

@@ -1,0 +1,207 @@
+"""From a recorded training to the whole answer, without MLflow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dit_mlflow.evaluation import (
+    Metrics,
+    attainable,
+    correlations,
+    correlations_with_intervals,
+    datamodeling_score,
+    detection,
+    trust,
+)
+from dit_mlflow.explanation.explanation import Explanation, Part
+from dit_mlflow.explanation.gallery import Gallery
+from dit_mlflow.explanation.ranking import extreme_samples
+from dit_mlflow.explanation.truth import NAMED, Checks, Truth, find_truth, joined
+from dit_mlflow.influence import Influence, Kind, Query, Window, check_kind, parse_windows
+from dit_mlflow.methods import Method
+from dit_mlflow.methods import method as method_of
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.retraining import Effort, confirm, leave_one_out
+from dit_mlflow.workload import Workload
+
+DEFAULT_CHECKS = Checks(trust=24)
+
+
+def explain(
+    trajectory: Trajectory,
+    workload: Workload,
+    windows: str | Sequence[Window] = "epochs",
+    kind: Kind = "local",
+    queries: Sequence[Query] | None = None,
+    method: str | Method = "dit",
+    checks: Checks = DEFAULT_CHECKS,
+    truth: Truth | None = None,
+    effort: Effort | None = None,
+    whole_run: bool = True,
+    reached: Callable[[Part, Influence], object] = lambda part, found: None,
+) -> Explanation:
+    """Which training samples mattered, in which windows, and how far that can be trusted.
+
+    Args:
+        trajectory, workload, kind, queries: as for :func:`dit_mlflow.track`.
+        windows: themselves, or as for :func:`dit_mlflow.parse_windows`.
+        method: that estimates; its name, or itself with settings of its own.
+        checks: exact retrainings to hold the estimate against.
+        truth: exact retrainings that are known already, of ``windows`` and the whole run, from :func:`find_truth`:
+            the estimate is held against them and nothing is retrained.
+        effort: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
+        whole_run: estimate the whole run ``[0, T)`` too, whose scores rank the samples; the checks need it.
+        reached: called with each part as soon as it is known, estimates first, since retrainings take longest: what
+            it keeps is not lost if the rest is broken off.
+
+    Returns:
+        Scores, what is exact, figures, and the answer in words. Figures, samples and words are of the first query.
+
+    Raises:
+        DitError: see :func:`dit_mlflow.track` and :func:`dit_mlflow.leave_one_out`.
+
+    Cost: the method's, and a training for each sample or subset that ``checks`` has retrained.
+    """
+    estimator = method_of(method) if isinstance(method, str) else method
+    kind = check_kind(kind)
+    asked = parse_windows(windows, trajectory) if isinstance(windows, str) else list(windows)
+    explanation = _estimated(estimator, trajectory, workload, asked, kind, queries, whole_run)
+    for part, scores in explanation.parts.items():
+        reached(part, scores)
+    if truth is not None:
+        return _held_against(explanation, truth)
+    explanation = _held_against(
+        explanation, find_truth(trajectory, workload, explanation.windows, kind, checks, queries, effort)
+    )
+    if "truth" in explanation.parts:
+        reached("truth", explanation.parts["truth"])
+    # Of one query, which is the one that is spoken of.
+    further = _Retraining(trajectory, workload, kind, None if queries is None else queries[:1], effort)
+    for check in (further.noise_floor, further.trust, further.confirm, further.name):
+        known = explanation.parts
+        explanation = check(explanation, checks)
+        for part in explanation.parts.keys() - known.keys():
+            reached(part, explanation.parts[part])
+    return explanation
+
+
+def _estimated(
+    estimator: Method,
+    trajectory: Trajectory,
+    workload: Workload,
+    asked: Sequence[Window],
+    kind: Kind,
+    queries: Sequence[Query] | None,
+    whole_run: bool,
+) -> Explanation:
+    whole = Window(0, trajectory.num_steps)
+    begun, cpu = time.perf_counter(), time.process_time()
+    found = estimator(trajectory, workload, list(dict.fromkeys([*asked, whole])) if whole_run else asked, kind, queries)
+    cost = {
+        "cost/influence_seconds": time.perf_counter() - begun,
+        "cost/cpu_seconds": time.process_time() - cpu,
+        "replay/max_drift": found.metadata.get("max_drift"),
+    }
+    # A method without window scores answers for the whole run alone.
+    windows = [window for window in asked if window in found.windows] or [whole]
+    return Explanation(
+        found.select(windows),
+        Metrics(),
+        (Metrics(),) * len(windows),
+        Gallery(workload),
+        found.select([whole]) if whole in found.windows else None,
+        cost=Metrics({name: value for name, value in cost.items() if value is not None}),
+        title=workload.title,
+    )
+
+
+def _held_against(explanation: Explanation, truth: Truth) -> Explanation:
+    """With the figures that say how well the estimate agrees with ``truth``, and how well it finds what is damaged."""
+    explanation = replace(explanation, truth=truth)
+    found = [_figures(explanation, window) for window in explanation.scores.windows]
+    return _with_figures(explanation, found)
+
+
+def _figures(explanation: Explanation, window: Window) -> Metrics:
+    """Subsets, which are of the whole run, for that alone."""
+    scores, truth = explanation.scores.of(window), explanation.truth
+    figures = detection(scores, sorted(explanation.gallery.corrupted)).prefixed("detection/")
+    if truth.subsets is not None and window in truth.subsets.windows:
+        figures = datamodeling_score(scores, truth.subsets, window).prefixed("ground_truth/").and_(figures)
+    if truth.leave_one_out is None:
+        return figures
+    exact = truth.leave_one_out.of(window)
+    agreement = correlations(scores, exact).and_(correlations_with_intervals(scores, exact, ("spearman", "pearson")))
+    return agreement.prefixed("ground_truth/").and_(figures)
+
+
+def _with_figures(explanation: Explanation, more: Sequence[Metrics], prefix: str = "") -> Explanation:
+    """``more``: of the windows that ``explanation.scores`` has, in that order."""
+    found = dict(zip(explanation.scores.windows, more, strict=True))
+    per_window = zip(explanation.windows, explanation.per_window, strict=True)
+    whole = Metrics() if explanation.whole_run is None else found[explanation.whole_run.windows[0]].prefixed(prefix)
+    return replace(
+        explanation,
+        per_window=tuple(figures.and_(found[window].prefixed(prefix)) for window, figures in per_window),
+        whole=explanation.whole.and_(whole),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Retraining:
+    """What retraining further tells of an explanation; ``queries``: the first, ``None`` = the default one."""
+
+    trajectory: Trajectory
+    workload: Workload
+    kind: Kind
+    queries: Sequence[Query] | None
+    effort: Effort | None
+
+    def noise_floor(self, explanation: Explanation, checks: Checks) -> Explanation:
+        """How well the truth agrees with itself in the recorded precision, and what it took."""
+        exact = explanation.truth.leave_one_out
+        if exact is None:
+            return explanation
+        seconds = Metrics({"cost/ground_truth_seconds": exact.metadata["seconds"]})
+        exact = _first_query(exact).select(list(explanation.scores.windows))
+        found = attainable(exact, self.trajectory, self.workload, effort=self.effort, queries=self.queries)
+        return _with_figures(replace(explanation, cost=explanation.cost.and_(seconds)), found, "ground_truth/")
+
+    def trust(self, explanation: Explanation, checks: Checks) -> Explanation:
+        """How far the estimate can be trusted, from a few random samples."""
+        if not checks.trust:
+            return explanation
+        exact = explanation.truth.leave_one_out
+        judged, scores = None if exact is None else _first_query(exact), _first_query(explanation.scores)
+        arguments = (scores, self.trajectory, self.workload, checks.trust, judged)
+        return _with_figures(explanation, trust(*arguments, effort=self.effort, queries=self.queries), "trust/")
+
+    def confirm(self, explanation: Explanation, checks: Checks) -> Explanation:
+        """With exact scores of those that stand out in each window."""
+        if not checks.confirm or explanation.truth.leave_one_out is not None:
+            return explanation
+        arguments = (_first_query(explanation.influence), self.trajectory, self.workload, checks.confirm)
+        return replace(explanation, confirmed=confirm(*arguments, effort=self.effort, queries=self.queries))
+
+    def name(self, explanation: Explanation, checks: Checks) -> Explanation:
+        """With exact scores over the whole run of the samples that people look at first, which are furthest off."""
+        estimate, exact = explanation.whole_run, explanation.truth.leave_one_out
+        if estimate is None:
+            return explanation
+        whole = estimate.windows[0]
+        named = None if exact is None else exact.select([whole])
+        if checks.trust:
+            samples = [sample for side in extreme_samples(estimate, NAMED) for sample in side]
+            unknown = [sample for sample in samples if named is None or np.isnan(named.of(whole)[sample])]
+            if unknown:
+                arguments = (self.trajectory, self.workload, [whole], self.kind, self.queries, unknown)
+                named = joined(named, leave_one_out(*arguments, effort=self.effort))
+        return replace(explanation, named=named)
+
+
+def _first_query(found: Influence) -> Influence:
+    return replace(found, scores=found.scores[:, :1], queries=found.queries[:1])

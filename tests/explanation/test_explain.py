@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from workloads import digits_workload
+
+from dit_mlflow import Checks, Query, Trajectory, Window, Workload, explain, leave_one_out, track, train
+from dit_mlflow.evaluation import correlations, datamodeling_score, detection, trust
+from dit_mlflow.explanation import find_truth
+
+WINDOWS = [Window(0, 4), Window(4, 9)]
+WHOLE = Window(0, 9)
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    return digits_workload(corrupted=(3, 8))
+
+
+@pytest.fixture(scope="module")
+def trajectory(workload: Workload, tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
+    return train(workload, tmp_path_factory.mktemp("explain") / "t")
+
+
+def test_estimates_truth_and_figures_are_those_of_the_functions_that_they_come_from(
+    trajectory: Trajectory, workload: Workload
+) -> None:
+    parts: list[str] = []
+    found = explain(
+        trajectory,
+        workload,
+        WINDOWS,
+        checks=Checks(ground_truth=None, trust=5, subsets=4),
+        reached=lambda part, _: parts.append(part),
+    )
+    estimate = track(trajectory, workload, [*WINDOWS, WHOLE])
+    truth = leave_one_out(trajectory, workload, [*WINDOWS, WHOLE])
+    np.testing.assert_allclose(found.scores.scores, estimate.scores, rtol=1e-6)
+    np.testing.assert_allclose(found.truth.leave_one_out.scores, truth.scores, atol=1e-12)  # type: ignore[union-attr]
+    trusted = trust(estimate, trajectory, workload, 5, truth)
+    for k, window in enumerate([*WINDOWS, WHOLE]):
+        expected = {
+            **correlations(estimate.of(k), truth.of(k)).prefixed("ground_truth/").values,
+            **detection(estimate.of(k), (3, 8)).prefixed("detection/").values,
+            **trusted[k].prefixed("trust/").values,
+        }
+        told = found.measured[window].values
+        assert {name: told[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    lds = datamodeling_score(estimate.of(2), found.truth.subsets, WHOLE)  # type: ignore[arg-type]
+    assert found.whole.values["ground_truth/lds"] == lds.values["lds"]
+    assert "ground_truth/lds" not in found.per_window[0].values
+    assert found.checked == 24
+    assert parts == ["influence", "whole_run", "truth", "named"]
+    assert list(found.parts) == parts
+
+
+def test_a_truth_that_is_known_serves_every_method_and_nothing_is_retrained(
+    trajectory: Trajectory, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = find_truth(trajectory, workload, WINDOWS, "local", Checks(ground_truth=6))
+    monkeypatch.setattr("dit_mlflow.explanation.explainer.find_truth", lambda *_: pytest.fail("retrained"))
+    for name in ("dit", "grad_dot", "influence_function"):
+        found = explain(trajectory, workload, WINDOWS, method=name, checks=Checks(), truth=truth)
+        assert found.influence.method == name
+        scores, exact = found.scores.of(WHOLE), truth.leave_one_out.of(WHOLE)  # type: ignore[union-attr]
+        assert found.whole.values["ground_truth/spearman"] == correlations(scores, exact).values["spearman"]
+    # Which has no scores of windows.
+    assert found.windows == (WHOLE,)
+
+
+def test_samples_that_stand_out_are_exact_and_rank_by_that(trajectory: Trajectory, workload: Workload) -> None:
+    found = explain(trajectory, workload, WINDOWS, checks=Checks(trust=4))
+    truth = leave_one_out(trajectory, workload, [WHOLE]).of(0)
+    estimate = found.whole_run.of(0)  # type: ignore[union-attr]
+    order = np.argsort(estimate)
+    standing_out = {*order[:4], *order[-4:]}
+    exact = found.exact.of(WHOLE)  # type: ignore[union-attr]
+    assert set(np.flatnonzero(np.isfinite(exact))) == standing_out
+    assert exact[list(standing_out)] == pytest.approx(truth[list(standing_out)])
+    ranked = found.ranking.of(0)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(ranked, np.where(np.isfinite(exact), exact, estimate))
+    top = found.top(1).set_index("side")
+    assert top.loc["harmful", "sample_index"] == np.argmin(ranked)
+    assert top.loc["helpful", "sample_index"] == np.argmax(ranked)
+    assert f"sample {np.argmin(ranked)}" in found.sentences[0].lower()
+    assert set(found.trust) >= {"spearman", "smoothness", "slope_ratio"}
+    assert str(found) == " ".join(found.sentences)
+
+
+def test_the_first_of_several_queries_is_checked_and_all_have_scores(
+    trajectory: Trajectory, workload: Workload
+) -> None:
+    bias = Query("bias", lambda model: model[2].bias[0])
+    weight = Query("weight", lambda model: model[0].weight.sum())
+    both = explain(trajectory, workload, WINDOWS, queries=[bias, weight], checks=Checks(ground_truth=5, trust=3))
+    alone = explain(trajectory, workload, WINDOWS, queries=[bias], checks=Checks(ground_truth=5, trust=3))
+    assert both.query == "bias"
+    assert both.whole.values == pytest.approx(alone.whole.values, rel=1e-4)
+    np.testing.assert_allclose(
+        both.scores.scores, track(trajectory, workload, [*WINDOWS, WHOLE], queries=[bias, weight]).scores, rtol=1e-5
+    )
+
+
+def test_confirmed_samples_and_the_table_of_all_scores(trajectory: Trajectory, workload: Workload, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    found = explain(trajectory, workload, "2", "final", checks=Checks(confirm=2))
+    exact = leave_one_out(trajectory, workload, list(found.windows), "final")
+    table = pd.read_csv(found.to_csv(tmp_path / "scores.csv"))
+    assert len(table) == 3 * 24
+    for k, window in enumerate(found.windows):
+        scores = found.influence.of(k)
+        rows = table[(table["window_start"] == window.start) & (table["window_end"] == window.end)]
+        np.testing.assert_allclose(rows["score"], scores)
+        known = rows.set_index("sample_index")["exact"].dropna()
+        assert set(known.index) == set(np.argsort(-np.abs(scores))[:2])
+        assert known.to_numpy() == pytest.approx(exact.of(k)[known.index])
+
+
+def test_double_precision_is_the_methods_own_setting(trajectory: Trajectory, workload: Workload) -> None:
+    from dit_mlflow.methods.dit import Dit
+
+    found = explain(trajectory, workload, WINDOWS, method=Dit(dtype=torch.float64), checks=Checks())
+    expected = track(trajectory, workload, [*WINDOWS, WHOLE], dtype=torch.float64)
+    np.testing.assert_array_equal(found.scores.scores, expected.scores)
+    assert "cost/ground_truth_seconds" not in found.figures
