@@ -107,7 +107,7 @@ def test_first_sentence_says_if_exact_retraining_went_the_other_way() -> None:
     exact = found.influence.scores.copy()
     exact[0, 0, 2] *= -0.1
     exact[1, 0, 0] = np.nan
-    who, *_ = answer_sentences(replace(found, exact=replace(found.influence, scores=exact)))
+    who, *_ = answer_sentences(replace(found, truth=Truth(replace(found.influence, scores=exact))))
     assert "(removal lowers the mean validation loss by 3); sample 12" in who
     assert who.endswith("(removal raises it by 0.5 by the estimate; left out exactly, it does the opposite).")
 

@@ -31,7 +31,7 @@ from dit_mlflow.plots import (
     plot_window_samples,
 )
 from dit_mlflow.progress import progress_over
-from dit_mlflow.tracking.store.artifacts import log_influence
+from dit_mlflow.tracking.store.artifacts import active_run_id, log_influence
 from dit_mlflow.tracking.store.names import (
     CONFIRMED,
     GROUND_TRUTH,
@@ -68,9 +68,16 @@ def log_explanation(explanation: Explanation, training_run_id: str) -> None:
     Args:
         explanation: from :func:`dit_mlflow.explain`.
         training_run_id: the run that recorded the trajectory.
+
+    Raises:
+        InputError: no run is active.
     """
-    for part, found in explanation.parts.items():
-        log_part(part, found)
+    active_run_id()
+    found = explanation.influence
+    mlflow.set_tags({KIND: INFLUENCE, METHOD: found.method, TRAINING_RUN: training_run_id})
+    mlflow.log_params({"method": found.method, "resolved.kind": found.kind, "resolved.windows": len(found.windows)})
+    for part, scores in explanation.parts.items():
+        log_part(part, scores)
     log_answer(explanation, training_run_id)
 
 

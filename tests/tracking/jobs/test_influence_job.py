@@ -21,11 +21,10 @@ from scipy import stats
 from workloads import digits_workload
 
 import dit_mlflow
-from dit_mlflow import Influence, Window
+from dit_mlflow import Checks, Influence, Window, explain
 from dit_mlflow.cli import cli
-from dit_mlflow.explanation import Checks
-from dit_mlflow.tracking import load_influence, load_trajectory, run_influence, run_training
-from dit_mlflow.tracking.jobs.influence import window_run_name
+from dit_mlflow.tracking import load_influence, load_trajectory, log_explanation, run_influence, run_training
+from dit_mlflow.tracking.store.explanations import window_run_name
 
 REPOSITORY = Path(dit_mlflow.__file__).parents[1]
 SMALL = {"model": "logreg", "n_train": "40", "n_validation": "30", "n_test": "20", "epochs": "4", "batch_size": "16"}
@@ -386,3 +385,21 @@ def test_a_workload_that_cannot_tell_of_its_samples_costs_no_answer(store: str) 
     answer = run_influence(training_run, trajectory, workload, windows, "local", Checks())
     assert mlflow.get_run(answer.run.info.run_id).info.status == "FINISHED"
     assert "report.html" in artifact_names(answer.run, "influence")  # type: ignore[arg-type]
+
+
+def test_an_explanation_from_python_is_logged_as_the_job_logs_it(store: str, tmp_path: Path) -> None:
+    workload = digits_workload(corrupted=(1,))
+    training_run = run_training(workload)
+    trajectory = load_trajectory(training_run)
+    windows = [Window(0, 4), Window(4, 9)]
+    by_job = run_influence(training_run, trajectory, workload, windows, "local", Checks(trust=4))
+    found = explain(trajectory, workload, windows, checks=Checks(trust=4))
+    with mlflow.start_run() as run:
+        log_explanation(found, training_run)
+    np.testing.assert_allclose(load_influence(run.info.run_id).scores, found.influence.scores)
+    for folder in ("influence", "ground_truth"):
+        assert artifact_names(run, folder) == artifact_names(by_job.run, folder)  # type: ignore[arg-type]
+    logged, expected = (mlflow.get_run(r.info.run_id).data for r in (run, by_job.run))
+    assert logged.metrics.keys() == expected.metrics.keys() | {"cost/peak_memory_mb"}
+    assert logged.tags["dit.kind"] == "influence"
+    assert [child.data.params["window_start"] for child in children(run)] == ["0", "4"]  # type: ignore[arg-type]
