@@ -127,7 +127,8 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
     kind, names = check_kind(request.kind), request.names
     if request.seeds < 1:
         raise InputError(f"seeds={request.seeds}; expected 1 or more")
-    trainings = [_with_truth(request, training) for training in _trained(request)]
+    effort = Effort(request.jobs, request.backend or None)
+    trainings = [_with_truth(request, training, effort) for training in _trained(request)]
     workload = trainings[0].workload
     tags = {KIND: COMPARISON, TRAINING_RUN: ",".join(training.run_id for training in trainings)}
     with project_run(project_run_id, f"compare {workload.title} {kind}", tags) as run:
@@ -227,9 +228,8 @@ def _compared_training(
     return ComparedTraining(run_id, label, trajectory, workload, parse_windows(request.windows, trajectory))
 
 
-def _with_truth(request: ComparisonRequest, training: ComparedTraining) -> ComparedTraining:
-    effort, checks = Effort(request.jobs, request.backend or None), request.checks(training.workload)
-    kind = check_kind(request.kind)
+def _with_truth(request: ComparisonRequest, training: ComparedTraining, effort: Effort) -> ComparedTraining:
+    checks, kind = request.checks(training.workload), check_kind(request.kind)
     truth = find_truth(training.trajectory, training.workload, training.windows, kind, checks, effort=effort)
     return replace(training, truth=truth)
 

@@ -197,7 +197,7 @@ def test_a_trial_that_fails_stops_nothing(store: str, monkeypatch: pytest.Monkey
             raise RuntimeError("no <b>luck</b> today \udcff")
         return tried_out(trial, *arguments)
 
-    tried_out = job.tried_out
+    tried_out = cleansing.tried_out
     monkeypatch.setattr(cleansing, "tried_out", fails_for_loss)
     finished = cleanse(**QUICK)
     assert finished.exit_code == 0, finished.output

@@ -346,7 +346,7 @@ def test_termination_leaves_no_run_running(store: str) -> None:
     command = [sys.executable, "-m", "dit_mlflow.cli", "influence", "--model", "dnn", "--epochs", "5000"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not runs("training") and time.monotonic() < deadline:
             time.sleep(0.2)
         time.sleep(3)
