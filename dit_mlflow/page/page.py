@@ -133,4 +133,4 @@ def _text(text: str) -> str:
 
 
 def _asset(name: str) -> str:
-    return (files("dit_mlflow.report") / "assets" / name).read_text(encoding="utf-8")
+    return (files("dit_mlflow.page") / "assets" / name).read_text(encoding="utf-8")
