@@ -16,6 +16,7 @@ import torch
 
 from dit_mlflow import leave_one_out, load_workload, parse_windows, track, train
 from dit_mlflow.evaluation import correlations
+from dit_mlflow.evaluation.figures import JACCARD_30, PEARSON, SPEARMAN
 
 
 def measure(
@@ -60,10 +61,10 @@ def main() -> None:
         ]
         table = pd.DataFrame(rows)
         print(f"\n{model}, {options.seeds} seeds, {time.perf_counter() - started:.0f} s")
-        grouped = table.groupby(["kind", "window"], sort=False)[["spearman", "pearson", "jaccard_30"]]
+        grouped = table.groupby(["kind", "window"], sort=False)[[SPEARMAN.leaf, PEARSON.leaf, JACCARD_30.leaf]]
         print(grouped.agg(["median", "min"]).to_string(float_format="%.3f"))
         windows = table[table["window"] != "whole run"]
-        overall = windows.groupby("kind", sort=False)["spearman"].agg(["median", "min", "count"])
+        overall = windows.groupby("kind", sort=False)[SPEARMAN.leaf].agg(["median", "min", "count"])
         print("\nSpearman over windows and seeds:")
         print(overall.to_string(float_format="%.3f"))
 

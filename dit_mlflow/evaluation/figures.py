@@ -108,21 +108,21 @@ SPEARMAN = Figure(
     "Spearman",
     "",
     True,
-    "agreement of the scores with exact retraining without each sample, in their order",
+    "agreement of the scores with exact retraining without each sample, by rank",
 )
 PEARSON = Figure(
     "ground_truth/pearson",
     "Pearson",
     "",
     True,
-    "agreement of the scores with exact retraining without each sample, on a straight line",
+    "agreement of the scores with exact retraining without each sample, by value",
 )
 KENDALL = Figure(
     "ground_truth/kendall",
     "Kendall",
     "",
     True,
-    "agreement of the scores with exact retraining without each sample, in the order of each two samples (tau-b)",
+    "agreement of the scores with exact retraining without each sample, by the order within pairs of samples (tau-b)",
 )
 JACCARD_30 = Figure(
     "ground_truth/jaccard_30",
@@ -143,7 +143,7 @@ LDS = Figure(
     "LDS",
     "",
     True,
-    "linear datamodeling score: agreement of the samples' summed scores with training on random halves, in their order",
+    "linear datamodeling score: agreement of summed scores with training on random halves of the data, by rank",
 )
 
 TRUST_SPEARMAN = Figure(
@@ -151,14 +151,14 @@ TRUST_SPEARMAN = Figure(
     "Spearman",
     "",
     True,
-    "agreement of the scores with exact retraining without each of a random sample, in their order",
+    "agreement of the scores of random samples with exact retraining without each, by rank",
 )
 TRUST_PEARSON = Figure(
     "trust/pearson",
     "Pearson",
     "",
     True,
-    "agreement of the scores with exact retraining without each of a random sample, on a straight line",
+    "agreement of the scores of random samples with exact retraining without each, by value",
 )
 TRUST_SAMPLES = Figure("trust/samples", "samples", "samples", None, "how many random samples were left out exactly")
 SPREAD_RATIO = Figure(
@@ -197,13 +197,13 @@ RECALL_AT_K = Figure(
     True,
     "share of the damaged samples among as many lowest scores",
 )
-AUROC = Figure("detection/auroc", "AUROC", "", True, "how likely a damaged sample scores lower than another one")
+AUROC = Figure("detection/auroc", "AUROC", "", True, "probability that a damaged sample scores lower than another one")
 AVERAGE_PRECISION = Figure(
     "detection/average_precision",
     "average precision",
     "",
     True,
-    "share of damaged samples among those up to each damaged one, lowest scores first, in the mean",
+    "mean, over the damaged samples, of the share of damaged ones down to each, lowest scores first",
 )
 PRECISION = Figure(
     "detection/precision", "precision", SHARE, True, "share of the cleaned samples that truly are damaged"
@@ -270,7 +270,7 @@ ROWS_HURT_BY_WORST = Figure(
     "rows hurt by the worst",
     SHARE,
     None,
-    "share of the rows that the sample hurts which is most harmful to their mean",
+    "share of the rows that are hurt by the sample which is most harmful to their mean",
 )
 CORRUPTED_AMONG_WORST = Figure(
     "dit/corrupted_among_worst",
