@@ -21,7 +21,7 @@ names are made of a figure's:
 |---|---|
 | `…_low`, `…_high` | ends of its interval, 95 % |
 | `…_chance` | what scores in random order give, for `detection/…` |
-| `ground_truth/attainable_…` | of exact retraining, in the recorded precision, with itself: the most that can be asked |
+| `ground_truth/attainable_…` | of exact retraining, in the recorded precision, with itself: the most to be asked |
 | `by_window/…` | its value in each window; the step is the window's number |
 | `mean_over_windows/…` | with a model: the mean of these |
 | `patterns/early/spearman`, … | agreement among the samples of a pattern |
