@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 from dit_mlflow.errors import InputError, TrainingError, UnsupportedError, WorkloadError
 from dit_mlflow.evaluation import mean_scores
 from dit_mlflow.evaluation.changed_data import relabelled, sample_classes, subset
+from dit_mlflow.evaluation.figures import ACCURACY, LOSS, PRECISION, TEST, VALIDATION, VALIDATION_LOSS, figure_of
 from dit_mlflow.evaluation.trials import (
-    NO_CLEANING,
     RANDOM,
     Cleansing,
     Outcome,
@@ -224,7 +224,7 @@ def _metric(request: CleansingRequest, workload: Workload) -> str:
     with preserved_random_state():
         found = mean_scores(workload, workload.build_model().eval(), workload.validation_set).values
     if not request.metric:
-        return "accuracy" if math.isfinite(found.get("accuracy", math.nan)) else "loss"
+        return ACCURACY if math.isfinite(found.get(ACCURACY, math.nan)) else LOSS
     if request.metric not in found:
         raise InputError(f"metric={request.metric!r}; the workload has {', '.join(found)}")
     if not math.isfinite(found[request.metric]):
@@ -300,7 +300,7 @@ def _against_record(before: Outcome, training_run: str, known: bool) -> list[str
             "The recorded training does not tell its seeds; all trainings here, without cleaning too, begin anew from "
             "seeds 0, 1, …"
         ]
-    name = "validation/loss"
+    name = VALIDATION_LOSS.name
     recorded = MlflowClient().get_run(training_run).data.metrics.get(name)
     again = float(before.figures[name][0, 0])
     if recorded is None or math.isclose(recorded, again, rel_tol=1e-9):
@@ -313,12 +313,12 @@ def _against_record(before: Outcome, training_run: str, known: bool) -> list[str
 
 def _summary(cleansing: Cleansing, remarks: list[str], where: list[str]) -> str:
     headings = {"strategy": "strategy", "samples": "samples"}
-    for name in dict.fromkeys((cleansing.metric, "loss")):
-        headings |= {f"{split}/{name}": f"{split} {name}" for split in ("validation", "test")}
-    headings |= {f"gain/test/{cleansing.metric}": "gain", "detection/precision": "damaged"}
+    judged = [figure_of(data + name) for name in dict.fromkeys((cleansing.metric, LOSS)) for data in (VALIDATION, TEST)]
+    gain = figure_of(TEST + cleansing.metric).gain
+    headings |= {figure.name: figure.heading for figure in (*judged, gain, PRECISION)}
     table = cleansing_table(cleansing)
-    legend = f"gain: of test {cleansing.metric} over {NO_CLEANING}, positive = better; means over seeds"
+    legend = f"{gain.heading}: {gain.sentence}; means over seeds"
     if cleansing.corrupted:
-        legend += "; damaged: share of the samples that truly are"
+        legend += f"; {PRECISION.heading}: {PRECISION.sentence}"
     lines = ["", cleansing_answer(cleansing), *remarks, "", legend, "", terminal_table(table, headings), "", *where]
     return "\n".join(lines)

@@ -16,9 +16,20 @@ from mlflow import MlflowClient
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import Metrics, attainable, correlations, correlations_with_intervals, detection
 from dit_mlflow.evaluation.datamodeling_score import datamodeling_score
+from dit_mlflow.evaluation.figures import (
+    BY_WINDOW,
+    CPU_SECONDS,
+    DETECTION,
+    HIGH,
+    INFLUENCE_SECONDS,
+    LOW,
+    SPEARMAN,
+    TRAINING_SECONDS,
+    TRUTH,
+)
 from dit_mlflow.explanation import compare_line, comparison_note, comparison_sentences, paragraph, terminal_table
 from dit_mlflow.explanation.checks import parse_ground_truth
-from dit_mlflow.explanation.over_seeds import stability_table, summarised
+from dit_mlflow.explanation.over_seeds import COMPARED, SECONDS, stability_table, summarised
 from dit_mlflow.influence import Influence, Window, check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods import NAMES, method
@@ -32,7 +43,7 @@ from dit_mlflow.tracking.jobs.train import run_training, workload_params, worklo
 from dit_mlflow.tracking.store.artifacts import load_influence, load_trajectory, log_influence
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.error_text import error_text, storable
-from dit_mlflow.tracking.store.names import ERROR, GROUND_TRUTH, KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.store.names import ERROR, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import log_metrics, log_series, project_run
 from dit_mlflow.tracking.ui.links import save_comparisons, where_to_look
 from dit_mlflow.tracking.ui.log_plot import log_plot
@@ -137,7 +148,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         seconds = _training_seconds(trainings)
         mlflow.log_table(table, "comparison.json")
         mlflow.log_table(pd.DataFrame(rows), "by_seed.json")
-        if "spearman" in table and table["spearman"].notna().any():
+        if SPEARMAN.leaf in table and table[SPEARMAN.leaf].notna().any():
             log_plot(plot_fidelity_against_cost(table, ceiling, seconds), "fidelity_against_cost.png")
         if request.seeds > 1:
             done = [str(row["run_id"]) for row in rows if not row["failed"]]
@@ -148,7 +159,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
             scores = {str(row["method"]): load_influence(str(row["run_id"])).of(trainings[0].whole) for row in first}
             log_plot(plot_recall_curves(scores, workload.corrupted), "recall_curve.png")
         if ceiling is not None:
-            mlflow.log_metric("ground_truth/attainable_spearman", ceiling)
+            mlflow.log_metric(SPEARMAN.attainable, ceiling)
         retraining = [name for name in names if method(name).retrains]
         note = comparison_note(table, retraining, len(trainings), kind, attainable=ceiling)
         views = save_comparisons(run.info.run_id)
@@ -157,14 +168,10 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
             raise InputError(f"every method failed; the first: {rows[0]['error']}")
     headings = {
         "method": "method",
-        "spearman": "Spearman",
-        "spearman_low": "low",
-        "spearman_high": "high",
-        "pearson": "Pearson",
-        "lds": "LDS",
-        "recall_at_k": "recall@k",
-        "auroc": "AUROC",
-        "seconds": "seconds",
+        SPEARMAN.leaf: SPEARMAN.heading,
+        SPEARMAN.leaf + LOW: "low",
+        SPEARMAN.leaf + HIGH: "high",
+        **{column: figure.heading for column, figure in COMPARED.items()},
         "error": "failed",
     }
     shown = table.drop(columns=[] if table["error"].any() else ["error"])
@@ -251,23 +258,23 @@ def _measured(request: Request, name: str, training: ComparedTraining) -> dict[s
     windows = list(dict.fromkeys([*training.windows, training.whole]))
     begun, cpu = time.perf_counter(), time.process_time()
     found = method(name)(training.trajectory, training.workload, windows, request.kind)
-    costs = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
+    costs = {SECONDS: time.perf_counter() - begun, CPU_SECONDS.leaf: time.process_time() - cpu}
     mlflow.log_params({"method": name, "kind": found.kind})
-    mlflow.log_metrics({"cost/influence_seconds": costs["seconds"], "cost/cpu_seconds": costs["cpu_seconds"]})
+    mlflow.log_metrics({INFLUENCE_SECONDS.name: costs[SECONDS], CPU_SECONDS.name: costs[CPU_SECONDS.leaf]})
     log_influence(found)
     agreement, detected = _scored(found, training, training.whole)
     foretold = Metrics()
     if training.subsets is not None:
         foretold = datamodeling_score(found.of(training.whole), training.subsets)
-    log_metrics(foretold.prefixed(f"{GROUND_TRUTH}/"))
-    log_metrics(agreement.prefixed(f"{GROUND_TRUTH}/"))
-    log_metrics(detected.prefixed("detection/"))
+    log_metrics(foretold.prefixed(TRUTH))
+    log_metrics(agreement.prefixed(TRUTH))
+    log_metrics(detected.prefixed(DETECTION))
     if len(found.windows) > 1:
         scored = [_scored(found, training, window) for window in training.windows]
-        for prefix, part in ((f"{GROUND_TRUTH}/", 0), ("detection/", 1)):
+        for prefix, part in ((TRUTH, 0), (DETECTION, 1)):
             for figure in dict.fromkeys(figure for parts in scored for figure in parts[part].values):
                 series = [parts[part].values.get(figure) for parts in scored]
-                log_series(f"by_window/{prefix}{figure}", series)
+                log_series(f"{BY_WINDOW}{prefix}{figure}", series)
     return {**agreement.values, **foretold.values, **detected.values, **costs}
 
 
@@ -285,14 +292,14 @@ def _attainable(rows: Sequence[dict[str, object]], training: ComparedTraining) -
     """Spearman correlation of leave-one-out in the recorded precision with the truth, in float64."""
     if training.truth is None:
         return None
-    known = [row["spearman"] for row in rows if row["method"] == "leave_one_out" and "spearman" in row]
+    known = [row[SPEARMAN.leaf] for row in rows if row["method"] == "leave_one_out" and SPEARMAN.leaf in row]
     if known:
         return float(np.mean(known))  # type: ignore[arg-type]
     (floor,) = attainable(training.truth.select([training.whole]), training.trajectory, training.workload)
-    return floor.values.get("attainable_spearman")
+    return floor.prefixed(TRUTH).values.get(SPEARMAN.attainable)
 
 
 def _training_seconds(trainings: Sequence[ComparedTraining]) -> float | None:
     runs = [MlflowClient().get_run(training.run_id) for training in trainings]
-    known = [run.data.metrics["cost/training_seconds"] for run in runs if "cost/training_seconds" in run.data.metrics]
+    known = [seconds for run in runs if (seconds := run.data.metrics.get(TRAINING_SECONDS.name)) is not None]
     return float(np.mean(known)) if known else None

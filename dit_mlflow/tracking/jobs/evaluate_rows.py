@@ -16,6 +16,7 @@ from mlflow.models.evaluation.base import EvaluationResult
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import Metrics
+from dit_mlflow.evaluation.figures import ROWS
 from dit_mlflow.explanation import Gallery
 from dit_mlflow.explanation.row_tables import check_top, mean_over_rows, mean_table, rows_metrics, rows_table
 from dit_mlflow.influence.row_queries import BatchOfRow, Features
@@ -124,7 +125,7 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
     if len(windows) > 1:
         figure = plot_top_samples(mean_over_rows(shown), gallery)
         log_plot(figure, f"{ROW_INFLUENCE}/influence_over_windows.png")
-    found = rows_metrics(answer.influence, answer.losses, whole, top, gallery.corrupted).prefixed("dit/")
+    found = rows_metrics(answer.influence, answer.losses, whole, top, gallery.corrupted).prefixed(ROWS)
     log_metrics(Metrics({}, found.undefined))
     artifacts = {name: JsonEvaluationArtifact(mlflow.get_artifact_uri(f"{name}.json")) for name in tables}
     return EvaluationResult(dict(found.values), artifacts, run_id)

@@ -22,6 +22,23 @@ from dit_mlflow.evaluation import (
     patterns,
     trust,
 )
+from dit_mlflow.evaluation.figures import (
+    BESIDE,
+    BY_WINDOW,
+    DETECTION,
+    INFLUENCE_SECONDS,
+    MAX_DRIFT,
+    PATTERN,
+    PEAK_MEMORY,
+    PEARSON,
+    SPEARMAN,
+    TRAINING_SECONDS,
+    TRUST,
+    TRUTH,
+    TRUTH_SECONDS,
+    WINDOW_END,
+    WINDOW_START,
+)
 from dit_mlflow.explanation import (
     Findings,
     Gallery,
@@ -145,12 +162,10 @@ def run_influence(
         metrics = [_window_metrics(estimate, truth, window, workload) for window in asked]
         if truth is not None:
             floor = attainable(truth, trajectory, workload)
-            metrics = [
-                found.and_(more.prefixed(f"{GROUND_TRUTH}/")) for found, more in zip(metrics, floor, strict=True)
-            ]
+            metrics = [found.and_(more.prefixed(TRUTH)) for found, more in zip(metrics, floor, strict=True)]
         if checks.trust:
             trusted = trust(estimate, trajectory, workload, checks.trust, truth)
-            metrics = [found.and_(more.prefixed("trust/")) for found, more in zip(metrics, trusted, strict=True)]
+            metrics = [found.and_(more.prefixed(TRUST)) for found, more in zip(metrics, trusted, strict=True)]
         checked = int(np.isfinite(truth.of(whole)).sum()) if truth is not None else 0
         confirmed = None
         if truth is None and checks.confirm:
@@ -185,13 +200,13 @@ def run_influence(
 
 
 def _window_metrics(estimate: Influence, truth: Influence | None, window: Window, workload: Workload) -> Metrics:
-    found = detection(estimate.of(window), workload.corrupted).prefixed("detection/")
+    found = detection(estimate.of(window), workload.corrupted).prefixed(DETECTION)
     if truth is None:
         return found
     agreement = correlations(estimate.of(window), truth.of(window)).and_(
-        correlations_with_intervals(estimate.of(window), truth.of(window), ("spearman", "pearson"))
+        correlations_with_intervals(estimate.of(window), truth.of(window), (SPEARMAN.leaf, PEARSON.leaf))
     )
-    return agreement.prefixed(f"{GROUND_TRUTH}/").and_(found)
+    return agreement.prefixed(TRUTH).and_(found)
 
 
 def _log_parent(
@@ -207,8 +222,8 @@ def _log_parent(
     log_metrics(_costs(estimate, truth, training_run_id))
     # Bounds and levels of chance stand on the window's own run; as charts they would only be in the way.
     figures = (name for metrics in answer.per_window for name in metrics.values)
-    for name in dict.fromkeys(name for name in figures if not name.endswith(("_low", "_high", "_chance"))):
-        log_series(f"by_window/{name}", [metrics.values.get(name) for metrics in answer.per_window])
+    for name in dict.fromkeys(name for name in figures if not name.endswith(BESIDE)):
+        log_series(BY_WINDOW + name, [metrics.values.get(name) for metrics in answer.per_window])
     influence, gallery = answer.influence, answer.findings.gallery
     windows = list(influence.windows)
     whole = Window(0, max(window.end for window in estimate.windows))
@@ -219,9 +234,9 @@ def _log_parent(
     mlflow.log_table(whole_run_table(estimate.select([whole]), answer.findings.exact, gallery), f"{WHOLE_RUN}.json")
     if len(windows) > 1:
         names = patterns(influence)
-        log_metrics(pattern_counts(names).prefixed("patterns/"))
+        log_metrics(pattern_counts(names).prefixed(PATTERN))
         if truth is not None:
-            log_metrics(correlations_by_pattern(estimate.of(whole), truth.of(whole), names).prefixed("patterns/"))
+            log_metrics(correlations_by_pattern(estimate.of(whole), truth.of(whole), names).prefixed(PATTERN))
         mlflow.log_table(window_correlations_table(influence), f"{INFLUENCE}/window_correlations.json")
         log_plot(plot_window_correlations(influence), f"{INFLUENCE}/window_correlations.png")
         log_plot(plot_patterns(influence, names), f"{INFLUENCE}/patterns.png")
@@ -262,7 +277,7 @@ def _log_window(
         mlflow.log_params({"method": influence.method, "kind": influence.kind, **bounds})
         log_metrics(answer.per_window[index])
         # After the others: the page that compares runs begins with the metric that was logged first.
-        mlflow.log_metrics({"window_start": window.start, "window_end": window.end})
+        mlflow.log_metrics({WINDOW_START.name: window.start, WINDOW_END.name: window.end})
         known = None if exact is None else exact.of(window)
         log_plot(plot_window_samples(influence, index, answer.findings.gallery, known), "top_samples.png")
         mlflow.log_table(samples[samples["window_index"] == index], "top_samples.json")
@@ -276,10 +291,10 @@ def _log_window(
 
 def _costs(estimate: Influence, truth: Influence | None, training_run_id: str) -> Metrics:
     costs = {
-        "cost/influence_seconds": estimate.metadata["seconds"],
-        "cost/ground_truth_seconds": truth.metadata["seconds"] if truth is not None else None,
-        "cost/training_seconds": MlflowClient().get_run(training_run_id).data.metrics.get("cost/training_seconds"),
-        "cost/peak_memory_mb": peak_memory_mb(),
-        "replay/max_drift": estimate.metadata["max_drift"],
+        INFLUENCE_SECONDS.name: estimate.metadata["seconds"],
+        TRUTH_SECONDS.name: truth.metadata["seconds"] if truth is not None else None,
+        TRAINING_SECONDS.name: MlflowClient().get_run(training_run_id).data.metrics.get(TRAINING_SECONDS.name),
+        PEAK_MEMORY.name: peak_memory_mb(),
+        MAX_DRIFT.name: estimate.metadata["max_drift"],
     }
     return Metrics({name: value for name, value in costs.items() if value is not None})
