@@ -25,7 +25,7 @@ from dit_mlflow.evaluation import mean_scores
 from dit_mlflow.recording.loop import train_unrecorded
 from dit_mlflow.tracking import load_influence, load_trajectory, record_trajectory
 from dit_mlflow.tracking.jobs import cleanse as job
-from dit_mlflow.tracking.jobs.cleanse import CleansingRequest, Plan
+from dit_mlflow.tracking.jobs.cleanse import CheckedCleansing, CleansingRequest
 from dit_mlflow.workload import Workload
 
 QUICK = {**SMALL, "repeats": "2", "draws": "2", "drop": "0.1,0.2"}
@@ -349,8 +349,8 @@ def test_a_loop_of_ones_own_needs_a_workload_that_can_be_trained(own_loop: str) 
     assert "need" in parent.data.tags["dit.undefined.test/loss_low"]
 
 
-def planned(workload: Workload, **asked: Any) -> Plan:
-    return Plan.of(CleansingRequest(drop="0.2", **asked), workload)
+def planned(workload: Workload, **asked: Any) -> CheckedCleansing:
+    return CheckedCleansing.of(CleansingRequest(drop="0.2", **asked), workload)
 
 
 def test_relabelling_needs_a_class_of_five_samples() -> None:
