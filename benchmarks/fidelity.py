@@ -15,11 +15,12 @@ import pandas as pd
 import torch
 
 from dit_mlflow import Checks, explain, load_workload, parse_windows, train
+from dit_mlflow.evaluation.figures import JACCARD_30, PEARSON, SPEARMAN
 from dit_mlflow.explanation import find_truth
 from dit_mlflow.influence import check_kind
 from dit_mlflow.methods.dit import Dit
 
-FIGURES = ["spearman", "pearson", "jaccard_30"]
+FIGURES = [SPEARMAN, PEARSON, JACCARD_30]
 
 
 def measure(
@@ -37,7 +38,7 @@ def measure(
             found = explain(trajectory, workload, chosen, kind, method=method, checks=Checks(), truth=truth)
             for window, figures in found.measured.items():
                 name = "whole run" if window == found.scores.windows[-1] else str(window)
-                values = {figure: figures.values[f"ground_truth/{figure}"] for figure in FIGURES}
+                values = {figure.leaf: figures.values[figure.name] for figure in FIGURES}
                 rows.append({"kind": kind, "window": name, "seed": seed, **values})
     return rows
 
@@ -64,10 +65,10 @@ def main() -> None:
         ]
         table = pd.DataFrame(rows)
         print(f"\n{model}, {options.seeds} seeds, {time.perf_counter() - started:.0f} s")
-        grouped = table.groupby(["kind", "window"], sort=False)[FIGURES]
+        grouped = table.groupby(["kind", "window"], sort=False)[[figure.leaf for figure in FIGURES]]
         print(grouped.agg(["median", "min"]).to_string(float_format="%.3f"))
         windows = table[table["window"] != "whole run"]
-        overall = windows.groupby("kind", sort=False)["spearman"].agg(["median", "min", "count"])
+        overall = windows.groupby("kind", sort=False)[SPEARMAN.leaf].agg(["median", "min", "count"])
         print("\nSpearman over windows and seeds:")
         print(overall.to_string(float_format="%.3f"))
 

@@ -19,6 +19,7 @@ from scipy import stats
 
 from dit_mlflow import leave_one_out, load_workload, parse_windows, track, train
 from dit_mlflow.evaluation import correlation_intervals, correlations, trust
+from dit_mlflow.evaluation.figures import SLOPE_RATIO, SMOOTHNESS, SPEARMAN, SPREAD_RATIO, TRUST_SPEARMAN
 
 SETTINGS = [
     {"model": model, "optimizer": optimizer, "lr": lr}
@@ -31,6 +32,8 @@ SETTINGS = [
 ]
 KINDS = ("local", "final", "cumulative")
 DRAWS = 20
+TRUSTED = "trust_"
+"""Before the columns of what trust says."""
 
 
 def measure(setting: dict[str, object], seed: int, samples: int, n_train: int) -> list[dict[str, object]]:
@@ -50,8 +53,9 @@ def measure(setting: dict[str, object], seed: int, samples: int, n_train: int) -
                     continue
                 known = estimate.scores[k, 0].std() / truth.scores[k, 0].std()
                 rows.append(
-                    {**setting, "seed": seed, "kind": kind, "window": k, "full": full["spearman"], "full_spread": known}
-                    | {f"trust_{name}": value for name, value in figures.values.items()}
+                    {**setting, "seed": seed, "kind": kind, "window": k}
+                    | {"full": full[SPEARMAN.leaf], "full_spread": known}
+                    | {TRUSTED + name: value for name, value in figures.values.items()}
                     | held(estimate.of(k), truth.of(k), samples)
                 )
     return rows
@@ -59,13 +63,13 @@ def measure(setting: dict[str, object], seed: int, samples: int, n_train: int) -
 
 def held(estimate: np.ndarray, truth: np.ndarray, samples: int) -> dict[str, float]:
     """Share of draws whose interval holds the correlation over all samples, and its median width."""
-    full = correlations(estimate, truth).values["spearman"]
+    full = correlations(estimate, truth).values[SPEARMAN.leaf]
     intervals = []
     for draw in range(DRAWS):
         chosen = np.random.default_rng(draw).choice(len(truth), size=samples, replace=False)
-        found = correlation_intervals(estimate[chosen], truth[chosen], resamples=1000, names=("spearman",))
+        found = correlation_intervals(estimate[chosen], truth[chosen], resamples=1000, names=(SPEARMAN.leaf,))
         if found:
-            intervals.append(found["spearman"])
+            intervals.append(found[SPEARMAN.leaf])
     return {
         "held": float(np.mean([low <= full <= high for low, high in intervals])),
         "width": float(np.median([high - low for low, high in intervals])),
@@ -93,13 +97,14 @@ def main() -> None:
     ]
     table = pd.DataFrame(rows)
     # How far slope is from 1, on either side, and both figures of linearity together.
-    slope = table["trust_slope_ratio"].clip(lower=1e-3)
+    slope = table[TRUSTED + SLOPE_RATIO.leaf].clip(lower=1e-3)
     table["trust_slope"] = np.minimum(slope, 1 / slope)
-    table["trust_linearity"] = table["trust_slope"] * table["trust_smoothness"]
-    figures = ("trust_spearman", "trust_smoothness", "trust_slope", "trust_linearity")
+    table["trust_linearity"] = table["trust_slope"] * table[TRUSTED + SMOOTHNESS.leaf]
+    figures = (TRUSTED + TRUST_SPEARMAN.leaf, TRUSTED + SMOOTHNESS.leaf, "trust_slope", "trust_linearity")
     settings = ["model", "optimizer", "lr", "kind"]
     print(f"{len(table)} rows, {options.samples} of {options.n_train} samples, {time.perf_counter() - started:.0f} s\n")
-    shown = table.groupby(settings, sort=False)[["full", *figures, "full_spread", "trust_spread_ratio", "held"]].mean()
+    columns = ["full", *figures, "full_spread", TRUSTED + SPREAD_RATIO.leaf, "held"]
+    shown = table.groupby(settings, sort=False)[columns].mean()
     print(shown.to_string(float_format="%.3f"))
     ranked = {
         name: {figure: rank(part, figure) for figure in figures}

@@ -15,6 +15,9 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 
+from dit_mlflow.evaluation.figures import AUROC, HIGH, LDS, LOW, PEARSON, RECALL_AT_K, SPEARMAN
+from dit_mlflow.evaluation.stability import SHARES
+from dit_mlflow.explanation.over_seeds import COMPARED, SECONDS
 from dit_mlflow.tracking.jobs.compare import ComparisonRequest, compare_job
 
 HERE = Path(__file__).parent
@@ -26,12 +29,12 @@ DAMAGES = {
     "ood": "image of another digit",
 }
 FIGURES = {
-    "spearman": "Spearman correlation with exact leave-one-out in float64",
-    "pearson": "Pearson correlation with it",
-    "lds": "Linear datamodeling score, 32 halves of the data",
-    "recall_at_k": "Flipped labels among the k lowest scores, k = number flipped (chance 0.10)",
-    "auroc": "AUROC of flipped labels (chance 0.5)",
-    "seconds": "Seconds, beside other work on the machine",
+    SPEARMAN.leaf: f"{SPEARMAN.heading} correlation with exact leave-one-out in float64",
+    PEARSON.leaf: f"{PEARSON.heading} correlation with it",
+    LDS.leaf: "Linear datamodeling score, 32 halves of the data",
+    RECALL_AT_K.leaf: "Flipped labels among the k lowest scores, k = number flipped (chance 0.10)",
+    AUROC.leaf: f"{AUROC.heading} of flipped labels (chance 0.5)",
+    SECONDS: "Seconds, beside other work on the machine",
 }
 
 
@@ -43,14 +46,14 @@ def main() -> None:
         run = compared(seeds=SEEDS)
         picture = download_artifacts(run_id=run.info.run_id, artifact_path="fidelity_against_cost.png")
         (HERE / "fidelity_against_cost.png").write_bytes(Path(picture).read_bytes())
-        parts = [HEAD.format(seeds=SEEDS, attainable=run.data.metrics["ground_truth/attainable_spearman"])]
+        parts = [HEAD.format(seeds=SEEDS, attainable=run.data.metrics[SPEARMAN.attainable])]
         parts += in_the_mean(table(run, "comparison"))
         parts += by_training(table(run, "by_seed"))
         parts += by_seeds(table(run, "stability"))
-        auroc = {"labels flipped": table(run, "comparison").set_index("method")["auroc"]}
+        auroc = {"labels flipped": table(run, "comparison").set_index("method")[AUROC.leaf]}
         for damage, title in DAMAGES.items():
             found = compared(seeds=SEEDS_OF_DAMAGE, subsets=0, settings={"corruption": damage})
-            auroc[title] = table(found, "comparison").set_index("method")["auroc"]
+            auroc[title] = table(found, "comparison").set_index("method")[AUROC.leaf]
         parts += by_damage(pd.DataFrame(auroc))
         (HERE / "comparison.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -82,12 +85,11 @@ of {attainable:.3f} with that in float64: more cannot be asked of an estimate.
 def in_the_mean(means: pd.DataFrame) -> list[str]:
     """A row per method: means over the trainings."""
     means = means.set_index("method")
-    ends = zip(means["spearman"], means["spearman_low"], means["spearman_high"], strict=True)
-    shown = means[["spearman", "pearson", "lds", "recall_at_k", "auroc", "seconds"]].assign(
-        spearman=[f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in ends]
-    )
-    names = ["Spearman (95 % interval)", "Pearson", "LDS", "recall@k", "AUROC", "seconds"]
-    return ["## In the mean\n", markdown(shown.set_axis(names, axis=1))]
+    agreement = SPEARMAN.leaf
+    ends = zip(means[agreement], means[agreement + LOW], means[agreement + HIGH], strict=True)
+    told = {agreement: [f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in ends]}
+    headings = {column: of.heading + " (95 % interval)" * (of is SPEARMAN) for column, of in COMPARED.items()}
+    return ["## In the mean\n", markdown(means[list(COMPARED)].assign(**told).rename(columns=headings))]
 
 
 def by_training(rows: pd.DataFrame) -> list[str]:
@@ -105,8 +107,8 @@ def by_training(rows: pd.DataFrame) -> list[str]:
 
 def by_seeds(stability: pd.DataFrame) -> list[str]:
     """How alike the trainings' scores are, and what their differences are due to."""
-    columns = {"mean": "Spearman between trainings", "low": "low", "high": "high"}
-    shares = {"share_init": "due to weights", "share_order": "due to batch order", "share_rest": "due to both together"}
+    columns = {"mean": f"{SPEARMAN.heading} between trainings", "low": "low", "high": "high"}
+    shares = dict(zip(SHARES, ("due to weights", "due to batch order", "due to both together"), strict=True))
     text = """## Would another seed have told the same?
 
 Mean Spearman correlation between the scores of two trainings with its 95 % interval, and the shares of the variance of

@@ -24,6 +24,8 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import stores  # noqa: E402
 from browsing import HEIGHT, SETTLED, WIDTH, launched  # noqa: E402
 
+from dit_mlflow.evaluation.figures import ACCURACY, SPEARMAN, VALIDATION  # noqa: E402
+
 IMAGES = HERE / "images"
 MODE = "workflowType=machine_learning"
 EXPERIMENT = "digits"
@@ -81,7 +83,7 @@ def look(page: Any, jobs: Jobs, training: str, registered: str) -> None:
     experiment = MlflowClient(jobs.url).get_experiment_by_name(EXPERIMENT).experiment_id
     runs = f"{jobs.url}/#/experiments/{experiment}/runs"
 
-    visit(page, f"{runs}/{influence}?{MODE}", "ground_truth/spearman")
+    visit(page, f"{runs}/{influence}?{MODE}", SPEARMAN.name)
     page.get_by_text("Show more").click()
     picture(page, "note")
 
@@ -92,10 +94,10 @@ def look(page: Any, jobs: Jobs, training: str, registered: str) -> None:
     picture(page, "runs")
 
     for name, to, shown in (
-        ("local", "windows", "ground_truth/spearman"),
-        ("compare", "methods", "by_window/ground_truth/spearman"),
-        ("local", "influence runs", "by_window/ground_truth/spearman"),
-        ("local", "trainings", "validation/accuracy"),
+        ("local", "windows", SPEARMAN.name),
+        ("compare", "methods", SPEARMAN.by_window),
+        ("local", "influence runs", SPEARMAN.by_window),
+        ("local", "trainings", VALIDATION + ACCURACY),
     ):
         visit(page, jobs.link(name, to), shown)
         cards = page.get_by_test_id("experiment-view-compare-runs-card")
@@ -112,7 +114,7 @@ def look(page: Any, jobs: Jobs, training: str, registered: str) -> None:
     page.get_by_role("img", name=plot).wait_for()
     picture(page, "plot")
 
-    visit(page, f"{runs}/{training}?{MODE}", "validation/accuracy")
+    visit(page, f"{runs}/{training}?{MODE}", VALIDATION + ACCURACY)
     picture(page, "training")
     visit(page, registered, "Version 1")
     picture(page, "model-version")

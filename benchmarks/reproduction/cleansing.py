@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from dit_mlflow import Workload
 from dit_mlflow.evaluation.changed_data import subset
+from dit_mlflow.evaluation.figures import ACCURACY, PRECISION, TEST, figure_of
 from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, random_scores, trials, tried_out, untouched
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL
 
@@ -19,6 +20,7 @@ from .panels import cases_of, of_case, panels
 from .scored import WHOLE, fingerprint, flipped_scores
 from .table import Series, Table, Unit, grid, listed, mean_of, number
 
+JUDGED = figure_of(TEST + ACCURACY)
 SHARES = (0.1, 0.2, 0.3)
 REPEATS = 2
 """Pairs of seeds that are trained with, beside the seed of data and flips."""
@@ -62,9 +64,9 @@ class Cleansing(Table):
     def series(self, rows: pd.DataFrame) -> Iterable[Series]:
         for row in rows.to_dict("records"):
             for name, value in (
-                ("test/accuracy", "test_accuracy"),
-                ("gain/test/accuracy", "gain"),
-                ("detection/precision", "precision"),
+                (JUDGED.name, "test_accuracy"),
+                (JUDGED.gain.name, "gain"),
+                (PRECISION.name, "precision"),
             ):
                 yield f"by_percent_flipped/{name}", round(100 * row["share"]), row[value]
 
@@ -151,10 +153,10 @@ def _cleaned(unit: Unit, code: str) -> list[dict[str, object]]:
     def without(flagged: np.ndarray) -> Workload:
         return subset(workload, np.delete(np.arange(n), flagged))
 
-    before = tried_out(untouched(n), lambda _: workload, seeds).mean("test/accuracy")
+    before = tried_out(untouched(n), lambda _: workload, seeds).mean(JUDGED.name)
     rows: list[dict[str, object]] = [{"method": NO_CLEANING, "test_accuracy": before, "gain": 0.0, "precision": np.nan}]
     for trial in trials(strategies, {unit.share: len(found.corrupted)}):
-        after = tried_out(trial, without, seeds).mean("test/accuracy")
-        precision = trial.found(found.corrupted).values["precision"]
+        after = tried_out(trial, without, seeds).mean(JUDGED.name)
+        precision = trial.found(found.corrupted).values[PRECISION.leaf]
         rows.append({"method": trial.strategy, "test_accuracy": after, "gain": after - before, "precision": precision})
     return rows

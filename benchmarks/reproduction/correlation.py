@@ -9,13 +9,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation import correlations
+from dit_mlflow.evaluation.figures import BY_WINDOW, JACCARD_30, KENDALL, PEARSON, SPEARMAN, TRUTH
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL
 
 from .panels import legend_above, of_case, over_epochs, panels
 from .scored import KINDS, WHOLE, scores
 from .table import Series, Table, Unit, by_case, every_seed, grid, mean_of, number
 
-MEASURES = ("pearson", "spearman", "kendall", "jaccard_30")
+MEASURES = (PEARSON.leaf, SPEARMAN.leaf, KENDALL.leaf, JACCARD_30.leaf)
 PLACES = ("first", "middle", "last", "all epochs")
 BASELINES = ("dit", "sgd_influence", "tracin", "no_hessians", "influence_function")
 COLOURS = {"dit": HELPFUL, "final_query": HARMFUL, "tracin": MARKED}
@@ -27,12 +28,12 @@ KINK = 1e-3
 """Difference between sweep and central differences that only a jump explains; without one, it is below 1e-6."""
 
 PUBLISHED = {
-    ("adult", "logreg", "whole", "pearson"): 0.996,
-    ("adult", "dnn", "whole", "pearson"): 0.972,
-    ("adult", "logreg", "cumulative", "spearman"): 0.992,
-    ("adult", "dnn", "cumulative", "spearman"): 0.774,
-    ("adult", "logreg", "final_query", "spearman"): 0.795,
-    ("adult", "dnn", "final_query", "spearman"): 0.652,
+    ("adult", "logreg", "whole", PEARSON.leaf): 0.996,
+    ("adult", "dnn", "whole", PEARSON.leaf): 0.972,
+    ("adult", "logreg", "cumulative", SPEARMAN.leaf): 0.992,
+    ("adult", "dnn", "cumulative", SPEARMAN.leaf): 0.774,
+    ("adult", "logreg", "final_query", SPEARMAN.leaf): 0.795,
+    ("adult", "dnn", "final_query", SPEARMAN.leaf): 0.652,
 }
 """Measured with the published code (seeds 0 to 2); over all 21 windows but for the whole run."""
 
@@ -71,9 +72,9 @@ class Correlation(Table):
         for row in rows.to_dict("records"):
             for name in MEASURES:
                 if row["window"] == WHOLE:
-                    yield f"ground_truth/{name}", 0, row[name]
+                    yield TRUTH + name, 0, row[name]
                 else:
-                    yield f"by_window/{row['kind']}/ground_truth/{name}", int(row["window"]), row[name]
+                    yield f"{BY_WINDOW}{row['kind']}/{TRUTH}{name}", int(row["window"]), row[name]
             if row["window"] == WHOLE:
                 yield "sweep_error", 0, row["sweep_error"]
 
@@ -99,11 +100,11 @@ class Correlation(Table):
         whole = rows[rows["window"] == WHOLE]
         windows = rows[rows["window"] != WHOLE]
         dit = whole[whole["method"] == "dit"]
-        best = dit.groupby(["data", "model"], sort=False)["pearson"].mean()
+        best = dit.groupby(["data", "model"], sort=False)[PEARSON.leaf].mean()
         reached = int((best >= CLAIMED).sum())
         windows_of = windows[(windows["window"] == PLACES[3]) & (windows["kind"] == "cumulative")]
         own, shortcut = (
-            windows_of[windows_of["method"] == name].groupby(["data", "model"], sort=False)["spearman"].mean()
+            windows_of[windows_of["method"] == name].groupby(["data", "model"], sort=False)[SPEARMAN.leaf].mean()
             for name in ("dit", "final_query")
         )
         low = by_case(best[best < 0.95])
@@ -119,19 +120,19 @@ class Correlation(Table):
             f"{(own > shortcut).sum()} of {len(own)} cases.",
             "## Whole run, Pearson\n",
             "All of training is one window, asked at its end: there the final model's query is the right one.\n",
-            grid(whole, ["data", "model"], "method", BASELINES, lambda cell: mean_of(cell["pearson"])),
+            grid(whole, ["data", "model"], "method", BASELINES, lambda cell: mean_of(cell[PEARSON.leaf])),
             "## Whole run, Spearman\n",
-            grid(whole, ["data", "model"], "method", BASELINES, lambda cell: mean_of(cell["spearman"])),
+            grid(whole, ["data", "model"], "method", BASELINES, lambda cell: mean_of(cell[SPEARMAN.leaf])),
             "## Whole run, Kendall and Jaccard 30 %, `dit`\n",
             grid(
-                dit.melt(["data", "model", "seed"], ["kendall", "jaccard_30"]),
+                dit.melt(["data", "model", "seed"], [KENDALL.leaf, JACCARD_30.leaf]),
                 ["data", "model"],
                 "variable",
-                ("kendall", "jaccard_30"),
+                (KENDALL.leaf, JACCARD_30.leaf),
                 lambda cell: mean_of(cell["value"]),
             ),
             "## Every seed: whole run, Pearson, `dit`\n",
-            every_seed(dit, ["data", "model"], "pearson", 3),
+            every_seed(dit, ["data", "model"], PEARSON.leaf, 3),
             "## Windows of one epoch, Spearman, `dit`\n",
             self._windows(windows, "dit"),
             "The same windows with the final model's query instead of the window's own (the shortcut of the published "
@@ -146,7 +147,7 @@ class Correlation(Table):
 
     def _windows(self, rows: pd.DataFrame, method: str) -> str:
         chosen = rows[rows["method"] == method]
-        return grid(chosen, ["data", "model", "kind"], "window", PLACES, lambda cell: mean_of(cell["spearman"], 2))
+        return grid(chosen, ["data", "model", "kind"], "window", PLACES, lambda cell: mean_of(cell[SPEARMAN.leaf], 2))
 
 
 def _exactness(error: pd.Series) -> str:
@@ -203,9 +204,9 @@ def plot_over_windows(rows: pd.DataFrame) -> Figure:
     for case, axes in drawn.items():
         own = of_case(shown, case)
         for method, label in labels.items():
-            over_epochs(axes, own[own["method"] == method], "spearman", COLOURS[method], label)
+            over_epochs(axes, own[own["method"] == method], SPEARMAN.leaf, COLOURS[method], label)
         axes.axhline(0, color=NEUTRAL, lw=0.6)
     legend_above(figure, 3)
-    figure.supylabel("Spearman with exact leave-one-out", fontsize=10)
+    figure.supylabel(f"{SPEARMAN.heading} with exact leave-one-out", fontsize=10)
     figure.supxlabel("epoch (a cumulative window each); line: mean over seeds, band: all seeds", fontsize=10)
     return figure

@@ -14,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dit_mlflow import Window, leave_one_out, parse_windows, track, train
+from dit_mlflow.evaluation.figures import CPU_SECONDS
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, SMALL, new_figure
 from dit_mlflow.recording.loop import train_unrecorded
 
@@ -109,7 +110,7 @@ class Cost(Table):
     def series(self, rows: pd.DataFrame) -> Iterable[Series]:
         for row in rows.to_dict("records"):
             yield f"by_{row['scale'].replace(' ', '_')}/cost/times_training", row["at"], row["ratio"]
-            yield f"by_{row['scale'].replace(' ', '_')}/cost/cpu_seconds", row["at"], row["seconds"]
+            yield f"by_{row['scale'].replace(' ', '_')}/{CPU_SECONDS.name}", row["at"], row["seconds"]
 
     def figure(self, rows: pd.DataFrame) -> Figure:
         """A panel for each scale, both axes logarithmic."""

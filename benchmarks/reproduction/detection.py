@@ -9,6 +9,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation import detection
+from dit_mlflow.evaluation.figures import (
+    AUROC,
+    AVERAGE_PRECISION,
+    BY_WINDOW,
+    DETECTION,
+    DETECTION_ACCURACY,
+    RECALL_AT_K,
+)
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL
 
 from .cases import Case, seeds_of
@@ -18,7 +26,7 @@ from .table import Series, Table, Unit, by_case, every_seed, grid, mean_of, numb
 
 SHARES = (0.04, 0.08, TENTH, 0.12, 0.16, 0.2, 0.3)
 FEW_SHARES = (TENTH, 0.3)
-MEASURES = ("accuracy", "recall_at_k", "auroc", "average_precision")
+MEASURES = (DETECTION_ACCURACY.leaf, RECALL_AT_K.leaf, AUROC.leaf, AVERAGE_PRECISION.leaf)
 CLAIMED = 0.98
 """Accuracy in finding flipped labels, "above" (arXiv 2502.10793, abstract)."""
 
@@ -99,10 +107,10 @@ class Detection(Table):
             percent = round(100 * row["share"])
             for name in MEASURES:
                 if str(row["window"]).isdecimal():
-                    yield f"by_window/flipped_{percent}/detection/{name}", int(row["window"]), row[name]
+                    yield f"{BY_WINDOW}flipped_{percent}/{DETECTION}{name}", int(row["window"]), row[name]
                 else:
                     place = WHOLE if row["window"] == WHOLE else f"{row['kind']}_{row['window']}"
-                    yield f"by_percent_flipped/{place}/detection/{name}", percent, row[name]
+                    yield f"by_percent_flipped/{place}/{DETECTION}{name}", percent, row[name]
 
     def condensed(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Without the single epochs, which the figure shows."""
@@ -115,14 +123,14 @@ class Detection(Table):
         for case, axes in drawn.items():
             own = of_case(shown, case)
             epochs = own[(own["method"] == "dit") & own["window"].astype(str).str.isdecimal()]
-            over_epochs(axes, epochs, "auroc", HELPFUL, "DIT, one epoch")
-            whole = own[own["window"] == WHOLE].groupby("method")["auroc"].mean()
+            over_epochs(axes, epochs, AUROC.leaf, HELPFUL, "DIT, one epoch")
+            whole = own[own["window"] == WHOLE].groupby("method")[AUROC.leaf].mean()
             for method, (colour, style, label) in LINES.items():
                 if method in whole:
                     axes.axhline(whole[method], color=colour, ls=style, lw=1.1, label=label)
             axes.axhline(0.5, color=NEUTRAL, lw=0.6)
         legend_above(figure, 3)
-        figure.supylabel(f"AUROC, {100 * TENTH:.0f} % flipped (chance 0.5)", fontsize=10)
+        figure.supylabel(f"{AUROC.heading}, {100 * TENTH:.0f} % flipped (chance 0.5)", fontsize=10)
         figure.supxlabel("epoch; line: mean over seeds, band: all seeds", fontsize=10)
         return figure
 
@@ -138,23 +146,23 @@ class Detection(Table):
         names = list(SOURCES.values())
         words += [
             f"## All of training, AUROC, {percent}\n",
-            grid(at, ["data", "model"], "by", names, lambda cell: mean_of(cell["auroc"], 2)),
+            grid(at, ["data", "model"], "by", names, lambda cell: mean_of(cell[AUROC.leaf], 2)),
             "## All of training, accuracy of DIT by share of flips (flagging none: 1 minus the share)\n",
-            _by_share(whole[whole["method"] == "dit"], "accuracy", shares),
+            _by_share(whole[whole["method"] == "dit"], DETECTION_ACCURACY.leaf, shares),
             "## All of training, recall among the k lowest, k = number flipped (chance: the share)\n",
             "DIT:\n",
-            _by_share(whole[whole["method"] == "dit"], "recall_at_k", shares),
+            _by_share(whole[whole["method"] == "dit"], RECALL_AT_K.leaf, shares),
             "Exact leave-one-out (not of the CNNs, where it costs too much):\n",
-            _by_share(whole[whole["method"] == "leave_one_out"], "recall_at_k", shares),
+            _by_share(whole[whole["method"] == "leave_one_out"], RECALL_AT_K.leaf, shares),
             "Confident learning:\n",
-            _by_share(whole[whole["method"] == "confident_learning"], "recall_at_k", shares),
+            _by_share(whole[whole["method"] == "confident_learning"], RECALL_AT_K.leaf, shares),
             f"## Parts of training, AUROC of DIT, {percent}\n",
             grid(
                 rows[(rows["method"] == "dit") & (rows["share"] == TENTH)],
                 ["data", "model", "kind"],
                 "window",
                 [*THIRDS, WHOLE],
-                lambda cell: mean_of(cell["auroc"], 2),
+                lambda cell: mean_of(cell[AUROC.leaf], 2),
             ),
             f"Exact leave-one-out, `local`, {percent}:\n",
             grid(
@@ -162,10 +170,10 @@ class Detection(Table):
                 ["data", "model"],
                 "window",
                 [*THIRDS, WHOLE],
-                lambda cell: mean_of(cell["auroc"], 2),
+                lambda cell: mean_of(cell[AUROC.leaf], 2),
             ),
             f"## Every seed: AUROC of DIT, all of training, {percent}\n",
-            every_seed(at[at["method"] == "dit"], ["data", "model"], "auroc"),
+            every_seed(at[at["method"] == "dit"], ["data", "model"], AUROC.leaf),
             *_published(whole),
         ]
         return "\n\n".join(words)
@@ -183,7 +191,7 @@ def _by_share(rows: pd.DataFrame, figure: str, shares: Sequence[float]) -> str:
 
 
 def _accuracy_words(whole: pd.DataFrame) -> list[str]:
-    means = whole.groupby(["method", "data", "model", "share"], sort=False)["accuracy"].mean()
+    means = whole.groupby(["method", "data", "model", "share"], sort=False)[DETECTION_ACCURACY.leaf].mean()
     dit = means["dit"]
     held = dit[dit > CLAIMED]
     where = "; ".join(f"{data} {model} at {100 * share:.0f} %" for data, model, share in held.index) or "nowhere"
@@ -202,12 +210,12 @@ def _accuracy_words(whole: pd.DataFrame) -> list[str]:
 
 def _convergence_words(thirds: pd.DataFrame) -> list[str]:
     table = thirds[thirds["window"].isin(["late", WHOLE])].pivot_table(
-        index=["data", "model", "seed", "share"], columns="window", values=["auroc", "seconds"]
+        index=["data", "model", "seed", "share"], columns="window", values=[AUROC.leaf, "seconds"]
     )
     early = thirds[thirds["window"].isin(["early", WHOLE])].pivot_table(
-        index=["data", "model", "seed", "share"], columns="window", values="auroc"
+        index=["data", "model", "seed", "share"], columns="window", values=AUROC.leaf
     )
-    differences = (table["auroc"]["late"] - table["auroc"][WHOLE]).groupby(["data", "model"], sort=False).mean()
+    differences = (table[AUROC.leaf]["late"] - table[AUROC.leaf][WHOLE]).groupby(["data", "model"], sort=False).mean()
     ratio = (table["seconds"]["late"] / table["seconds"][WHOLE]).median()
     fallen = thirds[thirds["window"] == "late"]["loss_fallen"].median()
     good, bad = differences[differences >= -MARGIN], differences[differences < -MARGIN]
@@ -229,7 +237,7 @@ def _published(whole: pd.DataFrame) -> list[str]:
     for (data, model), recalls in PUBLISHED.items():
         own = whole[(whole["data"] == data) & (whole["model"] == model) & (whole["method"] == "dit")]
         for share, theirs in recalls.items():
-            values = own[np.isclose(own["share"], share)]["recall_at_k"]
+            values = own[np.isclose(own["share"], share)][RECALL_AT_K.leaf]
             if len(values):
                 cells = {
                     "ours": mean_of(values, 2),

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from dit_mlflow import Influence, Window
 from dit_mlflow.evaluation import correlations, patterns
+from dit_mlflow.evaluation.figures import PATTERN, SPEARMAN
 from dit_mlflow.evaluation.patterns import PATTERNS
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
 
@@ -17,6 +18,9 @@ from .cases import Case
 from .panels import cases_of, legend_above
 from .scored import WHOLE, Scores, scores
 from .table import Series, Table, Unit, grid, mean_of
+
+AMONG = f"{SPEARMAN.leaf}_"
+"""Before the name of a pattern: agreement among its samples."""
 
 KINDS = ("local", "cumulative")
 METHODS = ("leave_one_out", "dit")
@@ -29,7 +33,7 @@ class Patterns(Table):
     name = "patterns"
     title = "Patterns"
     facets = ("kind",)
-    figures = (*PATTERNS, "same", *(f"spearman_{name}" for name in PATTERNS))
+    figures = (*PATTERNS, "same", *(AMONG + name for name in PATTERNS))
 
     def units(self, cases: Sequence[Case], seeds: int, quick: bool) -> list[Unit]:
         """Only where there is a window for every epoch."""
@@ -50,7 +54,7 @@ class Patterns(Table):
                         pair = (found.of(of, "final", WHOLE)[chosen] for of in ("dit", "leave_one_out"))
                         # Of a handful of samples, a correlation says nothing.
                         agreement = correlations(*pair).values if chosen.sum() >= 8 else {}
-                        row[f"spearman_{name}"] = agreement.get("spearman", np.nan)
+                        row[AMONG + name] = agreement.get(SPEARMAN.leaf, np.nan)
                 keys = {"data": unit.case.data, "model": unit.case.model, "method": method, "seed": unit.seed}
                 rows.append({**keys, "kind": kind, **row})
         return pd.DataFrame(rows)
@@ -58,7 +62,7 @@ class Patterns(Table):
     def series(self, rows: pd.DataFrame) -> Iterable[Series]:
         for row in rows.to_dict("records"):
             for name in self.figures:
-                yield f"patterns/{row['kind']}/{name}", 0, row.get(name, np.nan)
+                yield f"{PATTERN}{row['kind']}/{name}", 0, row.get(name, np.nan)
 
     def figure(self, rows: pd.DataFrame) -> Figure:
         """Shares as stacked bars, exact above estimated."""
@@ -98,9 +102,9 @@ class Patterns(Table):
         ]
         for kind in KINDS:
             shares = exact[exact["kind"] == kind].melt(["data", "model", "seed"], list(PATTERNS))
-            figures = ["same", *(f"spearman_{name}" for name in PATTERNS)]
+            figures = ["same", *(AMONG + name for name in PATTERNS)]
             fidelity = own[own["kind"] == kind].melt(["data", "model", "seed"], figures)
-            fidelity["variable"] = fidelity["variable"].str.removeprefix("spearman_")
+            fidelity["variable"] = fidelity["variable"].str.removeprefix(AMONG)
             words += [
                 f"## `{kind}`: shares, exact\n",
                 grid(shares, ["data", "model"], "variable", PATTERNS, lambda cell: mean_of(cell["value"], 2)),

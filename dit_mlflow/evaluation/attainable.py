@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dit_mlflow.evaluation.correlation import correlations
+from dit_mlflow.evaluation.figures import ATTAINABLE
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence import Influence, Query, check_kind
 from dit_mlflow.replay import Trajectory
@@ -47,4 +48,4 @@ def attainable(
     chosen = sorted(np.random.default_rng(seed).permutation(known)[:samples].tolist())
     kind = check_kind(truth.kind)
     again = leave_one_out(trajectory, workload, truth.windows, kind, queries, chosen, dtype=None, effort=effort)
-    return tuple(correlations(again.of(k), truth.of(k)).prefixed("attainable_") for k in range(len(truth.windows)))
+    return tuple(correlations(again.of(k), truth.of(k)).prefixed(ATTAINABLE) for k in range(len(truth.windows)))

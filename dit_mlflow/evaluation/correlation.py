@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+from dit_mlflow.evaluation.figures import HIGH, JACCARD_30, JACCARD_BOTTOM_30, KENDALL, LOW, PEARSON, SPEARMAN
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.evaluation.ties import shares_of_lowest
 
@@ -92,9 +93,9 @@ def correlations_with_intervals(
     found = correlations(estimate, truth).only(*(NAMES if names is None else names))
     intervals = correlation_intervals(estimate, truth, confidence, resamples, names=names)
     bounds = {
-        f"{name}_{side}": bound
+        name + end: bound
         for name, interval in intervals.items()
-        for side, bound in zip(("low", "high"), interval, strict=True)
+        for end, bound in zip((LOW, HIGH), interval, strict=True)
     }
     return Metrics({**found.values, **bounds}, found.undefined)
 
@@ -144,11 +145,11 @@ def _jaccard_of_bottom(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 _MEASURES = {
-    "pearson": _pearson,
-    "spearman": _spearman,
-    "kendall": _kendall,
-    "jaccard_30": _jaccard_of_top,
-    "jaccard_bottom_30": _jaccard_of_bottom,
+    PEARSON.leaf: _pearson,
+    SPEARMAN.leaf: _spearman,
+    KENDALL.leaf: _kendall,
+    JACCARD_30.leaf: _jaccard_of_top,
+    JACCARD_BOTTOM_30.leaf: _jaccard_of_bottom,
 }
 """Each of ``[rows, samples]`` twice, to ``[rows]``."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
+from dit_mlflow.evaluation.figures import HIGH, LDS, LOW
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence import Window
 from dit_mlflow.retraining.subsets import Subsets
@@ -32,9 +33,10 @@ def datamodeling_score(
     foretold, seen = ~subsets.kept @ np.nan_to_num(scores), subsets.changes[position, query]
     if np.ptp(foretold) == 0 or np.ptp(seen) == 0:
         reason = f"all {len(seen)} {'foretold' if np.ptp(foretold) == 0 else 'true'} changes are equal"
-        return Metrics(undefined={"lds": reason})
+        return Metrics(undefined={LDS.leaf: reason})
     drawn = np.random.default_rng(seed).integers(len(seen), size=(resamples, len(seen)))
     ranks = stats.rankdata(foretold[drawn], axis=1), stats.rankdata(seen[drawn], axis=1)
     found = [np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True) if np.ptp(a) and np.ptp(b)]
     low, high = np.quantile(found, [0.025, 0.975])
-    return Metrics({"lds": float(stats.spearmanr(foretold, seen).statistic), "lds_low": low, "lds_high": high})
+    value = float(stats.spearmanr(foretold, seen).statistic)
+    return Metrics({LDS.leaf: value, LDS.leaf + LOW: low, LDS.leaf + HIGH: high})

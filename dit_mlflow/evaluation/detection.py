@@ -8,10 +8,11 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dit_mlflow.errors import InputError
+from dit_mlflow.evaluation.figures import AUROC, AVERAGE_PRECISION, CHANCE, DETECTION_ACCURACY, RECALL_AT_K
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.evaluation.ties import shares_of_lowest
 
-NAMES = ("accuracy", "recall_at_k", "auroc", "average_precision")
+NAMES = (DETECTION_ACCURACY.leaf, RECALL_AT_K.leaf, AUROC.leaf, AVERAGE_PRECISION.leaf)
 
 
 def detection(scores: np.ndarray, corrupted: Sequence[int]) -> Metrics:
@@ -37,12 +38,12 @@ def detection(scores: np.ndarray, corrupted: Sequence[int]) -> Metrics:
         return Metrics(undefined=dict.fromkeys(NAMES, reason))
     hits = float(shares_of_lowest(scores, k)[damaged].sum())
     values = {
-        "accuracy": 1 - 2 * (k - hits) / len(scores),
-        "recall_at_k": hits / k,
-        "auroc": float(roc_auc_score(damaged, -scores)),
-        "average_precision": float(average_precision_score(damaged, -scores)),
+        DETECTION_ACCURACY.leaf: 1 - 2 * (k - hits) / len(scores),
+        RECALL_AT_K.leaf: hits / k,
+        AUROC.leaf: float(roc_auc_score(damaged, -scores)),
+        AVERAGE_PRECISION.leaf: float(average_precision_score(damaged, -scores)),
     }
-    return Metrics(values | {f"{name}_chance": value for name, value in chance(k, len(scores)).items()})
+    return Metrics(values | {name + CHANCE: value for name, value in chance(k, len(scores)).items()})
 
 
 def chance(k: int, n: int) -> dict[str, float]:
@@ -57,10 +58,10 @@ def chance(k: int, n: int) -> dict[str, float]:
     share, harmonic = k / n, float((1 / np.arange(1, n + 1)).sum())
     precision = (harmonic + (n - harmonic) * (k - 1) / (n - 1)) / n
     return {
-        "accuracy": 1 - 2 * share * (1 - share),
-        "recall_at_k": share,
-        "auroc": 0.5,
-        "average_precision": precision,
+        DETECTION_ACCURACY.leaf: 1 - 2 * share * (1 - share),
+        RECALL_AT_K.leaf: share,
+        AUROC.leaf: 0.5,
+        AVERAGE_PRECISION.leaf: precision,
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from dit_mlflow.evaluation.figures import LOSS
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence.query import CHUNK
 from dit_mlflow.workload import Workload, to_like
@@ -38,7 +39,7 @@ def sample_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -
         for start in range(0, size, CHUNK):
             indices = range(start, min(start + CHUNK, size))
             batch = to_like(workload.unvarying(dataset, indices), like.device, None)
-            values = {"loss": workload.sample_losses(model, batch, len(indices))}
+            values = {LOSS: workload.sample_losses(model, batch, len(indices))}
             if workload.metrics is not None:
                 values |= workload.metrics(model, batch)
             for name, value in values.items():

@@ -7,10 +7,11 @@ from scipy import stats
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation.correlation import correlations_with_intervals
+from dit_mlflow.evaluation.figures import EARLY, FLUCTUATING, LATE, PEARSON, SPEARMAN, STABLE
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence import Influence
 
-PATTERNS = ("early", "late", "stable", "fluctuating")
+PATTERNS = (EARLY.leaf, LATE.leaf, STABLE.leaf, FLUCTUATING.leaf)
 """Early influencer, late bloomer, stable, highly fluctuating (Xu and Wu 2025, arXiv 2502.10793, in words)."""
 
 
@@ -48,8 +49,8 @@ def patterns(
     minority = np.minimum(scores.clip(min=0).sum(axis=0), -scores.clip(max=0).sum(axis=0))
     found = np.select(
         [total == 0, minority > mixed * total, first >= concentrated * total, total - first >= concentrated * total],
-        ["none", "fluctuating", "early", "late"],
-        default="stable",
+        ["none", FLUCTUATING.leaf, EARLY.leaf, LATE.leaf],
+        default=STABLE.leaf,
     )
     return np.asarray(found)
 
@@ -84,7 +85,8 @@ def correlations_by_pattern(estimate: np.ndarray, truth: np.ndarray, names: np.n
     for name in PATTERNS:
         chosen = names == name
         if chosen.any():
-            agreement = correlations_with_intervals(estimate[chosen], truth[chosen], ("spearman", "pearson"))
+            told = (SPEARMAN.leaf, PEARSON.leaf)
+            agreement = correlations_with_intervals(estimate[chosen], truth[chosen], told)
             found = found.and_(agreement.prefixed(f"{name}/"))
     return found
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation.correlation import correlations
+from dit_mlflow.evaluation.figures import HIGH, LOW, SPEARMAN
 from dit_mlflow.evaluation.metrics import Metrics
 
 SHARES = ("share_init", "share_order", "share_rest")
@@ -83,18 +84,18 @@ def _agreement(scores: np.ndarray, resamples: int, confidence: float, seed: int)
     runs = scores.reshape(-1, scores.shape[2])
     count = len(runs)
     if count < 2:
-        return Metrics(undefined={"spearman": f"{count} run; at least 2 are needed"})
+        return Metrics(undefined={SPEARMAN.leaf: f"{count} run; at least 2 are needed"})
     matrix = np.zeros((count, count))
     for i in range(count):
         for j in range(i):
             found = correlations(runs[i], runs[j])
-            if "spearman" in found.undefined:
-                return Metrics(undefined={"spearman": f"runs {j} and {i}: {found.undefined['spearman']}"})
-            matrix[i, j] = matrix[j, i] = found.values["spearman"]
+            if (reason := found.undefined.get(SPEARMAN.leaf)) is not None:
+                return Metrics(undefined={SPEARMAN.leaf: f"runs {j} and {i}: {reason}"})
+            matrix[i, j] = matrix[j, i] = found.values[SPEARMAN.leaf]
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     # Row r of drawn: how often each run was drawn; all pairs but those of a run with itself.
     pairs = drawn.sum(axis=1) ** 2 - (drawn**2).sum(axis=1)
     means = np.einsum("ri,ij,rj->r", drawn, matrix, drawn)[pairs > 0] / pairs[pairs > 0]
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
     mean = float(matrix.sum() / (count * (count - 1)))
-    return Metrics({"spearman": mean, "spearman_low": low, "spearman_high": high})
+    return Metrics({SPEARMAN.leaf: mean, SPEARMAN.leaf + LOW: low, SPEARMAN.leaf + HIGH: high})

@@ -11,6 +11,18 @@ from typing import Literal
 import numpy as np
 
 from dit_mlflow.errors import InputError
+from dit_mlflow.evaluation.figures import (
+    HIGH,
+    HIGHEST_DRAW,
+    LOSS,
+    LOW,
+    LOWEST_DRAW,
+    PRECISION,
+    RECALL,
+    TEST,
+    VALIDATION,
+    figure_of,
+)
 from dit_mlflow.evaluation.mean_interval import mean_interval
 from dit_mlflow.evaluation.mean_scores import sample_scores
 from dit_mlflow.evaluation.metrics import Metrics
@@ -52,9 +64,9 @@ class Trial:
         """
         if not self.count or not len(corrupted):
             reason = "no sample is flagged" if not self.count else "it is not known which samples are damaged"
-            return Metrics(undefined=dict.fromkeys(("precision", "recall"), reason))
+            return Metrics(undefined=dict.fromkeys((PRECISION.leaf, RECALL.leaf), reason))
         damaged = float(np.isin(self.flagged, np.asarray(corrupted)).sum(axis=1).mean())
-        return Metrics({"precision": damaged / self.count, "recall": damaged / len(corrupted)})
+        return Metrics({PRECISION.leaf: damaged / self.count, RECALL.leaf: damaged / len(corrupted)})
 
 
 def untouched(num_samples: int) -> Trial:
@@ -124,7 +136,7 @@ class Outcome:
             found = found.and_(_with_interval(name, values.mean(axis=0)))
             if len(values) > 1:
                 draws = values.mean(axis=1)
-                ends = {f"{name}_lowest_draw": float(draws.min()), f"{name}_highest_draw": float(draws.max())}
+                ends = {name + LOWEST_DRAW: float(draws.min()), name + HIGHEST_DRAW: float(draws.max())}
                 found = found.and_(Metrics(ends))
         return found
 
@@ -133,25 +145,24 @@ class Outcome:
 
         The interval tells of other seeds and of other samples in the split: the two half-widths, each by Student's t
         over paired differences, are added as squares, as if independent. **Sign**: positive = better, which of a loss
-        means lower and of any other figure higher.
+        means lower.
         """
         found = Metrics()
         for name in self.figures:
-            sign = sign_of(name)
+            sign = _sign(name)
             over_seeds = sign * (self.figures[name].mean(axis=0) - other.figures[name].mean(axis=0))
             over_samples = sign * (self.by_sample[name] - other.by_sample[name])
             found = found.and_(_with_interval(name, over_seeds, over_samples))
         return found
 
 
-def sign_of(name: str) -> int:
-    """-1 for a loss, of which less is better; 1 for all other figures."""
-    return -1 if name.rpartition("/")[2] == "loss" else 1
+def _sign(name: str) -> int:
+    return 1 if figure_of(name).higher_is_better else -1
 
 
 def _with_interval(name: str, values: np.ndarray, *further: np.ndarray) -> Metrics:
     """Mean of ``values``; its interval, widened by that of the means of ``further``."""
-    ends = (f"{name}_low", f"{name}_high")
+    ends = (name + LOW, name + HIGH)
     mean = Metrics({name: float(values.mean())})
     if len(values) < 2 or any(len(more) < 2 for more in further):
         reason = f"{len(values)} pairs of seeds; an interval needs 2 or more, and as many samples in the split"
@@ -184,10 +195,10 @@ def tried_out(
         workload = change(flagged)
         for init_seed, order_seed in seeds:
             model = train_unrecorded(workload, init_seed, order_seed).eval()
-            for split, dataset in (("validation", workload.validation_set), ("test", workload.test_set)):
+            for data, dataset in ((VALIDATION, workload.validation_set), (TEST, workload.test_set)):
                 if dataset is not None:
                     for name, values in sample_scores(workload, model, dataset).items():
-                        found.setdefault(f"{split}/{name}", []).append(values)
+                        found.setdefault(data + name, []).append(values)
             told()
     shape = (len(trial.flagged), len(seeds))
     figures = {name: np.array([values.mean() for values in rows]).reshape(shape) for name, rows in found.items()}
@@ -199,7 +210,7 @@ def rank(outcome: Outcome, metric: str) -> tuple[float, float, int]:
 
     Equally good ones are told apart by the validation loss, then by flagging fewer samples.
     """
-    figures = [-sign_of(name) * outcome.mean(f"validation/{name}") for name in (metric, "loss")]
+    figures = [-_sign(name) * outcome.mean(name) for name in (VALIDATION + metric, VALIDATION + LOSS)]
     first, second = (value if np.isfinite(value) else np.inf for value in figures)
     return first, second, outcome.trial.count
 
@@ -261,8 +272,8 @@ class Cleansing:
         ``no``: nothing was to be cleaned, or the mean did not become better; ``yes``: the whole interval of the gain is
         above 0; ``unclear``: the mean became better, by no more than seeds and test samples make it differ.
         """
-        name = f"test/{self.metric}"
+        name = TEST + self.metric
         gain = self.chosen.gain(self.before).values
         if self.chosen is self.before or not gain[name] > 0:
             return "no"
-        return "yes" if gain.get(f"{name}_low", 0.0) > 0 else "unclear"
+        return "yes" if gain.get(name + LOW, 0.0) > 0 else "unclear"

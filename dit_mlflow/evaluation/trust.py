@@ -9,6 +9,14 @@ import torch
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation.correlation import correlations_with_intervals
+from dit_mlflow.evaluation.figures import (
+    SLOPE_RATIO,
+    SMOOTHNESS,
+    SPREAD_RATIO,
+    TRUST_PEARSON,
+    TRUST_SAMPLES,
+    TRUST_SPEARMAN,
+)
 from dit_mlflow.evaluation.metrics import Metrics
 from dit_mlflow.influence import Influence, Query, check_kind
 from dit_mlflow.influence.question import Question
@@ -81,18 +89,20 @@ def trust(
 
 def _agreement(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
     known = np.isfinite(estimate) & np.isfinite(truth)
-    count = Metrics({"samples": float(known.sum())})
-    agreement = correlations_with_intervals(estimate, truth, ("spearman", "pearson"), RESAMPLES)
+    count = Metrics({TRUST_SAMPLES.leaf: float(known.sum())})
+    names = (TRUST_SPEARMAN.leaf, TRUST_PEARSON.leaf)
+    agreement = correlations_with_intervals(estimate, truth, names, RESAMPLES)
     if agreement.undefined:
-        return count.and_(agreement).and_(Metrics(undefined={"spread_ratio": agreement.undefined["spearman"]}))
+        reason = agreement.undefined[TRUST_SPEARMAN.leaf]
+        return count.and_(agreement).and_(Metrics(undefined={SPREAD_RATIO.leaf: reason}))
     ratio = float(np.std(estimate[known]) / np.std(truth[known]))
-    return count.and_(agreement).and_(Metrics({"spread_ratio": ratio}))
+    return count.and_(agreement).and_(Metrics({SPREAD_RATIO.leaf: ratio}))
 
 
 def _linearity(question: Question, scores: np.ndarray, dtype: torch.dtype | None, effort: Effort | None) -> Metrics:
     scores = np.nan_to_num(scores)
     size = float(np.linalg.norm(scores))
-    names = ("smoothness", "slope_ratio")
+    names = (SMOOTHNESS.leaf, SLOPE_RATIO.leaf)
     if size == 0:
         return Metrics(undefined=dict.fromkeys(names, "all scores are 0: there is no direction to go along"))
     direction = scores / size
@@ -101,4 +111,4 @@ def _linearity(question: Question, scores: np.ndarray, dtype: torch.dtype | None
     odd, even = (up - down) / 2, (up + down) / 2
     if odd == even == 0:
         return Metrics(undefined=dict.fromkeys(names, "other weights on the samples changed nothing"))
-    return Metrics({"smoothness": abs(odd) / (abs(odd) + abs(even)), "slope_ratio": -odd / size})
+    return Metrics({SMOOTHNESS.leaf: abs(odd) / (abs(odd) + abs(even)), SLOPE_RATIO.leaf: -odd / size})

@@ -11,6 +11,7 @@ import numpy as np
 from dit_mlflow.errors import InputError, UnsupportedError, WorkloadError
 from dit_mlflow.evaluation import mean_scores
 from dit_mlflow.evaluation.changed_data import relabelled, sample_classes, subset
+from dit_mlflow.evaluation.figures import ACCURACY, LOSS
 from dit_mlflow.evaluation.trials import RANDOM, Outcome, Trial, check_classes_stay, random_scores, trials, tried_out
 from dit_mlflow.explanation.explainer import explain
 from dit_mlflow.explanation.explanation import Explanation
@@ -165,7 +166,7 @@ def _metric(asked: str, workload: Workload) -> str:
     with preserved_random_state():
         found = mean_scores(workload, workload.build_model().eval(), workload.validation_set).values
     if not asked:
-        return "accuracy" if math.isfinite(found.get("accuracy", math.nan)) else "loss"
+        return ACCURACY if math.isfinite(found.get(ACCURACY, math.nan)) else LOSS
     if asked not in found:
         raise InputError(f"metric={asked!r}; the workload has {', '.join(found)}")
     if not math.isfinite(found[asked]):

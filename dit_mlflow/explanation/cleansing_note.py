@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dit_mlflow.evaluation.figures import (
+    HIGH,
+    HIGHEST_DRAW,
+    LOSS,
+    LOW,
+    LOWEST_DRAW,
+    PRECISION,
+    TEST,
+    VALIDATION,
+    figure_of,
+)
 from dit_mlflow.evaluation.trials import RANDOM, Cleansing, Outcome, choose
 from dit_mlflow.explanation.markdown import escaped, markdown_table
+from dit_mlflow.explanation.numbers import cell
 
 ROWS, REMARKS = 40, 4
 """Of the table, and of further sentences, at most."""
@@ -34,7 +46,7 @@ REMARK = {
 def cleansing_answer(cleansing: Cleansing) -> str:
     """Whether cleaning helped, what else came of as many samples, and how many were truly damaged: three sentences."""
     chosen, before = cleansing.chosen, cleansing.before
-    names = [f"test/{name}" for name in _metrics(cleansing)]
+    names = [TEST + name for name in _metrics(cleansing)]
     lead = ANSWERS[cleansing.helped]
     if chosen is before:
         figures = ", ".join(f"{name} {before.mean(name):.4f}" for name in names)
@@ -81,7 +93,7 @@ def _damaged(cleansing: Cleansing) -> str:
     found = cleansing.chosen.trial.found(cleansing.corrupted).values
     if not found:
         return f"{known} samples of the training set are truly damaged."
-    damaged = round(found["precision"] * count)
+    damaged = round(found[PRECISION.leaf] * count)
     return f"{damaged} of the {count} are truly damaged, of {known} damaged ones in the training set."
 
 
@@ -93,9 +105,9 @@ def _figure(outcome: Outcome, name: str) -> str:
     values = outcome.summary().values
     if outcome.trial.strategy != RANDOM:
         return f"{values[name]:.4f} by {outcome.trial.strategy}"
-    if f"{name}_lowest_draw" not in values:
+    if name + LOWEST_DRAW not in values:
         return f"{values[name]:.4f} at random"
-    low, high = (values[f"{name}_{end}_draw"] for end in ("lowest", "highest"))
+    low, high = (values[name + end] for end in (LOWEST_DRAW, HIGHEST_DRAW))
     return f"{values[name]:.4f} at random (draws from {low:.4f} to {high:.4f})"
 
 
@@ -104,9 +116,9 @@ def _gain(outcome: Outcome, other: Outcome, name: str) -> str:
     values = outcome.gain(other).values
     pairs = outcome.figures[name].shape[1]
     over = "one pair of seeds" if pairs == 1 else f"{pairs} pairs of seeds"
-    if f"{name}_low" not in values:
+    if name + LOW not in values:
         return f"gain {values[name]:+.4f}, {over}"
-    ends = f"{values[f'{name}_low']:+.4f} to {values[f'{name}_high']:+.4f}"
+    ends = f"{values[name + LOW]:+.4f} to {values[name + HIGH]:+.4f}"
     return f"gain {values[name]:+.4f}, 95 % interval {ends}, {over}"
 
 
@@ -126,7 +138,8 @@ def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = (
 
 def _note(cleansing: Cleansing, run_id: str, remarks: Sequence[str], rows: int) -> str:
     lead, _, rest = cleansing_answer(cleansing).partition(":")
-    headings = ["strategy", "samples", *(escaped(name) for name in _columns(cleansing)), "truly damaged"]
+    columns = [figure_of(name) for name in _columns(cleansing)]
+    headings = ["strategy", "samples", *(escaped(of.heading) for of in (*columns, PRECISION))]
     done = DONE[cleansing.action]
     parts = [
         f"**{lead}**: {escaped(rest, longest=1500)}",
@@ -142,11 +155,11 @@ def _note(cleansing: Cleansing, run_id: str, remarks: Sequence[str], rows: int) 
 
 
 def _metrics(cleansing: Cleansing) -> list[str]:
-    return list(dict.fromkeys((cleansing.metric, "loss")))
+    return list(dict.fromkeys((cleansing.metric, LOSS)))
 
 
 def _columns(cleansing: Cleansing) -> list[str]:
-    return [f"{split}/{name}" for split in ("validation", "test") for name in _metrics(cleansing)]
+    return [data + name for data in (VALIDATION, TEST) for name in _metrics(cleansing)]
 
 
 def _row(outcome: Outcome, cleansing: Cleansing) -> list[str]:
@@ -156,6 +169,6 @@ def _row(outcome: Outcome, cleansing: Cleansing) -> list[str]:
         escaped(trial.strategy),
         f"{trial.count} ({100 * trial.fraction:g} %)",
         *(f"{outcome.mean(name):.4f}" for name in _columns(cleansing)),
-        f"{100 * found['precision']:.0f} %" if found else "–",
+        cell(PRECISION, found[PRECISION.leaf]) if found else "–",
     ]
     return [f"**{cell}**" for cell in cells] if outcome is cleansing.chosen else cells

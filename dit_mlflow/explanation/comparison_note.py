@@ -6,23 +6,16 @@ from collections.abc import Collection
 
 import pandas as pd
 
+from dit_mlflow.evaluation.figures import AUROC, BY_WINDOW, CHANCE, HIGH, LOW, RECALL_AT_K, SPEARMAN, Figure
 from dit_mlflow.explanation.markdown import GAP, escaped, markdown_table
-from dit_mlflow.explanation.numbers import decimals, figure
+from dit_mlflow.explanation.numbers import cell, decimals, figure
+from dit_mlflow.explanation.over_seeds import COMPARED, SECONDS
 
 TIE = 0.005
 """Figures closer than this are called equal: they read the same with two digits, or nearly so."""
 
 CEILING = 0.995
 """What leave-one-out in the recorded precision agrees with itself by, from which on that is not worth a word."""
-
-COLUMNS = {
-    "spearman": "Spearman (95 % interval)",
-    "pearson": "Pearson",
-    "lds": "LDS",
-    "recall_at_k": "damaged found",
-    "auroc": "AUROC",
-    "seconds": "seconds",
-}
 
 
 def comparison_sentences(
@@ -60,11 +53,12 @@ def comparison_note(
     """Markdown for the run: the sentences, what was compared, and the table."""
     sentences = " ".join(escaped(text, 900) for text in comparison_sentences(table, retraining, attainable))
     over = "one training" if trainings == 1 else f"{trainings} trainings with other seeds (figures are means)"
+    known = [of for column, of in COMPARED.items() if _known(table, column)]
+    legend = f" {'; '.join(f'{escaped(of.heading)}: {of.sentence}' for of in known)}." if known else ""
     compared = (
         f"**Compared:** {_counted(table)} how {escaped(query)} would change without each training sample, "
-        f"on {over}, for all steps; kind `{kind}`. Spearman, Pearson: agreement with exact retraining without each "
-        "sample; LDS: with training on random halves; damaged found: share of the damaged samples among as many lowest "
-        "scores. Each method is a child run; windows are the steps of its charts `by_window/…`."
+        f"on {over}, for all steps; kind `{kind}`.{legend} Each method is a child run; windows are the steps of its "
+        f"charts `{BY_WINDOW}…`."
     )
     return "\n\n".join(part for part in (sentences, compared, _table(table)) if part)
 
@@ -74,54 +68,54 @@ def _counted(table: pd.DataFrame) -> str:
 
 
 def _fidelity(worked: pd.DataFrame, retraining: Collection[str], attainable: float | None) -> str:
-    if not _known(worked, "spearman"):
+    if not _known(worked, SPEARMAN.leaf):
         return "Agreement with exact leave-one-out was not measured."
-    known = worked.dropna(subset=["spearman"])
-    cheap = known[~known["method"].isin(list(retraining))].sort_values("spearman", ascending=False, kind="stable")
+    known = worked.dropna(subset=[SPEARMAN.leaf])
+    cheap = _best_first(known[~known["method"].isin(list(retraining))], SPEARMAN)
     if cheap.empty:
         return "All methods compared retrain; their agreement with exact leave-one-out is in the table."
-    best = cheap[cheap["spearman"] > cheap["spearman"].iloc[0] - TIE]
+    best = _equally_good(cheap, SPEARMAN)
     names, top = list(best["method"]), best.iloc[0]
     alone = len(names) == 1
     text = (
         f"{_listed(names)} agree{'s' if alone else ''} best with exact leave-one-out among the methods that do not "
-        f"retrain: Spearman {decimals(top['spearman'])}{_interval(top)}"
+        f"retrain: {SPEARMAN.heading} {decimals(top[SPEARMAN.leaf])}{_interval(top)}"
     )
     rest = cheap[~cheap["method"].isin(names)]
     if len(rest):
-        text += f"; next is {rest['method'].iloc[0]} ({decimals(rest['spearman'].iloc[0])})"
+        text += f"; next is {rest['method'].iloc[0]} ({decimals(rest[SPEARMAN.leaf].iloc[0])})"
     if attainable is not None and attainable < CEILING:
         text += f"; rounding lets nothing get beyond {decimals(attainable)}"
     return text + "."
 
 
 def _cost(worked: pd.DataFrame, retraining: Collection[str]) -> str:
-    if not (_known(worked, "spearman") and _known(worked, "seconds")):
+    if not (_known(worked, SPEARMAN.leaf) and _known(worked, SECONDS)):
         return ""
-    known = worked.dropna(subset=["spearman", "seconds"])
-    cheap = known[~known["method"].isin(list(retraining))].sort_values("spearman", ascending=False, kind="stable")
+    known = worked.dropna(subset=[SPEARMAN.leaf, SECONDS])
+    cheap = _best_first(known[~known["method"].isin(list(retraining))], SPEARMAN)
     if cheap.empty:
         return ""
     best = cheap.iloc[0]
-    text = f"{best['method']} took {figure(best['seconds'])} s"
+    text = f"{best['method']} took {figure(best[SECONDS])} s"
     exact = worked[worked["method"] == "leave_one_out"]
-    if len(exact) and best["seconds"] > 0:
-        seconds = float(exact["seconds"].iloc[0])
-        text += f", exact leave-one-out {figure(seconds)} s ({figure(seconds / best['seconds'])} times as long)"
+    if len(exact) and best[SECONDS] > 0:
+        seconds = float(exact[SECONDS].iloc[0])
+        text += f", exact leave-one-out {figure(seconds)} s ({figure(seconds / best[SECONDS])} times as long)"
     return text + "."
 
 
 def _detection(worked: pd.DataFrame) -> str:
-    if not _known(worked, "recall_at_k"):
+    if not _known(worked, RECALL_AT_K.leaf):
         return ""
-    order = [name for name in ("recall_at_k", "auroc") if name in worked]
-    known = worked.dropna(subset=["recall_at_k"]).sort_values(order, ascending=False, kind="stable")
-    best = known[known["recall_at_k"] > known["recall_at_k"].iloc[0] - TIE]
+    known = _best_first(worked.dropna(subset=[RECALL_AT_K.leaf]), RECALL_AT_K, AUROC)
+    best = _equally_good(known, RECALL_AT_K)
     names, top = list(best["method"]), best.iloc[0]
-    chance = f" (by chance {100 * top['recall_at_k_chance']:.0f} %)" if "recall_at_k_chance" in best else ""
+    by_chance = RECALL_AT_K.leaf + CHANCE
+    chance = f" (by chance {cell(RECALL_AT_K, top[by_chance])})" if by_chance in best else ""
     return (
         f"{_listed(names)} find{'s' if len(names) == 1 else ''} damaged samples best: of as many lowest scores as "
-        f"samples are damaged, {100 * top['recall_at_k']:.0f} % are{chance}."
+        f"samples are damaged, {cell(RECALL_AT_K, top[RECALL_AT_K.leaf])} are{chance}."
     )
 
 
@@ -138,29 +132,41 @@ def _failed(table: pd.DataFrame) -> str:
 
 
 def _table(table: pd.DataFrame) -> str:
-    columns = {name: heading for name, heading in COLUMNS.items() if _known(table, name)}
+    columns = {column: of for column, of in COMPARED.items() if _known(table, column)}
     if not columns:
         return ""
-    ordered = table.sort_values("spearman", ascending=False, kind="stable") if "spearman" in columns else table
+    agreed = SPEARMAN.leaf in columns
+    ordered = _best_first(table, SPEARMAN) if agreed else table
     rows = []
     for row in ordered.to_dict("records"):
         if row["failed"]:
             reason = escaped(str(row.get("error", "")), 80)
             cells = [f"failed: {reason}", *[""] * (len(columns) - 1)]
         else:
-            cells = [_cell(name, row.get(name)) for name in columns]
-            if "spearman" in columns:
+            cells = [_cell(of, row.get(column)) for column, of in columns.items()]
+            if agreed:
                 cells[0] += _bounds(pd.Series(row))
         part = row["trainings"] < row["asked"] if "asked" in row and not row["failed"] else False
         name = f"{row['method']} ({row['trainings']} of {row['asked']} trainings)" if part else str(row["method"])
         rows.append([escaped(name), *cells])
-    return markdown_table(["method", *columns.values()], rows, GAP)
+    headings = [escaped(of.heading) + " (95 % interval)" * (of is SPEARMAN) for of in columns.values()]
+    return markdown_table(["method", *headings], rows, GAP)
 
 
-def _cell(name: str, value: object) -> str:
-    if not isinstance(value, float) or pd.isna(value):
-        return "–"
-    return f"{100 * value:.0f} %" if name == "recall_at_k" else escaped(decimals(value))
+def _cell(of: Figure, value: object) -> str:
+    return escaped(cell(of, value)) if isinstance(value, float) and not pd.isna(value) else "–"
+
+
+def _best_first(table: pd.DataFrame, *figures: Figure) -> pd.DataFrame:
+    """In the order of the first of ``figures``, and of the next where it is equal; as it was where all are."""
+    known = [of for of in figures if of.leaf in table]
+    by, ascending = [of.leaf for of in known], [not of.higher_is_better for of in known]
+    return table.sort_values(by, ascending=ascending, kind="stable")
+
+
+def _equally_good(ordered: pd.DataFrame, of: Figure) -> pd.DataFrame:
+    """The first row, and those that are no worse by :data:`TIE`."""
+    return ordered[(ordered[of.leaf] - ordered[of.leaf].iloc[0]).abs() < TIE]
 
 
 def _interval(row: pd.Series) -> str:
@@ -168,7 +174,7 @@ def _interval(row: pd.Series) -> str:
 
 
 def _bounds(row: pd.Series) -> str:
-    low, high = row.get("spearman_low"), row.get("spearman_high")
+    low, high = row.get(SPEARMAN.leaf + LOW), row.get(SPEARMAN.leaf + HIGH)
     return "" if low is None or pd.isna(low) or pd.isna(high) else f" ({decimals(low)} to {decimals(high)})"
 
 

@@ -17,6 +17,17 @@ from dit_mlflow.evaluation import (
     detection,
     trust,
 )
+from dit_mlflow.evaluation.figures import (
+    CPU_SECONDS,
+    DETECTION,
+    INFLUENCE_SECONDS,
+    MAX_DRIFT,
+    PEARSON,
+    SPEARMAN,
+    TRUST,
+    TRUTH,
+    TRUTH_SECONDS,
+)
 from dit_mlflow.explanation.explanation import Explanation, Part
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.ranking import extreme_samples
@@ -102,9 +113,9 @@ def _estimated(
     begun, cpu = time.perf_counter(), time.process_time()
     found = estimator(trajectory, workload, list(dict.fromkeys([*asked, whole])) if whole_run else asked, kind, queries)
     cost = {
-        "cost/influence_seconds": time.perf_counter() - begun,
-        "cost/cpu_seconds": time.process_time() - cpu,
-        "replay/max_drift": found.metadata.get("max_drift"),
+        INFLUENCE_SECONDS.name: time.perf_counter() - begun,
+        CPU_SECONDS.name: time.process_time() - cpu,
+        MAX_DRIFT.name: found.metadata.get("max_drift"),
     }
     # A method without window scores answers for the whole run alone.
     windows = [window for window in asked if window in found.windows] or [whole]
@@ -129,14 +140,16 @@ def _held_against(explanation: Explanation, truth: Truth) -> Explanation:
 def _figures(explanation: Explanation, window: Window) -> Metrics:
     """Subsets, which are of the whole run, for that alone."""
     scores, truth = explanation.scores.of(window), explanation.truth
-    figures = detection(scores, sorted(explanation.gallery.corrupted)).prefixed("detection/")
+    figures = detection(scores, sorted(explanation.gallery.corrupted)).prefixed(DETECTION)
     if truth.subsets is not None and window in truth.subsets.windows:
-        figures = datamodeling_score(scores, truth.subsets, window).prefixed("ground_truth/").and_(figures)
+        figures = datamodeling_score(scores, truth.subsets, window).prefixed(TRUTH).and_(figures)
     if truth.leave_one_out is None:
         return figures
     exact = truth.leave_one_out.of(window)
-    agreement = correlations(scores, exact).and_(correlations_with_intervals(scores, exact, ("spearman", "pearson")))
-    return agreement.prefixed("ground_truth/").and_(figures)
+    agreement = correlations(scores, exact).and_(
+        correlations_with_intervals(scores, exact, (SPEARMAN.leaf, PEARSON.leaf))
+    )
+    return agreement.prefixed(TRUTH).and_(figures)
 
 
 def _with_figures(explanation: Explanation, more: Sequence[Metrics], prefix: str = "") -> Explanation:
@@ -166,10 +179,10 @@ class _Retraining:
         exact = explanation.truth.leave_one_out
         if exact is None:
             return explanation
-        seconds = Metrics({"cost/ground_truth_seconds": exact.metadata["seconds"]})
+        seconds = Metrics({TRUTH_SECONDS.name: exact.metadata["seconds"]})
         exact = _first_query(exact).select(list(explanation.scores.windows))
         found = attainable(exact, self.trajectory, self.workload, effort=self.effort, queries=self.queries)
-        return _with_figures(replace(explanation, cost=explanation.cost.and_(seconds)), found, "ground_truth/")
+        return _with_figures(replace(explanation, cost=explanation.cost.and_(seconds)), found, TRUTH)
 
     def trust(self, explanation: Explanation, checks: Checks) -> Explanation:
         """How far the estimate can be trusted, from a few random samples."""
@@ -178,7 +191,7 @@ class _Retraining:
         exact = explanation.truth.leave_one_out
         judged, scores = None if exact is None else _first_query(exact), _first_query(explanation.scores)
         arguments = (scores, self.trajectory, self.workload, checks.trust, judged)
-        return _with_figures(explanation, trust(*arguments, effort=self.effort, queries=self.queries), "trust/")
+        return _with_figures(explanation, trust(*arguments, effort=self.effort, queries=self.queries), TRUST)
 
     def confirm(self, explanation: Explanation, checks: Checks) -> Explanation:
         """With exact scores of those that stand out in each window."""

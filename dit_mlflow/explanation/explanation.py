@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from dit_mlflow.evaluation import Metrics, correlations_by_pattern, pattern_counts, patterns
+from dit_mlflow.evaluation.figures import PATTERN, TRUST
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.ranking import best_known
 from dit_mlflow.explanation.truth import Truth, joined
@@ -100,8 +101,7 @@ class Explanation:
     @property
     def trust(self) -> Mapping[str, float]:
         """How far the scores of the whole run can be trusted, see :func:`dit_mlflow.evaluation.trust`."""
-        prefix = "trust/"
-        return {name.removeprefix(prefix): v for name, v in self.whole.values.items() if name.startswith(prefix)}
+        return {name.removeprefix(TRUST): v for name, v in self.whole.values.items() if name.startswith(TRUST)}
 
     @property
     def figures(self) -> Mapping[str, float]:
@@ -130,7 +130,7 @@ class Explanation:
         exact = self.truth.leave_one_out
         if exact is not None and self.whole_run is not None:
             counts = counts.and_(correlations_by_pattern(self.whole_run.of(0), exact.of(-1), self.patterns))
-        return counts.prefixed("patterns/")
+        return counts.prefixed(PATTERN)
 
     @property
     def sentences(self) -> tuple[str, str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dit_mlflow.evaluation.figures import FIDELITY, RECALL_AT_K, SPEARMAN, TRUST_SAMPLES, TRUST_SPEARMAN
 from dit_mlflow.explanation.markdown import GAP, escaped, markdown_table
 from dit_mlflow.explanation.numbers import decimals
 from dit_mlflow.explanation.ranking import extreme_samples, ranking_scores
@@ -18,7 +19,7 @@ BEGIN, END = "<!-- influence by dit-mlflow -->", "<!-- end of influence -->"
 LONGEST = 5000
 """Characters of a description, the most that MLflow's databases take."""
 
-COLUMNS = {"ground_truth/spearman": "Spearman", "trust/spearman": "Spearman", "detection/recall_at_k": "recall@k"}
+COLUMNS = (*FIDELITY, RECALL_AT_K)
 """Metrics of windows in the table, the first of each heading that is known."""
 
 
@@ -104,9 +105,9 @@ def _windows(influence: Influence, facts: CardFacts, most: int) -> str:
     count = len(influence.windows)
     shown = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
     columns: dict[str, str] = {}
-    for name, heading in COLUMNS.items():
-        if any(value is not None for value in facts.by_window.get(name, ())):
-            columns.setdefault(heading, name)
+    for figure in COLUMNS:
+        if any(value is not None for value in facts.by_window.get(figure.name, ())):
+            columns.setdefault(figure.heading, figure.name)
     headings = ["steps", "most harmful", "most helpful", *columns]
     rows = []
     for at in shown:
@@ -130,8 +131,8 @@ def _extreme(influence: Influence, scores: np.ndarray, sign: int) -> str:
 def _fidelity(metrics: Mapping[str, float]) -> str:
     figures = fidelity(metrics)
     said = f"{figures} over the whole training." if figures else "Not held against exact retraining."
-    found = metrics.get("detection/recall_at_k")
-    chance = metrics.get("detection/recall_at_k_chance")
+    found = metrics.get(RECALL_AT_K.name)
+    chance = metrics.get(RECALL_AT_K.chance)
     if found is not None:
         said += f" The lowest scores find {found:.0%} of the samples known to be corrupted"
         said += f" (by chance {chance:.0%})." if chance is not None else "."
@@ -140,13 +141,14 @@ def _fidelity(metrics: Mapping[str, float]) -> str:
 
 def fidelity(metrics: Mapping[str, float]) -> str:
     """Agreement with exact leave-one-out in plain words; empty if it was not looked at."""
-    if (exact := metrics.get("ground_truth/spearman")) is not None:
-        return f"Spearman {decimals(exact, 3)} to exact leave-one-out"
-    if (found := metrics.get("trust/spearman")) is None:
+    if (exact := metrics.get(SPEARMAN.name)) is not None:
+        return f"{SPEARMAN.heading} {decimals(exact, 3)} to exact leave-one-out"
+    if (found := metrics.get(TRUST_SPEARMAN.name)) is None:
         return ""
-    low, high = (metrics.get(f"trust/spearman_{end}") for end in ("low", "high"))
+    low, high = (metrics.get(name) for name in (TRUST_SPEARMAN.low, TRUST_SPEARMAN.high))
     interval = "" if low is None or high is None else f" (95 % interval {decimals(low, 3)} to {decimals(high, 3)})"
-    return f"Spearman {decimals(found, 3)}{interval} to {metrics.get('trust/samples', 0):.0f} exact leave-one-outs"
+    count = metrics.get(TRUST_SAMPLES.name, 0)
+    return f"{TRUST_SPEARMAN.heading} {decimals(found, 3)}{interval} to {count:.0f} exact leave-one-outs"
 
 
 def _others_part(description: str) -> tuple[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dit_mlflow.evaluation.figures import SHARE, Figure
+
 IN_FULL = 1e9
 """Numbers from here on have an exponent."""
 
@@ -18,6 +20,11 @@ def figure(value: float, digits: int = 2) -> str:
 def decimals(value: float, places: int = 2) -> str:
     """``value`` with that many decimals, and never ``-0.00``."""
     return f"{round(value, places) + 0.0:.{places}f}"
+
+
+def cell(of: Figure, value: float) -> str:
+    """The value of a figure in a note's table: a share in percent, any other with two decimals."""
+    return f"{100 * value:.0f} %" if of.unit == SHARE else decimals(value)
 
 
 def span(low: float, high: float) -> str:

@@ -8,9 +8,17 @@ import numpy as np
 import pandas as pd
 
 from dit_mlflow.evaluation import mean_interval, stability
+from dit_mlflow.evaluation.figures import AUROC, HIGH, INFLUENCE_SECONDS, LDS, LOW, PEARSON, RECALL_AT_K, SPEARMAN
+from dit_mlflow.evaluation.stability import SHARES
 
-FIGURES = ("spearman", "pearson", "lds", "recall_at_k", "auroc")
-"""Whose interval over trainings is told, and whose variance is told apart."""
+SECONDS = "seconds"
+"""The column of what a method's estimate took."""
+
+JUDGED = {figure.leaf: figure for figure in (SPEARMAN, PEARSON, LDS, RECALL_AT_K, AUROC)}
+"""Columns whose interval over trainings is told, and whose variance is told apart, and the figure in each."""
+
+COMPARED = {**JUDGED, SECONDS: INFLUENCE_SECONDS}
+"""Columns that methods are compared by, and the figure in each."""
 
 
 def summarised(rows: pd.DataFrame) -> pd.DataFrame:
@@ -23,15 +31,15 @@ def summarised(rows: pd.DataFrame) -> pd.DataFrame:
         worked = group[~group["failed"]]
         row: dict[str, object] = {"method": name, "measures": group["measures"].iloc[0], "trainings": len(worked)}
         row["asked"] = len(group)
-        for column in worked.select_dtypes("number"):
+        for column in map(str, worked.select_dtypes("number")):
             values = worked[column].dropna()
-            row.setdefault(str(column), float(values.mean()) if len(values) else None)
-            if len(values) > 1 and (column in FIGURES or f"{column}_low" in worked):
+            row.setdefault(column, float(values.mean()) if len(values) else None)
+            if len(values) > 1 and (column in JUDGED or column + LOW in worked):
                 low, high = mean_interval(values.to_numpy())
-                row |= {f"{column}_low": low, f"{column}_high": high}
-            elif len(group) > 1 and f"{column}_low" in worked:
+                row |= {column + LOW: low, column + HIGH: high}
+            elif len(group) > 1 and column + LOW in worked:
                 # Of the one training that is left, an interval would be over samples.
-                row |= {f"{column}_low": np.nan, f"{column}_high": np.nan}
+                row |= {column + LOW: np.nan, column + HIGH: np.nan}
         errors = group["error"].dropna() if "error" in group else pd.Series(dtype=object)
         row |= {"failed": worked.empty, "error": str(errors.iloc[0]) if len(errors) else ""}
         summary.append(row)
@@ -61,14 +69,13 @@ def stability_table(
             continue
         found = np.stack([scores[run] for run in group["run_id"]])
         agreement = stability(found.reshape(*shape, -1)).values
-        bounds = {"mean": "spearman", "low": "spearman_low", "high": "spearman_high"}
-        shares = ("share_init", "share_order", "share_rest")
-        told = {column: agreement.get(key) for column, key in bounds.items()}
-        table.append({"method": name, "of": "scores", **told, **{key: agreement.get(key) for key in shares}})
-        for figure in (figure for figure in FIGURES if figure in group and group[figure].notna().all()):
-            values = group[figure].to_numpy(dtype=np.float64)
+        ends = {"mean": "", "low": LOW, "high": HIGH}
+        told = {column: agreement.get(SPEARMAN.leaf + end) for column, end in ends.items()}
+        table.append({"method": name, "of": "scores", **told, **{key: agreement.get(key) for key in SHARES}})
+        for column in (column for column in JUDGED if column in group and group[column].notna().all()):
+            values = group[column].to_numpy(dtype=np.float64)
             low, high = mean_interval(values)
             parts = stability(values.reshape(*shape, 1)).values
-            row = {"method": name, "of": figure, "mean": float(values.mean()), "low": low, "high": high}
-            table.append({**row, **{key: parts.get(key) for key in shares}})
+            row = {"method": name, "of": column, "mean": float(values.mean()), "low": low, "high": high}
+            table.append({**row, **{key: parts.get(key) for key in SHARES}})
     return pd.DataFrame(table)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import Metrics
+from dit_mlflow.evaluation.figures import CORRUPTED_AMONG_WORST, HARMFUL_SHARE, MEAN_LOSS, ROWS_HURT_BY_WORST
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.influence import Influence, Window
 
@@ -84,14 +85,14 @@ def rows_metrics(
     mean = scores.mean(axis=0)
     order = np.argsort(mean, kind="stable")
     values = {
-        "mean_loss": float(losses.mean()),
-        "harmful_share": float((mean < 0).mean()),
-        "rows_hurt_by_worst": float((scores[:, order[0]] < 0).mean()),
+        MEAN_LOSS.leaf: float(losses.mean()),
+        HARMFUL_SHARE.leaf: float((mean < 0).mean()),
+        ROWS_HURT_BY_WORST.leaf: float((scores[:, order[0]] < 0).mean()),
     }
     if not corrupted:
-        return Metrics(values, {"corrupted_among_worst": "no training sample is known to be corrupted"})
+        return Metrics(values, {CORRUPTED_AMONG_WORST.leaf: "no training sample is known to be corrupted"})
     worst = influence.samples[order[:top]]
-    return Metrics(values | {"corrupted_among_worst": float(np.isin(worst, list(corrupted)).mean())})
+    return Metrics(values | {CORRUPTED_AMONG_WORST.leaf: float(np.isin(worst, list(corrupted)).mean())})
 
 
 def _described(table: pd.DataFrame, gallery: Gallery, order: list[str]) -> pd.DataFrame:

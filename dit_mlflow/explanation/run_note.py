@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dit_mlflow.evaluation.figures import BY_WINDOW, FIDELITY, RECALL_AT_K
 from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.markdown import GAP, escaped, markdown_table
-from dit_mlflow.explanation.numbers import decimals
+from dit_mlflow.explanation.numbers import cell
 from dit_mlflow.explanation.sentences import answer_sentences, window_sentences
 
 LONGEST = 7500
@@ -104,15 +105,11 @@ def window_note(found: Explanation, position: int, parent: tuple[str, str]) -> s
 
 def _windows(found: Explanation, links: Links) -> str:
     influence, gallery = found.influence, found.gallery
-    keys = {
-        "agreement (Spearman)": ("ground_truth/spearman", "trust/spearman"),
-        "damaged found": ("detection/recall_at_k",),
-    }
-    shown = {
-        heading: names
-        for heading, names in keys.items()
-        if any(name in metrics.values for metrics in found.per_window for name in names)
-    }
+    shown = [
+        figures
+        for figures in (FIDELITY, (RECALL_AT_K,))
+        if any(figure.name in metrics.values for metrics in found.per_window for figure in figures)
+    ]
     extremes = influence.top(1)
     extremes = extremes[extremes["query"] == influence.queries[0]].set_index(["window_index", "side"])
     rows = []
@@ -125,13 +122,14 @@ def _windows(found: Explanation, links: Links) -> str:
                 row.append(f"{index} {escaped(gallery.line(index), 50)}".strip())
             else:
                 row.append("none")
-        for heading, names in shown.items():
-            value = next((v for name in names if (v := found.per_window[position].values.get(name)) is not None), None)
-            shares = heading == "damaged found"
-            row.append("undefined" if value is None else f"{100 * value:.0f} %" if shares else decimals(value))
+        values = found.per_window[position].values
+        for figures in shown:
+            told = (cell(figure, values[figure.name]) for figure in figures if figure.name in values)
+            row.append(next(told, "undefined"))
         rows.append(row)
+    headings = [escaped(figures[0].heading) for figures in shown]
     steps = "steps" if every == 1 else f"steps (1 of {every} windows)"
-    return markdown_table([steps, "most harmful", "most helpful", *shown], rows, GAP)
+    return markdown_table([steps, "most harmful", "most helpful", *headings], rows, GAP)
 
 
 def _next(links: Links) -> str:
@@ -142,7 +140,7 @@ def _next(links: Links) -> str:
         if name in links.artifacts
     ]
     if links.charts:
-        lines.append(f"- {_link('Model metrics', links.charts)}: the charts `by_window/…`")
+        lines.append(f"- {_link('Model metrics', links.charts)}: the charts `{BY_WINDOW}…`")
     if links.windows:
         lines.append("- each window is a child run; its link is in the table")
     return "\n".join(["<br>**Where to look next**", "", *lines]) if lines else ""

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from dit_mlflow.evaluation import Metrics
+from dit_mlflow.evaluation.figures import HIGH, LOW, RECALL_AT_K, SPEARMAN, TRUST_SAMPLES, TRUST_SPEARMAN
 from dit_mlflow.evaluation.patterns import PATTERNS, patterns
 from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.numbers import decimals, figure, span
@@ -107,16 +108,16 @@ def _exactly(found: Explanation, window: Window) -> np.ndarray:
 
 
 def _how_sure(found: Explanation) -> str:
-    key = "ground_truth/spearman"
+    key = SPEARMAN.name
     every = (found.whole, *found.per_window)
     total = len(found.influence.samples)
     count = found.checked
     if not any(key in metrics.values for metrics in every):
         reason = next((metrics.undefined[key] for metrics in every if key in metrics.undefined), None)
-        if any("trust/spearman" in metrics.values for metrics in every):
-            key = "trust/spearman"
-            count = int(max(metrics.values.get("trust/samples", 0) for metrics in every))
-        elif reason or (reason := found.whole.undefined.get("trust/spearman")):
+        if any(TRUST_SPEARMAN.name in metrics.values for metrics in every):
+            key = TRUST_SPEARMAN.name
+            count = int(max(metrics.values.get(TRUST_SAMPLES.name, 0) for metrics in every))
+        elif reason or (reason := found.whole.undefined.get(TRUST_SPEARMAN.name)):
             return f"Agreement with exact retraining cannot be told: {reason}."
         else:
             return "How far this can be trusted was not checked: ask for trust=24, or ground_truth=all."
@@ -137,13 +138,13 @@ def _agreement(metrics: Sequence[Metrics], key: str, over: str, where: str) -> s
     The words are those of the estimates; where the interval reaches below the least of them, that is said.
     """
     points = [found.values[key] for found in metrics]
-    figures = f"Spearman {span(min(points), max(points))}"
+    figures = f"{SPEARMAN.heading} {span(min(points), max(points))}"
     if over:
         return f"{_words(min(points), max(points))}{where} ({figures}{over})"
-    if any(f"{key}_low" not in found.values for found in metrics):
+    if any(key + LOW not in found.values for found in metrics):
         return f"{_words(min(points), max(points))}{where} ({figures}, too few samples for an interval)"
-    low = min(found.values[f"{key}_low"] for found in metrics)
-    high = max(found.values[f"{key}_high"] for found in metrics)
+    low = min(found.values[key + LOW] for found in metrics)
+    high = max(found.values[key + HIGH] for found in metrics)
     words = _words(min(points), max(points))
     interval = f"95 % interval{'s' * (len(metrics) > 1)} {span(low, high)}"
     doubt = "" if (least := agreement_word(low)) == agreement_word(min(points)) else f", so it may be {least}"
@@ -163,10 +164,10 @@ def _what_kind(found: Explanation) -> str:
 
 
 def _damaged(found: Explanation) -> str | None:
-    key, k = "detection/recall_at_k", len(found.gallery.corrupted)
+    key, k = RECALL_AT_K.name, len(found.gallery.corrupted)
     if key not in found.whole.values or not k:
         return None
-    recall, chance = found.whole.values[key], found.whole.values[f"{key}_chance"]
+    recall, chance = found.whole.values[key], found.whole.values[RECALL_AT_K.chance]
     by_window = [metrics.values.get(key, -1.0) for metrics in found.per_window]
     best = int(np.argmax(by_window))
     where = f"steps {found.influence.windows[best]}" if by_window[best] > recall else ""

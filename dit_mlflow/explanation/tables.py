@@ -8,6 +8,17 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from dit_mlflow.evaluation import Metrics
+from dit_mlflow.evaluation.figures import (
+    AUROC,
+    BESIDE,
+    DETECTION,
+    GAIN,
+    PEARSON,
+    RECALL_AT_K,
+    SMOOTHNESS,
+    SPEARMAN,
+    TRUST_SPEARMAN,
+)
 from dit_mlflow.evaluation.patterns import window_correlations
 from dit_mlflow.evaluation.trials import Cleansing
 from dit_mlflow.explanation.gallery import Gallery
@@ -23,8 +34,10 @@ LINE = 110
 DIGITS = 4
 """Significant digits of numbers in tables; all of them are in the stored scores and the metrics."""
 
-_FIRST = ("ground_truth/spearman", "trust/spearman", "detection/recall_at_k", "detection/auroc", "ground_truth/pearson")
-_LAST = ("_low", "_high", "_chance")
+OF_WINDOWS = (SPEARMAN, PEARSON, TRUST_SPEARMAN, SMOOTHNESS, RECALL_AT_K, AUROC)
+"""What is looked at first of windows: in the terminal, and as means over windows with a model."""
+
+_FIRST = tuple(figure.name for figure in (SPEARMAN, TRUST_SPEARMAN, RECALL_AT_K, AUROC, PEARSON))
 
 
 def windows_table(influence: Influence, metrics: Sequence[Metrics]) -> pd.DataFrame:
@@ -42,8 +55,8 @@ def windows_table(influence: Influence, metrics: Sequence[Metrics]) -> pd.DataFr
     known = dict.fromkeys(name for found in metrics for name in found.values)
     names = [
         *(name for name in _FIRST if name in known),
-        *(name for name in known if name not in _FIRST and not name.endswith(_LAST)),
-        *(name for name in known if name not in _FIRST and name.endswith(_LAST)),
+        *(name for name in known if name not in _FIRST and not name.endswith(BESIDE)),
+        *(name for name in known if name not in _FIRST and name.endswith(BESIDE)),
     ]
     for index, (window, found) in enumerate(zip(influence.windows, metrics, strict=True)):
         # Where the UI compares tables, it begins with the column after the first.
@@ -113,8 +126,8 @@ def cleansing_table(cleansing: Cleansing) -> pd.DataFrame:
             "samples": outcome.trial.count,
             "chosen": outcome is cleansing.chosen,
             **outcome.summary().values,
-            **outcome.gain(cleansing.before).prefixed("gain/").values,
-            **outcome.trial.found(cleansing.corrupted).prefixed("detection/").values,
+            **outcome.gain(cleansing.before).prefixed(GAIN).values,
+            **outcome.trial.found(cleansing.corrupted).prefixed(DETECTION).values,
         }
         rows.append(row)
     return pd.DataFrame(rows)

@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import attainable
+from dit_mlflow.evaluation.figures import SPEARMAN, TRUTH
 from dit_mlflow.influence import Influence, Kind, Query, Window
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, Subsets, leave_one_out, train_on_subsets
@@ -108,7 +109,7 @@ def noise_floor(truth: Truth, trajectory: Trajectory, workload: Workload) -> flo
         return None
     whole = truth.leave_one_out.windows[-1]
     (floor,) = attainable(truth.leave_one_out.select([whole]), trajectory, workload)
-    return floor.values.get("attainable_spearman")
+    return floor.prefixed(TRUTH).values.get(SPEARMAN.attainable)
 
 
 def joined(*parts: Influence | None) -> Influence | None:

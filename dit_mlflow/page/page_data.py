@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dit_mlflow.evaluation import Metrics, patterns
+from dit_mlflow.evaluation.figures import FIDELITY, RECALL_AT_K, SPEARMAN, TRUST_SAMPLES, TRUST_SPEARMAN
 from dit_mlflow.evaluation.patterns import PATTERNS
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.markdown import LONGEST, encodable
@@ -143,6 +144,7 @@ def page_data(
         "method": encodable(estimate.method, LONGEST),
         "left_out": len(estimate.queries) - embedded,
         "queries": [_query(estimate, columns, place, k, known) for place in range(embedded)],
+        "agreement": SPEARMAN.heading,
         "columns": [
             {"name": name, **_trust(metrics.get(window))}
             for name, window in zip(columns.names, (columns.whole, *columns.windows), strict=True)
@@ -192,21 +194,22 @@ def _quantiles(scores: np.ndarray) -> list[float] | None:
 def _trust(metrics: Metrics | None) -> dict[str, Any]:
     """How far a column can be trusted: its rank correlation with exact leave-one-out, and sentences."""
     values = {} if metrics is None else dict(metrics.values)
-    spearman = values.get("ground_truth/spearman", values.get("trust/spearman"))
+    agreement = next((values[figure.name] for figure in FIDELITY if figure.name in values), None)
     sentences = []
-    if spearman is not None:
-        low, high = values.get("trust/spearman_low"), values.get("trust/spearman_high")
+    if agreement is not None:
+        low, high = values.get(TRUST_SPEARMAN.low), values.get(TRUST_SPEARMAN.high)
         interval = "" if low is None or high is None else f", 95 % interval {signed(low)} to {signed(high)}"
-        count = values.get("trust/samples")
+        count = values.get(TRUST_SAMPLES.name)
         over = "" if count is None else f", over {count:.0f} samples"
-        floor = values.get("ground_truth/attainable_spearman")
+        floor = values.get(SPEARMAN.attainable)
         most = "" if floor is None else f" (exact retraining with itself: {signed(floor)})"
-        sentences.append(f"Agreement with exact leave-one-out: Spearman {signed(spearman)}{interval}{over}{most}.")
-    if (recall := values.get("detection/recall_at_k")) is not None:
-        by_chance = values.get("detection/recall_at_k_chance")
+        told = f"{SPEARMAN.heading} {signed(agreement)}{interval}{over}{most}"
+        sentences.append(f"Agreement with exact leave-one-out: {told}.")
+    if (recall := values.get(RECALL_AT_K.name)) is not None:
+        by_chance = values.get(RECALL_AT_K.chance)
         beside = "" if by_chance is None else f" (chance: {_percent(by_chance)})"
         sentences.append(f"Of the damaged samples, {_percent(recall)} are among as many lowest scores{beside}.")
-    return {"spearman": None if spearman is None else round(spearman, 3), "trust": sentences}
+    return {"agreement": None if agreement is None else f"ρ {signed(agreement)}", "trust": sentences}
 
 
 def _percent(share: float) -> str:

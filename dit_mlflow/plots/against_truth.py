@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dit_mlflow.evaluation import correlations
+from dit_mlflow.evaluation.figures import PEARSON, SPEARMAN
 from dit_mlflow.influence import Influence, Window
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, SMALL, new_figure, query_words
 
@@ -49,7 +50,8 @@ def plot_against_truth(
     if count > len(positions):
         title += f"; {len(positions)} of {count} windows"
     figure.suptitle(
-        f"{title}\nρ: Spearman correlation, r: Pearson correlation; on the dashed line both agree", fontsize=10
+        f"{title}\nρ: {SPEARMAN.heading} correlation, r: {PEARSON.heading} correlation; on the dashed line both agree",
+        fontsize=10,
     )
     if marked.any():
         panels[0].legend(loc="lower right", fontsize=SMALL, frameon=False, handletextpad=0.1, borderpad=0.1)
@@ -63,8 +65,8 @@ def _scatter(axes: Axes, estimate: np.ndarray, truth: np.ndarray, marked: np.nda
             style: dict[str, Any] = {"s": 14, "color": colour, "marker": marker, "alpha": 0.7, "lw": 0, "label": label}
             axes.scatter(truth[chosen], estimate[chosen], **style)
     values = correlations(estimate, truth).values
-    figures = "ρ = {spearman:.3f}\nr = {pearson:.3f}".format(**values) if values else "all equal"
-    axes.text(0.03, 0.97, figures, transform=axes.transAxes, va="top", fontsize=SMALL)
+    told = f"ρ = {values[SPEARMAN.leaf]:.3f}\nr = {values[PEARSON.leaf]:.3f}" if values else "all equal"
+    axes.text(0.03, 0.97, told, transform=axes.transAxes, va="top", fontsize=SMALL)
     limits = np.nanmin([truth, estimate]), np.nanmax([truth, estimate])
     axes.plot(limits, limits, color="black", lw=0.8, ls="--")
     axes.ticklabel_format(scilimits=(-2, 3), useMathText=True)

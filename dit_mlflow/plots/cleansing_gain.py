@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dit_mlflow.evaluation.figures import HIGH, LOW, SHARE, TEST, figure_of
 from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, Cleansing, Outcome, rank
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL
 
@@ -28,8 +29,8 @@ def plot_cleansing(cleansing: Cleansing) -> Figure:
     draws; the ring is around what the validation split chose, on the line without cleaning if that is to leave the
     data.
     """
-    metric, name = cleansing.metric, f"test/{cleansing.metric}"
-    scale = 100 if metric == "accuracy" else 1
+    judged = figure_of(TEST + cleansing.metric)
+    name, scale = judged.name, 100 if judged.unit == SHARE else 1
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     before = scale * cleansing.before.mean(name)
@@ -52,8 +53,8 @@ def plot_cleansing(cleansing: Cleansing) -> Figure:
     axes.set_xticks(shares)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:g} %")
     axes.set_xlabel(f"training samples {'dropped' if cleansing.action == 'drop' else 'given another label'}")
-    axes.set_ylabel(f"{metric} on the test split{' (%)' if scale == 100 else ''}\nbars: 95 % interval over seeds")
-    axes.set_title(f"Does cleaning help? ({'lower' if metric == 'loss' else 'higher'} is better)")
+    axes.set_ylabel(f"{judged.heading}{' (%)' if scale == 100 else ''}\nbars: 95 % interval over seeds")
+    axes.set_title(f"Does cleaning help? ({'higher' if judged.higher_is_better else 'lower'} is better)")
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure
 
@@ -73,7 +74,7 @@ def _line(
     found = [outcome.summary().values for outcome in outcomes]
     x = np.array([100 * outcome.trial.fraction for outcome in outcomes]) + shift
     mean = scale * np.array([values[name] for values in found])
-    ends = [[values.get(f"{name}_{end}", values[name]) for values in found] for end in ("low", "high")]
+    ends = [[values.get(name + end, values[name]) for values in found] for end in (LOW, HIGH)]
     style: dict[str, Any] = {"marker": MARKERS[place % len(MARKERS)], "capsize": 3, "lw": 1.6, "elinewidth": 1}
     style |= {"color": COLOURS[place % len(COLOURS)], "label": outcomes[0].trial.strategy}
     axes.errorbar(x, mean, yerr=np.abs(scale * np.array(ends) - mean), **style)

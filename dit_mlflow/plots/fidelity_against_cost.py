@@ -11,6 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dit_mlflow.evaluation.figures import HIGH, INFLUENCE_SECONDS, LOW, SPEARMAN
+from dit_mlflow.explanation.over_seeds import SECONDS
 from dit_mlflow.plots.canvas import HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
 from dit_mlflow.plots.pictures import CHARACTER
 
@@ -21,8 +23,10 @@ LEGEND = {
     "suspicion": "looks for suspicious samples, whatever the query",
 }
 
-WIDE, HIGH, TALL = 6.8, 3.8, 0.17
+WIDTH, HEIGHT, TALL = 6.8, 3.8, 0.17
 """Inches: of the axes, about, and the height of a name."""
+
+AGREEMENT = SPEARMAN.leaf
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top."""
@@ -39,26 +43,26 @@ def plot_fidelity_against_cost(
         attainable: correlation of leave-one-out with itself in the recorded dtype, drawn as a line.
         training: seconds of the training itself, drawn as a line.
     """
-    shown = table.dropna(subset=["spearman"]).sort_values("spearman", ascending=True).reset_index(drop=True)
+    shown = table.dropna(subset=[AGREEMENT]).sort_values(AGREEMENT, ascending=True).reset_index(drop=True)
     figure = new_figure(5.6)
     axes = figure.subplots()
     for measures, colour in COLOURS.items():
         rows = shown[shown["measures"] == measures]
         if len(rows):
-            ends = rows.reindex(columns=["spearman_low", "spearman_high"]).to_numpy(dtype=float).T
-            spread = np.abs(ends - rows["spearman"].to_numpy())
+            ends = rows.reindex(columns=[AGREEMENT + LOW, AGREEMENT + HIGH]).to_numpy(dtype=float).T
+            spread = np.abs(ends - rows[AGREEMENT].to_numpy())
             style: dict[str, Any] = {"color": colour, "capsize": 3, "lw": 1.2, "ms": 7, "label": LEGEND[measures]}
-            axes.errorbar(rows["seconds"], rows["spearman"], yerr=spread, fmt="o", **style)
+            axes.errorbar(rows[SECONDS], rows[AGREEMENT], yerr=spread, fmt="o", **style)
     axes.set_xscale("log")
-    axes.set_xlim(shown["seconds"].min() / 1.5, shown["seconds"].max() * 1.5)
+    axes.set_xlim(shown[SECONDS].min() / 1.5, shown[SECONDS].max() * 1.5)
     axes.axhline(0, color=NEUTRAL, lw=0.8)
     if attainable is not None:
         axes.axhline(attainable, color="black", lw=0.8, ls=":", label="leave-one-out in the recorded precision")
     if training is not None:
         axes.axvline(training, color=NEUTRAL, lw=0.8, ls="--", label="the training itself")
     _label_points(axes, shown)
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("Spearman correlation with exact leave-one-out\n(whole run; bars: 95 % interval)")
+    axes.set_xlabel(INFLUENCE_SECONDS.heading)
+    axes.set_ylabel(f"{SPEARMAN.heading} correlation with exact leave-one-out\n(whole run; bars: 95 % interval)")
     axes.set_title("Which method, at what cost")
     figure.legend(loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)
     return figure
@@ -70,8 +74,8 @@ def _label_points(axes: Axes, shown: pd.DataFrame) -> None:
     decades = math.log10(right / left)
     # Places in inches of the figure; the axes take about that much of it.
     points = [
-        (str(name), WIDE * math.log10(seconds / left) / decades, HIGH * (spearman - bottom) / (top - bottom))
-        for name, seconds, spearman in shown[["method", "seconds", "spearman"]].to_numpy().tolist()
+        (str(name), WIDTH * math.log10(seconds / left) / decades, HEIGHT * (spearman - bottom) / (top - bottom))
+        for name, seconds, spearman in shown[["method", SECONDS, AGREEMENT]].to_numpy().tolist()
     ]
     taken = [(x - 0.07, y - 0.07, x + 0.07, y + 0.07) for _, x, y in points]
     for own, (name, x, y) in enumerate(points):
@@ -83,7 +87,7 @@ def _label_points(axes: Axes, shown: pd.DataFrame) -> None:
         middle = (box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y
         style: dict[str, Any] = {"xytext": (72 * middle[0], 72 * middle[1]), "fontsize": SMALL, "arrowprops": line}
         style["bbox"] = {"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5}
-        where = (left * 10 ** (x * decades / WIDE), bottom + y * (top - bottom) / HIGH)
+        where = (left * 10 ** (x * decades / WIDTH), bottom + y * (top - bottom) / HEIGHT)
         axes.annotate(name, where, textcoords="offset points", ha="center", va="center", **style)
 
 
@@ -92,7 +96,7 @@ def _places(name: str, x: float, y: float) -> Iterator[Box]:
     length = CHARACTER * len(name)
     for shift in (0.0, *(sign * step * TALL for step in range(1, 9) for sign in (1, -1))):
         for start in (x + 0.1, x - 0.1 - length):
-            if start >= 0 and start + length <= WIDE and y + shift - TALL / 2 >= 0 and y + shift + TALL / 2 <= HIGH:
+            if start >= 0 and start + length <= WIDTH and y + shift - TALL / 2 >= 0 and y + shift + TALL / 2 <= HEIGHT:
                 yield (start, y + shift - TALL / 2, start + length, y + shift + TALL / 2)
     yield (x + 0.1, y - TALL / 2, x + 0.1 + length, y + TALL / 2)
 

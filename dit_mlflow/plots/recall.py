@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.detection import recall_curve
+from dit_mlflow.evaluation.figures import RECALL_AT_K
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
 
 COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
@@ -40,7 +41,9 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
     axes.plot([0, share, 100], [0, 100, 100], color=NEUTRAL, lw=1, ls="--", label="best possible")
     axes.axvline(share, lw=0.8, color=NEUTRAL, alpha=0.5)
     note: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": SMALL, "color": "#555555"}
-    axes.annotate(f"recall@k: {len(corrupted)} samples inspected, as many as are damaged", (share, 1), **note)
+    axes.annotate(
+        f"{RECALL_AT_K.heading}: {len(corrupted)} samples inspected, as many as are damaged", (share, 1), **note
+    )
     curves = {name: recall_curve(found, corrupted) for name, found in drawn.items()}
     named = _named(curves)
     others = [name for name in curves if name not in named]

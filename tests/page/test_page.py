@@ -159,7 +159,7 @@ def test_overview_patterns_band_and_words() -> None:
     names = [page.data["patterns"][code] for code in query["patterns"]]
     assert names == patterns(found.select(windows)).tolist()
     np.testing.assert_allclose(query["band"][2], np.quantile(scores[1, 0], (0.05, 0.95)))
-    assert [column["spearman"] for column in page.data["columns"]] == [0.713, None, -0.5, None, None]
+    assert [column["agreement"] for column in page.data["columns"]] == ["ρ 0.71", None, "ρ −0.50", None, None]
     assert page.data["columns"][2]["trust"] == [
         "Agreement with exact leave-one-out: Spearman −0.50, 95 % interval −0.90 to 0.10."
     ]

@@ -56,7 +56,7 @@ function clearFilters() {
 function drawPicker() {
   const focused = document.activeElement && document.activeElement.dataset.pick;
   const named = data.columns.map((column, place) => {
-    const agreement = column.spearman === null ? null : element("small", {}, `ρ ${column.spearman.toFixed(2).replace("-", "−")}`);
+    const agreement = column.agreement === null ? null : element("small", { title: data.agreement }, column.agreement);
     const button = element("button", { type: "button", "aria-pressed": place === state.column, "data-pick": place }, column.name, agreement);
     button.addEventListener("click", () => pickColumn(place));
     return button;

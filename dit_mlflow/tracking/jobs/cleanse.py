@@ -11,8 +11,8 @@ import mlflow
 from mlflow import MlflowClient
 
 from dit_mlflow.errors import InputError, TrainingError
+from dit_mlflow.evaluation.figures import LOSS, PRECISION, TEST, VALIDATION, VALIDATION_LOSS, figure_of
 from dit_mlflow.evaluation.trials import (
-    NO_CLEANING,
     Cleansing,
     Outcome,
     Trial,
@@ -184,7 +184,7 @@ def _against_record(before: Outcome, training_run: str, known: bool) -> list[str
             "The recorded training does not tell its seeds; all trainings here, without cleaning too, begin anew from "
             "seeds 0, 1, …"
         ]
-    name = "validation/loss"
+    name = VALIDATION_LOSS.name
     recorded = MlflowClient().get_run(training_run).data.metrics.get(name)
     again = float(before.figures[name][0, 0])
     if recorded is None or math.isclose(recorded, again, rel_tol=1e-9):
@@ -197,12 +197,12 @@ def _against_record(before: Outcome, training_run: str, known: bool) -> list[str
 
 def _summary(cleansing: Cleansing, remarks: list[str], where: list[str]) -> str:
     headings = {"strategy": "strategy", "samples": "samples"}
-    for name in dict.fromkeys((cleansing.metric, "loss")):
-        headings |= {f"{split}/{name}": f"{split} {name}" for split in ("validation", "test")}
-    headings |= {f"gain/test/{cleansing.metric}": "gain", "detection/precision": "damaged"}
+    judged = [figure_of(data + name) for name in dict.fromkeys((cleansing.metric, LOSS)) for data in (VALIDATION, TEST)]
+    gain = figure_of(TEST + cleansing.metric).gain
+    headings |= {figure.name: figure.heading for figure in (*judged, gain, PRECISION)}
     table = cleansing_table(cleansing)
-    legend = f"gain: of test {cleansing.metric} over {NO_CLEANING}, positive = better; means over seeds"
+    legend = f"{gain.heading}: {gain.sentence}; means over seeds"
     if cleansing.corrupted:
-        legend += "; damaged: share of the samples that truly are"
+        legend += f"; {PRECISION.heading}: {PRECISION.sentence}"
     lines = ["", cleansing_answer(cleansing), *remarks, "", legend, "", terminal_table(table, headings), "", *where]
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.changed_data import class_names
+from dit_mlflow.evaluation.figures import BEFORE, BY_FRACTION, DETECTION, FLAGGED_HELPFUL, GAIN, RELABELLED_CHANGED
 from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, Cleansing, Outcome, Trial, choose
 from dit_mlflow.explanation import Gallery, cleansing_note, cleansing_table
 from dit_mlflow.explanation.cleansing import CleansingTask
@@ -114,7 +115,7 @@ class CleansingRuns:
                 series = [self._series(outcome) for outcome in points]
                 for name in dict.fromkeys(name for figures in series for name in figures):
                     values = [figures.get(name) for figures in series]
-                    log_series(f"by_fraction/{name}", values, [outcome.trial.count for outcome in points])
+                    log_series(BY_FRACTION + name, values, [outcome.trial.count for outcome in points])
 
     def log_answer(self, cleansing: Cleansing, remarks: Sequence[str]) -> None:
         """On the active run: the answer, table, figure, and the chosen samples."""
@@ -125,7 +126,7 @@ class CleansingRuns:
             {"chosen.strategy": chosen.trial.strategy, "chosen.fraction": chosen.trial.fraction}
             | {f"chosen.{self.done}": chosen.trial.count}
         )
-        log_metrics(before.summary().prefixed("before/").and_(self._figures(chosen, before)))
+        log_metrics(before.summary().prefixed(BEFORE).and_(self._figures(chosen, before)))
         mlflow.log_table(cleansing_table(cleansing), "cleansing.json")
         mlflow.log_figure(plot_cleansing(cleansing), "cleansing.png")
         mlflow.log_table(self.samples(chosen.trial), f"{self.done}.json")
@@ -137,22 +138,22 @@ class CleansingRuns:
 
     def _figures(self, outcome: Outcome, before: Outcome) -> Metrics:
         trial, corrupted = outcome.trial, self.task.workload.corrupted
-        found = outcome.summary().and_(trial.found(corrupted).prefixed("detection/"))
+        found = outcome.summary().and_(trial.found(corrupted).prefixed(DETECTION))
         extra: dict[str, float] = {}
         if trial.strategy.startswith("influence"):
             # More were asked for than are harmful: these help, as far as the estimate goes.
-            extra["flagged/helpful"] = float((np.take_along_axis(trial.scores, trial.flagged, axis=1) > 0).sum())
+            extra[FLAGGED_HELPFUL.name] = float((np.take_along_axis(trial.scores, trial.flagged, axis=1) > 0).sum())
         if self.task.predicted is not None and self.task.classes is not None:
             # Of several draws, as many as on average.
             other = self.task.predicted[trial.flagged] != self.task.classes[trial.flagged]
-            extra["relabelled/changed"] = float(other.sum(axis=1).mean())
+            extra[RELABELLED_CHANGED.name] = float(other.sum(axis=1).mean())
         if outcome is not before:
-            found = found.and_(outcome.gain(before).prefixed("gain/"))
+            found = found.and_(outcome.gain(before).prefixed(GAIN))
         return found.and_(Metrics(extra))
 
     def _series(self, outcome: Outcome) -> dict[str, float]:
         means = {name: outcome.mean(name) for name in outcome.figures}
-        return {**means, **outcome.trial.found(self.task.workload.corrupted).prefixed("detection/").values}
+        return {**means, **outcome.trial.found(self.task.workload.corrupted).prefixed(DETECTION).values}
 
     def _repeats(self, outcome: Outcome) -> pd.DataFrame:
         draws = len(outcome.trial.flagged)

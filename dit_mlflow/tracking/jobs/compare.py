@@ -13,6 +13,7 @@ import pandas as pd
 from mlflow import MlflowClient
 
 from dit_mlflow.errors import InputError
+from dit_mlflow.evaluation.figures import CPU_SECONDS, HIGH, INFLUENCE_SECONDS, LOW, SPEARMAN, TRAINING_SECONDS
 from dit_mlflow.explanation import (
     Checks,
     Truth,
@@ -25,7 +26,7 @@ from dit_mlflow.explanation import (
     paragraph,
     terminal_table,
 )
-from dit_mlflow.explanation.over_seeds import stability_table, summarised
+from dit_mlflow.explanation.over_seeds import COMPARED, SECONDS, stability_table, summarised
 from dit_mlflow.influence import Window, check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods import NAMES, method
@@ -49,7 +50,7 @@ from dit_mlflow.workload import Workload, load_workload
 
 COMPARISON = "comparison"
 
-COSTS = {"seconds": "cost/influence_seconds", "cpu_seconds": "cost/cpu_seconds"}
+COSTS = {SECONDS: INFLUENCE_SECONDS, CPU_SECONDS.leaf: CPU_SECONDS}
 """Columns of the table, and the figures that they hold."""
 
 _log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         seconds = _training_seconds(trainings)
         mlflow.log_table(table, "comparison.json")
         mlflow.log_table(pd.DataFrame(rows), "by_seed.json")
-        if "spearman" in table and table["spearman"].notna().any():
+        if SPEARMAN.leaf in table and table[SPEARMAN.leaf].notna().any():
             log_plot(plot_fidelity_against_cost(table, ceiling, seconds), "fidelity_against_cost.png")
         if request.seeds > 1:
             done = [str(row["run_id"]) for row in rows if not row["failed"]]
@@ -160,7 +161,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
             scores = {str(row["method"]): load_influence(str(row["run_id"])).of(trainings[0].whole) for row in first}
             log_plot(plot_recall_curves(scores, workload.corrupted), "recall_curve.png")
         if ceiling is not None:
-            mlflow.log_metric("ground_truth/attainable_spearman", ceiling)
+            mlflow.log_metric(SPEARMAN.attainable, ceiling)
         retraining = [name for name in names if method(name).retrains]
         note = comparison_note(table, retraining, len(trainings), kind, attainable=ceiling)
         views = save_comparisons(run.info.run_id)
@@ -169,14 +170,10 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
             raise InputError(f"every method failed; the first: {rows[0]['error']}")
     headings = {
         "method": "method",
-        "spearman": "Spearman",
-        "spearman_low": "low",
-        "spearman_high": "high",
-        "pearson": "Pearson",
-        "lds": "LDS",
-        "recall_at_k": "recall@k",
-        "auroc": "AUROC",
-        "seconds": "seconds",
+        SPEARMAN.leaf: SPEARMAN.heading,
+        SPEARMAN.leaf + LOW: "low",
+        SPEARMAN.leaf + HIGH: "high",
+        **{column: figure.heading for column, figure in COMPARED.items()},
         "error": "failed",
     }
     shown = table.drop(columns=[] if table["error"].any() else ["error"])
@@ -266,13 +263,13 @@ def _log_explained(request: Request, name: str, training: ComparedTraining) -> d
     log_metrics(found.whole.and_(found.cost))
     if len(found.scores.windows) > 1:
         log_window_series(found)
-    short = {figure.partition("/")[2]: value for figure, value in found.whole.values.items()}
-    return {**short, **{column: found.cost.values[figure] for column, figure in COSTS.items()}}
+    short = {name.partition("/")[2]: value for name, value in found.whole.values.items()}
+    return {**short, **{column: found.cost.values[figure.name] for column, figure in COSTS.items()}}
 
 
 def _attainable(rows: Sequence[dict[str, object]], training: ComparedTraining) -> float | None:
     """Spearman correlation of leave-one-out in the recorded precision with the truth, in float64."""
-    known = [row["spearman"] for row in rows if row["method"] == "leave_one_out" and "spearman" in row]
+    known = [row[SPEARMAN.leaf] for row in rows if row["method"] == "leave_one_out" and SPEARMAN.leaf in row]
     if known:
         return float(np.mean(known))  # type: ignore[arg-type]
     return noise_floor(training.truth, training.trajectory, training.workload)
@@ -280,5 +277,5 @@ def _attainable(rows: Sequence[dict[str, object]], training: ComparedTraining) -
 
 def _training_seconds(trainings: Sequence[ComparedTraining]) -> float | None:
     runs = [MlflowClient().get_run(training.run_id) for training in trainings]
-    known = [run.data.metrics["cost/training_seconds"] for run in runs if "cost/training_seconds" in run.data.metrics]
+    known = [seconds for run in runs if (seconds := run.data.metrics.get(TRAINING_SECONDS.name)) is not None]
     return float(np.mean(known)) if known else None

@@ -16,6 +16,7 @@ from mlflow.models.evaluation.base import EvaluationResult
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import Metrics
+from dit_mlflow.evaluation.figures import ROWS
 from dit_mlflow.explanation.row_tables import check_top, mean_over_rows, mean_table, rows_metrics, rows_table
 from dit_mlflow.influence.row_queries import BatchOfRow, Features
 from dit_mlflow.plots import plot_top_samples
@@ -122,7 +123,7 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
         log_plot(figure, f"{ROW_INFLUENCE}/influence_over_windows.png")
     whole = answer.explanation.whole_run
     assert whole is not None
-    found = rows_metrics(whole, answer.losses, whole.windows[0], top, gallery.corrupted).prefixed("dit/")
+    found = rows_metrics(whole, answer.losses, whole.windows[0], top, gallery.corrupted).prefixed(ROWS)
     log_metrics(Metrics({}, found.undefined))
     artifacts = {name: JsonEvaluationArtifact(mlflow.get_artifact_uri(f"{name}.json")) for name in tables}
     return EvaluationResult(dict(found.values), artifacts, run_id)

@@ -10,6 +10,16 @@ from mlflow import ActiveRun, MlflowClient
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import Metrics
+from dit_mlflow.evaluation.figures import (
+    FIDELITY,
+    SMOOTHNESS,
+    SPEARMAN,
+    SPREAD_RATIO,
+    TRUST_SAMPLES,
+    TRUST_SPEARMAN,
+    WINDOW_END,
+    WINDOW_START,
+)
 from dit_mlflow.explanation import (
     Checks,
     Explanation,
@@ -19,6 +29,7 @@ from dit_mlflow.explanation import (
     terminal_table,
     windows_table,
 )
+from dit_mlflow.explanation.tables import OF_WINDOWS
 from dit_mlflow.influence import Influence, Kind, Window, check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods.dit import Dit
@@ -133,32 +144,29 @@ def run_influence(
 
 def summary(answer: Answer, training_run: str) -> str:
     """A table with a row per window and one for the whole run, and where to look further."""
+    agreement = SPEARMAN if SPEARMAN.name in answer.whole.values else TRUST_SPEARMAN
+    figures = [figure for figure in OF_WINDOWS if figure is agreement or figure not in FIDELITY]
     headings = {
         "window": "window",
-        "start": "from step",
-        "end": "to step",
+        "start": WINDOW_START.heading,
+        "end": WINDOW_END.heading,
         "most_harmful": "most harmful",
         "most_helpful": "most helpful",
-        "ground_truth/spearman": "Spearman",
-        "ground_truth/pearson": "Pearson",
-        "trust/spearman": "Spearman",
-        "trust/smoothness": "smoothness",
-        "detection/recall_at_k": "recall@k",
-        "detection/auroc": "AUROC",
+        **{figure.name: figure.heading for figure in figures},
     }
-    if "ground_truth/spearman" in answer.whole.values:
-        del headings["trust/spearman"]
+    table = windows_table(answer.influence, answer.per_window)
     lines = [
         "",
         f"Influence ({answer.influence.kind}) on {answer.influence.queries[0]}, per window of steps, end excluded",
-        *_legend(answer.whole),
+        "most harmful, most helpful: the training samples whose removal lowers it most, raises it most",
+        *(f"{figure.heading}: {figure.sentence}" for figure in figures if figure.name in table),
         "",
-        terminal_table(windows_table(answer.influence, answer.per_window), headings),
+        terminal_table(table, headings),
         "",
     ]
-    whole = {name: answer.whole.values.get(key) for key, name in headings.items()}
-    figures = ", ".join(f"{name} {value:.3f}" for name, value in whole.items() if value is not None)
-    lines += [f"Whole run: {figures}"] if figures else []
+    known = [figure for figure in figures if figure.name in answer.whole.values]
+    whole = ", ".join(f"{figure.heading} {answer.whole.values[figure.name]:.3f}" for figure in known)
+    lines += [f"Whole run: {whole}"] if whole else []
     lines += [*_trusted(answer.whole), "", *(paragraph(text) for text in answer_sentences(answer.explanation)), ""]
     lines += [
         f"training run   {training_run}",
@@ -170,22 +178,12 @@ def summary(answer: Answer, training_run: str) -> str:
 
 def _trusted(metrics: Metrics) -> list[str]:
     """How far the scores of the whole run can be trusted, in a sentence."""
-    found = {name.removeprefix("trust/"): value for name, value in metrics.values.items()}
-    if "spearman_low" not in found or "smoothness" not in found:
+    found = metrics.values
+    if TRUST_SPEARMAN.low not in found or SMOOTHNESS.name not in found:
         return []
     return [
-        f"Trust: over {found['samples']:.0f} samples left out exactly, Spearman {found['spearman']:.3f} "
-        f"(95 % interval {found['spearman_low']:.3f} to {found['spearman_high']:.3f}); effects are estimated at "
-        f"{found['spread_ratio']:.2f} times their true spread"
+        f"Trust: over {found[TRUST_SAMPLES.name]:.0f} samples left out exactly, {TRUST_SPEARMAN.heading} "
+        f"{found[TRUST_SPEARMAN.name]:.3f} (95 % interval {found[TRUST_SPEARMAN.low]:.3f} to "
+        f"{found[TRUST_SPEARMAN.high]:.3f}); effects are estimated at {found[SPREAD_RATIO.name]:.2f} times their true "
+        "spread"
     ]
-
-
-def _legend(metrics: Metrics) -> list[str]:
-    lines = ["most harmful, most helpful: the training samples whose removal lowers it most, raises it most"]
-    if any(name.startswith(("ground_truth/", "trust/spearman")) for name in metrics.values):
-        lines.append("Spearman, Pearson: agreement of the estimate with exact retraining without each sample")
-    if "trust/smoothness" in metrics.values:
-        lines.append("smoothness: 1 if training is linear in the samples' weights, as the estimate takes it to be")
-    if any(name.startswith("detection/") for name in metrics.values):
-        lines.append("recall@k, AUROC: how well the lowest scores find the corrupted samples")
-    return lines

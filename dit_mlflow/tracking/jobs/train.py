@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from dit_mlflow.evaluation import mean_scores
+from dit_mlflow.evaluation.figures import TRAINING_LOSS, TRAINING_SECONDS
 from dit_mlflow.recording import TrajectoryRecorder
 from dit_mlflow.recording.loop import check_seeds, train_recorded
 from dit_mlflow.tracking.recording.record_trajectory import record_trajectory
@@ -67,7 +68,7 @@ def run_training(
                 _log_losses(run_id)
             raise
         _log_losses(run_id)
-        mlflow.log_metric("cost/training_seconds", time.perf_counter() - started)
+        mlflow.log_metric(TRAINING_SECONDS.name, time.perf_counter() - started)
         model_id = log_model(model, workload)
         for context, dataset in (("validation", workload.validation_set), ("test", workload.test_set)):
             if dataset is not None:
@@ -92,7 +93,7 @@ def _log_losses(run_id: str) -> None:
     if not MlflowClient().list_artifacts(run_id, TRAJECTORY):
         return
     trajectory = load_trajectory(run_id)
-    log_series("training/loss", [trajectory.step(t).loss for t in range(trajectory.num_steps)])
+    log_series(TRAINING_LOSS.name, [trajectory.step(t).loss for t in range(trajectory.num_steps)])
 
 
 def _log_scores(

@@ -9,6 +9,7 @@ from mlflow import ActiveRun, MlflowClient
 from mlflow.entities import Run
 
 from dit_mlflow.evaluation import Metrics
+from dit_mlflow.evaluation.figures import BESIDE, BY_WINDOW, PEAK_MEMORY, TRAINING_SECONDS, WINDOW_END, WINDOW_START
 from dit_mlflow.explanation import (
     Explanation,
     influence_note,
@@ -118,8 +119,8 @@ def log_window_series(explanation: Explanation) -> None:
     """
     names = dict.fromkeys(name for metrics in explanation.per_window for name in metrics.values)
     for name in names:
-        if not name.endswith(("_low", "_high", "_chance")):
-            log_series(f"by_window/{name}", [metrics.values.get(name) for metrics in explanation.per_window])
+        if not name.endswith(BESIDE):
+            log_series(BY_WINDOW + name, [metrics.values.get(name) for metrics in explanation.per_window])
 
 
 def window_run_name(window: Window, index: int, count: int) -> str:
@@ -129,8 +130,8 @@ def window_run_name(window: Window, index: int, count: int) -> str:
 
 def _log_figures(explanation: Explanation, training: Run) -> None:
     known = {
-        "cost/training_seconds": training.data.metrics.get("cost/training_seconds"),
-        "cost/peak_memory_mb": peak_memory_mb(),
+        TRAINING_SECONDS.name: training.data.metrics.get(TRAINING_SECONDS.name),
+        PEAK_MEMORY.name: peak_memory_mb(),
     }
     costs = Metrics({name: value for name, value in known.items() if value is not None})
     log_metrics(explanation.whole)
@@ -191,7 +192,7 @@ def _log_window(
         mlflow.log_params({"method": found.method, "kind": found.kind, **bounds})
         log_metrics(explanation.per_window[index])
         # After the others: the page that compares runs begins with the metric that was logged first.
-        mlflow.log_metrics({"window_start": window.start, "window_end": window.end})
+        mlflow.log_metrics({WINDOW_START.name: window.start, WINDOW_END.name: window.end})
         known = None if exact is None else exact.of(window)
         log_plot(plot_window_samples(found, index, explanation.gallery, known), "top_samples.png")
         mlflow.log_table(samples[samples["window_index"] == index], "top_samples.json")

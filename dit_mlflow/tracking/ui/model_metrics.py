@@ -8,32 +8,28 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, Metric, Run
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
+from dit_mlflow.evaluation.figures import BY_WINDOW, DETECTION, MEAN_OVER_WINDOWS, TRUST, TRUTH
+from dit_mlflow.explanation.tables import OF_WINDOWS
 from dit_mlflow.tracking.store.run_log import BATCH
 
-GROUPS = ("ground_truth/", "detection/", "trust/")
+GROUPS = (TRUTH, DETECTION, TRUST)
 """Of the whole training; all of these are copied to the model."""
-PER_WINDOW = (
-    "ground_truth/spearman",
-    "ground_truth/pearson",
-    "trust/spearman",
-    "trust/smoothness",
-    "detection/recall_at_k",
-    "detection/auroc",
-)
-"""Of these, the mean over windows goes to the model as well, as ``mean_over_windows/…``."""
 DEFAULT_QUERY = "mean_validation_loss"
 
 
 def window_series(run: Run, count: int) -> dict[str, list[float | None]]:
-    """The values of :data:`PER_WINDOW` in each of ``count`` windows, as far as the run has them; last logged wins."""
+    """The values of :data:`OF_WINDOWS` in each of ``count`` windows, as far as the run has them; last logged wins.
+
+    Of these, the mean over windows goes to the model as well.
+    """
     found: dict[str, list[float | None]] = {}
-    for name in PER_WINDOW:
+    for figure in OF_WINDOWS:
         values: list[float | None] = [None] * count
-        for metric in _history(run, f"by_window/{name}"):
+        for metric in _history(run, figure.by_window):
             if metric.step < count:
                 values[metric.step] = metric.value
         if any(value is not None for value in values):
-            found[name] = values
+            found[figure.name] = values
     return found
 
 
@@ -61,8 +57,8 @@ def log_model_metrics(
             metrics += [_linked(metric, model_id, _about(name, query, datasets)) for metric in _history(run, name)[-1:]]
     for name, values in by_window.items():
         known = [value for value in values if value is not None]
-        last = _history(run, f"by_window/{name}")[-1]
-        mean = Metric(f"mean_over_windows/{name}", sum(known) / len(known), last.timestamp, 0)
+        last = _history(run, BY_WINDOW + name)[-1]
+        mean = Metric(MEAN_OVER_WINDOWS + name, sum(known) / len(known), last.timestamp, 0)
         metrics.append(_linked(mean, model_id, _about(name, query, datasets)))
     for start in range(0, len(metrics), BATCH):
         MlflowClient().log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
@@ -70,7 +66,7 @@ def log_model_metrics(
 
 def _about(name: str, query: str, datasets: Mapping[str, Dataset]) -> Dataset | None:
     """Detection is about the training set, agreement about the set that the query is on."""
-    if name.startswith("detection/"):
+    if name.startswith(DETECTION):
         return datasets.get("training")
     return datasets.get("validation") if query == DEFAULT_QUERY else None
 

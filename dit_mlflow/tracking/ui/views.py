@@ -19,6 +19,24 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from dit_mlflow.evaluation.figures import (
+    ACCURACY,
+    AUROC,
+    BY_FRACTION,
+    INFLUENCE_SECONDS,
+    LDS,
+    LOSS,
+    PEARSON,
+    RECALL_AT_K,
+    SPEARMAN,
+    TEST,
+    TRAINING_LOSS,
+    TRUST_SPEARMAN,
+    VALIDATION,
+    VALIDATION_LOSS,
+    WINDOW_END,
+    WINDOW_START,
+)
 from dit_mlflow.tracking.store.names import INFLUENCE, KIND
 
 TAG = "mlflow.sharedViewState."
@@ -108,52 +126,55 @@ def _chart(kind: str, **settings: Any) -> Chart:
     return {"type": kind, "runsCountToCompare": 100, **settings}
 
 
+def _metrics(*names: str) -> tuple[str, ...]:
+    return tuple(f"metrics.{name}" for name in names)
+
+
 def windows_view(run: Run) -> View:
     """The windows of an influence run beside each other."""
-    truth = "ground_truth/spearman" if "ground_truth/spearman" in run.data.metrics else "trust/spearman"
-    measured = (truth, "detection/auroc", "detection/recall_at_k")
-    found = [name for name in measured if name in run.data.metrics]
+    agreement = SPEARMAN if SPEARMAN.name in run.data.metrics else TRUST_SPEARMAN
+    found = [figure.name for figure in (agreement, AUROC, RECALL_AT_K) if figure.name in run.data.metrics]
     return View(
         key=PREFIX + run.info.run_id,
         name=f"Windows of {run.info.run_name}",
         runs=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'",
-        charts=(*map(bars, found), parallel([], ["window_start", *found[:2]])),
-        columns=("metrics.window_start", "metrics.window_end", *(f"metrics.{name}" for name in found)),
-        order="metrics.window_start",
+        charts=(*map(bars, found), parallel([], [WINDOW_START.name, *found[:2]])),
+        columns=_metrics(WINDOW_START.name, WINDOW_END.name, *found),
+        order=f"metrics.{WINDOW_START.name}",
         ascending=True,
     )
 
 
 def methods_view(run: Run) -> View:
     """The methods of a comparison beside each other, the best first: over windows, and against cost."""
-    whole = ("ground_truth/spearman", "ground_truth/pearson", "ground_truth/lds", "detection/auroc")
-    cost = "cost/influence_seconds"
+    whole = [figure.name for figure in (SPEARMAN, PEARSON, LDS, AUROC)]
+    cost = INFLUENCE_SECONDS.name
     return View(
         key=PREFIX + run.info.run_id,
         name=f"Methods of {run.info.run_name}",
         runs=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'",
         charts=(
-            lines("by_window/ground_truth/spearman"),
-            lines("by_window/detection/auroc"),
-            scatter("Agreement against cost", cost, whole[0]),
-            parallel(["method"], [cost, whole[0]]),
+            lines(SPEARMAN.by_window),
+            lines(AUROC.by_window),
+            scatter("Agreement against cost", cost, SPEARMAN.name),
+            parallel(["method"], [cost, SPEARMAN.name]),
             *map(bars, whole),
         ),
-        columns=("params.method", *(f"metrics.{name}" for name in (*whole, "detection/recall_at_k", cost))),
-        order=f"metrics.{whole[0]}",
-        ascending=False,
+        columns=("params.method", *_metrics(*whole, RECALL_AT_K.name, cost)),
+        order=f"metrics.{SPEARMAN.name}",
+        ascending=not SPEARMAN.higher_is_better,
     )
 
 
 def strategies_view(run: Run) -> View:
     """The strategies of a cleansing beside each other, over the number of samples that each took."""
-    measured = [f"{data}/{figure}" for figure in ("accuracy", "loss") for data in ("validation", "test")]
+    measured = [data + metric for metric in (ACCURACY, LOSS) for data in (VALIDATION, TEST)]
     return View(
         key=PREFIX + run.info.run_id,
         name=f"Strategies of {run.info.run_name}",
         runs=f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and tags.`{KIND}` = 'strategy'",
-        charts=tuple(lines(f"by_fraction/{name}") for name in measured),
-        columns=("params.strategy", "params.chosen.fraction", *(f"metrics.{name}" for name in measured)),
+        charts=tuple(lines(BY_FRACTION + name) for name in measured),
+        columns=("params.strategy", "params.chosen.fraction", *_metrics(*measured)),
         order="params.strategy",
         ascending=True,
     )
@@ -164,20 +185,18 @@ TRAININGS = View(
     name="Trainings",
     runs=f"tags.`{KIND}` = 'training'",
     charts=(
-        bars("validation/accuracy"),
-        bars("test/accuracy"),
-        bars("validation/loss"),
-        lines("training/loss"),
-        parallel(["resolved.init_seed", "resolved.order_seed"], ["validation/loss"]),
+        bars(VALIDATION + ACCURACY),
+        bars(TEST + ACCURACY),
+        bars(VALIDATION_LOSS.name),
+        lines(TRAINING_LOSS.name),
+        parallel(["resolved.init_seed", "resolved.order_seed"], [VALIDATION_LOSS.name]),
     ),
     columns=(
         "params.resolved.init_seed",
         "params.resolved.order_seed",
         "params.workload.model",
         "params.workload.lr",
-        "metrics.validation/loss",
-        "metrics.validation/accuracy",
-        "metrics.test/accuracy",
+        *_metrics(VALIDATION_LOSS.name, VALIDATION + ACCURACY, TEST + ACCURACY),
     ),
     order="attributes.start_time",
     ascending=True,
@@ -189,20 +208,14 @@ INFLUENCES = View(
     name="Influence runs",
     runs=f"tags.`{KIND}` = '{INFLUENCE}'",
     charts=(
-        lines("by_window/ground_truth/spearman"),
-        lines("by_window/detection/auroc"),
-        lines("by_window/trust/spearman"),
-        bars("ground_truth/spearman"),
-        bars("detection/auroc"),
-        bars("cost/influence_seconds"),
+        *(lines(figure.by_window) for figure in (SPEARMAN, AUROC, TRUST_SPEARMAN)),
+        *(bars(figure.name) for figure in (SPEARMAN, AUROC, INFLUENCE_SECONDS)),
     ),
     columns=(
         "params.resolved.kind",
         "params.resolved.windows",
         "params.resolved.training_run",
-        "metrics.ground_truth/spearman",
-        "metrics.trust/spearman",
-        "metrics.detection/auroc",
+        *_metrics(SPEARMAN.name, TRUST_SPEARMAN.name, AUROC.name),
     ),
     order="attributes.start_time",
     ascending=True,

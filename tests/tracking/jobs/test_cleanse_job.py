@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from test_influence_job import SMALL, artifact_names, children, inputs, mlflow_run, runs
+from test_influence_job import SMALL, artifact_names, check_figures, children, inputs, mlflow_run, runs
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -90,6 +90,7 @@ def test_drop_from_mlflow_run(store: str) -> None:
 
     check_choice(parent, tried)
     check_series(tried)
+    check_figures("gain/test/accuracy_low", "before/validation/loss", "by_fraction/detection/recall", "flagged/helpful")
     assert "workflowType=machine_learning" in finished.stdout
     assert artifact_names(parent, "") == {
         *("influence", "cleansing.json", "cleansing.png", "dropped.json", "dropped_indices.json")
@@ -172,6 +173,7 @@ def test_relabelling_looks_at_no_true_label(store: str, monkeypatch: pytest.Monk
     changed = samples["new_label"] != samples["label"]
     assert changed.any()
     assert child.data.metrics["relabelled/changed"] == changed.sum()
+    check_figures("test/loss_lowest_draw")
     taken = mlflow.artifacts.load_dict(f"runs:/{first.info.run_id}/relabelled_indices.json")
     assert len(taken["classes"]) == len(taken["indices"])
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from scipy import stats
-from test_influence_job import SMALL, artifact_names, children, mlflow_run, runs
+from test_influence_job import SMALL, artifact_names, check_figures, children, mlflow_run, runs
 
 from dit_mlflow.cli import cli
 from dit_mlflow.explanation.over_seeds import summarised
@@ -63,6 +63,7 @@ def test_all_methods_from_mlflow_run(store: str) -> None:
     assert best in answer
     assert len(parent.data.tags["mlflow.note.content"]) < 8000
     assert rest.count("\n| ") == len(NAMES) + 2
+    check_figures("ground_truth/lds_low", "cost/cpu_seconds", "by_window/ground_truth/jaccard_bottom_30")
     assert "workflowType=machine_learning" in finished.stdout
 
 

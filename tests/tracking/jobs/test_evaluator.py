@@ -18,6 +18,7 @@ from workloads import datasets, digits_workload
 from workloads import sample_losses as sample_losses_of
 
 from dit_mlflow import InputError, Query, Window, Workload, parse_windows, sample_losses, track, train
+from dit_mlflow.evaluation.figures import figure_of
 from dit_mlflow.influence import row_losses
 from dit_mlflow.tracking import load_influence, load_trajectory, run_training
 from dit_mlflow.tracking.jobs.evaluate_rows import Settings
@@ -123,6 +124,7 @@ def test_metrics_are_of_the_whole_training_and_on_run_and_model(store: str) -> N
         }
     )
     assert run.data.metrics == pytest.approx(result.metrics)
+    assert {figure_of(name).name for name in result.metrics} == set(result.metrics)
     on_model = {m.key: m.value for m in mlflow.get_logged_model(model.removeprefix("models:/")).metrics}
     assert result.metrics.items() <= on_model.items()
     assert run.data.tags["dit.kind"] == "evaluation"

@@ -23,6 +23,7 @@ from workloads import digits_workload
 import dit_mlflow
 from dit_mlflow import Checks, Influence, Window, explain
 from dit_mlflow.cli import cli
+from dit_mlflow.evaluation.figures import figure_of
 from dit_mlflow.tracking import load_influence, load_trajectory, log_explanation, run_influence, run_training
 from dit_mlflow.tracking.store.explanations import window_run_name
 
@@ -53,6 +54,16 @@ def runs(kind: str | None = None, **tags: str) -> list[Run]:
 def children(run: Run) -> list[Run]:
     found = runs(**{"mlflow.parentRunId": run.info.run_id})
     return sorted(found, key=lambda child: child.info.run_name)
+
+
+def check_figures(*more: str) -> None:
+    """All that the runs of the store log is written down in the registry, under names that hold the figure's; so are
+    ``more`` of them.
+    """
+    logged = {name for run in runs() for name in run.data.metrics}
+    assert set(more) <= logged
+    for name in logged:
+        assert figure_of(name).leaf in name
 
 
 def artifact_names(run: Run, folder: str) -> set[str]:
@@ -102,6 +113,7 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
     for name, value in parent.data.metrics.items():
         if name.startswith(("detection/", "ground_truth/")):
             assert second.data.metrics[name] == pytest.approx(value)
+    check_figures("patterns/early", "ground_truth/attainable_kendall", "by_window/detection/average_precision")
 
 
 def check_notes(parent: Run, training: Run) -> None:
@@ -190,6 +202,9 @@ def test_trust_and_confirmed_samples_without_ground_truth(store: str) -> None:
         assert row["leave_one_out"] == pytest.approx(confirmed.scores[place], rel=1e-3)
         assert row["score"] == pytest.approx(estimate.scores[place], rel=1e-3)
     assert "As far as 12 random samples tell" in parent.data.tags["mlflow.note.content"]
+    check_figures("trust/slope_ratio", "by_window/trust/pearson", "window_start")
+    legend = "smoothness: 1 if training is linear in the samples' weights, as the estimate takes it to be"
+    assert legend in finished.output.splitlines()
 
 
 def test_a_users_own_note_stays(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
