@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, Metric, Run
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
+from dit_mlflow.tracking.store.names import DATASET_CONTEXT
 from dit_mlflow.tracking.store.run_log import BATCH
 
 GROUPS = ("ground_truth/", "detection/", "trust/")
@@ -52,7 +52,7 @@ def log_model_metrics(
         by_window: from :func:`window_series`.
     """
     datasets = {
-        next((tag.value for tag in item.tags if tag.key == MLFLOW_DATASET_CONTEXT), ""): item.dataset
+        next((tag.value for tag in item.tags if tag.key == DATASET_CONTEXT), ""): item.dataset
         for item in (training.inputs.dataset_inputs if training.inputs else [])
     }
     metrics = []
