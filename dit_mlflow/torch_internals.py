@@ -6,6 +6,7 @@ that is an ``AttributeError`` unless it says otherwise.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any, Literal
@@ -38,7 +39,10 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
 
     If the name goes, the function stays compiled, and its second derivative is refused.
     """
-    return getattr(function, _COMPILED_FUNCTION, None)
+    found = getattr(function, _COMPILED_FUNCTION, None)
+    # A method of torch's own modules comes in one more wrapper.
+    inner = getattr(found, "__wrapped__", None)
+    return inner if inspect.ismethod(inner) else found
 
 
 def tensor_slots(module: nn.Module, kind: Literal["parameters", "buffers"]) -> dict[str, Tensor | None]:
