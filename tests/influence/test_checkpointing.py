@@ -110,8 +110,10 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, np.nd
 def test_checkpointed_models_have_the_scores_of_plain_ones(
     model: Callable[[], nn.Module], without: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
-    for found, expected in zip(scores(tmp_path / "t", model), without, strict=True):
-        np.testing.assert_array_equal(found, expected)
+    swept, exact = scores(tmp_path / "t", model)
+    np.testing.assert_array_equal(swept, without[0])
+    # Torch 2.6 does not batch runs of the form that is not reentrant: one after the other, they round otherwise.
+    np.testing.assert_allclose(exact, without[1], rtol=1e-10)
 
 
 def bert(options: dict[str, Any] | None) -> nn.Module:
