@@ -13,6 +13,7 @@ import click
 
 from dit_mlflow.errors import DitError, InputError
 from dit_mlflow.tracking.jobs.signals import ending_on_signals
+from dit_mlflow.tracking.mlflow_internals import DATABASE_LOGGER
 from dit_mlflow.tracking.store.failed_run import fail_project_run
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -230,7 +231,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # Tracebacks of failing databases, which reach us as exceptions too.
-    logging.getLogger("mlflow.store.db.utils").addFilter(lambda record: not record.exc_info)
+    logging.getLogger(DATABASE_LOGGER).addFilter(lambda record: not record.exc_info)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.dynamics import MicroBatch
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.replay.running_statistics import DifferentiableStatistics, running_statistics
+from dit_mlflow.torch_internals import MISSING_DERIVATIVE, REFUSING_NODE
 from dit_mlflow.trajectory import State
 from dit_mlflow.trajectory.step_record import StepRecord
 
@@ -264,7 +265,7 @@ def _refuse_dead_ends(gradients: Iterable[Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "torch::autograd::Error":
+        if node.name() == REFUSING_NODE:
             raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
         left += [following for following, _ in node.next_functions]
 
@@ -274,7 +275,7 @@ def _naming_missing_derivatives() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        if not any(sign in str(error) for sign in ("derivative for", "differentiate twice", "double backward")):
+        if not any(sign in str(error) for sign in MISSING_DERIVATIVE):
             raise
         raise UnsupportedError(
             f"the model or its loss cannot be differentiated twice, which influence needs: {error}. Use another "

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Mapping, Set
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
 from dit_mlflow.replay.optimizers import hyperparameters
+from dit_mlflow.torch_internals import forward_pre_hooks, version
 from dit_mlflow.trajectory.step_record import Hyperparameters
 
 _INSIST = (
@@ -50,13 +50,13 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
             "parameters the optimizer holds; averaging it beside is not disturbed"
         )
     for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
+        if isinstance(parameter, UninitializedParameter):
             raise UnsupportedError(
                 f"parameter {name!r} has no shape yet (a Lazy module): build the model with its sizes, or run a batch "
                 "through it, where it is made; the optimizer must be made after that"
             )
     for name, module in model.named_modules():
-        if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
+        if any(isinstance(hook, WeightNorm) for hook in forward_pre_hooks(module)):
             raise UnsupportedError(
                 f"{name or 'the model'} is normalised by torch.nn.utils.weight_norm, whose modules cannot be copied; "
                 "use torch.nn.utils.parametrizations.weight_norm"
@@ -98,20 +98,13 @@ def check_scaler() -> None:
     Raises:
         UnsupportedError: a ``GradScaler`` is among the callers.
     """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
+    frame = inspect.currentframe()
+    while frame is not None and (frame := frame.f_back) is not None:
         if frame.f_code is torch.amp.GradScaler.step.__code__:
             raise UnsupportedError(
                 "the optimizer is stepped by a GradScaler, which skips steps and belongs to training in low precision, "
                 f"where second derivatives are noise. Train in float32 without it, {_INSIST}"
             )
-
-
-def is_skipped(optimizer: Optimizer) -> bool:
-    """Whether a ``GradScaler`` has told a fused optimizer of infinite gradients, so that its step will do nothing."""
-    found: Tensor | None = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
 
 
 def missing_gradients(parameters: Mapping[str, Tensor], held: Set[str]) -> tuple[list[str], list[str]]:
@@ -188,18 +181,18 @@ class ChangeCheck:
     def note(self, values: Mapping[str, Tensor] | None) -> None:
         """Remember the parameters as they are now; ``values``: copies of them, if there are any."""
         self._values = values
-        self._versions = list(map(_VERSION, self._tensors))
+        self._versions = list(map(version, self._tensors))
 
     def check(self, step: int) -> None:
         """Raise :class:`TrajectoryError` if parameters are not as they were noted; ``step`` is about to be made."""
-        now = list(map(_VERSION, self._tensors))
+        now = list(map(version, self._tensors))
         if now == self._versions and step > 1:
             return
         if self._values is not None:
             changed = [name for name, value in self._values.items() if not same(value, self._parameters[name])]
         else:
             names = zip(self._parameters, now, self._versions, strict=True)
-            changed = [name for name, version, noted in names if version != noted]
+            changed = [name for name, found, noted in names if found != noted]
         if changed and step == 0:
             raise TrajectoryError(
                 f"parameters changed between entering the recorder and the first optimizer step ({changed[0]!r} is the "
@@ -214,9 +207,6 @@ class ChangeCheck:
                 "optimizer, put constraints into the model (torch.nn.utils.parametrize), and load other weights into "
                 "a copy of the model (copy.deepcopy)"
             )
-
-
-_VERSION = attrgetter("_version")
 
 
 def same(noted: Tensor, current: Tensor) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch.utils.data import DataLoader
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.recording.watched_loader import Indices, Notes, NotingSampler, check_loader
+from dit_mlflow.torch_internals import set_sampler
 from dit_mlflow.workload.random_state import RandomState
 
 
@@ -59,16 +60,15 @@ class LoaderPatch:
         self._queue: deque[Handed] = deque()
         self._iteration = -1
         self._skipped_in: Notes | None = None
-        self._name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        self._name: Literal["sampler", "batch_sampler"] = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self._class, self._original = type(loader), getattr(loader, self._name)
         self.sampler = NotingSampler(self._original, in_main_process=loader.num_workers == 0)
-        # DataLoader refuses to have its samplers set, and persistent workers would go on with the former one.
-        vars(loader).update({self._name: self.sampler, "_iterator": None})
+        set_sampler(loader, self._name, self.sampler)
         loader.__class__ = _patched(self._class, self)
 
     def remove(self) -> None:
         """Leave the loader as it was found."""
-        vars(self.loader).update({self._name: self._original, "_iterator": None})
+        set_sampler(self.loader, self._name, self._original)
         self.loader.__class__ = self._class
         self._queue.clear()
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.recording.folder import Written, check_new
-from dit_mlflow.recording.guards import AutocastCheck, ChangeCheck, Groups, check_model, check_scaler, is_skipped
+from dit_mlflow.recording.guards import AutocastCheck, ChangeCheck, Groups, check_model, check_scaler
 from dit_mlflow.recording.loader_patch import Handed
 from dit_mlflow.recording.pending_step import PendingStep
 from dit_mlflow.recording.recorded_model import RecordedModel
@@ -25,6 +25,7 @@ from dit_mlflow.recording.training_set import TrainingSet
 from dit_mlflow.recording.watched_loader import Drawn, WatchedLoader
 from dit_mlflow.recording.writer import TrajectoryWriter
 from dit_mlflow.replay.trajectory import Trajectory
+from dit_mlflow.torch_internals import found_infinite
 from dit_mlflow.trajectory.manifest import FILE_NAME
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import Hyperparameters
@@ -289,7 +290,7 @@ class TrajectoryRecorder:
         self._commit()
         if self._num_steps == 1 and self._workload is not None:
             self._try_replay(self._workload)
-        if self._low_precision and is_skipped(optimizer):
+        if self._low_precision and found_infinite(optimizer):
             self.discard()
         self._settings = self._groups.settings()
 

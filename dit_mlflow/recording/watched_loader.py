@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from dit_mlflow.errors import InputError
+from dit_mlflow.torch_internals import set_sampler
 from dit_mlflow.workload.random_state import RandomState
 
 Indices = np.ndarray | tuple[int, ...]
@@ -67,10 +68,9 @@ class WatchedLoader:
         self._next_epoch = next_epoch
         self._on_batch, self._on_end = on_batch, on_end
         self._loader = copy.copy(loader)
-        sampler = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        # DataLoader refuses to have its samplers set; the copy is ours.
+        sampler: Literal["sampler", "batch_sampler"] = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self._sampler = NotingSampler(getattr(loader, sampler), in_main_process=loader.num_workers == 0)
-        vars(self._loader)[sampler] = self._sampler
+        set_sampler(self._loader, sampler, self._sampler)
 
     def __len__(self) -> int:
         return len(self._loader)

@@ -78,6 +78,7 @@ class Dynamics:
         self.device = next(model.parameters()).device
         self.model = model
         self._twice_differentiable = TwiceDifferentiable(model)
+        self._substituted.withdraw()
         self._modules = dict(model.named_modules())
         self._evaluation_mode: frozenset[str] | None = None
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+
+from dit_mlflow.torch_internals import sampling_kernels
+from dit_mlflow.workload.workload import map_tensors, tensors_of
 
 
 class RecordedDtype(TorchFunctionMode):
@@ -24,6 +26,7 @@ class RecordedDtype(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
+        self._draws_from = _DRAWS_FROM | sampling_kernels()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -31,7 +34,7 @@ class RecordedDtype(TorchFunctionMode):
             asked = kwargs.get("dtype") or (args[0].dtype if func in _DRAWS_LIKE else None)
             if asked is not None and asked.is_floating_point:
                 return func(*args, **{**kwargs, "dtype": self.dtype}).to(asked)
-        if func in _DRAWS_FROM and (asked := _floating(*args, *kwargs.values())) is not None:
+        if func in self._draws_from and (asked := _floating(*args, *kwargs.values())) is not None:
             found = func(*map(self._narrow, args), **{name: self._narrow(value) for name, value in kwargs.items()})
             return found.to(asked) if found.is_floating_point() else found
         if func in _DRAWS_INTO and args[0].is_floating_point():
@@ -40,11 +43,11 @@ class RecordedDtype(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except (RuntimeError, ValueError):
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if _is_floating(leaf)]
-            widest = max((leaf.dtype for leaf in given), key=_digits, default=self.dtype)
-            if all(leaf.dtype == widest for leaf in given):
+            given = [tensor.dtype for tensor in tensors_of((args, kwargs)) if tensor.is_floating_point()]
+            widest = max(given, key=_digits, default=self.dtype)
+            if all(dtype == widest for dtype in given):
                 raise
-        args, kwargs = tree_map(lambda leaf: leaf.to(widest) if _is_floating(leaf) else leaf, (args, kwargs))
+        args, kwargs = map_tensors((args, kwargs), lambda t: t.to(widest) if t.is_floating_point() else t)
         return func(*args, **kwargs)
 
     def _narrow(self, value: Any) -> Any:
@@ -73,8 +76,6 @@ _DRAWS_FROM = {
     torch.multinomial,
     torch.Tensor.bernoulli,
     torch.Tensor.multinomial,
-    torch._standard_gamma,
-    torch._sample_dirichlet,
 }
 _DRAWS_INTO = {
     torch.Tensor.normal_,

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 
@@ -16,10 +15,16 @@ def running_statistics(model: nn.Module) -> frozenset[str]:
     return frozenset(
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
-        if isinstance(module, _NormBase)
+        if isinstance(module, _NORMALISATIONS)
         for key in ("running_mean", "running_var")
         if getattr(module, key) is not None
     )
+
+
+_NORMALISATIONS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 
 
 class DifferentiableStatistics(TorchFunctionMode):

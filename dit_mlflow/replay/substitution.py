@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
+
+from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.torch_internals import tensor_slots
 
 Result = TypeVar("Result")
 
@@ -21,8 +24,7 @@ class Substitution:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._parameters = _places(module, "_parameters")
-        self._buffers = _places(module, "_buffers")
+        self._parameters, self._buffers = _places(module, "parameters"), _places(module, "buffers")
 
     def __call__(
         self,
@@ -48,17 +50,43 @@ class Substitution:
             for ((owner, key), _), tensor in zip(places, original, strict=True):
                 owner[key] = tensor
 
+    def withdraw(self) -> None:
+        """Leave the module without values, so that it cannot run but in a call.
+
+        What runs when a gradient is taken, after the call, would not do so with the tensors of the call.
+        """
+        withdrawn: dict[int, Tensor] = {}
+        for (owner, key), _ in [*self._parameters, *self._buffers]:
+            value = owner[key]
+            owner[key] = withdrawn.setdefault(id(value), value.detach().to("meta").as_subclass(_Withdrawn))
+
+
+class _Withdrawn(Tensor):
+    """Has a shape and a dtype, and refuses to be computed with."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__get__":
+            return super().__torch_function__(func, types, args, kwargs)
+        raise UnsupportedError(
+            "a part of the model runs again when its gradient is taken (gradient checkpointing by other means than "
+            "torch.utils.checkpoint, a reversible layer or another autograd function that calls modules): a replayed "
+            "model no longer has the parameters of its forward pass then. Train without it, or with "
+            "torch.utils.checkpoint, which is left out in a replay"
+        )
+
 
 _Place = tuple[dict[str, Tensor], str]
 
 
-def _places(module: nn.Module, kind: str) -> list[tuple[_Place, str]]:
+def _places(module: nn.Module, kind: Literal["parameters", "buffers"]) -> list[tuple[_Place, str]]:
     """Every slot of a tensor in the tree of modules, and the first name under which the tensor is known."""
     first: dict[int, str] = {}
     found = []
     for prefix, child in module.named_modules():
-        for key, tensor in getattr(child, kind).items():
+        slots = tensor_slots(child, kind)
+        for key, tensor in slots.items():
             if tensor is not None:
                 name = first.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
-                found.append(((getattr(child, kind), key), name))
+                found.append(((slots, key), name))
     return found

@@ -19,6 +19,7 @@ from accelerate.state import GradientState
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.recording.loader_patch import Handed, LoaderPatch
+from dit_mlflow.tracking.accelerate_internals import torch_loader, torch_optimizer
 from dit_mlflow.tracking.recording.loss_share import LossShare
 from dit_mlflow.tracking.recording.recorded_training import RecordedTraining
 from dit_mlflow.workload import Workload
@@ -90,9 +91,7 @@ class TrajectoryCallback(TrainerCallback):
         self._training = RecordedTraining(*self._arguments)
         self._abandon = weakref.finalize(self, self._training.abandon)
         with self._failing():
-            # accelerate's loaders iterate one of torch's inside.
-            loader = kwargs["train_dataloader"]
-            self._training.watch(vars(loader).get("base_dataloader", loader))
+            self._training.watch(torch_loader(kwargs["train_dataloader"]))
 
     def on_step_begin(
         self,
@@ -110,7 +109,7 @@ class TrajectoryCallback(TrainerCallback):
             if not training.begun:
                 # Now: every other callback has begun, among them the one that starts an MLflow run.
                 assert model is not None and optimizer is not None
-                training.begin(model, _inner(optimizer))
+                training.begin(model, torch_optimizer(optimizer))
                 self._share = LossShare(model)
                 training.at_close(self._share.remove)
             self._next_batch(training)
@@ -187,13 +186,6 @@ class TrajectoryCallback(TrainerCallback):
             training.close(error)
         if self._abandon is not None:
             self._abandon.detach()
-
-
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """What accelerate has wrapped: the one that steps, and that hooks can be set on."""
-    while isinstance(inner := vars(optimizer).get("optimizer"), Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 def _resumed(patch: LoaderPatch) -> Handed | None:

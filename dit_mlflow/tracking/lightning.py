@@ -139,6 +139,6 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
 def _logger_run_id(trainer: Any) -> str | None:
     """The run of the trainer's own MLflow logger, which is not the active one, if it is in the same store."""
     for logger in trainer.loggers:
-        if type(logger).__name__ == "MLFlowLogger" and logger._tracking_uri == mlflow.get_tracking_uri():
+        if type(logger).__name__ == "MLFlowLogger" and logger.experiment.tracking_uri == mlflow.get_tracking_uri():
             return logger.run_id
     return None

@@ -259,7 +259,7 @@ def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=fresh)
 
-    return _map_tensors(batch, move)
+    return map_tensors(batch, move)
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
@@ -270,7 +270,7 @@ def tensors_of(batch: Batch) -> list[Tensor]:
         found.append(tensor)
         return tensor
 
-    _map_tensors(batch, note)
+    map_tensors(batch, note)
     return found
 
 
@@ -287,24 +287,24 @@ def with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
             "another dataset or collate_fn"
         )
     given = iter(tensors)
-    return _map_tensors(batch, lambda _: next(given))
+    return map_tensors(batch, lambda _: next(given))
 
 
 _NUMBERS = frozenset(map(np.dtype, ("?", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", "c16")))
 """Of NumPy, those that torch has too, in this machine's byte order."""
 
 
-def _map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     """The containers built anew around what ``function`` makes of their tensors."""
     if isinstance(batch, Tensor):
         return function(batch)
     if type(batch) is np.ndarray and batch.dtype in _NUMBERS:
         return function(torch.from_numpy(batch.copy())).cpu().numpy()
     if isinstance(batch, Mapping):
-        mapped = {key: _map_tensors(value, function) for key, value in batch.items()}
+        mapped = {key: map_tensors(value, function) for key, value in batch.items()}
         return mapped if type(batch) is dict else type(batch)(mapped)  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_map_tensors(value, function) for value in batch))
+        return type(batch)(*(map_tensors(value, function) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(_map_tensors(value, function) for value in batch)
+        return type(batch)(map_tensors(value, function) for value in batch)
     return batch

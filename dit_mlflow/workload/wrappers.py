@@ -9,16 +9,14 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from dit_mlflow.errors import UnsupportedError, first_line
-
-_COMPILED = "_orig_mod"
-"""Where ``torch.compile`` keeps a module in its wrapper. Importing the wrapper's class would load the compiler."""
+from dit_mlflow.torch_internals import COMPILED_MODULE, uncompiled
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel`` was given, however nested."""
     while True:
         if _is_compiled(model):
-            model = model.get_submodule(_COMPILED)
+            model = model.get_submodule(COMPILED_MODULE)
         elif isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
         else:
@@ -27,7 +25,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def plain_name(name: str) -> str:
     """The name of a parameter or module as it would be if no submodule were compiled."""
-    return ".".join(part for part in name.split(".") if part != _COMPILED)
+    return ".".join(part for part in name.split(".") if part != COMPILED_MODULE)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -44,17 +42,17 @@ def plain_copy(model: nn.Module) -> nn.Module:
             "keep tensors of a forward pass (detach them), open files or locks; use "
             "torch.nn.utils.parametrizations.weight_norm in place of torch.nn.utils.weight_norm"
         ) from error
-    for parent in list(copied.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and _is_compiled(child):
-                parent._modules[name] = child.get_submodule(_COMPILED)
+    # From the inside out, and under every name, so that what is compiled twice or held twice is found.
+    for name, module in reversed(list(copied.named_modules(remove_duplicate=False))):
+        if _is_compiled(module):
+            copied.set_submodule(name, module.get_submodule(COMPILED_MODULE))
     for module in copied.modules():
         # torch.compile on a method, in the class or as model.forward = torch.compile(model.forward).
-        original = getattr(module.forward, "_torchdynamo_orig_callable", None)
+        original = uncompiled(module.forward)
         if original is not None:
             module.forward = MethodType(getattr(original, "__func__", original), module)
     return copied
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return _COMPILED in module._modules
+    return COMPILED_MODULE in dict(module.named_children())

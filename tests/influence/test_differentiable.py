@@ -13,10 +13,9 @@ from plain_loop import record, whole
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import SGD, Adagrad
-from torch.utils.checkpoint import checkpoint
 from workloads import digits_workload, sample_losses
 
-from dit_mlflow import UnsupportedError, leave_one_out, track, train
+from dit_mlflow import UnsupportedError, track, train
 from dit_mlflow.replay.differentiable import weight_norm as written_out
 
 
@@ -44,39 +43,6 @@ def test_weight_norm_written_out_is_that_of_torch(dim: int) -> None:
     torch.testing.assert_close(
         written_out(v, torch.ones_like(g), dim).square().sum(), torch.tensor(float(max(shape))).double()
     )
-
-
-class Checkpointed(nn.Module):
-    """Its inner part is run again for the gradient, unless ``reentrant`` is ``None``."""
-
-    def __init__(self, reentrant: bool | None) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        self.first = nn.Linear(64, 6)
-        self.inner = nn.Sequential(nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 6), nn.Tanh())
-        self.last = nn.Linear(6, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = self.first(images)
-        if self.reentrant is None:
-            return self.last(self.inner(hidden))
-        return self.last(checkpoint(self.inner, hidden, use_reentrant=self.reentrant))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_models_have_the_scores_of_plain_ones(tmp_path: Path, reentrant: bool) -> None:
-    found: list[Any] = []
-    for kind in (None, reentrant):
-        torch.manual_seed(0)
-        model = Checkpointed(kind)
-        trajectory = record(tmp_path / str(kind), model, SGD(model.parameters(), lr=0.5))
-        workload = digits_workload(model=lambda kind=kind: Checkpointed(kind), optimizer=None)
-        assert trajectory.verify(workload).max_drift == 0
-        windows = whole(trajectory)
-        found.append((track(trajectory, workload, windows).scores, leave_one_out(trajectory, workload, windows).scores))
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert checkpoint(torch.sin, torch.zeros(1, requires_grad=True), use_reentrant=False).grad_fn is not None
 
 
 def of_pixels(model: nn.Module, batch: Any) -> Tensor:

@@ -18,6 +18,7 @@ from workloads import digits_model, digits_workload
 
 from dit_mlflow import TrajectoryRecorder, UnsupportedError, track
 from dit_mlflow.trajectory import REPLAY_TOLERANCE
+from dit_mlflow.workload.wrappers import plain_copy
 
 
 class Compiler:
@@ -95,6 +96,19 @@ def test_training_through_a_differentiated_graph_replays_within_tolerance(tmp_pa
     model = torch.compile(Net(), backend="aot_eager")
     trajectory = record(tmp_path / "t", model, SGD(model.parameters(), lr=0.5))
     assert trajectory.verify(digits_workload(model=model, optimizer=None)).max_drift <= REPLAY_TOLERANCE
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_what_is_compiled_inside_and_outside_and_held_twice_is_plain_in_a_copy() -> None:
+    part: Any = nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))
+    part = torch.compile(part, backend="eager")
+    model: Any = nn.Sequential(part, part)
+    model.forward = torch.compile(model.forward, backend="eager")
+    copied: Any = plain_copy(model)
+    assert [type(module) for module in copied.modules()] == [nn.Sequential, nn.Sequential, nn.Linear]
+    assert copied[0] is copied[1]
+    nn.init.zeros_(copied[0][0].weight)
+    torch.testing.assert_close(copied(torch.ones(2)), copied[0][0].bias)
 
 
 @pytest.fixture

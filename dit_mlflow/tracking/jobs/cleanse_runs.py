@@ -16,7 +16,6 @@ from functools import cached_property
 import mlflow
 import numpy as np
 import pandas as pd
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.changed_data import class_names
@@ -29,7 +28,7 @@ from dit_mlflow.explanation.markdown import encodable
 from dit_mlflow.plots import plot_cleansing
 from dit_mlflow.tracking.store.artifacts import active_run_id
 from dit_mlflow.tracking.store.error_text import error_text
-from dit_mlflow.tracking.store.names import ERROR, HELPED, KIND, TRAINING_RUN
+from dit_mlflow.tracking.store.names import ERROR, HELPED, KIND, NOTE, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import log_metrics, log_series
 
 
@@ -121,7 +120,7 @@ class CleansingRuns:
         """On the active run: the answer, table, figure, and the chosen samples."""
         chosen, before = cleansing.chosen, cleansing.before
         run_id = active_run_id()
-        mlflow.set_tags({MLFLOW_RUN_NOTE: cleansing_note(cleansing, run_id, remarks), HELPED: cleansing.helped})
+        mlflow.set_tags({NOTE: cleansing_note(cleansing, run_id, remarks), HELPED: cleansing.helped})
         mlflow.log_params(
             {"chosen.strategy": chosen.trial.strategy, "chosen.fraction": chosen.trial.fraction}
             | {f"chosen.{self.done}": chosen.trial.count}

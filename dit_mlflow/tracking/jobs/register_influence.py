@@ -15,15 +15,22 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.utils.validation import _validate_model_name
 
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.explanation.model_card import fidelity, with_card
 from dit_mlflow.influence import Influence
+from dit_mlflow.tracking.mlflow_internals import artifact_store
 from dit_mlflow.tracking.store.artifacts import find_run, load_trajectory
 from dit_mlflow.tracking.store.found_models import FoundModel, find_model
-from dit_mlflow.tracking.store.names import INFLUENCE, INFLUENCE_RUN, INFLUENCE_URI, KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.store.names import (
+    INFLUENCE,
+    INFLUENCE_RUN,
+    INFLUENCE_URI,
+    KIND,
+    METHOD,
+    PARENT_RUN,
+    TRAINING_RUN,
+)
 from dit_mlflow.tracking.store.remote import reading
 from dit_mlflow.tracking.ui.card import card_facts
 from dit_mlflow.tracking.ui.model_metrics import log_model_metrics, window_series
@@ -92,8 +99,10 @@ def register_influence(influence_run: str, model_name: str, model: str = "") -> 
 def check_name(name: str) -> None:
     """Raises :class:`InputError` for what MLflow does not take as the name of a registered model."""
     try:
-        _validate_model_name(name)
+        MlflowClient().get_registered_model(name)
     except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            return  # There is none of the name yet, or the store cannot tell: it will say so when one is made.
         raise InputError(f"model_name={name!r} cannot be the name of a registered model: {error.message}") from error
 
 
@@ -105,7 +114,7 @@ def asked_and_trained(influence_run: str) -> tuple[Run, Run]:
         files = {Path(item.path).name for item in MlflowClient().list_artifacts(influence_run, INFLUENCE)}
     if not {"scores.parquet", "metadata.json"} <= files:
         kind = run.data.tags.get(KIND)
-        parent = run.data.tags.get("mlflow.parentRunId")
+        parent = run.data.tags.get(PARENT_RUN)
         hint = f"; it is a {kind} run" if kind else ""
         hint += f" of {parent}, which may be the one to name" if parent else ""
         raise InputError(f"{shown} has no artifact {INFLUENCE}/ with scores; expected an influence run{hint}")
@@ -207,7 +216,7 @@ def _register(
 def _attach(model: LoggedModel, folder: Path) -> None:
     """Make ``influence/`` of the model what ``folder`` holds."""
     # MlflowClient.log_model_artifacts takes no folder to put them in, before 3.17 at least.
-    store = get_artifact_repository(model.artifact_location, tracking_uri=mlflow.get_tracking_uri())
+    store = artifact_store(model.artifact_location)
     store.log_artifacts(str(folder), INFLUENCE)
     kept = {f"{INFLUENCE}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()}
     left = [path for path in _files(model.model_id, INFLUENCE) if path not in kept]

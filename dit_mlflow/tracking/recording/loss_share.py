@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dit_mlflow.replay.substitution import Substitution
 from dit_mlflow.workload.random_state import RandomState, preserved_random_state
 
 logger = logging.getLogger(__name__)
@@ -118,11 +118,16 @@ class LossShare:
         if not (first := forward.loss.item()):
             return
         assert self._before is not None
-        with preserved_random_state(), torch.no_grad(), _other_buffers(self._model):
+        doubled = {**kwargs, "num_items_in_batch": 2 * kwargs["num_items_in_batch"]}
+        # Copies: the pending backward pass allows no change to the real buffers, not even back.
+        buffers = {name: value.clone() for name, value in self._model.named_buffers()}
+        with preserved_random_state(), torch.no_grad():
             self._before.restore()
             # forward, not a call: the model's own hooks, these among them, see what the trainer does and no more.
-            doubled = {**kwargs, "num_items_in_batch": 2 * kwargs["num_items_in_batch"]}
-            ratio = float(_loss(self._model.forward(*args, **doubled))) / first  # type: ignore[arg-type]
+            output = Substitution(self._model)(
+                dict(self._model.named_parameters()), buffers, lambda model: model.forward(*args, **doubled)
+            )
+        ratio = float(_loss(output)) / first  # type: ignore[arg-type]
         for divides, expected in ((True, 0.5), (False, 1.0)):
             if abs(ratio - expected) < 1e-3:
                 self._divides_by_items = divides
@@ -159,16 +164,3 @@ def _read(kwargs: Mapping[str, Any], output: Any) -> _Forward | None:
 def _loss(output: Any) -> Tensor | None:
     found = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
     return found if isinstance(found, Tensor) and found.numel() == 1 else None
-
-
-@contextmanager
-def _other_buffers(model: nn.Module) -> Iterator[None]:
-    """Copies in place of the buffers: the pending backward pass allows no change to the real ones, not even back."""
-    real = [(module, dict(module._buffers)) for module in model.modules()]
-    for module, buffers in real:
-        module._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})
-    try:
-        yield
-    finally:
-        for module, buffers in real:
-            module._buffers.update(buffers)

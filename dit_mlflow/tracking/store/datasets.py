@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlflow import MlflowClient
+from mlflow import MlflowClient, entities
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.dataset import Dataset
 from mlflow.entities import DatasetInput, InputTag
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
+from dit_mlflow.tracking.store.names import DATASET_CONTEXT
 from dit_mlflow.workload import Workload
 
 DIGEST_CHARACTERS = 32
@@ -48,8 +48,8 @@ class SampleSet(Dataset):
 
 def log_dataset(run_id: str, dataset: SampleSet, context: str) -> None:
     """Log a data set as input of a run; ``context``: ``training``, ``validation`` or ``test``."""
-    tags = [InputTag(MLFLOW_DATASET_CONTEXT, context)]
-    MlflowClient().log_inputs(run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+    tags = [InputTag(DATASET_CONTEXT, context)]
+    MlflowClient().log_inputs(run_id, [DatasetInput(entities.Dataset(**dataset.to_dict()), tags)])
 
 
 def log_datasets_of(training_run_id: str, run_id: str) -> None:

@@ -16,6 +16,13 @@ HELPED = "dit.helped"
 UNDEFINED = "dit.undefined."
 """Prefix of tags that say why a metric is missing."""
 
+NOTE = "mlflow.note.content"
+"""MLflow's, shown as a run's description; with the next ones, as its documentation lists them."""
+RUN_NAME = "mlflow.runName"
+PARENT_RUN = "mlflow.parentRunId"
+DATASET_CONTEXT = "mlflow.data.context"
+"""Of a run's input: ``training``, ``validation`` or ``test``."""
+
 TRAJECTORY = "trajectory"
 INFLUENCE = "influence"
 WHOLE_RUN = "influence/whole_run"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 import shutil
 import weakref
@@ -12,12 +11,11 @@ from pathlib import Path
 from tempfile import mkdtemp
 from urllib.parse import urlsplit
 
-import mlflow
 from mlflow.entities import Run
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.tracking.mlflow_internals import artifact_store, download_file
 from dit_mlflow.tracking.store.cache import FileCache
 from dit_mlflow.tracking.store.names import TRAJECTORY
 from dit_mlflow.trajectory.manifest import FILE_NAME, FileEntry
@@ -62,7 +60,7 @@ class RemoteFiles:
         self._held: dict[str, Path] = {}
         with reading(run, f"{TRAJECTORY}/"):
             # Made once, with the tracking URI of now: later calls must not read another store.
-            self._store = get_artifact_repository(_uri(run), tracking_uri=mlflow.get_tracking_uri())
+            self._store = artifact_store(_uri(run))
         self.sizes = self._listing()
 
     def __call__(self, name: str, entry: FileEntry) -> Path:
@@ -111,9 +109,7 @@ class RemoteFiles:
     def _download(self, name: str, folder: Path) -> Path:
         path = folder / name
         with reading(self._run, f"{TRAJECTORY}/{name}"):
-            # What every store implements. download_artifacts() around it would list the folder and draw a progress bar
-            # for each file, and hide why it failed.
-            self._store._download_file(f"{TRAJECTORY}/{name}", os.fspath(path))
+            download_file(self._store, f"{TRAJECTORY}/{name}", path)
         return path
 
     def _listing(self) -> dict[str, int | None]:

@@ -13,11 +13,10 @@ import mlflow
 from mlflow import ActiveRun, MlflowClient
 from mlflow.data.dataset import Dataset
 from mlflow.entities import Metric
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.tracking.plugin import DitRunContext
-from dit_mlflow.tracking.store.names import UNDEFINED
+from dit_mlflow.tracking.store.names import RUN_NAME, UNDEFINED
 
 BATCH = 1000
 """Metrics per request, the most that MLflow takes."""
@@ -34,7 +33,7 @@ def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Itera
     with mlflow.start_run(run_id=run_id, tags={**DitRunContext().tags(), **tags}) as run:
         # A name of the form 'adjective-noun-123' was made up by MLflow; any other is the user's.
         if re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.info.run_name or ""):
-            mlflow.set_tag(MLFLOW_RUN_NAME, name)
+            mlflow.set_tag(RUN_NAME, name)
         yield run
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, Metric, Run
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from dit_mlflow.evaluation.figures import BY_WINDOW, DETECTION, MEAN_OVER_WINDOWS, TRUST, TRUTH
 from dit_mlflow.explanation.tables import OF_WINDOWS
+from dit_mlflow.tracking.store.names import DATASET_CONTEXT
 from dit_mlflow.tracking.store.run_log import BATCH
 
 GROUPS = (TRUTH, DETECTION, TRUST)
@@ -48,7 +48,7 @@ def log_model_metrics(
         by_window: from :func:`window_series`.
     """
     datasets = {
-        next((tag.value for tag in item.tags if tag.key == MLFLOW_DATASET_CONTEXT), ""): item.dataset
+        next((tag.value for tag in item.tags if tag.key == DATASET_CONTEXT), ""): item.dataset
         for item in (training.inputs.dataset_inputs if training.inputs else [])
     }
     metrics = []

@@ -6,12 +6,11 @@ import logging
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from dit_mlflow.explanation.run_note import Links
 from dit_mlflow.explanation.training_note import training_note
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.tracking.store.names import INFLUENCE
+from dit_mlflow.tracking.store.names import INFLUENCE, NOTE
 from dit_mlflow.tracking.ui.links import run_link, save_comparisons
 
 _log = logging.getLogger(__name__)
@@ -20,8 +19,8 @@ _log = logging.getLogger(__name__)
 def set_note(run_id: str, note: str, former: str | None = None) -> None:
     """Make ``note`` (Markdown) the description of a run that has none, or ``former``; a user's own stays."""
     client = MlflowClient()
-    if client.get_run(run_id).data.tags.get(MLFLOW_RUN_NOTE, "").strip() in ("", former):
-        client.set_tag(run_id, MLFLOW_RUN_NOTE, note)
+    if client.get_run(run_id).data.tags.get(NOTE, "").strip() in ("", former):
+        client.set_tag(run_id, NOTE, note)
 
 
 def influence_links(run: Run, training_run_id: str, windows: list[Run]) -> Links:

@@ -37,9 +37,9 @@ from dit_mlflow.evaluation.figures import (
     WINDOW_END,
     WINDOW_START,
 )
-from dit_mlflow.tracking.store.names import INFLUENCE, KIND
+from dit_mlflow.tracking.mlflow_internals import SAVED_VIEW
+from dit_mlflow.tracking.store.names import INFLUENCE, KIND, PARENT_RUN
 
-TAG = "mlflow.sharedViewState."
 PREFIX = "dit-"
 KEPT = 50
 """Views of single runs that an experiment keeps; the UI reads all of its tags with every page."""
@@ -137,7 +137,7 @@ def windows_view(run: Run) -> View:
     return View(
         key=PREFIX + run.info.run_id,
         name=f"Windows of {run.info.run_name}",
-        runs=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'",
+        runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}'",
         charts=(*map(bars, found), parallel([], [WINDOW_START.name, *found[:2]])),
         columns=_metrics(WINDOW_START.name, WINDOW_END.name, *found),
         order=f"metrics.{WINDOW_START.name}",
@@ -152,7 +152,7 @@ def methods_view(run: Run) -> View:
     return View(
         key=PREFIX + run.info.run_id,
         name=f"Methods of {run.info.run_name}",
-        runs=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'",
+        runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}'",
         charts=(
             lines(SPEARMAN.by_window),
             lines(AUROC.by_window),
@@ -172,7 +172,7 @@ def strategies_view(run: Run) -> View:
     return View(
         key=PREFIX + run.info.run_id,
         name=f"Strategies of {run.info.run_name}",
-        runs=f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and tags.`{KIND}` = 'strategy'",
+        runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}' and tags.`{KIND}` = 'strategy'",
         charts=tuple(lines(BY_FRACTION + name) for name in measured),
         columns=("params.strategy", "params.chosen.fraction", *_metrics(*measured)),
         order="params.strategy",
@@ -235,13 +235,13 @@ def save_views(experiment_id: str, *views: View) -> list[View]:
     try:
         tags = dict(client.get_experiment(experiment_id).tags)
         for view in (TRAININGS, INFLUENCES, *views):
-            there = _created(tags.get(TAG + view.key, ""))
+            there = _created(tags.get(SAVED_VIEW + view.key, ""))
             value = view.encoded(there or int(time.time() * 1000))
-            if tags.get(TAG + view.key) != value:
-                client.set_experiment_tag(experiment_id, TAG + view.key, value)
-                tags[TAG + view.key] = value
-        fixed = {TAG + TRAININGS.key, TAG + INFLUENCES.key}
-        of_runs = [key for key in tags if key.startswith(TAG + PREFIX) and key not in fixed]
+            if tags.get(SAVED_VIEW + view.key) != value:
+                client.set_experiment_tag(experiment_id, SAVED_VIEW + view.key, value)
+                tags[SAVED_VIEW + view.key] = value
+        fixed = {SAVED_VIEW + TRAININGS.key, SAVED_VIEW + INFLUENCES.key}
+        of_runs = [key for key in tags if key.startswith(SAVED_VIEW + PREFIX) and key not in fixed]
         for key in sorted(of_runs, key=lambda key: _created(tags[key]))[:-KEPT]:
             client.delete_experiment_tag(experiment_id, key)
     except MlflowException as error:

@@ -11,9 +11,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from dit_mlflow.tracking.mlflow_internals import SAVED_VIEW
 from dit_mlflow.tracking.ui import links, views
 from dit_mlflow.tracking.ui.links import save_comparisons, where_to_look
-from dit_mlflow.tracking.ui.views import INFLUENCES, TAG, TRAININGS, View, bars, save_views
+from dit_mlflow.tracking.ui.views import INFLUENCES, TRAININGS, View, bars, save_views
 
 
 def view(key: str) -> View:
@@ -27,7 +28,7 @@ def tags(experiment: str) -> dict[str, str]:
 
 def test_both_forms_that_the_ui_reads_say_the_same(store: str) -> None:
     assert [kept.key for kept in save_views("1", view("dit-x"))] == ["dit-x"]
-    found = json.loads(tags("1")[TAG + "dit-x"])
+    found = json.loads(tags("1")[SAVED_VIEW + "dit-x"])
     packed = found.pop("state")
     assert found.pop("name") == "name of dit-x"
     assert found.pop("createdAt") > 1.6e12
@@ -45,12 +46,12 @@ def test_the_newest_views_of_runs_stay_and_the_others_of_people_too(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(views, "KEPT", 3)
-    MlflowClient().set_experiment_tag("1", TAG + "theirs", "{}")
+    MlflowClient().set_experiment_tag("1", SAVED_VIEW + "theirs", "{}")
     times = iter(range(1_000, 100_000))
     monkeypatch.setattr(views.time, "time", lambda: float(next(times)))
     for number in range(5):
         save_views("1", view(f"dit-{number}"))
-    kept = {key.removeprefix(TAG) for key in tags("1") if key.startswith(TAG)}
+    kept = {key.removeprefix(SAVED_VIEW) for key in tags("1") if key.startswith(SAVED_VIEW)}
     assert kept == {"theirs", TRAININGS.key, INFLUENCES.key, "dit-2", "dit-3", "dit-4"}
     before = tags("1")
     save_views("1", view("dit-4"))
@@ -78,7 +79,7 @@ def test_links_name_the_run_and_the_views(store: str, kind: str) -> None:
         first = {"influence": "windows", "comparison": "methods", "cleansing": "strategies"}[kind]
         assert list(found) == [first, "influence runs", "trainings"]
         assert f"viewStateShareKey=dit-{run_id}&" in found[first]
-        assert TAG + f"dit-{run_id}" in tags("1")
+        assert SAVED_VIEW + f"dit-{run_id}" in tags("1")
         assert all("searchFilter" not in link for link in found.values())
     said = where_to_look(run)
     assert f"http://127.0.0.1:5000/#/experiments/1/runs/{run_id}?workflowType=machine_learning" in said

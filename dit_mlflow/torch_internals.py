@@ -1,0 +1,87 @@
+"""What of torch is used without being documented, each name here and nowhere else.
+
+All were seen in torch 2.6.0, 2.13.0, 2.14.1 and 2.15.0. ``tests/test_torch_internals.py`` fails when one goes; in use,
+that is an ``AttributeError`` unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+version: Callable[[Tensor], int] = attrgetter("_version")
+"""How often a tensor was changed in place (``Tensor._version``): nothing public tells without comparing values."""
+
+COMPILED_MODULE = "_orig_mod"
+"""Where the wrapper of ``torch.compile`` keeps its module: importing the wrapper's class would load the compiler. If it
+goes, the compiled module is taken for the model, and its parameters' names, or its second derivative, are refused."""
+
+_COMPILED_FUNCTION = "_torchdynamo_orig_callable"
+
+MISSING_DERIVATIVE = ("derivative for", "differentiate twice", "double backward")
+"""Of these, one is in the message of every error that torch raises where there is no second derivative. If another
+comes, the error is torch's own in place of ours."""
+
+REFUSING_NODE = "torch::autograd::Error"
+"""Name of the node that stands in a graph where ``once_differentiable`` cut it: ``torch.autograd.grad`` with
+``allow_unused`` stops before it, and gives zeros where it should raise."""
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What ``torch.compile`` was given, if it made ``function`` (``_torchdynamo_orig_callable``).
+
+    If the name goes, the function stays compiled, and its second derivative is refused.
+    """
+    found = getattr(function, _COMPILED_FUNCTION, None)
+    # A method of torch's own modules comes in one more wrapper.
+    inner = getattr(found, "__wrapped__", None)
+    return inner if inspect.ismethod(inner) else found
+
+
+def tensor_slots(module: nn.Module, kind: Literal["parameters", "buffers"]) -> dict[str, Tensor | None]:
+    """The dictionary in which a module itself looks for its tensors (``Module._parameters``, ``_buffers``).
+
+    ``setattr`` takes no plain tensor in place of a parameter, and ``torch.func.functional_call`` loses a buffer that
+    the model assigns anew.
+    """
+    return module._parameters if kind == "parameters" else module._buffers
+
+
+def forward_pre_hooks(module: nn.Module) -> Iterable[Callable[..., Any]]:
+    """``Module._forward_pre_hooks``: the old ``torch.nn.utils.weight_norm`` is known by its hook alone."""
+    return module._forward_pre_hooks.values()
+
+
+def weight_norm_kernel() -> Callable[..., Tensor]:
+    """``torch._weight_norm``, which ``torch.nn.utils.parametrizations.weight_norm`` calls: it is to be replaced."""
+    return torch._weight_norm
+
+
+def sampling_kernels() -> set[Callable[..., Tensor]]:
+    """``torch._standard_gamma`` and ``_sample_dirichlet``, by which the distributions of those names draw."""
+    return {torch._standard_gamma, torch._sample_dirichlet}
+
+
+def set_sampler(loader: DataLoader[Any], name: Literal["sampler", "batch_sampler"], sampler: Any) -> None:
+    """Give a loader another sampler, which ``DataLoader.__setattr__`` refuses.
+
+    ``DataLoader._iterator``, the iterator that persistent workers go on with, would know the former one. If that name
+    goes, the sampler tells nothing, and the first batch is refused.
+    """
+    vars(loader).update({name: sampler, "_iterator": None})
+
+
+def found_infinite(optimizer: Optimizer) -> bool:
+    """Whether a ``GradScaler`` has told a fused optimizer of infinite gradients, so that its step will do nothing.
+
+    It does so by the attribute ``found_inf``. If that goes, such a step is recorded, and its replay misses.
+    """
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)

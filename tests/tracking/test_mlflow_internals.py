@@ -1,0 +1,44 @@
+"""What of MLflow is used without being documented still does what it is used for."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.utils import mlflow_tags
+
+from dit_mlflow.tracking import mlflow_internals
+from dit_mlflow.tracking.store import names
+
+
+def test_a_store_downloads_one_file_and_keeps_to_its_uri(store: str, tmp_path: Path) -> None:
+    with mlflow.start_run() as run:
+        mlflow.log_text("told", "folder/a.txt")
+    found = mlflow_internals.artifact_store(run.info.artifact_uri)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'other.db'}")
+    mlflow_internals.download_file(found, "folder/a.txt", tmp_path / "b.txt")
+    assert (tmp_path / "b.txt").read_text() == "told"
+
+
+def test_a_failing_database_writes_its_traceback_to_the_logger(
+    store: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mlflow"), "propagate", True)
+    assert mlflow.search_experiments()
+    with closing(sqlite3.connect(store.removeprefix("sqlite:///"))) as database:
+        database.execute("DROP TABLE experiments")
+    with pytest.raises(MlflowException):
+        mlflow.search_experiments()
+    assert {record.name for record in caplog.records if record.exc_info} == {mlflow_internals.DATABASE_LOGGER}
+
+
+def test_documented_tags_are_those_that_mlflow_sets() -> None:
+    assert names.NOTE == mlflow_tags.MLFLOW_RUN_NOTE
+    assert names.RUN_NAME == mlflow_tags.MLFLOW_RUN_NAME
+    assert names.PARENT_RUN == mlflow_tags.MLFLOW_PARENT_RUN_ID
+    assert names.DATASET_CONTEXT == mlflow_tags.MLFLOW_DATASET_CONTEXT
