@@ -142,7 +142,7 @@ def test_methods_of_other_distributions_are_compared(
     assert ComparisonRequest().names == list(methods.NAMES) and methods.NAMES[-1] == "loss_drop"
     finished = compare(methods="loss_drop,loss", windows="2")
     assert finished.exit_code == 0, finished.output
-    drop, loss = (load_influence(child.info.run_id) for child in children(runs("comparison")[0]))
+    loss, drop = (load_influence(child.info.run_id) for child in children(runs("comparison")[0]))
     assert (drop.method, loss.method) == ("loss_drop", "loss")
     # The windows' drops add up to that of the whole run; the second's is what the loss falls by between their ends.
     np.testing.assert_allclose(drop.of(0) + drop.of(1), drop.of(2), rtol=1e-6)
