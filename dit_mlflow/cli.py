@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from dit_mlflow.command import command
 from dit_mlflow.errors import DitError, InputError
 from dit_mlflow.tracking.jobs.signals import ending_on_signals
 from dit_mlflow.tracking.mlflow_internals import DATABASE_LOGGER
@@ -29,11 +30,11 @@ _QUESTION = (
 )
 
 
-def _asks(command: Callable[..., Any]) -> Callable[..., Any]:
+def _asks(job: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of everything that asks a question of a trajectory."""
     for option in reversed(_QUESTION):
-        command = option(command)
-    return command
+        job = option(job)
+    return job
 
 
 @click.group(context_settings={"show_default": True})
@@ -61,9 +62,7 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
         every = int(checkpoint_every) if checkpoint_every.isdecimal() else checkpoint_every
         chosen = load_workload(workload or DEFAULT_WORKLOAD, **parse_settings(context.args))
         run_id = run_training(chosen, init_seed, order_seed, every, project_run_id)
-        return (
-            f"\ntraining run   {run_id}\nnext: mlflow run . -e influence --env-manager local -P training_run={run_id}"
-        )
+        return f"\ntraining run   {run_id}\nnext: {command('influence', training_run=run_id)}"
 
     run_job("training", job)
 

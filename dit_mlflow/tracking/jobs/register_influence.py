@@ -16,6 +16,7 @@ from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from dit_mlflow.command import option
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.explanation.model_card import fidelity, with_card
 from dit_mlflow.influence import Influence
@@ -148,7 +149,7 @@ def _model_of(training: Run, asked: str) -> FoundModel:
     if len(models) == 1:
         return FoundModel(models[0])
     if models:
-        raise InputError(f"training {shown} logged {len(models)} models: {names}; say which: -P model=<id>")
+        raise InputError(f"training {shown} logged {len(models)} models: {names}; say which: {option('model', '<id>')}")
     raise InputError(
         f"training {shown} logged no model. Log one in it, and register again: with mlflow.start_run(run_id="
         f"'{training.info.run_id}'): mlflow.pytorch.log_model(model, name='model', input_example=…)"

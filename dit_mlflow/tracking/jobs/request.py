@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dit_mlflow.command import option
 from dit_mlflow.errors import InputError, WorkloadError
 from dit_mlflow.explanation import Checks
 from dit_mlflow.replay import Trajectory
@@ -83,7 +84,7 @@ def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:
         if not request.workload:
             raise WorkloadError(
                 f"the trajectory of run {request.training_run} was recorded without a workload; name one that has "
-                "its model, data and loss: -P workload=projects/… or package.module:factory"
+                f"its model, data and loss: {option('workload', 'projects/…')} or package.module:factory"
             )
         return load_workload(request.workload, **request.settings)
     if request.workload not in ("", recorded.reference):

@@ -14,6 +14,7 @@ from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from dit_mlflow.command import command
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence import Influence
 from dit_mlflow.tracking.store.names import INFLUENCE
@@ -91,7 +92,7 @@ def load_model_influence(reference: str, folder: str = INFLUENCE) -> Influence:
         if missing:
             raise InputError(
                 f"model {found} has no {folder}/ among its artifacts; put it there: "
-                "mlflow run . -e register --env-manager local -P influence_run=<id> -P model_name=<name>"
+                + command("register", influence_run="<id>", model_name="<name>")
             )
         return Influence.load(path)
 

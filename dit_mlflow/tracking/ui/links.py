@@ -11,6 +11,7 @@ from mlflow import ActiveRun, MlflowClient
 from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 
+from dit_mlflow.command import ui_command
 from dit_mlflow.tracking.store.names import INFLUENCE, KIND, TRAINING_RUN
 from dit_mlflow.tracking.store.remote import without_password
 from dit_mlflow.tracking.ui.views import (
@@ -81,7 +82,7 @@ def where_is(link: str) -> str:
     uri = without_password(mlflow.get_tracking_uri())
     if uri.startswith("http"):
         return f"{'open':15}{uri.rstrip('/')}/{link}"
-    start = f"{'start':15}mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    start = f"{'start':15}{ui_command()} --backend-store-uri {shlex.quote(uri)}"
     return f"{start}\n{'then open':15}{LOCAL}/{link}"
 
 
@@ -106,5 +107,5 @@ def _apart(run_id: str) -> list[str]:
     if not training or (other := client.get_run(training).info.experiment_id) == run.info.experiment_id:
         return []
     names = [client.get_experiment(found).name for found in (run.info.experiment_id, other)]
-    together = f"mlflow run --experiment-name {shlex.quote(names[1])}"
+    together = f"set MLFLOW_EXPERIMENT_NAME={shlex.quote(names[1])}"
     return [f"{'apart':15}this run is in experiment {names[0]!r}, its training in {names[1]!r}; together: {together}"]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from building import LOSS_DROP, wheel_of
 from click.testing import CliRunner
 from scipy import stats
 from test_influence_job import SMALL, artifact_names, check_figures, children, mlflow_run, runs
 
+from dit_mlflow import methods
 from dit_mlflow.cli import cli
 from dit_mlflow.explanation.over_seeds import summarised
 from dit_mlflow.methods import NAMES, method
@@ -130,6 +134,21 @@ def test_bad_input_ends_before_any_training(options: dict[str, str], message: st
     assert finished.exit_code == 1
     assert message in finished.output
     assert not runs()
+
+
+def test_methods_of_other_distributions_are_compared(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(wheel_of(LOSS_DROP, tmp_path / "built"))
+    assert ComparisonRequest().names == list(methods.NAMES) and methods.NAMES[-1] == "loss_drop"
+    finished = compare(methods="loss_drop,loss", windows="2")
+    assert finished.exit_code == 0, finished.output
+    loss, drop = (load_influence(child.info.run_id) for child in children(runs("comparison")[0]))
+    assert (drop.method, loss.method) == ("loss_drop", "loss")
+    # The windows' drops add up to that of the whole run; the second's is what the loss falls by between their ends.
+    np.testing.assert_allclose(drop.of(0) + drop.of(1), drop.of(2), rtol=1e-6)
+    np.testing.assert_allclose(drop.of(1), loss.of(1) - loss.of(0), rtol=1e-5)
+    monkeypatch.delitem(sys.modules, "dit_loss_drop")
 
 
 def test_grid_of_seeds_is_the_squarest() -> None:

@@ -135,7 +135,7 @@ def check_notes(parent: Run, training: Run) -> None:
     linked = {tab.rpartition("/")[2] for _, _, tab in targets if tab.startswith("/artifacts/influence/")}
     missing = artifact_names(parent, "influence") - linked
     assert missing == {"scores.parquet", "metadata.json", "whole_run", "window_correlations.json"}
-    command = f"mlflow run . -e influence --env-manager local -P training_run={training.info.run_id}\n"
+    command = f"mlflow run {REPOSITORY} -e influence --env-manager local -P training_run={training.info.run_id}\n"
     assert command in training.data.tags["mlflow.note.content"]
     for child in children(parent):
         steps = child.info.run_name.split()[1]

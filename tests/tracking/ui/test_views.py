@@ -92,7 +92,7 @@ def test_runs_apart_from_their_training_are_told(store: str) -> None:
     tags = {"dit.kind": "influence", "dit.training_run_id": training.info.run_id}
     with mlflow.start_run(tags=tags) as run:
         pass
-    expected = "its training in 'digits of mine'; together: mlflow run --experiment-name 'digits of mine'"
+    expected = "its training in 'digits of mine'; together: set MLFLOW_EXPERIMENT_NAME='digits of mine'"
     assert expected in where_to_look(run)
     with mlflow.start_run(experiment_id=training.info.experiment_id, tags=tags) as run:
         pass

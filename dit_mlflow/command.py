@@ -1,0 +1,44 @@
+"""Commands that people are told to run next, written as this process was called: they work where it was called."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+CALLED_AS = "DIT_CALLED_AS"
+"""Set by run.py for what it runs: how it was called itself."""
+
+
+def command(job: str, **options: str) -> str:
+    """A job (``influence``, ``register``, …) with its options, in the form of :func:`option`.
+
+    From run.py: ``python3 run.py job``; from ``mlflow run``: the same with this project, whatever the shell's folder;
+    from anything else: the console script ``dit-mlflow``.
+    """
+    if called := os.environ.get(CALLED_AS):
+        start = f"{called} {job}"
+    elif _of_project():
+        start = f"mlflow run {shlex.quote(str(Path.cwd()))} -e {job} --env-manager local"
+    else:
+        start = f"dit-mlflow {job}"
+    return " ".join([start, *(option(name, value) for name, value in options.items())])
+
+
+def option(name: str, value: str) -> str:
+    """``-P training_run=value`` or ``--training-run value``."""
+    if os.environ.get(CALLED_AS) or _of_project():
+        return f"-P {name}={value}"
+    return f"--{name.replace('_', '-')} {value}"
+
+
+def ui_command() -> str:
+    """What starts the MLflow UI; run.py's environment need not be active."""
+    called = os.environ.get(CALLED_AS)
+    return f"{called} ui" if called else "mlflow ui"
+
+
+def _of_project() -> bool:
+    """Whether MLproject called: it does so by the module's name, in the project's folder."""
+    return Path(sys.argv[0]).parts[-2:] == ("dit_mlflow", "cli.py") and Path("MLproject").is_file()
