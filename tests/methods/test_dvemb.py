@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import train_again
+from oracles import finite_difference, train_again
 from torch import nn
 from workloads import digits_workload
 
@@ -102,6 +102,10 @@ def test_embeddings_that_overflow_are_refused(tmp_path: Any) -> None:
     """Steps so large that ``1 - eta G`` drives them apart, where the Hessians of the sweep do not."""
     workload = digits_workload(optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=5.0), epochs=20)
     trajectory = train(workload, tmp_path / "t")
-    assert np.isfinite(method("dit")(trajectory, workload).scores).all()
+    samples = [0, 9, 17]
+    window = Window(0, trajectory.num_steps)
+    expected = finite_difference(workload, trajectory, window, "local", samples, 1e-9)
+    found = track(trajectory, workload, [window], dtype=torch.float64).of(0)[samples]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
     with pytest.raises(UnsupportedError, match=r"overflow.*Use dit"):
         Dvemb()(trajectory, workload)

@@ -273,7 +273,11 @@ def test_influence_function_raises_its_damping_or_refuses(workload: Workload, tr
     assert curvature < 0
     found = InfluenceFunction(damping=-curvature / 20)(trajectory, workload)
     assert found.metadata["damping"] >= -curvature / 2
-    assert np.isfinite(found.scores).all()
+    model = model_at(workload, trajectory, 12)
+    damped = dense_hessian(workload, model) + found.metadata["damping"] * torch.eye(len(gradient(workload, model, 0)))
+    solution = torch.linalg.solve(damped, gradient(workload, model, None))
+    expected = [float(gradient(workload, model, i) @ solution) / 24 for i in range(24)]
+    np.testing.assert_allclose(found.of(0), expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
     with pytest.raises(UnsupportedError, match="damping up to"):
         InfluenceFunction(damping=-curvature / 20, attempts=1, max_iterations=5000, tolerance=1e-10)(
             trajectory, workload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -163,7 +164,14 @@ def test_a_last_layer_whose_weights_are_computed_is_refused(tmp_path: Any) -> No
     trajectory = train(workload, tmp_path / "t")
     with pytest.raises(UnsupportedError, match="'2', computes its weights from other parameters"):
         method("representer_points")(trajectory, workload)
-    assert np.isfinite(method("knn_shapley")(trajectory, workload).scores).all()
+    # The neighbours look at what goes into that layer, whatever makes its weights.
+    hidden = trajectory.checkpoint(trajectory.num_steps).load_into(workload.build_model())[:2]  # type: ignore[index]
+    plain = digits_workload(
+        model=lambda: nn.Sequential(*copy.deepcopy(hidden), nn.Linear(6, 3)),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
+    )
+    expected = method("knn_shapley")(train(plain, tmp_path / "plain"), plain).scores
+    np.testing.assert_array_equal(method("knn_shapley")(trajectory, workload).scores, expected)
 
 
 def test_what_the_last_layer_has_no_part_in_is_refused(tmp_path: Any) -> None:

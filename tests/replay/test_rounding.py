@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracles import finite_difference
 from plain_loop import record
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam
 from workloads import digits_workload, sample_losses
 
-from dit_mlflow import TrajectoryError, Window, Workload, track, train
+from dit_mlflow import TrajectoryError, Window, Workload, parameter_value, track, train
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.replay import refuse_what_diverged
@@ -85,6 +86,8 @@ def test_what_moves_by_rounding_alone_is_not_held_against_a_replay(
     workload = adam_workload(model)
     trajectory = train(workload, tmp_path / "t")
     assert trajectory.verify(workload).max_drift == 0
+    asked = [parameter_value("head.bias", 0)]
+    expected = track(trajectory, workload, [Window(0, 3)], queries=asked).scores
     elsewhere()
     name = "key.bias" if model is Attention else "bias"
     assert miss_of(trajectory, workload, name) > 0.1, (
@@ -93,8 +96,8 @@ def test_what_moves_by_rounding_alone_is_not_held_against_a_replay(
     caplog.set_level("INFO", "dit_mlflow")
     assert 0 < trajectory.verify(workload).max_drift <= REPLAY_TOLERANCE
     assert f"rounding alone moves ['{name}']" in caplog.text
-    scores = track(trajectory, workload, windows=[Window(0, 3)]).scores
-    assert np.isfinite(scores).all()
+    scores = track(trajectory, workload, [Window(0, 3)], queries=asked).scores
+    np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -115,13 +118,19 @@ def test_windows_up_to_a_divergence_can_be_asked_for(tmp_path: Path) -> None:
     def unstable(model: nn.Module, batch: Any) -> Tensor:
         return (model(batch[0]) ** 4).sum(1) + sample_losses(model, batch)
 
+    def optimizer(model: nn.Module) -> SGD:
+        return SGD(model.parameters(), lr=20.0)
+
     torch.manual_seed(0)
     made = Normalised()
-    trajectory = record(tmp_path / "t", made, SGD(made.parameters(), lr=20.0), loss=unstable, checkpoint_every=1)
-    workload = digits_workload(model=Normalised, loss=unstable, optimizer=None)
+    trajectory = record(tmp_path / "t", made, optimizer(made), loss=unstable, checkpoint_every=1)
+    workload = digits_workload(model=Normalised, loss=unstable, optimizer=optimizer)
     assert not trajectory.checkpoint(trajectory.num_steps).parameters["head.bias"].isfinite().all()
     assert trajectory.verify(workload).max_drift == 0, "the same numbers, and no number in the same places"
-    assert np.isfinite(track(trajectory, workload, windows=[Window(0, 1)]).scores).all()
+    samples = trajectory.step(0).samples[:3].tolist()
+    expected = finite_difference(workload, trajectory, Window(0, 1), "local", samples, 1e-7)
+    found = track(trajectory, workload, windows=[Window(0, 1)], dtype=torch.float64).of(0)[samples]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_a_replay_that_parts_where_training_diverged_says_so() -> None:
