@@ -14,7 +14,7 @@ from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, leave_one_out
 from dit_mlflow.workload import Workload
 
-SAMPLES = 32
+FLOOR_SAMPLES = 32
 """Random samples that are left out once more."""
 
 
@@ -22,7 +22,7 @@ def attainable(
     truth: Influence,
     trajectory: Trajectory,
     workload: Workload,
-    samples: int = SAMPLES,
+    samples: int = FLOOR_SAMPLES,
     seed: int = 0,
     effort: Effort | None = None,
     queries: Sequence[Query] | None = None,

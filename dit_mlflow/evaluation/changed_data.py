@@ -144,10 +144,10 @@ def _labelled(dataset: Dataset[Any], given: Mapping[int, int]) -> Dataset[Any]:
         for index, label in given.items():
             labels[index] = label
         return TensorDataset(dataset.tensors[0], labels, *dataset.tensors[2:])
-    return _Labelled(dataset, given)
+    return _Relabelled(dataset, given)
 
 
-class _Labelled(Dataset[Any]):
+class _Relabelled(Dataset[Any]):
     """A data set, some of whose samples have another label."""
 
     def __init__(self, dataset: Dataset[Any], given: Mapping[int, int]) -> None:

@@ -39,8 +39,8 @@ def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
     estimate, truth = estimate[known], truth[known]
     reason = _why_undefined(estimate, truth)
     if reason is not None:
-        return Metrics(undefined=dict.fromkeys(NAMES, reason))
-    return Metrics({name: float(_MEASURES[name](estimate[None], truth[None])[0]) for name in NAMES})
+        return Metrics(undefined=dict.fromkeys(MEASURES, reason))
+    return Metrics({name: float(_MEASURES[name](estimate[None], truth[None])[0]) for name in MEASURES})
 
 
 def correlation_intervals(
@@ -71,7 +71,7 @@ def correlation_intervals(
     varied = ~(_constant(estimates) | _constant(truths))
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     intervals = {}
-    for name in NAMES if names is None else names:
+    for name in MEASURES if names is None else names:
         low, high = np.quantile(_MEASURES[name](estimates[varied], truths[varied]), tails)
         intervals[name] = (float(low), float(high))
     return intervals
@@ -90,7 +90,7 @@ def correlations_with_intervals(
         estimate, truth, resamples, confidence: as there.
         names: of the correlations to give; default: all.
     """
-    found = correlations(estimate, truth).only(*(NAMES if names is None else names))
+    found = correlations(estimate, truth).only(*(MEASURES if names is None else names))
     intervals = correlation_intervals(estimate, truth, confidence, resamples, names=names)
     bounds = {
         name + end: bound
@@ -153,4 +153,4 @@ _MEASURES = {
 }
 """Each of ``[rows, samples]`` twice, to ``[rows]``."""
 
-NAMES = tuple(_MEASURES)
+MEASURES = tuple(_MEASURES)

@@ -42,7 +42,7 @@ def patterns(
             f"patterns of {len(influence.windows)} windows with concentrated={concentrated}, mixed={mixed}; expected "
             "2 windows or more, 0.5 < concentrated <= 1 and 0 <= mixed <= 0.5"
         )
-    scores = standardised(influence, query)
+    scores = standardised_scores(influence, query)
     total = np.abs(scores).sum(axis=0)
     count = len(scores)
     first = np.clip(count / 2 - np.arange(count), 0, 1) @ np.abs(scores)
@@ -55,7 +55,7 @@ def patterns(
     return np.asarray(found)
 
 
-def standardised(influence: Influence, query: str | None = None) -> np.ndarray:
+def standardised_scores(influence: Influence, query: str | None = None) -> np.ndarray:
     """Scores ``[windows, samples]`` of one query, each window's divided by their root mean square over samples.
 
     Scores that are missing or infinite count as 0, and a window in which all scores are 0 keeps them.

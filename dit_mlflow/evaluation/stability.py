@@ -11,11 +11,11 @@ from dit_mlflow.evaluation.metrics import Metrics
 
 SHARES = ("share_init", "share_order", "share_rest")
 
-RESAMPLES = 1000
+RUN_RESAMPLES = 1000
 """Bootstrap samples of runs behind an interval."""
 
 
-def stability(scores: np.ndarray, resamples: int = RESAMPLES, confidence: float = 0.95, seed: int = 0) -> Metrics:
+def stability(scores: np.ndarray, resamples: int = RUN_RESAMPLES, confidence: float = 0.95, seed: int = 0) -> Metrics:
     """Agreement between runs, and shares of the variance between them.
 
     Seeds of initialisation and of data order are separate because both contribute comparably to how results vary

@@ -26,17 +26,17 @@ from dit_mlflow.retraining.counterfactuals import Reweighted
 from dit_mlflow.retraining.retrain import retrain
 from dit_mlflow.workload import Workload
 
-SAMPLES = 24
+RANDOM_SAMPLES = 24
 """Random samples that are left out exactly."""
 
-RESAMPLES = 1000
+TRUST_RESAMPLES = 1000
 
 
 def trust(
     estimate: Influence,
     trajectory: Trajectory,
     workload: Workload,
-    samples: int = SAMPLES,
+    samples: int = RANDOM_SAMPLES,
     truth: Influence | None = None,
     dtype: torch.dtype | None = torch.float64,
     seed: int = 0,
@@ -91,7 +91,7 @@ def _agreement(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
     known = np.isfinite(estimate) & np.isfinite(truth)
     count = Metrics({TRUST_SAMPLES.leaf: float(known.sum())})
     names = (TRUST_SPEARMAN.leaf, TRUST_PEARSON.leaf)
-    agreement = correlations_with_intervals(estimate, truth, names, RESAMPLES)
+    agreement = correlations_with_intervals(estimate, truth, names, TRUST_RESAMPLES)
     if agreement.undefined:
         reason = agreement.undefined[TRUST_SPEARMAN.leaf]
         return count.and_(agreement).and_(Metrics(undefined={SPREAD_RATIO.leaf: reason}))

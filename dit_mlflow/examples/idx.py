@@ -15,7 +15,7 @@ import numpy as np
 from dit_mlflow.errors import WorkloadError
 from dit_mlflow.examples.splits import Labelled
 
-LARGEST = 2**30
+IDX_BYTES = 2**30
 """Bytes of data that a file may claim; the largest public one (EMNIST by class) has 0.55 times 10^9."""
 
 UNSIGNED_BYTES = 8
@@ -69,8 +69,8 @@ def _content(file: gzip.GzipFile | BufferedReader, path: Path, shape: Sequence[i
     if found != list(shape):
         raise WorkloadError(f"{path} holds items of {found}; expected {list(shape)}")
     size = count * math.prod(shape)
-    if size > LARGEST:
-        raise WorkloadError(f"{path} says that it holds {count} items of {found}, more than {LARGEST} bytes")
+    if size > IDX_BYTES:
+        raise WorkloadError(f"{path} says that it holds {count} items of {found}, more than {IDX_BYTES} bytes")
     data = file.read(size + 1)
     if len(data) != size:
         state = "ends too early" if len(data) < size else "goes on after its last item"

@@ -25,7 +25,7 @@ from dit_mlflow.workload.random_state import preserved_random_state
 
 ACTIONS = ("drop", "relabel")
 
-FOLDS = 5
+PREDICTION_FOLDS = 5
 """Parts of the training samples, each predicted by a model that is trained on the others."""
 
 
@@ -98,7 +98,7 @@ class CleansingTask:
                 raise UnsupportedError(f"action=relabel needs a classification: {error}") from error
             classes = None
         if action == "relabel" and classes is not None:
-            check_folds(classes, FOLDS)
+            check_folds(classes, PREDICTION_FOLDS)
         most, kinds = max(counts.values()), 1 if classes is None else len(np.unique(classes))
         if action == "drop" and workload.num_samples - most < kinds:
             raise InputError(
@@ -125,7 +125,7 @@ class CleansingTask:
         Raises:
             DitError: influence cannot be computed, or a class would be left without samples.
 
-        Cost: one sweep; to relabel, :data:`FOLDS` fits of the last layer.
+        Cost: one sweep; to relabel, :data:`PREDICTION_FOLDS` fits of the last layer.
         """
         method = Dit(memory_budget=memory_budget)
         found = explain(trajectory, self.workload, windows, kind, method=method, checks=Checks(), whole_run=False)
@@ -143,7 +143,7 @@ class CleansingTask:
         predicted = None
         if self.action == "relabel":
             with preserved_random_state():
-                predicted = out_of_sample(trajectory.replay(self.workload), FOLDS, seed=0)[1].argmax(axis=1)
+                predicted = out_of_sample(trajectory.replay(self.workload), PREDICTION_FOLDS, seed=0)[1].argmax(axis=1)
         tried = trials(strategies, self.counts)
         if self.action == "drop" and self.classes is not None:
             check_classes_stay(tried, self.classes)

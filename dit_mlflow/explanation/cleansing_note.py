@@ -16,14 +16,11 @@ from dit_mlflow.evaluation.figures import (
     figure_of,
 )
 from dit_mlflow.evaluation.trials import RANDOM, Cleansing, Outcome, choose
-from dit_mlflow.explanation.markdown import escaped, markdown_table
+from dit_mlflow.explanation.markdown import NOTE_CHARACTERS, escaped, markdown_table
 from dit_mlflow.explanation.numbers import cell
 
-ROWS, REMARKS = 40, 4
+TRIALS_LISTED, REMARKS = 40, 4
 """Of the table, and of further sentences, at most."""
-
-LONGEST = 7500
-"""Characters of a note, for which rows are left out. MLflow cuts tags at 8,000 without a word."""
 
 DONE = {"drop": "dropped", "relabel": "relabelled"}
 DOING = {"drop": "dropping", "relabel": "relabelling"}
@@ -130,8 +127,8 @@ def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = (
         run_id: of the run that holds the artifacts.
         remarks: further sentences of plain text, such as why a trial failed.
     """
-    rows = min(ROWS, len(cleansing.outcomes))
-    while len(note := _note(cleansing, run_id, remarks, rows)) > LONGEST and rows:
+    rows = min(TRIALS_LISTED, len(cleansing.outcomes))
+    while len(note := _note(cleansing, run_id, remarks, rows)) > NOTE_CHARACTERS and rows:
         rows -= 1
     return note
 

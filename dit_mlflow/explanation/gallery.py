@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 
-NAMED = 60
+NAME_CHARACTERS = 60
 """Characters of a description inside of a sentence."""
 
 
@@ -60,8 +60,8 @@ class Gallery:
         return None if given is None else lambda index: self._told("describe", given, index)
 
     def name(self, index: int) -> str:
-        """``sample 69 (digit 7, labelled 1)``, or as much of it as is known, :data:`NAMED` characters at most."""
-        line = one_line(self.line(index), NAMED)
+        """``sample 69 (digit 7, labelled 1)``, or as much of it as is known, :data:`NAME_CHARACTERS` at most."""
+        line = one_line(self.line(index), NAME_CHARACTERS)
         return f"sample {index} ({line})" if line else f"sample {index}"
 
     def _line(self, index: int) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-LONGEST = 200
+LINE_CHARACTERS = 200
 """Characters of a text from data, by default."""
+
+NOTE_CHARACTERS = 7500
+"""Of a note. MLflow cuts tags at 8,000 without a word."""
 
 GAP = "&emsp;"
 """Room between columns; the tables of MLflow's UI have none."""
@@ -34,7 +37,7 @@ def one_line(text: str, longest: int | None = None) -> str:
     return encodable(" ".join(_CONTROL.sub(" ", text).split()), longest)
 
 
-def escaped(text: str, longest: int = LONGEST) -> str:
+def escaped(text: str, longest: int = LINE_CHARACTERS) -> str:
     """``text`` from data, so that a Markdown renderer shows it literally: no markup, no HTML, no links, one line.
 
     Characters that turn the direction of what follows are taken out; longer texts end in an ellipsis.

@@ -16,10 +16,10 @@ from dit_mlflow.influence import Influence
 BEGIN, END = "<!-- influence by dit-mlflow -->", "<!-- end of influence -->"
 """Around our part, so that it can be written anew and what people wrote beside it stays. Not shown."""
 
-LONGEST = 5000
+CARD_CHARACTERS = 5000
 """Characters of a description, the most that MLflow's databases take."""
 
-COLUMNS = (*FIDELITY, RECALL_AT_K)
+CARD_COLUMNS = (*FIDELITY, RECALL_AT_K)
 """Metrics of windows in the table, the first of each heading that is known."""
 
 
@@ -47,7 +47,7 @@ class CardFacts:
 def with_card(description: str, influence: Influence, facts: CardFacts) -> str:
     """A version's description with our part in place of the one before, or at its end.
 
-    As many samples and windows are listed as fit into :data:`LONGEST` characters beside the rest; nothing of what was
+    As many samples and windows are listed as fit into :data:`CARD_CHARACTERS` beside the rest; nothing of what was
     written by others is lost.
     """
     before, after = _others_part(description)
@@ -55,11 +55,11 @@ def with_card(description: str, influence: Influence, facts: CardFacts) -> str:
     for size, windows in ((5, 12), (5, 6), (3, 6), (3, 3), (1, 1)):
         texts[1] = f"{BEGIN}\n{influence_card(influence, facts, size, windows)}\n{END}"
         whole = "\n\n".join(text for text in texts if text)
-        if len(whole) <= LONGEST:
+        if len(whole) <= CARD_CHARACTERS:
             return whole
     texts[1] = f"{BEGIN}\n{facts.made[-1] if facts.made else ''}\n{END}"
     whole = "\n\n".join(text for text in texts if text)
-    return whole if len(whole) <= LONGEST else description
+    return whole if len(whole) <= CARD_CHARACTERS else description
 
 
 def influence_card(influence: Influence, facts: CardFacts, size: int = 5, most_windows: int = 12) -> str:
@@ -105,7 +105,7 @@ def _windows(influence: Influence, facts: CardFacts, most: int) -> str:
     count = len(influence.windows)
     shown = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
     columns: dict[str, str] = {}
-    for figure in COLUMNS:
+    for figure in CARD_COLUMNS:
         if any(value is not None for value in facts.by_window.get(figure.name, ())):
             columns.setdefault(figure.heading, figure.name)
     headings = ["steps", "most harmful", "most helpful", *columns]

@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 
 from dit_mlflow.evaluation.figures import BY_WINDOW, FIDELITY, RECALL_AT_K
 from dit_mlflow.explanation.explanation import Explanation
-from dit_mlflow.explanation.markdown import GAP, escaped, markdown_table
+from dit_mlflow.explanation.markdown import GAP, NOTE_CHARACTERS, escaped, markdown_table
 from dit_mlflow.explanation.numbers import cell
 from dit_mlflow.explanation.sentences import answer_sentences, window_sentences
 
-LONGEST = 7500
-"""Characters of a note. MLflow cuts tags at 8,000 without a word."""
-
-ROWS = 20
+WINDOWS_LISTED = 20
 """Windows in the table; of more, every n-th."""
 
 SENTENCE = 600
@@ -79,10 +76,10 @@ def influence_note(found: Explanation, links: Links) -> str:
         "harmful."
     )
     parts = [sentences, asked, _windows(found, links), _next(links)]
-    while len("\n\n".join(parts)) > LONGEST and parts[2]:
+    while len("\n\n".join(parts)) > NOTE_CHARACTERS and parts[2]:
         # Rows of long descriptions; the table of windows is an artifact too.
         parts[2] = parts[2].rpartition("\n")[0] if "\n" in parts[2] else ""
-    return "\n\n".join(part for part in parts if part)[:LONGEST]
+    return "\n\n".join(part for part in parts if part)[:NOTE_CHARACTERS]
 
 
 def window_note(found: Explanation, position: int, parent: tuple[str, str]) -> str:
@@ -113,7 +110,7 @@ def _windows(found: Explanation, links: Links) -> str:
     extremes = influence.top(1)
     extremes = extremes[extremes["query"] == influence.queries[0]].set_index(["window_index", "side"])
     rows = []
-    every = -(-len(influence.windows) // ROWS)
+    every = -(-len(influence.windows) // WINDOWS_LISTED)
     for position in range(0, len(influence.windows), every):
         row = [_link(str(influence.windows[position]), links.windows[position] if links.windows else "")]
         for side in ("harmful", "helpful"):

@@ -17,7 +17,7 @@ from dit_mlflow.retraining.random_subsets import met, outcomes, random_subsets
 
 _log = logging.getLogger(__name__)
 
-FOLDS = 4
+PENALTY_FOLDS = 4
 """Of the cross-validation that chooses the penalty."""
 
 
@@ -70,8 +70,10 @@ class Datamodel(Method):
             raise InputError(f"regression={self.regression!r}; expected lasso or ridge")
         if self.penalty is not None and not self.penalty > 0:
             raise InputError(f"penalty={self.penalty}; expected a number above 0, or None to choose it")
-        if self.subsets < 2 * FOLDS:
-            raise InputError(f"subsets={self.subsets}; expected {2 * FOLDS} or more to fit and check a regression")
+        if self.subsets < 2 * PENALTY_FOLDS:
+            raise InputError(
+                f"subsets={self.subsets}; expected {2 * PENALTY_FOLDS} or more to fit and check a regression"
+            )
 
     def estimate(self, question: Question) -> Estimate:
         kept = random_subsets(question.workload.num_samples, self.subsets, self.share, self.seed)
@@ -109,7 +111,7 @@ def linear_fit(
         return np.zeros(kept.shape[1]), 0.0
     # In units of its spread: what the solver stops at is not relative to small changes.
     masks, outcome = kept.astype(np.float64), (change - change.mean()) / scale
-    folds = KFold(FOLDS, shuffle=True, random_state=0)
+    folds = KFold(PENALTY_FOLDS, shuffle=True, random_state=0)
     if penalty is not None:
         # Lasso's penalty is in the units of the outcome, ridge's has none.
         penalty = penalty / scale if regression == "lasso" else penalty

@@ -18,7 +18,7 @@ from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory import State
 from dit_mlflow.workload.workload import tensors_of
 
-ROWS = 256
+QUERIES_AT_ONCE = 256
 """Validation samples whose distances are held at once."""
 
 
@@ -100,7 +100,7 @@ def knn_shapley_values(
     ranks = np.arange(1, n)
     shares = np.minimum(k, ranks) / (k * ranks)
     total = np.zeros(n)
-    for rows in np.array_split(np.arange(m), -(-m // ROWS)):
+    for rows in np.array_split(np.arange(m), -(-m // QUERIES_AT_ONCE)):
         order = np.argsort(cdist(asked[rows], points), axis=1, kind="stable")
         agree = (labels[order] == asked_labels[rows, None]).astype(float)
         values = np.empty_like(agree)

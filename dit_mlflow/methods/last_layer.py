@@ -19,12 +19,12 @@ from dit_mlflow.trajectory import State
 from dit_mlflow.workload import to_like
 from dit_mlflow.workload.workload import Batch
 
-CHUNK = 256
+FEATURES_PER_PASS = 256
 """Samples per forward pass."""
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
+class LabelledFeatures:
     """Samples as the last layer meets them: features ``[n, F]``, labels ``[n]``, logits ``[n, classes]``; float64."""
 
     features: Tensor
@@ -47,7 +47,7 @@ class LastLayer:
         self.dynamics = dynamics
         self.state = state
         self._linear = {n: m for n, m in dynamics.model.named_modules() if isinstance(m, nn.Linear)}
-        self._size = min(CHUNK, dynamics.workload.num_samples)
+        self._size = min(FEATURES_PER_PASS, dynamics.workload.num_samples)
         self._batch = first_samples(dynamics, state, self._size)
         name, features, _ = self._pass(state, self._batch, self._size)
         if not name or features.dim() != 2 or len(features) != self._size:
@@ -72,7 +72,7 @@ class LastLayer:
         """The bias's name, ``[O]``, if there is one."""
         return None if self.module.bias is None else self._own_name(self.module.bias)
 
-    def of(self, dataset: Dataset[Any]) -> Labelled:
+    def of(self, dataset: Dataset[Any]) -> LabelledFeatures:
         """Every sample of ``dataset``.
 
         Raises:
@@ -80,13 +80,13 @@ class LastLayer:
         """
         size = len(dataset)  # type: ignore[arg-type]
         features, labels, logits = [], [], []
-        for indices in np.array_split(np.arange(size), -(-size // CHUNK)):
+        for indices in np.array_split(np.arange(size), -(-size // FEATURES_PER_PASS)):
             batch = _moved(self.state, self.dynamics.workload.unvarying(dataset, indices))
             _, rows, found = self._pass(self.state, batch, len(indices))
             features.append(rows.double())
             labels.append(self.dynamics.workload.class_labels(batch, found.shape[1]).to(found.device))
             logits.append(found.double())
-        joined = Labelled(torch.cat(features), torch.cat(labels), torch.cat(logits))
+        joined = LabelledFeatures(torch.cat(features), torch.cat(labels), torch.cat(logits))
         if not joined.features.isfinite().all():
             raise UnsupportedError(f"what the layer {self.name!r} is given is not finite: the training has diverged")
         return joined
@@ -170,7 +170,7 @@ def first_samples(dynamics: Dynamics, state: State, size: int) -> Batch:
 
 def _training_batches(dynamics: Dynamics, state: State, samples: np.ndarray) -> Iterator[tuple[Batch, int]]:
     """Parts of one forward pass each, and their sizes."""
-    for indices in np.array_split(samples, -(-len(samples) // CHUNK)):
+    for indices in np.array_split(samples, -(-len(samples) // FEATURES_PER_PASS)):
         yield _training_batch(dynamics, state, indices), len(indices)
 
 

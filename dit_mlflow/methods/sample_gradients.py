@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_mlflow.methods.snapshot import CHUNK, Snapshot
+from dit_mlflow.methods.snapshot import LOSSES_PER_PASS, Snapshot
 from dit_mlflow.replay.dynamics import Parameters
 from dit_mlflow.workload.workload import Batch, tensors_of, with_tensors
 
@@ -34,7 +34,7 @@ def sample_gradients(snapshot: Snapshot, output: Output, labels: Tensor) -> Iter
     """
     size = snapshot.dynamics.workload.num_samples
     one = sum(value.nbytes for value in snapshot.trained.values())
-    at_once = max(1, min(CHUNK, GRADIENTS_IN_MEMORY // one))
+    at_once = max(1, min(LOSSES_PER_PASS, GRADIENTS_IN_MEMORY // one))
     for indices in np.array_split(np.arange(size), -(-size // at_once)):
         yield _rows(snapshot, output, indices, labels[torch.from_numpy(indices).to(labels.device)])
 

@@ -23,7 +23,7 @@ from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.workload import to_like
 from dit_mlflow.workload.workload import Batch
 
-CHUNK = 256
+LOSSES_PER_PASS = 256
 """Training samples per forward pass."""
 
 Vectors = dict[str, Tensor]
@@ -122,7 +122,7 @@ class Snapshot:
     def batches(self, samples: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Indices and losses ``[B]`` of some training samples (default: all), part by part."""
         chosen = np.arange(self.dynamics.workload.num_samples) if samples is None else samples
-        parts = -(-len(chosen) // CHUNK)
+        parts = -(-len(chosen) // LOSSES_PER_PASS)
         for indices in np.array_split(chosen, parts) if parts else ():
             yield indices, self._losses(self.parameters, self.batch(indices), len(indices))
 

@@ -89,13 +89,13 @@ class Source(Method):
         details = {"segments": len(segments), "states": self.states, "max_drift": replay.max_drift}
         return Estimate(scores, details=details)
 
-    def _segments(self, steps: int) -> list[Segment]:
+    def _segments(self, steps: int) -> list[StretchOfTraining]:
         count = min(self.segments, steps)
         bounds = [k * steps // count for k in range(count + 1)]
-        return [Segment.of(Window(a, b), self.states) for a, b in pairwise(bounds)]
+        return [StretchOfTraining.of(Window(a, b), self.states) for a, b in pairwise(bounds)]
 
     def _unroll(
-        self, replay: Replay, segments: list[Segment], sweep: Sweep, adjoint: np.ndarray
+        self, replay: Replay, segments: list[StretchOfTraining], sweep: Sweep, adjoint: np.ndarray
     ) -> Iterator[tuple[Window, np.ndarray]]:
         """Parts of segments, last first, and the weight gradients ``[queries, n]`` of all samples there."""
         cuts = {sweep.start, *(step for share in sweep.shares for step in (share.lo, share.hi))}
@@ -109,7 +109,7 @@ class Source(Method):
                     yield Window(a, b), segment.products(flows)
                     adjoint = adjoint - np.stack([segment.curvature(flow) for flow in flows])
 
-    def _flow(self, segment: Segment, times: np.ndarray, adjoint: np.ndarray) -> np.ndarray:
+    def _flow(self, segment: StretchOfTraining, times: np.ndarray, adjoint: np.ndarray) -> np.ndarray:
         """``w``, for times ``[P]`` of each parameter: ``T phi(T H T) T lambda`` with ``T = sqrt(times)``.
 
         It is symmetric like that whatever the rates; with ``phi(x) = (1 - exp(-x)) / x``.
@@ -150,7 +150,7 @@ def _phi(values: np.ndarray) -> np.ndarray:
 
 
 @dataclass(eq=False)
-class Segment:
+class StretchOfTraining:
     """Steps in which training is taken to be in steady course.
 
     Attributes:
@@ -168,7 +168,7 @@ class Segment:
     decay: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @classmethod
-    def of(cls, steps: Window, states: int) -> Segment:
+    def of(cls, steps: Window, states: int) -> StretchOfTraining:
         """With up to ``states`` states, in the middle of as many equal parts."""
         length = steps.end - steps.start
         return cls(steps, tuple(sorted({steps.start + (2 * k + 1) * length // (2 * states) for k in range(states)})))
@@ -195,7 +195,9 @@ class Segment:
         return _repeated(self.snapshots[0], total)
 
 
-def _visit(replay: Replay, segments: list[Segment], starts: set[int], question: Question) -> dict[int, np.ndarray]:
+def _visit(
+    replay: Replay, segments: list[StretchOfTraining], starts: set[int], question: Question
+) -> dict[int, np.ndarray]:
     """Fill the segments in, in one replay; the queries' gradients ``[queries, P]`` at the steps ``starts``."""
     by_step = {t: segment for segment in segments for t in segment.at}
     gradients = {}

@@ -23,7 +23,7 @@ from dit_mlflow.trajectory import State
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.workload import Batch
 
-LARGEST = 2048
+LARGEST_PROJECTION = 2048
 """Projected dimensions that are taken without being asked for."""
 
 
@@ -89,7 +89,7 @@ class Trak(Method):
     def estimate(self, question: Question) -> Estimate:
         trajectory = question.trajectory
         replay = trajectory.replay(question.workload)
-        dim = self.dim or min(LARGEST, max(1, question.workload.num_samples // 4))
+        dim = self.dim or min(LARGEST_PROJECTION, max(1, question.workload.num_samples // 4))
         steps = trajectory.checkpoint_steps[-self.checkpoints :]
         labels = self._labels(replay.dynamics, replay.checkpoint(steps[-1]))
         output = partial(_log_odds if labels is not None else _minus_loss, question.workload)

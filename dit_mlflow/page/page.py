@@ -32,7 +32,7 @@ CAUTION = '\n<span class="quiet">Helpful and harmful as for a loss, which should
 
 UNKNOWN = "How far this can be trusted is not known: no sample was left out exactly."
 
-ROWS = 5
+FALLBACK_ROWS = 5
 """Samples of each side in the table for readers without scripts."""
 
 
@@ -119,7 +119,9 @@ def _rows(columns: Columns, data: Mapping[str, Any]) -> str:
     scores = columns.estimate[0, 0]
     order = np.argsort(scores, kind="stable")[: int(np.isfinite(scores).sum())]
     labels, codes = data["labels"], data["label"]
-    kept = [at for at in order[:ROWS] if scores[at] < 0] + [at for at in order[-ROWS:] if scores[at] > 0]
+    kept = [at for at in order[:FALLBACK_ROWS] if scores[at] < 0] + [
+        at for at in order[-FALLBACK_ROWS:] if scores[at] > 0
+    ]
     cells = (
         (str(data["samples"][at]), labels[codes[at]] if labels and codes[at] >= 0 else "–", figure(scores[at], 3))
         for at in kept

@@ -14,10 +14,10 @@ from dit_mlflow.evaluation import Metrics, patterns
 from dit_mlflow.evaluation.figures import FIDELITY, RECALL_AT_K, SPEARMAN, TRUST_SAMPLES, TRUST_SPEARMAN
 from dit_mlflow.evaluation.patterns import PATTERNS
 from dit_mlflow.explanation.gallery import Gallery
-from dit_mlflow.explanation.markdown import LONGEST, encodable
+from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable
 from dit_mlflow.explanation.numbers import decimals
 from dit_mlflow.influence import Influence, Window
-from dit_mlflow.page.page_samples import PageSamples, lines
+from dit_mlflow.page.page_samples import PageSamples, sample_lines
 
 SCORE_BYTES = 2_500_000
 """Of embedded scores, estimates and exact ones: what decides how many queries a page can hold beside the first."""
@@ -135,13 +135,13 @@ def page_data(
     known = None if columns.exact is None else np.flatnonzero(np.isfinite(columns.exact).any(axis=(0, 1)))
     order = by_extremity(columns.estimate[:, :embedded].reshape(-1, count)).tolist()
     shown = PageSamples.of(gallery, estimate.samples, order)
-    labels = lines(gallery.label_of, estimate.samples)
-    notes = lines(gallery.describe, estimate.samples)
+    labels = sample_lines(gallery.label_of, estimate.samples)
+    notes = sample_lines(gallery.describe, estimate.samples)
     distinct = sorted({label for label in labels if label is not None})
     code = {label: place for place, label in enumerate(distinct)}
     return {
         "kind": estimate.kind,
-        "method": encodable(estimate.method, LONGEST),
+        "method": encodable(estimate.method, LINE_CHARACTERS),
         "left_out": len(estimate.queries) - embedded,
         "queries": [_query(estimate, columns, place, k, known) for place in range(embedded)],
         "agreement": SPEARMAN.heading,
@@ -175,9 +175,9 @@ def _query(estimate: Influence, columns: Columns, place: int, k: int, known: np.
         found = patterns(estimate.select(list(columns.windows)), name)
         pattern = [PATTERN_NAMES.index(name) for name in found]
     return {
-        "name": encodable(readable(name), LONGEST),
-        "scores": packed(scores),
-        "exact": None if known is None or columns.exact is None else packed(columns.exact[:, place, known]),
+        "name": encodable(readable(name), LINE_CHARACTERS),
+        "scores": base64_of(scores),
+        "exact": None if known is None or columns.exact is None else base64_of(columns.exact[:, place, known]),
         "flagged": flagged(first, k).tolist(),
         "patterns": pattern,
         "harmful": [int(at) for at in order[:LINES_DRAWN] if ranked[at] < 0],
@@ -226,7 +226,7 @@ def readable(query: str) -> str:
     return query.replace("_", " ") if query.isidentifier() else query
 
 
-def packed(values: np.ndarray) -> str:
+def base64_of(values: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dit_mlflow.explanation.gallery import Gallery
-from dit_mlflow.explanation.markdown import LONGEST, encodable
+from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable
 from dit_mlflow.explanation.numbers import figure
 from dit_mlflow.page.thumbnails import thumbnail
 from dit_mlflow.plots.pictures import is_image
@@ -82,13 +82,13 @@ class PageSamples:
         return len(self.texts[position])
 
     def _add_row(self, position: int, row: Mapping[str, Any]) -> int:
-        named = {encodable(str(name), LONGEST): _value(row[name]) for name in row}
+        named = {encodable(str(name), LINE_CHARACTERS): _value(row[name]) for name in row}
         values = {self.names.setdefault(name, len(self.names)): value for name, value in named.items()}
         self.rows[position] = [values.get(place) for place in range(len(self.names))]
         return sum(len(value) + 3 for value in values.values())
 
 
-def lines(tell: Callable[[int], str | None] | None, indices: np.ndarray) -> list[str | None]:
+def sample_lines(tell: Callable[[int], str | None] | None, indices: np.ndarray) -> list[str | None]:
     """What ``tell`` says of every sample, each cut so that all have room."""
     longest = min(200, max(40, LINES // max(1, len(indices))))
     told = [None if tell is None else tell(int(index)) for index in indices]
@@ -96,4 +96,4 @@ def lines(tell: Callable[[int], str | None] | None, indices: np.ndarray) -> list
 
 
 def _value(value: Any) -> str:
-    return encodable(figure(value, 3) if isinstance(value, float) else str(value), LONGEST)
+    return encodable(figure(value, 3) if isinstance(value, float) else str(value), LINE_CHARACTERS)

@@ -13,12 +13,12 @@ from dit_mlflow.evaluation.figures import HIGH, LOW, SHARE, TEST, figure_of
 from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, Cleansing, Outcome, rank
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL
 
-COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
+STRATEGY_COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
 """Okabe and Ito's, in the order of the strategies."""
 
-MARKERS = "osD^v<>P"
+STRATEGY_MARKERS = "osD^v<>P"
 
-MAX_LINES = len(COLOURS)
+MAX_LINES = len(STRATEGY_COLOURS)
 """Of more strategies, those that are best on the validation split are drawn."""
 
 
@@ -75,8 +75,13 @@ def _line(
     x = np.array([100 * outcome.trial.fraction for outcome in outcomes]) + shift
     mean = scale * np.array([values[name] for values in found])
     ends = [[values.get(name + end, values[name]) for values in found] for end in (LOW, HIGH)]
-    style: dict[str, Any] = {"marker": MARKERS[place % len(MARKERS)], "capsize": 3, "lw": 1.6, "elinewidth": 1}
-    style |= {"color": COLOURS[place % len(COLOURS)], "label": outcomes[0].trial.strategy}
+    style: dict[str, Any] = {
+        "marker": STRATEGY_MARKERS[place % len(STRATEGY_MARKERS)],
+        "capsize": 3,
+        "lw": 1.6,
+        "elinewidth": 1,
+    }
+    style |= {"color": STRATEGY_COLOURS[place % len(STRATEGY_COLOURS)], "label": outcomes[0].trial.strategy}
     axes.errorbar(x, mean, yerr=np.abs(scale * np.array(ends) - mean), **style)
     return x, mean
 

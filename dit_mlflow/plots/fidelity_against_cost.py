@@ -16,7 +16,7 @@ from dit_mlflow.explanation.over_seeds import SECONDS
 from dit_mlflow.plots.canvas import HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
 from dit_mlflow.plots.pictures import CHARACTER
 
-COLOURS = {"query": HELPFUL, "ranking": "#009E73", "suspicion": MARKED}
+MEASURE_COLOURS = {"query": HELPFUL, "ranking": "#009E73", "suspicion": MARKED}
 LEGEND = {
     "query": "estimates the change of the query",
     "ranking": "ranks by it",
@@ -46,7 +46,7 @@ def plot_fidelity_against_cost(
     shown = table.dropna(subset=[AGREEMENT]).sort_values(AGREEMENT, ascending=True).reset_index(drop=True)
     figure = new_figure(5.6)
     axes = figure.subplots()
-    for measures, colour in COLOURS.items():
+    for measures, colour in MEASURE_COLOURS.items():
         rows = shown[shown["measures"] == measures]
         if len(rows):
             ends = rows.reindex(columns=[AGREEMENT + LOW, AGREEMENT + HIGH]).to_numpy(dtype=float).T

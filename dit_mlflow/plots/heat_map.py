@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from dit_mlflow.evaluation.patterns import standardised
+from dit_mlflow.evaluation.patterns import standardised_scores
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.ranking import ranking_scores
 from dit_mlflow.influence import Influence
 from dit_mlflow.plots.canvas import DIVERGING, HARMFUL, HELPFUL, MARKED, SMALL, label_windows, literal, new_figure
 
-ROWS = 15
+SAMPLES_DRAWN = 15
 """Samples on each side."""
 
 
 def plot_heat_map(
-    influence: Influence, gallery: Gallery | None = None, k: int = ROWS, whole: Influence | None = None
+    influence: Influence, gallery: Gallery | None = None, k: int = SAMPLES_DRAWN, whole: Influence | None = None
 ) -> Figure:
     """The ``k`` most harmful and the ``k`` most helpful samples, a row each; blue helps, vermilion harms.
 
@@ -25,7 +25,7 @@ def plot_heat_map(
     windows. Damaged samples have a mark.
     """
     gallery = gallery or Gallery()
-    scores = standardised(influence)
+    scores = standardised_scores(influence)
     shown, harmful = _chosen(scores.mean(axis=0) if whole is None else ranking_scores(influence, whole), k)
     chosen = "on average" if whole is None else "over the whole run"
     figure = new_figure(1.7 + 0.205 * max(len(shown), 3))

@@ -25,7 +25,7 @@ from dit_mlflow.plots.canvas import (
 )
 from dit_mlflow.plots.pictures import CHARACTER, draw_image, excerpt, is_image, write_lines
 
-MARKERS = "osD^v<>P"
+SAMPLE_MARKERS = "osD^v<>P"
 
 HEIGHT, SIDE = 5.6, 2.75
 """Inches: of the figure, and of the column with the samples."""
@@ -52,7 +52,7 @@ def plot_top_samples(
     axes.fill_between(places, low, high, step="mid" if len(places) == 1 else None, **band)
     axes.axhline(0, color="black", lw=0.8)
     for samples, colour in ((helpful, HELPFUL), (harmful, HARMFUL)):
-        for marker, sample in zip(MARKERS, samples, strict=False):
+        for marker, sample in zip(SAMPLE_MARKERS, samples, strict=False):
             style = {"color": colour, "marker": marker, "ms": 5, "lw": 1.4}
             axes.plot(places, scores[:, sample], label=f"{influence.samples[sample]}", **style)
     label_windows(axes, influence.windows, most=9)
@@ -90,7 +90,7 @@ def _beside(
         for place, sample in enumerate(samples):
             index = int(influence.samples[sample])
             bottom = top - row * (place + 1.4)
-            _entry(part, bottom, row, (colour, MARKERS[place % len(MARKERS)]), index, gallery)
+            _entry(part, bottom, row, (colour, SAMPLE_MARKERS[place % len(SAMPLE_MARKERS)]), index, gallery)
 
 
 def _entry(part: SubFigure, bottom: float, height: float, style: tuple[str, str], index: int, gallery: Gallery) -> None:

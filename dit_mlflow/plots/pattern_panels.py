@@ -6,13 +6,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dit_mlflow.evaluation.patterns import PATTERNS, standardised
+from dit_mlflow.evaluation.patterns import PATTERNS, standardised_scores
 from dit_mlflow.influence import Influence
 from dit_mlflow.plots.canvas import NEUTRAL, SMALL, label_windows, new_figure
 
-COLOURS = dict(zip(PATTERNS, ("#56B4E9", "#CC79A7", "#009E73", "#E69F00"), strict=True))
+PATTERN_COLOURS = dict(zip(PATTERNS, ("#56B4E9", "#CC79A7", "#009E73", "#E69F00"), strict=True))
 
-MEANING = {
+PATTERN_TITLES = {
     "early": "matter in the first half of training",
     "late": "matter in the second half",
     "stable": "keep their sign, spread over training",
@@ -31,7 +31,7 @@ def plot_patterns(influence: Influence, names: np.ndarray) -> Figure:
         influence: scores over two windows or more; the first query is shown.
         names: ``[samples]``, from :func:`dit_mlflow.evaluation.patterns`.
     """
-    scores = standardised(influence)
+    scores = standardised_scores(influence)
     total = np.abs(scores).sum(axis=0)
     turned = scores * np.where(scores.sum(axis=0) < 0, -1, 1)
     shares = 100 * np.divide(turned, total, out=np.zeros_like(turned), where=total > 0)
@@ -41,12 +41,14 @@ def plot_patterns(influence: Influence, names: np.ndarray) -> Figure:
         chosen = np.flatnonzero(names == pattern)
         share = 100 * len(chosen) / max(len(names), 1)
         axes.set_title(
-            f"{pattern}: {len(chosen)} of {len(names)} samples ({share:.0f} %)\n{MEANING[pattern]}", fontsize=10
+            f"{pattern}: {len(chosen)} of {len(names)} samples ({share:.0f} %)\n{PATTERN_TITLES[pattern]}", fontsize=10
         )
         axes.axhline(0, color="black", lw=0.8)
         if len(chosen):
             largest = chosen[np.argmax(total[chosen])]
-            _curves(axes, shares[:, chosen], shares[:, largest], COLOURS[pattern], int(influence.samples[largest]))
+            _curves(
+                axes, shares[:, chosen], shares[:, largest], PATTERN_COLOURS[pattern], int(influence.samples[largest])
+            )
         else:
             axes.text(0.5, 0.6, "no such sample", transform=axes.transAxes, ha="center", color=NEUTRAL)
     for axes in panels[2:]:

@@ -15,7 +15,7 @@ from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, ne
 COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
 """Okabe and Ito's; of more curves than colours, the next seven are dashed."""
 
-NAMED = 2 * len(COLOURS)
+CURVES_NAMED = 2 * len(COLOURS)
 """Curves that are told apart; of more, the others are grey."""
 
 ALWAYS = ("dit", "leave_one_out")
@@ -67,5 +67,5 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
 
 def _named(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
     """Those to tell apart, in the order that they came in."""
-    most = sorted(curves, key=lambda name: (name not in ALWAYS, -np.mean(curves[name][1])))[:NAMED]
+    most = sorted(curves, key=lambda name: (name not in ALWAYS, -np.mean(curves[name][1])))[:CURVES_NAMED]
     return [name for name in curves if name in most]

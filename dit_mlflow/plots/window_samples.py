@@ -13,7 +13,7 @@ from dit_mlflow.influence import Influence
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, NEUTRAL, WIDTH, literal, new_figure, query_words
 from dit_mlflow.plots.pictures import CHARACTER, draw_image, excerpt, is_image, write_lines
 
-ROWS = 6
+SAMPLES_PER_SIDE = 6
 """Samples on each side."""
 
 ROW, HEAD = 0.74, 0.8
@@ -21,7 +21,11 @@ ROW, HEAD = 0.74, 0.8
 
 
 def plot_window_samples(
-    influence: Influence, position: int, gallery: Gallery | None = None, exact: np.ndarray | None = None, k: int = ROWS
+    influence: Influence,
+    position: int,
+    gallery: Gallery | None = None,
+    exact: np.ndarray | None = None,
+    k: int = SAMPLES_PER_SIDE,
 ) -> Figure:
     """The ``k`` most harmful and ``k`` most helpful samples of a window: picture, description, score and a bar for it.
 
@@ -81,7 +85,7 @@ def _entry(
     text = excerpt(appearance, columns, 1)
     line = literal(f"{index}: {gallery.line(index)}".removesuffix(": "), 120)
     about = textwrap.wrap(line, columns, max_lines=1 if text else 2, placeholder=" …")
-    figures = signed(score) if exact is None else f"{signed(score)}; leave-one-out {signed(exact)}"
+    figures = signed_tick(score) if exact is None else f"{signed_tick(score)}; leave-one-out {signed_tick(exact)}"
     lines = [*([text] if text else []), *about, figures]
     write_lines(axes, start, ROW - 0.05, "\n".join(lines))
     room = width - start - 0.1
@@ -89,7 +93,7 @@ def _entry(
     axes.barh(0.1, room * abs(score) / largest, height=0.06, left=start, color=colour)
 
 
-def signed(value: float) -> str:
+def signed_tick(value: float) -> str:
     """Three significant digits, with a sign."""
     return f"{value:+.3g}".replace("-", "−")
 

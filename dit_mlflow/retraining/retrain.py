@@ -30,7 +30,7 @@ from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
 
-ROWS = 64
+RETRAININGS_PER_PART = 64
 """Retrainings that are lost at the most, for each worker, when they are broken off."""
 
 
@@ -133,7 +133,7 @@ def _run(
     """Rows and what was found for them, part by part."""
     workers = joblib.effective_n_jobs(effort.jobs)
     in_one = workers == 1 and effort.folder is None
-    count = min(len(affected), 1 if in_one else max(workers, -(-len(affected) // ROWS)))
+    count = min(len(affected), 1 if in_one else max(workers, -(-len(affected) // RETRAININGS_PER_PART)))
     parts = np.array_split(affected, count) if count else []
     kept = _Kept(effort.folder, shared, job)
     left = []

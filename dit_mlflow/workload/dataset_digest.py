@@ -15,14 +15,14 @@ from torch.utils.data import Dataset, TensorDataset
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.workload.random_state import preserved_random_state
 
-SAMPLES = 256
+DIGEST_SAMPLES = 256
 """At most so many samples, evenly spread, enter the digest of a dataset that is not a TensorDataset."""
 
 
 def dataset_digest(dataset: Dataset[Any]) -> str | None:
     """SHA-256 over a dataset's length and contents, for comparison with a later run's.
 
-    All of a ``TensorDataset``; :data:`SAMPLES` samples, drawn under a fixed random state, of any other. ``None`` if the
+    All of a ``TensorDataset``; :data:`DIGEST_SAMPLES`, drawn under a fixed random state, of any other. ``None`` if the
     same sample comes out differently when drawn twice: such a dataset has a generator of its own.
     """
     size = len(dataset)  # type: ignore[arg-type]
@@ -30,7 +30,7 @@ def dataset_digest(dataset: Dataset[Any]) -> str | None:
         digest = hashlib.sha256(str(size).encode())
         _update(digest, dataset.tensors)  # type: ignore[attr-defined]
         return digest.hexdigest()
-    indices = np.unique(np.linspace(0, size - 1, min(size, SAMPLES)).astype(int))
+    indices = np.unique(np.linspace(0, size - 1, min(size, DIGEST_SAMPLES)).astype(int))
     if _drawn_digest(dataset, indices[:1]) != _drawn_digest(dataset, indices[:1]):
         return None
     return _drawn_digest(dataset, indices)

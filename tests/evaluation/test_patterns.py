@@ -8,7 +8,7 @@ from dit_mlflow.evaluation.patterns import (
     correlations_by_pattern,
     pattern_counts,
     patterns,
-    standardised,
+    standardised_scores,
     window_correlations,
 )
 
@@ -71,5 +71,5 @@ def test_agreement_by_pattern() -> None:
 
 def test_scores_without_a_finite_value_count_as_none() -> None:
     for missing in (np.nan, np.inf, -np.inf):
-        found = standardised(influence([[missing, 4.0], [2.0, 2.0], [3.0, 0.0]]))
+        found = standardised_scores(influence([[missing, 4.0], [2.0, 2.0], [3.0, 0.0]]))
         np.testing.assert_allclose(found[0], np.array([0, 2, 3]) / np.sqrt(13 / 3))

@@ -76,8 +76,8 @@ def test_values_do_not_depend_on_how_many_distances_are_held_at_once(
     workload = digits_workload()
     trajectory = train(workload, tmp_path / "t")
     whole = method("knn_shapley")(trajectory, workload).scores
-    monkeypatch.setattr("dit_mlflow.methods.knn_shapley.ROWS", 3)
-    monkeypatch.setattr("dit_mlflow.methods.last_layer.CHUNK", 5)
+    monkeypatch.setattr("dit_mlflow.methods.knn_shapley.QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr("dit_mlflow.methods.last_layer.FEATURES_PER_PASS", 5)
     np.testing.assert_allclose(method("knn_shapley")(trajectory, workload).scores, whole, rtol=1e-9, atol=1e-12)
 
 

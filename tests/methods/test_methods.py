@@ -372,7 +372,7 @@ def test_out_of_sample_probabilities_are_asked_for_in_parts_of_those_held_out(
     workload: Workload, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = out_of_sample(trajectory.replay(workload), folds=3, seed=0)[1]
-    monkeypatch.setattr(last_layer, "CHUNK", 5)
+    monkeypatch.setattr(last_layer, "FEATURES_PER_PASS", 5)
     asked = []
 
     def outputs(model: nn.Module, batch: Any) -> torch.Tensor:

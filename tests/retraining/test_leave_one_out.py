@@ -229,7 +229,7 @@ def test_a_workload_from_a_project_folder_reaches_the_workers(tmp_path: Any) -> 
 
 def test_goes_on_from_what_was_finished(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A break after the first part costs the rest alone; another query or dtype starts anew."""
-    monkeypatch.setattr("dit_mlflow.retraining.retrain.ROWS", 8)
+    monkeypatch.setattr("dit_mlflow.retraining.retrain.RETRAININGS_PER_PART", 8)
     workload = digits_workload()
     trajectory = train(workload, tmp_path / "t")
     windows = parse_windows("1", trajectory)

@@ -34,7 +34,7 @@ from dit_mlflow.influence import Influence, Kind, Window, check_kind, parse_wind
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, DTYPES, Request, recorded_workload
+from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, SWEEP_DTYPES, Request, recorded_workload
 from dit_mlflow.tracking.jobs.train import run_training, seeds_title, workload_params
 from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.tracking.store.datasets import log_datasets_of
@@ -79,8 +79,8 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
         DitError: some part of the request cannot be used, or training or replay fail.
     """
     kind = check_kind(request.kind)
-    if request.dtype not in DTYPES:
-        raise InputError(f"dtype={request.dtype!r}; expected one of {', '.join(DTYPES)}")
+    if request.dtype not in SWEEP_DTYPES:
+        raise InputError(f"dtype={request.dtype!r}; expected one of {', '.join(SWEEP_DTYPES)}")
     memory_budget = request.memory_budget
     if request.training_run:
         trajectory = load_trajectory(request.training_run)
@@ -95,7 +95,7 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
         rehearse(workload, memory_budget)
         training_run = run_training(workload, request.init_seed, request.order_seed)
         trajectory = load_trajectory(training_run)
-    dtype = DTYPES[request.dtype]
+    dtype = SWEEP_DTYPES[request.dtype]
     answer = run_influence(
         training_run, trajectory, workload, windows, kind, checks, dtype, memory_budget, project_run_id
     )

@@ -15,7 +15,7 @@ from dit_mlflow.workload import Workload, load_recorded, load_workload
 
 DEFAULT_WORKLOAD = "projects/mnist"
 
-DTYPES: dict[str, torch.dtype | None] = {
+SWEEP_DTYPES: dict[str, torch.dtype | None] = {
     "recorded": None,
     "float32": torch.float32,
     "float64": torch.float64,
@@ -35,7 +35,7 @@ class Request:
         trust: random samples left out exactly where the ground truth does not, see :func:`dit_mlflow.evaluation.trust`;
             0 = do without.
         confirm: samples of largest score to leave out exactly in each window; 0 = none.
-        dtype: of the sweep, a key of :data:`DTYPES`.
+        dtype: of the sweep, a key of :data:`SWEEP_DTYPES`.
         memory_mb: MiB for the states that the sweep holds, and as much for its adjoints; 0 = the default of
             :func:`dit_mlflow.track`.
         init_seed, order_seed: of training.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LONGEST = 5000
+TAG_CHARACTERS = 5000
 """Characters of a tag, the most that MLflow's databases take."""
 
 
@@ -13,4 +13,4 @@ def error_text(error: BaseException) -> str:
 
 def storable(message: str) -> str:
     """As much of ``message`` as fits, without halves of surrogate pairs, which names of files bring."""
-    return message[:LONGEST].encode("utf-8", "replace").decode()
+    return message[:TAG_CHARACTERS].encode("utf-8", "replace").decode()

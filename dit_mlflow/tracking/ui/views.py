@@ -101,12 +101,12 @@ def _quoted(column: str) -> str:
     return column if kind == "attributes" else f"{kind}.`{name}`"
 
 
-def bars(metric: str) -> Chart:
+def bar_chart(metric: str) -> Chart:
     """A bar for each run."""
     return _chart("BAR", metricKey=metric)
 
 
-def lines(metric: str) -> Chart:
+def line_chart(metric: str) -> Chart:
     """A line for each run, over the metric's steps."""
     return _chart("LINE", metricKey=metric, selectedMetricKeys=[metric], xAxisKey="step", lineSmoothness=0)
 
@@ -138,7 +138,7 @@ def windows_view(run: Run) -> View:
         key=PREFIX + run.info.run_id,
         name=f"Windows of {run.info.run_name}",
         runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}'",
-        charts=(*map(bars, found), parallel([], [WINDOW_START.name, *found[:2]])),
+        charts=(*map(bar_chart, found), parallel([], [WINDOW_START.name, *found[:2]])),
         columns=_metrics(WINDOW_START.name, WINDOW_END.name, *found),
         order=f"metrics.{WINDOW_START.name}",
         ascending=True,
@@ -154,11 +154,11 @@ def methods_view(run: Run) -> View:
         name=f"Methods of {run.info.run_name}",
         runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}'",
         charts=(
-            lines(SPEARMAN.by_window),
-            lines(AUROC.by_window),
+            line_chart(SPEARMAN.by_window),
+            line_chart(AUROC.by_window),
             scatter("Agreement against cost", cost, SPEARMAN.name),
             parallel(["method"], [cost, SPEARMAN.name]),
-            *map(bars, whole),
+            *map(bar_chart, whole),
         ),
         columns=("params.method", *_metrics(*whole, RECALL_AT_K.name, cost)),
         order=f"metrics.{SPEARMAN.name}",
@@ -173,7 +173,7 @@ def strategies_view(run: Run) -> View:
         key=PREFIX + run.info.run_id,
         name=f"Strategies of {run.info.run_name}",
         runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}' and tags.`{KIND}` = 'strategy'",
-        charts=tuple(lines(BY_FRACTION + name) for name in measured),
+        charts=tuple(line_chart(BY_FRACTION + name) for name in measured),
         columns=("params.strategy", "params.chosen.fraction", *_metrics(*measured)),
         order="params.strategy",
         ascending=True,
@@ -185,10 +185,10 @@ TRAININGS = View(
     name="Trainings",
     runs=f"tags.`{KIND}` = 'training'",
     charts=(
-        bars(VALIDATION + ACCURACY),
-        bars(TEST + ACCURACY),
-        bars(VALIDATION_LOSS.name),
-        lines(TRAINING_LOSS.name),
+        bar_chart(VALIDATION + ACCURACY),
+        bar_chart(TEST + ACCURACY),
+        bar_chart(VALIDATION_LOSS.name),
+        line_chart(TRAINING_LOSS.name),
         parallel(["resolved.init_seed", "resolved.order_seed"], [VALIDATION_LOSS.name]),
     ),
     columns=(
@@ -208,8 +208,8 @@ INFLUENCES = View(
     name="Influence runs",
     runs=f"tags.`{KIND}` = '{INFLUENCE}'",
     charts=(
-        *(lines(figure.by_window) for figure in (SPEARMAN, AUROC, TRUST_SPEARMAN)),
-        *(bars(figure.name) for figure in (SPEARMAN, AUROC, INFLUENCE_SECONDS)),
+        *(line_chart(figure.by_window) for figure in (SPEARMAN, AUROC, TRUST_SPEARMAN)),
+        *(bar_chart(figure.name) for figure in (SPEARMAN, AUROC, INFLUENCE_SECONDS)),
     ),
     columns=(
         "params.resolved.kind",

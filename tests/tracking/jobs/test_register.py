@@ -21,7 +21,7 @@ from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import InputError, Workload, load_workload, parse_windows
 from dit_mlflow.explanation import Checks
-from dit_mlflow.explanation.model_card import BEGIN, LONGEST
+from dit_mlflow.explanation.model_card import BEGIN, CARD_CHARACTERS
 from dit_mlflow.tracking import (
     load_influence,
     load_trajectory,
@@ -190,7 +190,7 @@ def test_another_run_of_the_model_replaces_the_influence_and_nothing_that_people
     text = done.version.description
     assert text.startswith("Before.\n")
     assert text.endswith("After. " + "x" * 2500)
-    assert len(text) <= LONGEST
+    assert len(text) <= CARD_CHARACTERS
     assert "Harmful" in text
 
 

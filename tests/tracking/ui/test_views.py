@@ -14,12 +14,12 @@ from mlflow.exceptions import MlflowException
 from dit_mlflow.tracking.mlflow_internals import SAVED_VIEW
 from dit_mlflow.tracking.ui import links, views
 from dit_mlflow.tracking.ui.links import save_comparisons, where_to_look
-from dit_mlflow.tracking.ui.views import INFLUENCES, TRAININGS, View, bars, save_views
+from dit_mlflow.tracking.ui.views import INFLUENCES, TRAININGS, View, bar_chart, save_views
 
 
 def view(key: str) -> View:
     runs = "tags.`mlflow.parentRunId` = 'r'"
-    return View(key, f"name of {key}", runs, (bars("a/b"),), ("metrics.a/b",), "metrics.a/b", False)
+    return View(key, f"name of {key}", runs, (bar_chart("a/b"),), ("metrics.a/b",), "metrics.a/b", False)
 
 
 def tags(experiment: str) -> dict[str, str]:
