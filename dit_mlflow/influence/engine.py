@@ -17,16 +17,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.errors import InputError, UnsupportedError
-from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
-from dit_mlflow.influence.buffers import BuffersApart
 from dit_mlflow.influence.kind import Sweep
 from dit_mlflow.influence.query import Query
-from dit_mlflow.influence.update import Pulled, UpdateAdjoint
 from dit_mlflow.influence.window_scores import Row, WindowScores
 from dit_mlflow.progress import progress_bar
+from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
+from dit_mlflow.replay.buffers import BuffersApart
 from dit_mlflow.replay.dynamics import MicroBatch
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.replay.running_statistics import DifferentiableStatistics, running_statistics
+from dit_mlflow.replay.update import Pulled, UpdateAdjoint
 from dit_mlflow.trajectory import State
 from dit_mlflow.trajectory.step_record import StepRecord
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dit_mlflow.errors import UnsupportedError
-from dit_mlflow.influence.adjoint import vector_jacobian
 from dit_mlflow.influence.engine import Engine, Objective
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import in_parts
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.objective import refuse_ascent
+from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.dynamics import MicroBatch
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord

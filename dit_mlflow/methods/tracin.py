@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_mlflow.influence.adjoint import vector_jacobian
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.snapshot import Snapshot
+from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory.step_record import StepRecord
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_mlflow.influence.adjoint import vector_jacobian
 from dit_mlflow.influence.engine import CONVOLUTIONS
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.sample_gradients import GRADIENTS_IN_MEMORY
 from dit_mlflow.methods.snapshot import Snapshot
 from dit_mlflow.methods.tracin import effects, sum_over_steps
+from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory.step_record import StepRecord
 

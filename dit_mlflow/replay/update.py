@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
-from dit_mlflow.influence.autograd_step import AutogradStep
-from dit_mlflow.influence.closed_forms import AdamStep, SgdStep
-from dit_mlflow.influence.step_adjoint import PulledGroup, StepAdjoint
-from dit_mlflow.influence.update_groups import UpdateGroup, update_groups
+from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
+from dit_mlflow.replay.autograd_step import AutogradStep
+from dit_mlflow.replay.closed_forms import AdamStep, SgdStep
 from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.replay.step_adjoint import PulledGroup, StepAdjoint
+from dit_mlflow.replay.update_groups import UpdateGroup, update_groups
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
