@@ -34,7 +34,9 @@ class SampleWeights:
     end: int
 
     def __call__(self, record: StepRecord) -> Tensor | None:
-        return self.values[..., record.samples] if self.start <= record.index < self.end else None
+        if self.start <= record.index < self.end:
+            return self.values[..., record.samples]
+        return None if self.values.dim() == 1 else self.values.new_ones((len(self.values), len(record.samples)))
 
 
 class TrainingStep(ABC):
