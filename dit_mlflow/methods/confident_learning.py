@@ -14,8 +14,7 @@ from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import training_labels, training_logits
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.replay.replay import Replay
-from dit_mlflow.replay.rollout import Rollout
-from dit_mlflow.trajectory import State
+from dit_mlflow.replay.training_step import SampleWeights
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,16 @@ def out_of_sample(replay: Replay, folds: int, seed: int) -> tuple[np.ndarray, np
     Raises:
         UnsupportedError: the labels are no classes, or no class has ``folds`` samples.
     """
-    trajectory, dynamics = replay.trajectory, replay.dynamics
-    start = next(replay.forward(0, 0))
-    labels = training_labels(dynamics, start).cpu().numpy()
+    num_steps, start = replay.trajectory.num_steps, replay.checkpoint(0)
+    labels = training_labels(replay.dynamics, start).cpu().numpy()
     check_folds(labels, folds)
     parts, found = [], []
     for _, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels):
-        rollout = Rollout(dynamics, trajectory.manifest.optimizer, start)
-        for t in range(trajectory.num_steps):
-            step = trajectory.step(t)
-            weights = torch.from_numpy(~np.isin(step.samples, held_out)).to(next(iter(rollout.parameters.values())))
-            rollout.advance(step, dynamics.load(step), weights)
-        logits = training_logits(dynamics, State(rollout.parameters, rollout.buffers), held_out)
+        kept = torch.ones(len(labels))
+        kept[held_out] = 0
+        records = map(replay.trajectory.step, range(num_steps))
+        last = replay.training_step.run(start, records, SampleWeights(kept, 0, num_steps))
+        logits = training_logits(replay.dynamics, last, held_out)
         parts.append(held_out)
         found.append(logits.softmax(dim=1).double().cpu().numpy())
     return labels, np.concatenate(found)[np.argsort(np.concatenate(parts))]

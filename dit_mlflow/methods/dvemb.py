@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from dit_mlflow.errors import UnsupportedError
-from dit_mlflow.influence.adjoint import vector_jacobian
-from dit_mlflow.influence.engine import Engine, Objective
+from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import in_parts
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.objective import refuse_ascent
+from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.dynamics import MicroBatch
+from dit_mlflow.replay.loss_step import LossStep, Objective
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
 
@@ -60,19 +61,20 @@ class Dvemb(Method):
 
     def estimate(self, question: Question) -> Estimate:
         refuse_ascent(question.trajectory.step(0))
-        engine = _GradientsForHessians(question.trajectory.replay(question.workload, self.dtype), self.memory_budget)
+        replay = question.trajectory.replay(question.workload, self.dtype, _GradientsForHessians)
+        engine = Engine(replay, self.memory_budget)
         scores = np.concatenate([part for _, part in in_parts(engine, question)], axis=1)
         if not np.isfinite(scores).all():
             raise UnsupportedError(
                 "the data value embeddings of this training overflow: learning rates times squared gradients are so "
                 "large that gradients in place of Hessians drive every step apart. Use dit, or shorter local windows"
             )
-        return Estimate(scores, str(self.dtype or "recorded"), {"max_drift": engine.replay.max_drift})
+        return Estimate(scores, str(self.dtype or "recorded"), {"max_drift": replay.max_drift})
 
 
-class _GradientsForHessians(Engine):
-    def _derivatives(
-        self, objective: Objective, state: State, step: StepRecord, batches: list[MicroBatch]
+class _GradientsForHessians(LossStep):
+    def derivatives(
+        self, objective: Objective, state: State, record: StepRecord, batches: list[MicroBatch]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         by_weight, *by_moving = objective.derivatives([objective.weights, *objective.moving], batched=False)
         # That is c_i <g_i, v>; G v, the sum of c_i <g_i, v> g_i, is the step's gradient with the weights <g_i, v>.
@@ -81,7 +83,7 @@ class _GradientsForHessians(Engine):
         products = []
         for row, weights in enumerate(along):
             vectors = {name: part[row] for name, part in zip(objective.gradients, objective.by_gradient, strict=True)}
-            products.append(self._product(objective.held, vectors, weights, state, step, batches))
+            products.append(self._product(objective.held, vectors, weights, state, record, batches))
         return by_weight, [torch.stack(parts) for parts in zip(*products, strict=True)], by_moving
 
     def _product(
@@ -90,17 +92,17 @@ class _GradientsForHessians(Engine):
         vectors: Mapping[str, Tensor],
         weights: Tensor,
         state: State,
-        step: StepRecord,
+        record: StepRecord,
         batches: list[MicroBatch],
     ) -> list[Tensor]:
         """``G v``, and the regularizer's Hessian times ``v``, for the held parameters."""
-        moved = [name for name in held if name in vectors and name not in step.zero_gradient]
+        moved = [name for name in held if name in vectors and name not in record.zero_gradient]
         inputs = [held[name] for name in moved]
         parameters = {**state.parameters, **held}
         buffers = {name: value.clone() for name, value in state.buffers.items()}
         total = {name: torch.zeros_like(value) for name, value in held.items()}
-        with self._plain_attention():
-            for position, term in enumerate(self.dynamics.terms(step, batches)):
+        with self.plain_attention():
+            for position, term in enumerate(self.gradient.terms(record, batches)):
                 value, of_data = term(parameters, buffers, weights), position < len(batches)
                 found = torch.autograd.grad(value, inputs, create_graph=not of_data, allow_unused=True)
                 if not of_data:

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence import Query
-from dit_mlflow.influence.adjoint import vector_jacobian
 from dit_mlflow.methods.objective import refuse_ascent
+from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.dynamics import Dynamics, Parameters
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory import State

@@ -241,8 +241,9 @@ def _repeated(snapshot: Snapshot, values: Mapping[str, float | np.floating]) -> 
 
 def _refuse_other_optimizers(replay: Replay) -> None:
     layout = replay.trajectory.manifest.optimizer
-    if layout.name != "SGD" or replay.dynamics.clips:
-        what = " and ".join([layout.name, *["clipped gradients"] * replay.dynamics.clips])
+    clips = replay.loss_step.gradient.clips
+    if layout.name != "SGD" or clips:
+        what = " and ".join([layout.name, *["clipped gradients"] * clips])
         raise UnsupportedError(
             f"source is derived for SGD, with or without momentum; the training used {what}. Use dit"
         )

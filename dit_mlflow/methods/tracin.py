@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_mlflow.influence.adjoint import vector_jacobian
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.snapshot import Snapshot
+from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory.step_record import StepRecord
 
@@ -61,13 +61,13 @@ def sum_over_steps(question: Question, effects: Effects) -> Estimate:
 
 def effects(replay: Replay, step: StepRecord, snapshot: Snapshot, gradients: dict[str, Tensor]) -> np.ndarray:
     """``eta c_j <grad l_j, grad q>`` of each presentation in the step, ``[queries, sum B]``."""
-    dynamics = replay.dynamics
+    gradient, batches = replay.loss_step.gradient, replay.dynamics.load(step)
     parameters = {**snapshot.state.parameters, **snapshot.trained}
     like = next(iter(snapshot.trained.values())).detach()
     weights = torch.ones(len(step.samples), dtype=like.dtype, device=like.device, requires_grad=True)
     buffers = {name: value.clone() for name, value in snapshot.state.buffers.items()}
     with sdpa_kernel(SDPBackend.MATH):
-        found = dynamics.gradient(parameters, buffers, step, dynamics.load(step), weights, create_graph=True)
+        found = gradient(parameters, buffers, step, batches, weights, create_graph=True)
     rates = learning_rates(replay, step)
     pairs = [(found[name], rates[name] * gradients[name]) for name in snapshot.trained if name in found]
     rows = len(next(iter(gradients.values())))

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_mlflow.influence.adjoint import vector_jacobian
-from dit_mlflow.influence.engine import CONVOLUTIONS
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.sample_gradients import GRADIENTS_IN_MEMORY
 from dit_mlflow.methods.snapshot import Snapshot
 from dit_mlflow.methods.tracin import effects, sum_over_steps
+from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory.step_record import StepRecord
 
@@ -61,18 +60,18 @@ def presented_norms(replay: Replay, step: StepRecord, snapshot: Snapshot) -> np.
     The loss draws for the whole batch, so samples cannot be presented one by one. ``d g / d w_j`` is ``c_j l_j`` of the
     recorded batch, from whose graph each row has its gradient.
     """
-    dynamics = replay.dynamics
+    training_step = replay.loss_step
     trained = list(snapshot.trained.values())
     parameters = {**snapshot.state.parameters, **snapshot.trained}
     buffers = {name: value.clone() for name, value in snapshot.state.buffers.items()}
     like = trained[0].detach()
     weights = torch.ones(len(step.samples), dtype=like.dtype, device=like.device, requires_grad=True)
-    batches = dynamics.load(step)
+    batches = replay.dynamics.load(step)
     at_once = max(1, GRADIENTS_IN_MEMORY // sum(parameter.nbytes for parameter in trained))
-    if any(isinstance(module, CONVOLUTIONS) for module in dynamics.model.modules()):
+    if not training_step.batched:
         at_once = 1
     norms, first = [], 0
-    for term, micro in zip(dynamics.terms(step, batches), batches, strict=False):
+    for term, micro in zip(training_step.gradient.terms(step, batches), batches, strict=False):
         with sdpa_kernel(SDPBackend.MATH):
             (weighted,) = torch.autograd.grad(term(parameters, buffers, weights), [weights], create_graph=True)
             lengths = _gradient_lengths(weighted[first : first + micro.size], trained, at_once)

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
 from dit_mlflow.trajectory.manifest import OptimizerLayout
-from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import Hyperparameters
 
 SUPPORTED: dict[str, type[Optimizer]] = {
@@ -101,31 +100,21 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str,
     }
 
 
-def build_optimizer(
-    layout: OptimizerLayout, parameters: Mapping[str, Tensor], state: State, **overrides: Any
-) -> Optimizer:
-    """PyTorch's optimizer over ``parameters`` (leaf tensors) with the recorded state.
-
-    ``parameters`` and the state's tensors may carry a leading dimension of independent copies: the supported
-    optimizers act on each element alone. The state is taken over, not copied.
-    """
-    groups = [{"params": [parameters[name] for name in group]} for group in layout.groups]
+def build_optimizer(layout: OptimizerLayout) -> Optimizer:
+    """PyTorch's optimizer as recorded, over no parameters yet: one empty group for each of the layout."""
     cls = optimizer_class(layout.name)
     known = inspect.signature(cls).parameters
-    defaults = {key: value for key, value in (layout.defaults | overrides).items() if key in known}
+    defaults = {key: value for key, value in layout.defaults.items() if key in known}
     defaults = {key: tuple(value) if isinstance(value, list) else value for key, value in defaults.items()}
     try:
-        optimizer = cls(groups, **defaults)
+        return cls([{"params": []} for _ in layout.groups], **defaults)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TrajectoryError(
             f"torch.optim.{layout.name} cannot be built with the settings that are recorded, {defaults}: {error}"
         ) from error
-    for name, entry in state.optimizer.items():
-        optimizer.state[parameters[name]] = dict(entry)
-    return optimizer
 
 
-def set_hyperparameters(optimizer: Optimizer, recorded: Sequence[Hyperparameters], **overrides: Any) -> None:
+def set_hyperparameters(optimizer: Optimizer, recorded: Sequence[Hyperparameters]) -> None:
     """Give each group its recorded settings, as the scheduler had left them."""
     if len(recorded) != len(optimizer.param_groups):
         raise TrajectoryError(
@@ -134,7 +123,6 @@ def set_hyperparameters(optimizer: Optimizer, recorded: Sequence[Hyperparameters
         )
     for group, settings in zip(optimizer.param_groups, recorded, strict=True):
         group.update(settings)
-        group.update(overrides)
 
 
 def _plain(value: Any) -> Any:

@@ -1,24 +1,27 @@
-"""Rebuild every ``s_t`` from the checkpoints, forwards and backwards, within bounded memory."""
+"""Rebuild every ``s_t``, as recorded or under other weights, forwards and backwards, within bounded memory."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
 
-from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.errors import InputError, TrajectoryError, UnsupportedError
 from dit_mlflow.replay.dynamics import Dynamics
-from dit_mlflow.replay.rollout import Rollout
+from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.rounding import missed_by_rounding
+from dit_mlflow.replay.training_step import TrainingStep, WeightsOf
 from dit_mlflow.trajectory.manifest import DTYPES
 from dit_mlflow.trajectory.record import Record
 from dit_mlflow.trajectory.state import REPLAY_TOLERANCE, State, drifts, other_optimizer_state
 from dit_mlflow.workload.dataset_digest import check_dataset
 from dit_mlflow.workload.workload import Workload
+
+MakeStep = Callable[[Dynamics], TrainingStep]
 
 _log = logging.getLogger(__name__)
 
@@ -31,8 +34,10 @@ FEWEST_STATES = 4
 
 @dataclass(frozen=True)
 class _Walk:
-    """How a backward walk holds states: in how many bytes, with which parts, over which that it is done with."""
+    """How a walk makes states (under which weights) and holds them: in how many bytes, with which parts, over which
+    that it is done with."""
 
+    weights: WeightsOf | None = None
     budget: int = 0
     optimizer_values: bool = True
     recycled: list[State] = field(default_factory=list)
@@ -46,8 +51,14 @@ class Replay:
     stored to compare with). In another dtype nothing later can be compared, so all checkpoints are met first, in the
     recorded dtype, at the cost of one training.
 
+    Args:
+        trajectory, workload: what was recorded.
+        dtype: of all computation; ``None`` = as recorded.
+        make_step: how a step is made, from model and data: by default a loss, then an optimizer.
+
     Attributes:
-        dynamics: the step's gradient, for callers that need more than states.
+        training_step: one step as a function.
+        dynamics: its model and data.
         drift: checkpoint step -> relative drift found there so far (recorded dtype only).
 
     Raises:
@@ -55,13 +66,20 @@ class Replay:
         TrajectoryError: the workload is not the recorded one.
     """
 
-    def __init__(self, trajectory: Record, workload: Workload, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        trajectory: Record,
+        workload: Workload,
+        dtype: torch.dtype | None = None,
+        make_step: MakeStep = LossStep,
+    ) -> None:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InputError(f"dtype is {dtype!r}; expected torch.float64, torch.float32, or None for the recorded one")
         check_dataset(workload.train_set, trajectory.manifest.dataset)
         self.trajectory = trajectory
         self.drift: dict[int, float] = {}
-        self.dynamics = Dynamics(workload, trajectory.manifest, stored=trajectory.batches)
+        self.make_step = make_step
+        self.training_step = make_step(Dynamics(workload, trajectory.manifest, stored=trajectory.batches))
         self._anchors = trajectory.checkpoint_steps
         if len(self._anchors) > 1:
             self._meet(self._anchors[1])
@@ -73,32 +91,58 @@ class Replay:
             )
         if dtype is not None and dtype != _recorded_dtype(trajectory):
             self._meet(self._anchors[-1])
-            self.dynamics = Dynamics(workload, trajectory.manifest, dtype, trajectory.batches)
+            self.training_step = make_step(Dynamics(workload, trajectory.manifest, dtype, trajectory.batches))
             self._anchors = (0,)
+
+    @property
+    def dynamics(self) -> Dynamics:
+        return self.training_step.dynamics
+
+    @property
+    def loss_step(self) -> LossStep:
+        """The step, for methods that look into its loss or its optimizer.
+
+        Raises:
+            UnsupportedError: it is of another kind.
+        """
+        if not isinstance(self.training_step, LossStep):
+            raise UnsupportedError(
+                f"this method is made for steps of a loss, then an optimizer; here a step is a "
+                f"{type(self.training_step).__name__}. Use dit or leave_one_out, which take any"
+            )
+        return self.training_step
 
     @property
     def max_drift(self) -> float:
         """Largest drift found so far; 0 = bit for bit."""
         return max(self.drift.values(), default=0.0)
 
-    def forward(self, a: int, b: int) -> Iterator[State]:
-        """Yield ``s_a … s_b``."""
+    def forward(self, a: int, b: int, weights: WeightsOf | None = None) -> Iterator[State]:
+        """Yield ``s_a … s_b``; with ``weights``, ``s_a`` as recorded and what follows from it under them."""
         if not 0 <= a <= b <= self.trajectory.num_steps:
             raise InputError(f"states {a} … {b} were asked; the trajectory has 0 … {self.trajectory.num_steps}")
+        if weights is not None:
+            yield from self._segment(next(self.forward(a, a)), a, b, _Walk(weights))
+            return
         anchor = max(step for step in self._anchors if step <= a)
         if anchor == b:
             yield self.checkpoint(b)
             return
         end = self._next_anchor(b)
         for lo, hi in pairwise([anchor, *(step for step in self._anchors if anchor < step < end), end]):
-            for t, state in enumerate(self._segment(self.checkpoint(lo), lo, hi), start=lo):
+            for t, state in enumerate(self._segment(self.checkpoint(lo), lo, hi, _Walk()), start=lo):
                 if a <= t <= b and (t < hi or t == end):
                     yield state
 
     def backward(
-        self, a: int, b: int, memory_budget: int | None = None, optimizer_values: bool = True
+        self,
+        a: int,
+        b: int,
+        memory_budget: int | None = None,
+        optimizer_values: bool = True,
+        weights: WeightsOf | None = None,
     ) -> Iterator[tuple[int, State]]:
-        """Yield ``(b, s_b), (b - 1, s_{b-1}), …, (a, s_a)``.
+        """Yield ``(b, s_b), (b - 1, s_{b-1}), …, (a, s_a)``: the states of :meth:`forward`, last first.
 
         A state keeps its values until the next but one is asked for; then its memory is used again.
 
@@ -108,6 +152,7 @@ class Replay:
                 checkpoints (about ``2 sqrt(T)`` states as recorded by default), and up to :data:`STATES_IN_MEMORY`.
             optimizer_values: ``False`` = between checkpoints, the optimizer's state has its keys only (values
                 ``None``), for less memory.
+            weights: as for :meth:`forward`.
 
         A stretch that does not fit is walked in pieces, from states placed as in binomial checkpointing (Griewank and
         Walther 2000, doi 10.1145/347837.347846): with room for ``c`` states, ``C(c + r, r)`` steps are walked at the
@@ -116,12 +161,13 @@ class Replay:
         Raises:
             InputError: the budget does not hold :data:`FEWEST_STATES` states.
         """
-        walk = _Walk(self._budget(memory_budget), optimizer_values)
-        anchors = [step for step in self._anchors if step < b]
-        hi, first = self._next_anchor(b), True
+        walk = _Walk(weights, self._budget(memory_budget), optimizer_values)
+        # No checkpoint was ever under other weights.
+        anchors = [step for step in self._anchors if step < b] if weights is None else [a]
+        hi, first = self._next_anchor(b) if weights is None else b, True
         previous: State | None = None
         for lo in reversed(anchors):
-            for t, state in self._backward_segment(self.checkpoint(lo), lo, hi, walk):
+            for t, state in self._backward_segment(next(self.forward(lo, lo)), lo, hi, walk):
                 if t < a:
                     return
                 if t <= b and (t < hi or first):
@@ -157,34 +203,30 @@ class Replay:
                 yield lo + len(states) - 1, states.pop()
             return
         mid = lo + _first_piece(length, max(1, walk.budget // start.nbytes))
-        middle = self._state_at(mid, start, lo, walk)
+        records = map(self.trajectory.step, range(lo, mid))
+        middle = self.training_step.run(start, records, walk.weights, walk.recycled.pop() if walk.recycled else None)
         rest = replace(walk, budget=walk.budget - middle.nbytes)
         yield from self._backward_segment(middle, mid, hi, rest)
         yield from self._backward_segment(start, lo, mid - 1, walk)
 
-    def _state_at(self, t: int, start: State, lo: int, walk: _Walk) -> State:
-        """``s_t``, whole, by replay from ``start = s_lo``."""
-        rollout = Rollout(self.dynamics, self.trajectory.manifest.optimizer, start)
-        for step in map(self.trajectory.step, range(lo, t)):
-            rollout.advance(step, self.dynamics.load(step))
-        return rollout.snapshot(recycled=walk.recycled)
-
-    def _segment(self, start: State, lo: int, hi: int, walk: _Walk | None = None) -> Iterator[State]:
+    def _segment(self, start: State, lo: int, hi: int, walk: _Walk) -> Iterator[State]:
         """Replay ``s_lo … s_hi`` from ``start``; a checkpoint at ``hi`` is compared, and yielded instead."""
-        rollout = Rollout(self.dynamics, self.trajectory.manifest.optimizer, start)
-        walk = walk or _Walk()
-        state = start
+        state, thin = start, start
         for t in range(lo, hi):
-            yield state
-            step = self.trajectory.step(t)
-            rollout.advance(step, self.dynamics.load(step))
-            state = rollout.snapshot(walk.optimizer_values, walk.recycled)
-        if hi in self._anchors:
+            yield thin
+            over = walk.recycled.pop() if walk.recycled else State({})
+            if not walk.optimizer_values and state is not start:
+                # Nobody has seen the optimizer's values.
+                over = State(over.parameters, over.buffers, state.optimizer)
+            record = self.trajectory.step(t)
+            state = self.training_step(state, record, None if walk.weights is None else walk.weights(record), over)
+            thin = state if walk.optimizer_values else state.without_optimizer_values()
+        if hi in self._anchors and walk.weights is None:
             recorded = self.checkpoint(hi)
             if hi > lo:
-                self._compare(lo, hi, state, recorded, start)
-            state = recorded
-        yield state
+                self._compare(lo, hi, thin, recorded, start)
+            thin = recorded
+        yield thin
 
     def _meet(self, checkpoint: int) -> None:
         """Replay up to a checkpoint for the sake of the comparison."""
@@ -200,8 +242,7 @@ class Replay:
         if max(found.values()) > REPLAY_TOLERANCE:
             refuse_what_diverged(lo, hi, replayed, recorded)
             steps = [self.trajectory.step(t) for t in range(lo, hi)]
-            layout = self.trajectory.manifest.optimizer
-            excused = missed_by_rounding(self.dynamics, layout, steps, origin, replayed, recorded)
+            excused = missed_by_rounding(self.training_step, steps, origin, replayed, recorded)
             if noise := [name for name in excused if found[name] > REPLAY_TOLERANCE]:
                 _log.info("steps %d to %d: rounding alone moves %s as far as the replay misses", lo, hi, sorted(noise))
             found = {name: drift for name, drift in found.items() if name not in noise}

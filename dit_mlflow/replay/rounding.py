@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.replay.dynamics import Dynamics
-from dit_mlflow.replay.rollout import Rollout
-from dit_mlflow.trajectory.manifest import OptimizerLayout
+from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
 
@@ -25,12 +23,7 @@ MARGIN = 10
 
 
 def missed_by_rounding(
-    dynamics: Dynamics,
-    layout: OptimizerLayout,
-    steps: Sequence[StepRecord],
-    start: State,
-    replayed: State,
-    other: State,
+    training_step: TrainingStep, records: Sequence[StepRecord], start: State, replayed: State, other: State
 ) -> set[str]:
     """Names of the tensors by which ``replayed`` and ``other`` differ by no more than what rounding alone may do.
 
@@ -41,7 +34,8 @@ def missed_by_rounding(
     up to :data:`MARGIN` times the largest effect that this had.
 
     Args:
-        steps: those from ``start`` to ``replayed``.
+        training_step: how a step is made.
+        records: the steps from ``start`` to ``replayed``.
         replayed: what replay, without any nudge, makes of ``start``.
         other: what should be the same but for rounding.
 
@@ -53,33 +47,33 @@ def missed_by_rounding(
     generator = torch.Generator().manual_seed(0)
     effects = dict.fromkeys(_tensors(replayed), 0.0)
     for _ in range(NUDGES):
-        for name, effect in _distances(_replay(dynamics, layout, steps, start, generator), replayed).items():
+        for name, effect in _distances(_replay(training_step, records, start, generator), replayed).items():
             effects[name] = max(effects[name], effect)
     excused = {name for name, miss in _distances(replayed, other).items() if miss <= MARGIN * effects[name]}
-    if excused == effects.keys() and any(_distances(_replay(dynamics, layout, steps, start), replayed).values()):
+    if excused == effects.keys() and any(_distances(_replay(training_step, records, start), replayed).values()):
         raise TrajectoryError(
-            f"replaying steps {steps[0].index} to {steps[-1].index} twice gives two results: data or model draw from a "
-            "random generator of their own, whose state is not recorded. Draw from the global ones of torch, NumPy and "
-            "random; or, if it is the data, record with store_batches=True"
+            f"replaying steps {records[0].index} to {records[-1].index} twice gives two results: data or model draw "
+            "from a random generator of their own, whose state is not recorded. Draw from the global ones of torch, "
+            "NumPy and random; or, if it is the data, record with store_batches=True"
         )
     return excused
 
 
 def _replay(
-    dynamics: Dynamics,
-    layout: OptimizerLayout,
-    steps: Sequence[StepRecord],
+    training_step: TrainingStep,
+    records: Sequence[StepRecord],
     start: State,
     nudges: torch.Generator | None = None,
 ) -> State:
-    """Where the steps lead, without the optimizer's state."""
+    """Where the steps lead, with parameters and losses nudged, if there are nudges."""
     parameters = {name: _nudged(value, nudges) for name, value in start.parameters.items()}
-    rollout = Rollout(dynamics, layout, State(parameters, start.buffers, start.optimizer))
     like = next(value for value in parameters.values() if value.is_floating_point())
-    for step in steps:
-        weights = None if nudges is None else _nudged(like.new_ones(len(step.samples)), nudges)
-        rollout.advance(step, dynamics.load(step), weights)
-    return State(rollout.parameters, rollout.buffers)
+
+    def weights(record: StepRecord) -> Tensor:
+        return _nudged(like.new_ones(len(record.samples)), nudges)
+
+    nudged = State(parameters, start.buffers, start.optimizer)
+    return training_step.run(nudged, records, None if nudges is None else weights)
 
 
 def _nudged(value: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from dit_mlflow.progress import progress_bar
-from dit_mlflow.replay.replay import Replay
+from dit_mlflow.replay.loss_step import LossStep
+from dit_mlflow.replay.replay import MakeStep, Replay
 from dit_mlflow.trajectory.record import Record
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.workload.workload import Workload
@@ -47,9 +48,9 @@ class Trajectory(Record):
         """
         yield from self.replay(workload, dtype).forward(a, b)
 
-    def replay(self, workload: Workload, dtype: torch.dtype | None = None) -> Replay:
+    def replay(self, workload: Workload, dtype: torch.dtype | None = None, make_step: MakeStep = LossStep) -> Replay:
         """The machinery behind :meth:`states`, for callers that walk the trajectory more than once."""
-        return Replay(self, workload, dtype)
+        return Replay(self, workload, dtype, make_step)
 
     def verify(self, workload: Workload) -> Verification:
         """Check the record (:meth:`check_record`), and the replay of every segment against the next checkpoint.

@@ -16,11 +16,9 @@ from torch import Tensor
 from dit_mlflow.errors import first_line
 from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course
-from dit_mlflow.replay.dynamics import Dynamics
-from dit_mlflow.replay.rollout import Rollout
 from dit_mlflow.replay.rounding import missed_by_rounding
+from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.trajectory import State
-from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.state import drifts
 from dit_mlflow.trajectory.step_record import StepRecord
 
@@ -118,16 +116,13 @@ class Retraining:
     """Runs counterfactuals along a course, side by side or one after the other, whichever a timed step favours.
 
     Args:
-        dynamics, layout: of the recorded training.
+        training_step: of the recorded training.
         queries: to ask at the measures.
         memory_budget: bytes that retrainings side by side may use.
     """
 
-    def __init__(
-        self, dynamics: Dynamics, layout: OptimizerLayout, queries: Sequence[Query], memory_budget: int
-    ) -> None:
-        self.dynamics = dynamics
-        self.layout = layout
+    def __init__(self, training_step: TrainingStep, queries: Sequence[Query], memory_budget: int) -> None:
+        self.training_step = training_step
         self.queries = queries
         self.memory_budget = memory_budget
         self._chunk: int | None = None
@@ -167,13 +162,12 @@ class Retraining:
         changes = self._no_changes(baseline, counterfactuals)
         for column in range(len(counterfactuals)):
             one = counterfactuals.part(np.array([column]))
-            rollout = Rollout(self.dynamics, self.layout, baseline.start)
+            state, over = baseline.start, None
             for step in steps:
-                weights = _weights(step, course, one, self._like(rollout))[0]
-                rollout.advance(step, self.dynamics.load(step), weights)
+                state = over = self.training_step(state, step, _weights(step, course, one)[0], over)
                 advanced(1)
                 if (before := baseline.values.get(step.index + 1)) is not None:
-                    after = self._ask(rollout.parameters, rollout.buffers)
+                    after = self.ask(state)
                     changes[step.index + 1][:, column] = (after - before).cpu().numpy()
         return changes
 
@@ -195,30 +189,27 @@ class Retraining:
         for first in range(0, len(counterfactuals), size):
             chunk = slice(first, first + size)
             part = counterfactuals.part(np.arange(len(counterfactuals))[chunk])
-            rollout = Rollout(self.dynamics, self.layout, baseline.start, copies=1 + len(part))
+            states, over = baseline.start.side_by_side(1 + len(part)), None
             for made_here, step in enumerate(steps, start=1):
-                weights = _weights(step, course, part, self._like(rollout))
+                weights = _weights(step, course, part)
                 weights = torch.cat([torch.ones_like(weights[:1]), weights])
-                rollout.advance(step, self.dynamics.load(step), weights)
+                states = over = self.training_step(states, step, weights, over)
                 advanced(len(part))
                 made += len(part)
-                if (state := baseline.states.get(step.index + 1)) is not None:
-                    if not self._control_holds(rollout, state, baseline.start, steps[:made_here]):
+                if (recorded := baseline.states.get(step.index + 1)) is not None:
+                    if not self._control_holds(states, recorded, baseline.start, steps[:made_here]):
                         advanced(-made)
                         return None
-                    values = self._ask_all(rollout)
+                    values = self._ask_all(states)
                     changes[step.index + 1][:, chunk] = (values[:, 1:] - values[:, :1]).cpu().numpy()
         return changes
 
-    def _control_holds(self, rollout: Rollout, recorded: State, origin: State, steps: Sequence[StepRecord]) -> bool:
-        control = State(
-            {name: value.detach()[0] for name, value in rollout.parameters.items()},
-            {name: value[0] for name, value in rollout.buffers.items()},
-        )
-        tolerance = CONTROL_TOLERANCE.get(self._like(rollout).dtype, 1e-3)
+    def _control_holds(self, states: State, recorded: State, origin: State, steps: Sequence[StepRecord]) -> bool:
+        control = State(states.parameters, states.buffers).map(lambda value: value[0])
+        tolerance = CONTROL_TOLERANCE.get(next(iter(control.parameters.values())).dtype, 1e-3)
         missed = {name: drift for name, drift in drifts(control, recorded, origin).items() if drift > tolerance}
         if missed:
-            excused = missed_by_rounding(self.dynamics, self.layout, steps, origin, recorded, control)
+            excused = missed_by_rounding(self.training_step, steps, origin, recorded, control)
             missed = {name: drift for name, drift in missed.items() if name not in excused}
         if missed:
             name = max(missed, key=lambda name: missed[name])
@@ -245,49 +236,47 @@ class Retraining:
         return self._side_by_side
 
     def _time_step(self, start: State, step: StepRecord, copies: int | None) -> float:
-        rollout = Rollout(self.dynamics, self.layout, start, copies)
-        shape = (len(step.samples),) if copies is None else (copies, len(step.samples))
-        weights = self._like(rollout).new_ones(shape)
+        state = start if copies is None else start.side_by_side(copies)
+        over: State | None = None
+        weights = torch.ones((len(step.samples),) if copies is None else (copies, len(step.samples)))
+        device = self.training_step.dynamics.device
         times = []
         for _ in range(3):
-            batches = self.dynamics.load(step)
             begun = time.perf_counter()
-            rollout.advance(step, batches, weights)
-            if self.dynamics.device.type == "cuda":
-                torch.cuda.synchronize(self.dynamics.device)
+            state = over = self.training_step(state, step, weights, over)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             times.append(time.perf_counter() - begun)
         if copies is not None:
-            self._ask_all(rollout)
+            self._ask_all(state)
         return min(times)
 
     def _chunk_size(self, start: State, step: StepRecord) -> int:
         """Retrainings that fit the budget: states, gradients, and what one forward pass keeps for backward."""
         if self._chunk is None:
-            each = 3 * start.nbytes + 2 * self.dynamics.bytes_kept(start, step)
+            each = 3 * start.nbytes + 2 * self.training_step.bytes_kept(start, step)
             self._chunk = max(1, self.memory_budget // max(each, 1))
         return self._chunk
 
     def _ask(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         """Values of the queries, ``[queries]``."""
         with torch.no_grad():
-            return torch.stack([self.dynamics.evaluate(parameters, buffers, query) for query in self.queries])
+            return torch.stack(
+                [self.training_step.dynamics.evaluate(parameters, buffers, query) for query in self.queries]
+            )
 
-    def _ask_all(self, rollout: Rollout) -> Tensor:
+    def _ask_all(self, states: State) -> Tensor:
         """Values of the queries for every copy, ``[queries, K]``."""
         with torch.no_grad():
-            return torch.func.vmap(self._ask, out_dims=1, randomness="same")(rollout.parameters, rollout.buffers)
+            return torch.func.vmap(self._ask, out_dims=1, randomness="same")(states.parameters, states.buffers)
 
     def _no_changes(self, baseline: Baseline, counterfactuals: Counterfactuals) -> Changes:
         return {step: np.zeros((len(self.queries), len(counterfactuals))) for step in baseline.values}
 
-    @staticmethod
-    def _like(rollout: Rollout) -> Tensor:
-        return next(iter(rollout.parameters.values())).detach()
 
-
-def _weights(step: StepRecord, course: Course, counterfactuals: Counterfactuals, like: Tensor) -> Tensor:
+def _weights(step: StepRecord, course: Course, counterfactuals: Counterfactuals) -> Tensor:
     """``w`` of the step, ``[R, sum B]``: 1 where the course says as recorded."""
     weights = counterfactuals.at(step.samples)
     if not course.start <= step.index < course.until:
         weights[:] = 1
-    return torch.from_numpy(weights).to(like.device, like.dtype)
+    return torch.from_numpy(weights)

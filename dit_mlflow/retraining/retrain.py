@@ -21,7 +21,7 @@ from dit_mlflow.influence.kind import Course, courses
 from dit_mlflow.influence.question import Question
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.dynamics import Dynamics
-from dit_mlflow.replay.replay import Replay
+from dit_mlflow.replay.replay import MakeStep, Replay
 from dit_mlflow.retraining.counterfactuals import Advanced, Baseline, Changes, Counterfactuals, Retraining
 from dit_mlflow.retraining.effort import Effort
 from dit_mlflow.trajectory import State
@@ -60,8 +60,8 @@ def retrain(
     # One pool for all courses: ray's starts processes of its own each time.
     with preserved_random_state(), effort.configured(), joblib.Parallel(n_jobs=effort.jobs) as pool:
         replay = question.trajectory.replay(question.workload, dtype)
-        shared = _Shared.of(question, replay.dynamics.dtype, effort.memory_budget)
-        here = shared.retraining(replay.dynamics)
+        shared = _Shared.of(question, replay, effort.memory_budget)
+        here = Retraining(replay.training_step, question.queries, effort.memory_budget)
         for course in courses(question.kind, question.windows, question.trajectory.num_steps):
             steps = [question.trajectory.step(t) for t in range(course.start, course.stop)]
             met = np.unique(np.concatenate([step.samples for step in steps if step.index < course.until]))
@@ -82,19 +82,21 @@ class _Shared:
     stored: Any
     queries: tuple[Query, ...]
     dtype: torch.dtype | None
+    make_step: MakeStep
     memory_budget: int
 
     @classmethod
-    def of(cls, question: Question, dtype: torch.dtype | None, memory_budget: int) -> _Shared:
+    def of(cls, question: Question, replay: Replay, memory_budget: int) -> _Shared:
         # What only training and reports need may be hard to send.
         lean = replace(question.workload, optimizer=None, scheduler=None, test_set=None, metrics=None)
         lean = replace(lean, describe=None, show=None, label=None)
-        stored = question.trajectory.batches
-        return cls(lean, question.trajectory.manifest, stored, question.queries, dtype, memory_budget)
+        manifest, stored = question.trajectory.manifest, question.trajectory.batches
+        dtype = replay.dynamics.dtype
+        return cls(lean, manifest, stored, question.queries, dtype, replay.make_step, memory_budget)
 
-    def retraining(self, dynamics: Dynamics | None = None) -> Retraining:
-        dynamics = dynamics or Dynamics(self.workload, self.manifest, self.dtype, self.stored)
-        return Retraining(dynamics, self.manifest.optimizer, self.queries, self.memory_budget)
+    def retraining(self) -> Retraining:
+        step = self.make_step(Dynamics(self.workload, self.manifest, self.dtype, self.stored))
+        return Retraining(step, self.queries, self.memory_budget)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-OptimizerState = Mapping[str, Mapping[str, Any]]
-"""Parameter name -> state key -> tensor, or a plain number."""
 
 COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
 """Optimizer state that follows from the hyperparameters and the number of steps alone, one number per parameter:
@@ -24,7 +21,8 @@ class State:
     Attributes:
         parameters: every parameter of the model by name, whether or not the optimizer holds it.
         buffers: every persistent or other buffer by name.
-        optimizer: the optimizer's state by parameter name; empty for a parameter that was never stepped.
+        optimizer: the optimizer's state by parameter name: tensors and plain numbers by key; empty for a parameter that
+            was never stepped.
     """
 
     parameters: dict[str, Tensor]
@@ -39,12 +37,18 @@ class State:
             {name: value.detach().clone() for name, value in model.named_buffers()},
         )
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> State:
-        """Apply ``function`` to every tensor."""
+    def map(self, function: Callable[[Tensor], Tensor], counters: bool = True) -> State:
+        """Apply ``function`` to every tensor, or to all but the :data:`COUNTERS`."""
         return State(
             {name: function(value) for name, value in self.parameters.items()},
             {name: function(value) for name, value in self.buffers.items()},
-            map_optimizer(self.optimizer, function),
+            {
+                name: {
+                    key: function(value) if isinstance(value, Tensor) and (counters or key not in COUNTERS) else value
+                    for key, value in entry.items()
+                }
+                for name, entry in self.optimizer.items()
+            },
         )
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> State:
@@ -53,35 +57,35 @@ class State:
         def move(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.is_floating_point() else None)
 
-        optimizer = {
-            name: {
-                key: value if key in COUNTERS or not isinstance(value, Tensor) else move(value)
-                for key, value in entry.items()
-            }
-            for name, entry in self.optimizer.items()
-        }
-        return State(
-            {name: move(value) for name, value in self.parameters.items()},
-            {name: move(value) for name, value in self.buffers.items()},
-            optimizer,
-        )
+        return self.map(move, counters=False)
 
-    def copy_(self, other: State) -> bool:
-        """Write ``other``'s values over this state's, if it is laid out alike; says whether it is."""
-        mine, theirs = self._tensors(), other._tensors()
-        if mine.keys() != theirs.keys():
-            return False
+    def side_by_side(self, copies: int) -> State:
+        """Views of the state with a leading dimension ``copies``; :data:`COUNTERS` are one for all."""
+        return self.map(lambda value: value.expand(copies, *value.shape), counters=False)
+
+    def copy(self, over: State | None = None) -> State:
+        """The same values in tensors of its own.
+
+        Args:
+            over: a state of the same training that nobody needs any more; its tensors are written over and used. It
+                may share tensors with this state, or be it: those are taken as they are.
+        """
+
+        def copied(value: Any, spare: Any) -> Any:
+            if value is spare or not isinstance(value, Tensor):
+                return value
+            return spare.copy_(value) if isinstance(spare, Tensor) else value.clone()
+
+        spare = over or State({})
         with torch.no_grad():
-            for path, value in mine.items():
-                value.copy_(theirs[path])
-        return True
-
-    def _tensors(self) -> dict[tuple[str, ...], Tensor]:
-        tensors: dict[tuple[str, ...], Tensor] = {("parameters", key): v for key, v in self.parameters.items()}
-        tensors |= {("buffers", key): value for key, value in self.buffers.items()}
-        for name, entry in self.optimizer.items():
-            tensors |= {(name, key): value for key, value in entry.items() if isinstance(value, Tensor)}
-        return tensors
+            return State(
+                {name: copied(value, spare.parameters.get(name)) for name, value in self.parameters.items()},
+                {name: copied(value, spare.buffers.get(name)) for name, value in self.buffers.items()},
+                {
+                    name: {key: copied(value, spare.optimizer.get(name, {}).get(key)) for key, value in entry.items()}
+                    for name, entry in self.optimizer.items()
+                },
+            )
 
     def without_optimizer_values(self) -> State:
         """The same tensors, with ``None`` for every value of the optimizer's state."""
@@ -91,7 +95,8 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes held by all tensors."""
-        return sum(value.nbytes for value in self._tensors().values())
+        entries = [value for entry in self.optimizer.values() for value in entry.values() if isinstance(value, Tensor)]
+        return sum(value.nbytes for value in (*self.parameters.values(), *self.buffers.values(), *entries))
 
     def load_into(self, model: nn.Module) -> nn.Module:
         """Copy parameters and buffers into ``model`` (of the same layout) and return it."""
@@ -101,14 +106,6 @@ class State:
             for name, buffer in model.named_buffers():
                 buffer.copy_(self.buffers[name])
         return model
-
-
-def map_optimizer(state: OptimizerState, function: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Any]]:
-    """Apply ``function`` to every tensor of an optimizer state; plain numbers are kept."""
-    return {
-        name: {key: function(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
-        for name, entry in state.items()
-    }
 
 
 def drifts(replayed: State, recorded: State, origin: State) -> dict[str, float]:

@@ -18,8 +18,8 @@ from workloads import digits_workload, sample_losses
 from dit_mlflow import TrajectoryError, Window, Workload, parameter_value, track, train
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.replay import refuse_what_diverged
-from dit_mlflow.replay.rollout import Rollout
 from dit_mlflow.trajectory import REPLAY_TOLERANCE, State
 from dit_mlflow.trajectory.state import drifts
 
@@ -74,10 +74,8 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def miss_of(trajectory: Trajectory, workload: Workload, name: str) -> float:
     """How far a replay misses a parameter at the end of the first step."""
-    dynamics = Dynamics(workload, trajectory.manifest)
-    rollout = Rollout(dynamics, trajectory.manifest.optimizer, trajectory.checkpoint(0))
-    rollout.advance(trajectory.step(0), dynamics.load(trajectory.step(0)))
-    return drifts(rollout.snapshot(), trajectory.checkpoint(1), trajectory.checkpoint(0))[name]
+    replayed = LossStep(Dynamics(workload, trajectory.manifest))(trajectory.checkpoint(0), trajectory.step(0))
+    return drifts(replayed, trajectory.checkpoint(1), trajectory.checkpoint(0))[name]
 
 
 def test_what_moves_by_rounding_alone_is_not_held_against_a_replay(

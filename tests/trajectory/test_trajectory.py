@@ -17,9 +17,9 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import TensorDataset
 from workloads import datasets, digits_workload, sample_losses
 
-import dit_mlflow.replay.replay as replay_module
 from dit_mlflow import InputError, TrainingError, Trajectory, TrajectoryError, WorkloadError, track, train
 from dit_mlflow.influence import Window
+from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.trajectory import State
 
 
@@ -71,8 +71,8 @@ def test_memory_budget_trades_states_for_replay(
     trajectory = train(workload, tmp_path / "t", checkpoint_every=0)
     replay = trajectory.replay(workload)
     steps = []
-    advance = replay_module.Rollout.advance
-    monkeypatch.setattr(replay_module.Rollout, "advance", lambda *args: (steps.append(1), advance(*args)))
+    forward = LossStep.forward
+    monkeypatch.setattr(LossStep, "forward", lambda *args: (steps.append(1), forward(*args))[1])
     alive: weakref.WeakSet[State] = weakref.WeakSet()
     make = State.__init__
 

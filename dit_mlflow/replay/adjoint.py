@@ -60,7 +60,7 @@ class Adjoint:
     Attributes:
         parameters: ``[A, N]``, of the parameters that the optimizer holds.
         buffers: ``[A, M]``, of the running statistics.
-        optimizer: ``[A, N]`` by key of the optimizer's state; absent = 0.
+        optimizer: ``[A, size]`` by key of the optimizer's state (as the step names them); absent = 0.
     """
 
     parameters: Tensor
@@ -73,11 +73,16 @@ class Adjoint:
 
     def append(self, other: Adjoint) -> Adjoint:
         """Both adjoints' rows, this one's first."""
-        keys = dict.fromkeys([*self.optimizer, *other.optimizer])
+        both = (self, other)
+        sizes = {key: value.shape[1] for adjoint in both for key, value in adjoint.optimizer.items()}
+
+        def stacked(key: str, size: int) -> Tensor:
+            return torch.cat([a.optimizer.get(key, a.parameters.new_zeros((a.rows, size))) for a in both])
+
         return Adjoint(
             torch.cat([self.parameters, other.parameters]),
             torch.cat([self.buffers, other.buffers]),
-            {key: torch.cat([self.slot(key), other.slot(key)]) for key in keys},
+            {key: stacked(key, size) for key, size in sizes.items()},
         )
 
     def slot(self, key: str) -> Tensor:

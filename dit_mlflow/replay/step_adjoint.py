@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dit_mlflow.influence.adjoint import Adjoint
-from dit_mlflow.influence.update_groups import UpdateGroup
+from dit_mlflow.replay.adjoint import Adjoint
+from dit_mlflow.replay.update_groups import UpdateGroup
 from dit_mlflow.trajectory.state import State
 
 

@@ -9,12 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
-from dit_mlflow.influence.autograd_step import AutogradStep
-from dit_mlflow.influence.closed_forms import AdamStep, SgdStep
-from dit_mlflow.influence.step_adjoint import PulledGroup, StepAdjoint
-from dit_mlflow.influence.update_groups import UpdateGroup, update_groups
-from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
+from dit_mlflow.replay.autograd_step import AutogradStep
+from dit_mlflow.replay.closed_forms import AdamStep, SgdStep
+from dit_mlflow.replay.step_adjoint import PulledGroup, StepAdjoint
+from dit_mlflow.replay.update_groups import UpdateGroup, update_groups
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
@@ -40,13 +39,18 @@ class UpdateAdjoint:
     """Pulls adjoints back through ``(theta, o)_{t+1} = U_t((theta, o)_t, g_t)``: gradient clipping, then one step.
 
     Args:
-        dynamics: for the clipping.
         layout: the recorded optimizer.
         held: the parameters that it holds, group after group.
+        clip: clips gradients by name, differentiably; ``None`` = they are not clipped.
     """
 
-    def __init__(self, dynamics: Dynamics, layout: OptimizerLayout, held: Flat) -> None:
-        self._dynamics = dynamics
+    def __init__(
+        self,
+        layout: OptimizerLayout,
+        held: Flat,
+        clip: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self._clip = clip
         self._layout = layout
         self._held = held
         self._step = _step_adjoint(layout)
@@ -73,10 +77,10 @@ class UpdateAdjoint:
         def joined() -> Tensor:
             return flat.join([value.detach() for value in gradients.values()])
 
-        if self._dynamics.clips and groups:
+        if self._clip is not None and groups:
             unclipped = joined().requires_grad_()
             with torch.enable_grad():
-                (clipped,) = self._dynamics.clip({"all": unclipped}).values()
+                (clipped,) = self._clip({"all": unclipped}).values()
             pulled = self._step(state, groups, clipped.detach, adjoint)
             by_clipped = self._by_gradient(groups, pulled, adjoint, flat.size)
             (by_gradient,) = vector_jacobian([clipped], [unclipped], [by_clipped], adjoint.rows, batched=True)

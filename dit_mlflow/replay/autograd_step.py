@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dit_mlflow.influence.adjoint import Adjoint, vector_jacobian
-from dit_mlflow.influence.step_adjoint import PulledGroup
-from dit_mlflow.influence.update_groups import UpdateGroup
+from dit_mlflow.replay.adjoint import Adjoint, vector_jacobian
 from dit_mlflow.replay.optimizers import optimizer_class
+from dit_mlflow.replay.step_adjoint import PulledGroup
+from dit_mlflow.replay.update_groups import UpdateGroup
 from dit_mlflow.trajectory.state import COUNTERS, State
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_mlflow.influence.adjoint import Flat
+from dit_mlflow.replay.adjoint import Flat
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.state import COUNTERS, State
 from dit_mlflow.trajectory.step_record import StepRecord

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_mlflow.influence.adjoint import Adjoint
-from dit_mlflow.influence.autograd_step import AutogradStep
-from dit_mlflow.influence.closed_forms import AdamStep, SgdStep
-from dit_mlflow.influence.update_groups import UpdateGroup
+from dit_mlflow.replay.adjoint import Adjoint
+from dit_mlflow.replay.autograd_step import AutogradStep
+from dit_mlflow.replay.closed_forms import AdamStep, SgdStep
+from dit_mlflow.replay.update_groups import UpdateGroup
 from dit_mlflow.trajectory import State
 
 SIZE, ROWS = 12, 3

@@ -1,6 +1,6 @@
 """Vector-Jacobian products of the commonest optimizers' steps, written out.
 
-They give what :class:`dit_mlflow.influence.autograd_step.AutogradStep` gives, which the tests hold them against, in a
+They give what :class:`dit_mlflow.replay.autograd_step.AutogradStep` gives, which the tests hold them against, in a
 third of the time: for a small network, there, the update takes longer than the network itself.
 """
 
@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dit_mlflow.influence.adjoint import Adjoint
-from dit_mlflow.influence.autograd_step import AutogradStep
-from dit_mlflow.influence.step_adjoint import PulledGroup
-from dit_mlflow.influence.update_groups import UpdateGroup
+from dit_mlflow.replay.adjoint import Adjoint
+from dit_mlflow.replay.autograd_step import AutogradStep
+from dit_mlflow.replay.step_adjoint import PulledGroup
+from dit_mlflow.replay.update_groups import UpdateGroup
 from dit_mlflow.trajectory.state import State
 
 

@@ -1,0 +1,162 @@
+"""The gradient of a recorded step's loss, ``g_t(theta, b, w)``, and its clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dit_mlflow.errors import DitError, TrajectoryError
+from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
+from dit_mlflow.trajectory.step_record import StepRecord
+
+Term = Callable[[Parameters, Buffers, Tensor | None], Tensor]
+"""``(parameters, buffers, weights [sum B]) -> scalar``: a part of the objective of a step."""
+
+
+class LossGradient:
+    r"""``g_t(theta, b, w) = sum_{i in S_t} w_i c_{t,i} grad l_i(theta, b) + grad R(theta)``.
+
+    Args:
+        dynamics: model and data; its workload has losses, coefficients, regularizer and clipping.
+    """
+
+    def __init__(self, dynamics: Dynamics) -> None:
+        self.dynamics = dynamics
+        self.workload = dynamics.workload
+
+    def __call__(
+        self,
+        parameters: Parameters,
+        buffers: Buffers,
+        record: StepRecord,
+        batches: list[MicroBatch],
+        weights: Tensor | None = None,
+        create_graph: bool = False,
+    ) -> dict[str, Tensor]:
+        """``g_t(theta, b, w)`` by parameter name, before clipping.
+
+        Parameters whose recorded gradient was ``None`` are absent; frozen ones that were stepped all the same have 0.
+        Micro-batches are added in the order in which ``backward()`` accumulates them, so that the sum is the recorded
+        one bit for bit.
+
+        Args:
+            weights: ``w_i`` for all samples of the step in batch order, ``[sum B]``; ``None`` = all 1.
+        """
+        inputs = {
+            name: value
+            for name, value in parameters.items()
+            if value.requires_grad and name not in record.no_gradient and name not in record.zero_gradient
+        }
+        total: dict[str, Tensor] = {}
+        for term in self.terms(record, batches):
+            with self._naming(record):
+                value = term(parameters, buffers, weights)
+            if not inputs:
+                continue
+            parts = torch.autograd.grad(value, list(inputs.values()), create_graph=create_graph, allow_unused=True)
+            for name, part in zip(inputs, parts, strict=True):
+                if part is not None:
+                    total[name] = total[name] + part if name in total else part
+        return {
+            name: total[name] if name in total else torch.zeros_like(value)
+            for name, value in parameters.items()
+            if name in inputs or name in record.zero_gradient
+        }
+
+    def terms(self, record: StepRecord, batches: list[MicroBatch]) -> Iterator[Term]:
+        """The scalars whose gradients add up to ``g_t``: one per micro-batch, then the regularizer.
+
+        Each is yielded under the random state that its forward pass needs; use it before asking for the next.
+        """
+        self.dynamics.set_modes(record)
+        offset = 0
+        for micro in batches:
+            with self.dynamics.as_recorded(micro.random_state):
+                yield partial(self._data_term, micro, slice(offset, offset + micro.size))
+            offset += micro.size
+        if self.workload.regularizer is not None:
+            with self.dynamics.as_recorded():
+                yield self._regularizer_term
+
+    @property
+    def clips(self) -> bool:
+        """Whether the workload clips gradients."""
+        return self.workload.clip_grad_norm is not None or self.workload.clip_grad_value is not None
+
+    def clip(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The workload's clipping, differentiable; the same arithmetic as ``torch.nn.utils.clip_grad_*``."""
+        clipped = dict(gradients)
+        if (limit := self.workload.clip_grad_norm) is not None and gradients:
+            norm = torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(value) for value in gradients.values()])
+            )
+            factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+            clipped = {name: value * factor for name, value in clipped.items()}
+        if (bound := self.workload.clip_grad_value) is not None:
+            clipped = {name: value.clamp(-bound, bound) for name, value in clipped.items()}
+        return clipped
+
+    def buffers_after(self, parameters: Parameters, buffers: Buffers, record: StepRecord) -> Buffers:
+        """What the step's forward passes make of the buffers: ``B_t``."""
+        made = {name: value.clone() for name, value in buffers.items()}
+        for term in self.terms(record, self.dynamics.load(record)):
+            term(parameters, made, None)
+        return made
+
+    def bytes_kept(self, parameters: Parameters, buffers: Buffers, record: StepRecord) -> int:
+        """What the forward passes of a step keep for the backward pass, in bytes."""
+        kept = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.buffers_after(parameters, buffers, record)
+        return kept
+
+    def _data_term(
+        self,
+        micro: MicroBatch,
+        part: slice,
+        parameters: Parameters,
+        buffers: Buffers,
+        weights: Tensor | None,
+    ) -> Tensor:
+        losses = self.dynamics.call(
+            parameters, buffers, lambda model: self.workload.sample_losses(model, micro.batch, micro.size)
+        )
+        coefficients = micro.coefficients.to(losses.dtype)
+        if weights is None:
+            return (coefficients * losses).sum()
+        # A loss may come out in another dtype than the parameters, by its targets.
+        return torch.dot(weights[part] * coefficients.to(weights.dtype), losses.to(weights.dtype))
+
+    def _regularizer_term(self, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
+        assert self.workload.regularizer is not None
+        return self.dynamics.call(parameters, buffers, self.workload.regularizer)
+
+    @contextmanager
+    def _naming(self, record: StepRecord) -> Iterator[None]:
+        """A loss may well fail on a batch, a buffer or a mode that it never met: these come from the record."""
+        try:
+            yield
+        except (DitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            why = "It is not the recorded workload, or the record has been changed"
+            if self.dynamics.dtype is not None:
+                why = (
+                    f"This is computed in {self.dynamics.dtype} (dtype=…): tensors that the model or the loss makes "
+                    "must have the dtype of its parameters or inputs. Or compute in the recorded one (dtype=None). If "
+                    "it fails there too, it is not the recorded workload"
+                )
+            raise TrajectoryError(
+                f"the workload's loss fails on the record of step {record.index}: {type(error).__name__}: {error}. "
+                f"{why}"
+            ) from error

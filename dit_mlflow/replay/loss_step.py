@@ -1,0 +1,246 @@
+"""The standard training step: the gradient of per-sample losses, then one step of an optimizer."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_mlflow.errors import DitError, TrajectoryError
+from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
+from dit_mlflow.replay.buffers import BuffersApart
+from dit_mlflow.replay.double_backward import PlainAttention, refuse_dead_ends
+from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
+from dit_mlflow.replay.loss_gradient import LossGradient, Term
+from dit_mlflow.replay.optimizers import build_optimizer, set_hyperparameters
+from dit_mlflow.replay.running_statistics import running_statistics
+from dit_mlflow.replay.training_step import TrainingStep
+from dit_mlflow.replay.update import Pulled, UpdateAdjoint
+from dit_mlflow.trajectory.state import State
+from dit_mlflow.trajectory.step_record import StepRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """``m(theta, b, w) = <g_t(theta, b, w), lambda_g> + <B_t(theta, b), lambda_b>``, for ``rows`` adjoints.
+
+    Attributes:
+        gradients: ``g_t`` by parameter, with its graph.
+        statistics: ``B_t``, with its graph.
+        weights: ``w``, ``[sum B]``.
+        held: ``theta``: the parameters that the optimizer holds.
+        moving: ``b``: the running statistics.
+        by_gradient, by_statistic: ``lambda_g`` and ``lambda_b``, ``[A, *shape]`` each.
+        rows: ``A``.
+    """
+
+    gradients: Mapping[str, Tensor]
+    statistics: Sequence[Tensor]
+    weights: Tensor
+    held: Mapping[str, Tensor]
+    moving: Sequence[Tensor]
+    by_gradient: Sequence[Tensor]
+    by_statistic: Sequence[Tensor]
+    rows: int
+
+    def derivatives(self, inputs: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        """``dm / d input``, ``[A, *shape]`` each."""
+        outputs, cotangents = [*self.gradients.values(), *self.statistics], [*self.by_gradient, *self.by_statistic]
+        return vector_jacobian(outputs, inputs, cotangents, self.rows, batched)
+
+
+class LossStep(TrainingStep):
+    r"""A loss, then an optimizer:
+
+    .. math::
+        g_t(\theta, b, w) &= \sum_{i \in S_t} w_i c_{t,i} \nabla l_i(\theta, b) + \nabla R(\theta) \\
+        (\theta, o)_{t+1} &= U_t((\theta, o)_t, g_t), \quad b_{t+1} = B_t(\theta_t, b_t)
+
+    ``U_t``: the workload's clipping, then PyTorch's own optimizer; ``B_t``: what the forward passes do to the buffers.
+    In reverse, with ``m`` of :class:`Objective`,
+
+    .. math::
+        (\lambda_\theta, \lambda_o), \lambda_g = U_t'^{\top} \lambda, \quad
+        \mu = \partial_w m, \quad \lambda_\theta \mathrel{+}= \partial_\theta m, \quad \lambda_b = \partial_b m,
+
+    the three of ``m`` by one backward pass through the graph of ``g_t``, for all rows. No gradient of a single sample
+    is formed.
+
+    Followed are the parameters that the optimizer holds, and the running statistics of BatchNorm and InstanceNorm.
+
+    Args:
+        dynamics: model and data; its manifest describes the optimizer.
+
+    Cost: forwards, a training step; in reverse, two to three.
+    """
+
+    def __init__(self, dynamics: Dynamics) -> None:
+        super().__init__(dynamics)
+        self.gradient = LossGradient(dynamics)
+        self._layout = dynamics.manifest.optimizer
+        self._optimizer = build_optimizer(self._layout)
+        parameters, buffers = self.followed_parameters.shapes, self.followed_buffers.shapes
+        self.followed_parameters = Flat({name: parameters[name] for group in self._layout.groups for name in group})
+        moving = running_statistics(dynamics.model)
+        self.followed_buffers = Flat({name: shape for name, shape in buffers.items() if name in moving})
+        self._update_adjoint = UpdateAdjoint(
+            self._layout, self.followed_parameters, self.gradient.clip if self.gradient.clips else None
+        )
+        self.needs_optimizer_values = self._update_adjoint.needs_values
+        self._apart = BuffersApart(moving, self.gradient.buffers_after)
+        self._looked_for_dead_ends = False
+        self._warned = False
+        self._largest: list[float] = []
+        self.plain_attention = PlainAttention()
+
+    def forward(
+        self,
+        state: State,
+        batches: list[MicroBatch],
+        weights: Tensor | None,
+        record: StepRecord,
+        over: State | None = None,
+    ) -> State:
+        after = state.copy(over)
+        theta = _leaves(after.parameters)
+        gradients = self.gradient.clip(self.gradient(theta, after.buffers, record, batches, weights))
+        try:
+            return self._updated(after, gradients, record)
+        except (DitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            # Settings and state come from the record, and optimizers take what they are given on trust.
+            raise TrajectoryError(
+                f"torch.optim.{self._layout.name} cannot make step {record.index} with the settings and the state that "
+                f"are recorded: {type(error).__name__}: {error}"
+            ) from error
+
+    def forward_side_by_side(
+        self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, over: State | None = None
+    ) -> State:
+        """Gradients by one ``vmap``; the optimizers act on each element alone, and so on all copies at once."""
+        after = state.copy(over)
+        values = dict(after.parameters)
+        rest = {name: values.pop(name) for name in record.no_gradient | record.zero_gradient if name in values}
+
+        def gradient(term: Term) -> dict[str, Tensor]:
+            def objective(trained: Parameters, fixed: Parameters, buffers: Buffers, row: Tensor) -> Tensor:
+                given = dict(buffers)
+                value = term({**trained, **fixed}, buffers, row)
+                if any(buffers[name] is not given[name] for name in given):
+                    raise NotImplementedError("the model assigns buffers anew; copies side by side would lose them")
+                return value
+
+            stacked = torch.func.vmap(torch.func.grad(objective), randomness="same")
+            return stacked(values, rest, after.buffers, weights)
+
+        parts = [gradient(term) for term in self.gradient.terms(record, batches)]
+        total = {name: sum(part[name] for part in parts[1:]) + parts[0][name] for name in values}
+        total |= {name: torch.zeros_like(rest[name]) for name in record.zero_gradient}
+        return self._updated(after, torch.func.vmap(self.gradient.clip)(total), record)
+
+    def _updated(self, after: State, gradients: Mapping[str, Tensor], record: StepRecord) -> State:
+        """One step of PyTorch's optimizer, in place on ``after``."""
+        optimizer, parameters = self._optimizer, after.parameters
+        set_hyperparameters(optimizer, record.hyperparameters)
+        for group, names in zip(optimizer.param_groups, self._layout.groups, strict=True):
+            group["params"] = [parameters[name] for name in names]
+        optimizer.state = defaultdict(dict, {parameters[name]: entry for name, entry in after.optimizer.items()})
+        held = {parameters[name]: name for group in self._layout.groups for name in group}
+        try:
+            for parameter, name in held.items():
+                parameter.grad = gradients.get(name)
+            optimizer.step()
+            entries = {
+                held[parameter]: {key: value for key, value in entry.items() if value is not None}
+                for parameter, entry in optimizer.state.items()
+            }
+        finally:
+            for parameter in held:
+                parameter.grad = None
+        buffers = {name: value.detach() for name, value in after.buffers.items()}
+        return State(parameters, buffers, entries)
+
+    def vjp(
+        self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, adjoint: Adjoint
+    ) -> tuple[Adjoint, Tensor]:
+        # Clipping looks at every gradient, also of parameters that the optimizer does not hold.
+        held = _leaves({name: state.parameters[name] for name in self.followed_parameters.shapes})
+        theta = {**held, **_leaves({name: value for name, value in state.parameters.items() if name not in held})}
+        moving = _leaves({name: state.buffers[name] for name in self.followed_buffers.shapes})
+        # The forward pass works in place on buffers, and the state is still needed.
+        buffers = {name: value.clone() for name, value in {**state.buffers, **moving}.items()}
+        with self.differentiable(), self.plain_attention():
+            gradients = self.gradient(theta, buffers, record, batches, weights, create_graph=True)
+        if not self._looked_for_dead_ends:
+            refuse_dead_ends(gradients.values())
+            self._looked_for_dead_ends = True
+        self._apart.check(state, buffers, record)
+        pulled = self._update_adjoint(state, gradients, record, adjoint)
+        objective = Objective(
+            gradients,
+            [buffers[name] for name in moving],
+            weights,
+            held,
+            list(moving.values()),
+            pulled.gradients,
+            self.followed_buffers.split_rows(adjoint.buffers),
+            adjoint.rows,
+        )
+        by_weight, by_theta, by_buffer = self.derivatives(objective, state, record, batches)
+        self._watch(record, gradients, weights, pulled, largest=float(by_weight.abs().max()))
+        for total, part in zip(self.followed_parameters.split_rows(pulled.adjoint.parameters), by_theta, strict=True):
+            total += part
+        if by_buffer:
+            pulled.adjoint.buffers = self.followed_buffers.join_rows(by_buffer, adjoint.rows)
+        return pulled.adjoint, by_weight
+
+    def derivatives(
+        self, objective: Objective, state: State, record: StepRecord, batches: list[MicroBatch]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Of ``m``: by the samples' weights ``[A, sum B]``, by the parameters (the Hessian), by the statistics."""
+        inputs = [objective.weights, *objective.held.values(), *objective.moving]
+        by_weight, *rest = objective.derivatives(inputs, self.batched)
+        return by_weight, rest[: len(objective.held)], rest[len(objective.held) :]
+
+    def bytes_kept(self, state: State, record: StepRecord) -> int:
+        return self.gradient.bytes_kept(_leaves(state.parameters), state.buffers, record)
+
+    def _watch(
+        self, record: StepRecord, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float
+    ) -> None:
+        """Warn once if a sample has a gradient where the total has been 0 so far, and the step has no derivative.
+
+        Such a weight gradient carries ``1 / eps``; looked at are steps whose largest one stands out, and the first few.
+        """
+        if self._warned or not gradients:
+            return
+        self._largest.append(largest)
+        if len(self._largest) > 4 and largest < 10 * statistics.median(self._largest[-99:]):
+            return
+        undefined = pulled.undefined()
+        cotangents = [mask * part for mask, part in zip(undefined, pulled.gradients, strict=True)]
+        (by_weight,) = vector_jacobian(
+            list(gradients.values()), [weights], cotangents, len(cotangents[0]), self.batched
+        )
+        row, place = divmod(int(by_weight.abs().argmax()), by_weight.shape[1])
+        # Below that it is rounding, as in elements whose gradient is 0 by symmetry (the bias of attention's keys).
+        if by_weight[row, place].abs() > 1e-6 * largest:
+            self._warned = True
+            names = [name for name, mask in zip(gradients, undefined, strict=True) if bool(mask.any())]
+            warnings.warn(
+                f"at step {record.index}, sample {record.samples[place]} has a gradient in elements of {names} where "
+                "the batches' gradients have cancelled to exactly 0 in every step so far; the optimizer's step is not "
+                "differentiable there (it divides by eps), so scores of such samples can be far too large. Check them "
+                "with leave_one_out(samples=[...])",
+                stacklevel=6,
+            )
+
+
+def _leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in tensors.items()}

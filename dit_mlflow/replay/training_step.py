@@ -1,0 +1,249 @@
+"""One step of training as a function of state and sample weights: forwards, side by side, and in reverse."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
+from dit_mlflow.replay.double_backward import naming_missing_derivatives
+from dit_mlflow.replay.dynamics import Dynamics, MicroBatch
+from dit_mlflow.replay.running_statistics import DifferentiableStatistics, running_statistics
+from dit_mlflow.trajectory.manifest import DTYPES, TensorLayout
+from dit_mlflow.trajectory.state import COUNTERS, State
+from dit_mlflow.trajectory.step_record import StepRecord
+
+WeightsOf = Callable[[StepRecord], Tensor | None]
+"""The weights of a step's samples, in batch order: ``[sum B]``, ``[K, sum B]``, or ``None`` = all 1, as recorded."""
+
+
+@dataclass(frozen=True, eq=False)
+class SampleWeights:
+    """Weights of the training samples ``[n]`` (or ``[K, n]``) in the steps ``start <= t < end``; 1 in all others."""
+
+    values: Tensor
+    start: int
+    end: int
+
+    def __call__(self, record: StepRecord) -> Tensor | None:
+        if self.start <= record.index < self.end:
+            return self.values[..., record.samples]
+        return None if self.values.dim() == 1 else self.values.new_ones((len(self.values), len(record.samples)))
+
+
+class TrainingStep(ABC):
+    r"""Step ``t`` of training as a pure function of the state ``s = (theta, o, b)`` and the samples' weights ``w``:
+
+    .. math:: s_{t+1} = \mathrm{step}_t(s_t, w), \qquad
+              (\lambda_t, \mu_t) = \Big( \frac{\partial s_{t+1}}{\partial s_t}^{\top} \lambda_{t+1}, \;
+                                         \frac{\partial s_{t+1}}{\partial w}^{\top} \lambda_{t+1} \Big)
+
+    Batch, coefficients and random draws (:class:`MicroBatch`), modes and settings (:class:`StepRecord`) are those of
+    the record. Replay is the first line at ``w = 1``, leave-one-out the same with a weight 0, the sweep the second.
+
+    A kind of step gives :meth:`forward`; the rest follows from it, by autograd and ``vmap``. Where that is slow, it may
+    give :meth:`vjp`, :meth:`forward_side_by_side` and :meth:`bytes_kept` as well. Nothing else knows how a step is
+    made.
+
+    Args:
+        dynamics: model and data.
+
+    Attributes:
+        followed_parameters, followed_buffers: the parts of a state, besides the optimizer's, that an adjoint has rows
+            for: here, all floating ones.
+        batched: whether a backward pass of many rows at once pays; through convolutions it does not.
+        needs_optimizer_values: whether :meth:`pull_back` needs the optimizer's state, or its keys alone.
+    """
+
+    needs_optimizer_values: bool = True
+
+    def __init__(self, dynamics: Dynamics) -> None:
+        self.dynamics = dynamics
+        layout = dynamics.manifest.model
+        self.followed_parameters = Flat(_floating_shapes(layout.parameters))
+        self.followed_buffers = Flat(_floating_shapes(layout.buffers))
+        self.batched = not any(isinstance(module, CONVOLUTIONS) for module in dynamics.model.modules())
+        self._has_statistics = bool(running_statistics(dynamics.model))
+
+    def __call__(
+        self, state: State, record: StepRecord, weights: Tensor | None = None, over: State | None = None
+    ) -> State:
+        """``s_{t+1}``.
+
+        Args:
+            state: ``s_t``; of ``K`` trainings side by side, with a leading dimension ``K``.
+            record: step ``t``.
+            weights: ``[sum B]`` in batch order, ``[K, sum B]`` for ``K`` trainings; ``None`` = all 1, as recorded.
+            over: a state that nobody needs any more, maybe ``state`` itself; its memory may be used for the result.
+
+        Cost: one training step; of ``K`` side by side, about ``K`` at once, and ``K`` times the memory.
+        """
+        self.dynamics.set_modes(record)
+        batches = self.dynamics.load(record)
+        weights = None if weights is None else weights.to(_like(state))
+        if weights is not None and weights.dim() == 2:
+            return self.forward_side_by_side(state, batches, weights, record, over)
+        return self.forward(state, batches, weights, record, over)
+
+    def run(
+        self,
+        state: State,
+        records: Iterable[StepRecord],
+        weights: WeightsOf | None = None,
+        over: State | None = None,
+    ) -> State:
+        """Where the steps lead from ``state``. Memory: one more state, or ``over``."""
+        for record in records:
+            state = over = self(state, record, None if weights is None else weights(record), over)
+        return state
+
+    def pull_back(
+        self, state: State, record: StepRecord, adjoint: Adjoint, weights: Tensor | None = None
+    ) -> tuple[Adjoint, Tensor]:
+        """``lambda_t``, and ``mu_t [A, sum B]``, from ``lambda_{t+1}``, at any weights.
+
+        Args:
+            state: ``s_t``.
+            record: step ``t``.
+            adjoint: ``lambda_{t+1}``, ``A`` rows; may be worked on in place.
+            weights: as for a call, of one training.
+
+        Raises:
+            UnsupportedError: an operation has no second derivative, or a buffer cannot be followed.
+        """
+        self.dynamics.set_modes(record)
+        batches = self.dynamics.load(record)
+        like = _like(state)
+        weights = like.new_ones(len(record.samples)) if weights is None else weights.to(like, copy=True)
+        with naming_missing_derivatives():
+            return self.vjp(state, batches, weights.requires_grad_(), record, adjoint)
+
+    @abstractmethod
+    def forward(
+        self,
+        state: State,
+        batches: list[MicroBatch],
+        weights: Tensor | None,
+        record: StepRecord,
+        over: State | None = None,
+    ) -> State:
+        """``s_{t+1}``, leaving ``state`` and ``weights`` alone; modules are in the modes of ``record``.
+
+        Of ordinary operations on the tensors of state and weights, unless :meth:`vjp` is given too: gradients taken by
+        ``torch.func.grad`` (or ``create_graph=True``, where one training at a time will do). Draws are the recorded
+        ones inside ``self.dynamics.as_recorded(micro.random_state)``. A loss may work in place on its batch, which is
+        loaded for this call alone. ``over`` may be ignored.
+        """
+
+    def forward_side_by_side(
+        self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, over: State | None = None
+    ) -> State:
+        """:meth:`forward` of ``K`` trainings, which draw the same, under one ``vmap``."""
+        counters: dict[str, dict[str, Any]] = {}
+
+        def one(slots: _Slots, parameters: dict[str, Tensor], buffers: dict[str, Tensor], row: Tensor) -> Any:
+            entries = {name: {**entry, **slots.get(name, {})} for name, entry in state.optimizer.items()}
+            after = self.forward(State(parameters, buffers, entries), batches, row, record)
+            counters.update(after.optimizer)
+            return after.parameters, after.buffers, _slots(after)
+
+        stacked = torch.func.vmap(one, randomness="same")
+        parameters, buffers, slots = stacked(_slots(state), state.parameters, state.buffers, weights)
+        merged = {name: {key: slots[name].get(key, value) for key, value in e.items()} for name, e in counters.items()}
+        return State(parameters, buffers, merged)
+
+    def vjp(
+        self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, adjoint: Adjoint
+    ) -> tuple[Adjoint, Tensor]:
+        """What :meth:`pull_back` gives, for ``weights [sum B]`` that require a gradient: by autograd through
+        :meth:`forward`. Rows of the optimizer's state go by ``name/key``."""
+        before = state.map(lambda value: value.detach().requires_grad_(value.is_floating_point()), counters=False)
+        with torch.enable_grad(), self.differentiable(), sdpa_kernel(SDPBackend.MATH):
+            after = self.forward(before, batches, weights, record)
+        parameters, buffers, slots = self._followed(before)
+        moved, left, stored = self._followed(after)
+        reached = [key for key in adjoint.optimizer if key in stored]
+        by_weight, *found = vector_jacobian(
+            [*moved, *left, *(stored[key] for key in reached)],
+            [weights, *parameters, *buffers, *slots.values()],
+            [
+                *self.followed_parameters.split_rows(adjoint.parameters),
+                *self.followed_buffers.split_rows(adjoint.buffers),
+                *(adjoint.optimizer[key].view(-1, *stored[key].shape) for key in reached),
+            ],
+            adjoint.rows,
+            self.batched,
+        )
+        by_parameters, found = found[: len(parameters)], found[len(parameters) :]
+        by_buffers, by_slots = found[: len(buffers)], found[len(buffers) :]
+        rows = adjoint.rows
+        return Adjoint(
+            self.followed_parameters.join_rows(by_parameters, rows),
+            self.followed_buffers.join_rows(by_buffers, rows) if by_buffers else adjoint.buffers,
+            {key: value.reshape(rows, -1) for key, value in zip(slots, by_slots, strict=True)},
+        ), by_weight
+
+    def _followed(self, state: State) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+        """Its parameters and buffers that are followed, and the optimizer's floating tensors by ``name/key``."""
+        slots = {f"{name}/{key}": value for name, entry in _slots(state).items() for key, value in entry.items()}
+        return (
+            [state.parameters[name] for name in self.followed_parameters.shapes],
+            [state.buffers[name] for name in self.followed_buffers.shapes],
+            {key: value for key, value in slots.items() if value.is_floating_point()},
+        )
+
+    def differentiable(self) -> AbstractContextManager[Any]:
+        """Inside it, running statistics of normalisation layers have derivatives."""
+        return DifferentiableStatistics() if self._has_statistics else nullcontext()
+
+    def bytes_kept(self, state: State, record: StepRecord) -> int:
+        """What a step keeps for its backward pass, in bytes: here, all that its operations make, which is not less."""
+        with _Made() as made:
+            self(state, record)
+        return made.nbytes
+
+
+_Slots = dict[str, dict[str, Tensor]]
+
+
+def _slots(state: State) -> _Slots:
+    """The optimizer's tensors that are each copy's own."""
+    return {
+        name: {key: value for key, value in entry.items() if key not in COUNTERS and isinstance(value, Tensor)}
+        for name, entry in state.optimizer.items()
+    }
+
+
+def _like(state: State) -> Tensor:
+    return next(iter(state.parameters.values()))
+
+
+def _floating_shapes(layouts: Mapping[str, TensorLayout]) -> dict[str, torch.Size]:
+    return {name: torch.Size(of.shape) for name, of in layouts.items() if DTYPES[of.dtype].is_floating_point}
+
+
+class _Made(TorchFunctionMode):
+    """Adds up the bytes of the tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.nbytes += sum(
+            part.nbytes for part in (made if isinstance(made, tuple) else (made,)) if isinstance(part, Tensor)
+        )
+        return made
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Layers through which a backward pass of many rows at once is slower than one after the other."""
