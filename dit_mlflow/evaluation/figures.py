@@ -15,6 +15,8 @@ LOW, HIGH, CHANCE = "_low", "_high", "_chance"
 """Behind a figure's name: the ends of its interval (95 %), and what scores in random order give."""
 
 BESIDE = (LOW, HIGH, CHANCE)
+"""What is read beside a figure, and has no chart of its own."""
+
 LOWEST_DRAW, HIGHEST_DRAW = "_lowest_draw", "_highest_draw"
 """Behind the name of a figure of several random draws: its least and its largest value."""
 
@@ -36,7 +38,7 @@ ROWS = "dit/"
 ATTAINABLE = "attainable_"
 """Before the leaf of an agreement with exact retraining: that of exact retraining, as recorded, with itself."""
 
-TRAINING, VALIDATION, TEST = "training/", "validation/", "test/"
+VALIDATION, TEST = "validation/", "test/"
 """Before a metric of a workload: the data that it is of."""
 
 LOSS, ACCURACY = "loss", "accuracy"

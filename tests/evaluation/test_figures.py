@@ -130,7 +130,7 @@ def test_every_name_leads_to_its_own_figure_and_says_something() -> None:
 
 def test_the_page_of_all_figures_is_up_to_date() -> None:
     """Written anew by ``python docs/figures.py``."""
-    docs = PACKAGE.parent / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     page = runpy.run_path(str(docs / "figures.py"))["page"]()
     assert (docs / "figures.md").read_text(encoding="utf-8") == page
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `") and "…" not in line}
