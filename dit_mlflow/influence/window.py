@@ -59,7 +59,7 @@ def parse_windows(text: str, trajectory: Timeline) -> list[Window]:
     Raises:
         InputError: the text is none of these, or a window lies outside training.
 
-    >>> from dit_mlflow.trajectory import Plan
+    >>> from dit_mlflow.workload import Plan
     >>> [str(window) for window in parse_windows("3", Plan((5, 10)))]
     ['0-3', '3-6', '6-10']
     """

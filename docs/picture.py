@@ -1,4 +1,4 @@
-"""Draw the figure of the README: ``python docs/figure.py``. The main job logs the same plot on its run."""
+"""Draw the figure of the README: ``python docs/picture.py``. The main job logs the same plot on its run."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
