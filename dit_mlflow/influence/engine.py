@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.errors import InputError, UnsupportedError
-from dit_mlflow.influence.adjoint import Adjoint, Flat, vector_jacobian
+from dit_mlflow.influence.adjoint import Adjoint, Flat, grad_or_zeros, vector_jacobian
 from dit_mlflow.influence.buffers import BuffersApart
 from dit_mlflow.influence.kind import Sweep
 from dit_mlflow.influence.query import Query
@@ -154,9 +154,7 @@ class Engine:
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
                     "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
                 )
-            found = torch.autograd.grad(
-                value, [*held.values(), *moving.values()], allow_unused=True, materialize_grads=True
-            )
+            found = grad_or_zeros(value, [*held.values(), *moving.values()])
             by_parameters.append(self._held.join(found[: len(held)]))
             by_buffers.append(torch.cat([value.new_zeros(0), *(part.reshape(-1) for part in found[len(held) :])]))
         return Adjoint(torch.stack(by_parameters), torch.stack(by_buffers))

@@ -80,6 +80,7 @@ class Dynamics:
         self._twice_differentiable = TwiceDifferentiable(model)
         self._substituted.withdraw()
         self._modules = dict(model.named_modules())
+        self._position = {name: position for position, (name, _) in enumerate(model.named_parameters())}
         self._evaluation_mode: frozenset[str] | None = None
 
     def load(self, step: StepRecord) -> list[MicroBatch]:
@@ -221,8 +222,10 @@ class Dynamics:
         """The workload's clipping, differentiable; the same arithmetic as ``torch.nn.utils.clip_grad_*``."""
         clipped = dict(gradients)
         if (limit := self.workload.clip_grad_norm) is not None and gradients:
+            # In the model's order, not the record's: rounding depends on it.
+            ordered = sorted(gradients, key=lambda name: self._position.get(name, 0))
             norm = torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(value) for value in gradients.values()])
+                torch.stack([torch.linalg.vector_norm(gradients[name]) for name in ordered])
             )
             factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
             clipped = {name: value * factor for name, value in clipped.items()}
