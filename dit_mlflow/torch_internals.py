@@ -45,8 +45,8 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
     return inner if inspect.ismethod(inner) else found
 
 
-def tensor_slots(module: nn.Module, kind: Literal["parameters", "buffers"]) -> dict[str, Tensor | None]:
-    """The dictionary in which a module itself looks for its tensors (``Module._parameters``, ``_buffers``).
+def tensor_slots(module: nn.Module, kind: Literal["parameters", "buffers"]) -> dict[str, Any]:
+    """The dictionary in which a module looks for its tensors, or ``None`` (``Module._parameters``, ``_buffers``).
 
     ``setattr`` takes no plain tensor in place of a parameter, and ``torch.func.functional_call`` loses a buffer that
     the model assigns anew.

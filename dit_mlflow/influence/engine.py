@@ -12,7 +12,7 @@ from dit_mlflow.influence.kind import Sweep
 from dit_mlflow.influence.query import Query
 from dit_mlflow.influence.window_scores import Row, WindowScores
 from dit_mlflow.progress import progress_bar
-from dit_mlflow.replay.adjoint import Adjoint
+from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.replay.training_step import WeightsOf
 from dit_mlflow.trajectory import State
@@ -106,9 +106,7 @@ class Engine:
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
                     "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
                 )
-            found = torch.autograd.grad(
-                value, [*held.values(), *moving.values()], allow_unused=True, materialize_grads=True
-            )
+            found = grad_or_zeros(value, [*held.values(), *moving.values()])
             by_parameters.append(step.followed_parameters.join(found[: len(held)]))
             by_buffers.append(torch.cat([value.new_zeros(0), *(part.reshape(-1) for part in found[len(held) :])]))
         return Adjoint(torch.stack(by_parameters), torch.stack(by_buffers))

@@ -17,6 +17,7 @@ from dit_mlflow.influence.window import Window
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.objective import mean_coefficients
 from dit_mlflow.methods.snapshot import Snapshot, Vectors, snapshots
+from dit_mlflow.replay.adjoint import grad_or_zeros
 
 Solver = Callable[[float], np.ndarray | None]
 """``damping -> (H + damping)^{-1}`` of some rows, ``[rows, P]``; ``None`` = it cannot be had."""
@@ -131,14 +132,11 @@ def hessian_product(snapshot: Snapshot, weights: np.ndarray, vector: np.ndarray)
 
 
 def _add_product(total: list[Tensor], value: Tensor, inputs: list[Tensor], direction: Vectors) -> None:
-    gradients = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
-    pairs = [(g, v[0]) for g, v in zip(gradients, direction.values(), strict=True) if g is not None and g.requires_grad]
+    first = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+    pairs = [(g, v[0]) for g, v in zip(first, direction.values(), strict=True) if g is not None and g.requires_grad]
     if not pairs:
         return
-    found = torch.autograd.grad(
-        [g for g, _ in pairs], inputs, [v for _, v in pairs], allow_unused=True, materialize_grads=True
-    )
-    for part, term in zip(total, found, strict=True):
+    for part, term in zip(total, grad_or_zeros([g for g, _ in pairs], inputs, [v for _, v in pairs]), strict=True):
         part += term
 
 

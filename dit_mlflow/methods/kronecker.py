@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dit_mlflow.methods.sample_gradients import GRADIENTS_IN_MEMORY
 from dit_mlflow.methods.snapshot import Snapshot, Vectors
+from dit_mlflow.replay.adjoint import grad_or_zeros
 
 Pass = list[tuple[Tensor, Tensor]]
 """Inputs ``[B, P, I]`` and output gradients ``[B, P, O]`` of a layer, once per call; ``P`` = positions."""
@@ -101,9 +102,7 @@ class Captured:
         """Whether the rows of the first and the last sample give those samples' gradients."""
         trained = [self.snapshot.trained[name] for name in layer.names]
         for sample in {0, len(losses) - 1}:
-            parts = torch.autograd.grad(
-                losses[sample], trained, allow_unused=True, materialize_grads=True, retain_graph=True
-            )
+            parts = grad_or_zeros(losses[sample], trained, retain_graph=True)
             expected = layer.matrix({name: part[None] for name, part in zip(layer.names, parts, strict=True)})[0]
             found = torch.stack([gradients[sample].T @ inputs[sample] for inputs, gradients in calls]).sum(dim=0)
             if not torch.allclose(found, expected.double(), rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
@@ -136,9 +135,7 @@ def _passes(
     """The calls by layer; without layers that were not called with one row per sample."""
     if not calls:
         return {}
-    found = torch.autograd.grad(
-        losses.sum(), [output for *_, output in calls], None, retain_graph, allow_unused=True, materialize_grads=True
-    )
+    found = grad_or_zeros(losses.sum(), [output for *_, output in calls], retain_graph=retain_graph)
     passes: dict[str, Pass] = {}
     odd = set()
     for (name, inputs, _), gradients in zip(calls, found, strict=True):
@@ -232,7 +229,7 @@ def squares_one_by_one(snapshot: Snapshot, weights: np.ndarray, names: Sequence[
         return total
     for indices, losses in snapshot.batches():
         for weight, loss in zip(weights[indices].tolist(), losses, strict=True):
-            found = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True, materialize_grads=True)
+            found = grad_or_zeros(loss, values, retain_graph=True)
             for name, part in zip(names, found, strict=True):
                 total[name] += weight * part.double().square()
     return total

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
 from dit_mlflow.errors import UnsupportedError
@@ -65,12 +66,13 @@ class LastLayer:
     @property
     def weight(self) -> str:
         """The weight's name, ``[O, F]``."""
-        return self._own_name(self.module.weight)
+        return self._own_name("weight")
 
     @property
     def bias(self) -> str | None:
         """The bias's name, ``[O]``, if there is one."""
-        return None if self.module.bias is None else self._own_name(self.module.bias)
+        computed = parametrize.is_parametrized(self.module, "bias")
+        return self._own_name("bias") if computed or self.module.bias is not None else None
 
     def of(self, dataset: Dataset[Any]) -> LabelledFeatures:
         """Every sample of ``dataset``.
@@ -106,9 +108,10 @@ class LastLayer:
                 "a model that ends in a linear layer; use influence_function or trak, which do not"
             )
 
-    def _own_name(self, tensor: Tensor) -> str:
+    def _own_name(self, key: str) -> str:
+        own = dict(self.module.named_parameters(recurse=False)).get(key)
         for name, value in self.dynamics.model.named_parameters():
-            if value is tensor:
+            if value is own:
                 return name
         raise UnsupportedError(
             f"the last linear layer of {type(self.dynamics.model).__name__}, {self.name!r}, computes its weights from "

@@ -16,6 +16,7 @@ from dit_mlflow.influence import Query
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import LastLayer, as_logits
 from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.replay.adjoint import grad_or_zeros
 
 TOLERANCE = 1e-4
 """The largest residual of the representer theorem that is taken."""
@@ -173,5 +174,5 @@ def _query_gradient(layer: LastLayer, weights: Tensor, query: Query) -> Tensor:
             f"query {query.name!r} does not depend on the last layer, {layer.name!r}, by differentiable operations; "
             "representer points explain what that layer makes of its features. Expected a query on the model's outputs"
         )
-    parts = torch.autograd.grad(value, list(moved.values()), allow_unused=True, materialize_grads=True)
+    parts = grad_or_zeros(value, list(moved.values()))
     return torch.cat([part.double().reshape(len(weights), -1) for part in parts], dim=1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_mlflow.methods.snapshot import LOSSES_PER_PASS, Snapshot
+from dit_mlflow.replay.adjoint import grad_or_zeros
 from dit_mlflow.replay.dynamics import Parameters
 from dit_mlflow.workload.workload import Batch, tensors_of, with_tensors
 
@@ -91,7 +92,7 @@ def _one_by_one(snapshot: Snapshot, output: Output, indices: np.ndarray, labels:
         (value,) = _evaluate(
             snapshot, snapshot.parameters, output, snapshot.batch(np.array([index])), label.unsqueeze(0)
         )
-        parts = torch.autograd.grad(value, list(snapshot.trained.values()), allow_unused=True, materialize_grads=True)
+        parts = grad_or_zeros(value, list(snapshot.trained.values()))
         rows.append(torch.cat([part.flatten() for part in parts]))
     return torch.stack(rows)
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence import Query
 from dit_mlflow.methods.objective import refuse_ascent
-from dit_mlflow.replay.adjoint import vector_jacobian
+from dit_mlflow.replay.adjoint import grad_or_zeros, vector_jacobian
 from dit_mlflow.replay.dynamics import Dynamics, Parameters
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory import State
@@ -77,8 +77,7 @@ class Snapshot:
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
                     "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
                 )
-            found = torch.autograd.grad(value, list(self.trained.values()), allow_unused=True, materialize_grads=True)
-            rows.append(found)
+            rows.append(grad_or_zeros(value, list(self.trained.values())))
         return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(self.trained)}
 
     def losses(self) -> np.ndarray:

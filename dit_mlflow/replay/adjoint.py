@@ -100,6 +100,20 @@ class Adjoint:
         )
 
 
+def grad_or_zeros(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    retain_graph: bool | None = None,
+) -> list[Tensor]:
+    """``torch.autograd.grad`` with zeros for inputs that no output depends on.
+
+    Those of its own ``materialize_grads`` require a gradient themselves in torch 2.6.
+    """
+    found = torch.autograd.grad(outputs, inputs, cotangents, retain_graph, allow_unused=True)
+    return [torch.zeros_like(value) if part is None else part for value, part in zip(inputs, found, strict=True)]
+
+
 def vector_jacobian(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], rows: int, batched: bool
 ) -> list[Tensor]:
@@ -120,17 +134,7 @@ def vector_jacobian(
             value.new_zeros((rows, *value.shape)) if part is None else part
             for value, part in zip(inputs, found, strict=True)
         ]
-    each = [
-        torch.autograd.grad(
-            outputs,
-            inputs,
-            [cotangent[row] for cotangent in cotangents],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        for row in range(rows)
-    ]
+    each = [grad_or_zeros(outputs, inputs, [cotangent[row] for cotangent in cotangents], True) for row in range(rows)]
     if rows == 1:
         return [part.unsqueeze(0) for part in each[0]]
     return [torch.stack(parts) for parts in zip(*each, strict=True)]

@@ -27,6 +27,7 @@ class LossGradient:
     def __init__(self, dynamics: Dynamics) -> None:
         self.dynamics = dynamics
         self.workload = dynamics.workload
+        self._position = {name: place for place, (name, _) in enumerate(dynamics.model.named_parameters())}
 
     def __call__(
         self,
@@ -91,8 +92,10 @@ class LossGradient:
         """The workload's clipping, differentiable; the same arithmetic as ``torch.nn.utils.clip_grad_*``."""
         clipped = dict(gradients)
         if (limit := self.workload.clip_grad_norm) is not None and gradients:
+            # In the model's order, not the record's: rounding depends on it.
+            ordered = sorted(gradients, key=lambda name: self._position.get(name, 0))
             norm = torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(value) for value in gradients.values()])
+                torch.stack([torch.linalg.vector_norm(gradients[name]) for name in ordered])
             )
             factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
             clipped = {name: value * factor for name, value in clipped.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.torch_internals import sampling_kernels
@@ -37,6 +39,8 @@ class RecordedDtype(TorchFunctionMode):
         if func in self._draws_from and (asked := _floating(*args, *kwargs.values())) is not None:
             found = func(*map(self._narrow, args), **{name: self._narrow(value) for name, value in kwargs.items()})
             return found.to(asked) if found.is_floating_point() else found
+        if func is F.gumbel_softmax:
+            return self._gumbel_softmax(*args, **kwargs)
         if func in _DRAWS_INTO and args[0].is_floating_point():
             drawn = func(torch.empty_like(args[0], dtype=self.dtype), *map(self._narrow, args[1:]), **kwargs)
             return args[0].copy_(drawn)
@@ -49,6 +53,17 @@ class RecordedDtype(TorchFunctionMode):
                 raise
         args, kwargs = map_tensors((args, kwargs), lambda t: t.to(widest) if t.is_floating_point() else t)
         return func(*args, **kwargs)
+
+    def _gumbel_softmax(
+        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+    ) -> Tensor:
+        """Written out: what torch's draws inside does not come by here."""
+        noise = torch.empty_like(logits, dtype=self.dtype, memory_format=torch.legacy_contiguous_format).exponential_()
+        soft = ((logits - noise.to(logits.dtype).log()) / tau).softmax(dim)
+        if not hard:
+            return soft
+        chosen = torch.zeros_like(soft).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
+        return chosen - soft.detach() + soft
 
     def _narrow(self, value: Any) -> Any:
         return value.to(self.dtype) if _is_floating(value) else value

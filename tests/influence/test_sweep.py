@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ OPTIMIZERS: dict[str, Any] = {
     "adam amsgrad": partial(Adam, lr=0.02, amsgrad=True),
     "adamw": partial(AdamW, lr=0.02, weight_decay=0.1),
     "adamw amsgrad": partial(AdamW, lr=0.02, weight_decay=0.1, amsgrad=True),
-    "adam maximize decoupled": partial(Adam, lr=0.005, weight_decay=0.1, decoupled_weight_decay=True, maximize=True),
     "nadam": partial(NAdam, lr=0.02),
     "nadam weight decay": partial(NAdam, lr=0.02, weight_decay=0.05, momentum_decay=0.01),
     "nadam decoupled": partial(NAdam, lr=0.02, weight_decay=0.05, decoupled_weight_decay=True),
@@ -49,6 +49,12 @@ OPTIMIZERS: dict[str, Any] = {
     "asgd": partial(ASGD, lr=0.5),
     "asgd decays": partial(ASGD, lr=0.5, lambd=0.05, alpha=0.5, t0=3, weight_decay=0.05),
 }
+
+
+if "decoupled_weight_decay" in signature(Adam).parameters:
+    # Not in torch 2.6.
+    decoupled = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+    OPTIMIZERS["adam maximize decoupled"] = partial(Adam, lr=0.005, maximize=True, **decoupled)  # type: ignore[arg-type]
 
 
 def with_optimizer(name: str) -> Any:

@@ -134,12 +134,23 @@ def test_where_draws_differ_side_by_side_samples_are_left_out_one_at_a_time(
     side_by_side(True, monkeypatch)
     windows = [Window(0, trajectory.num_steps)]
     found = leave_one_out(trajectory, workload, windows, samples=[1, 7])
-    (message,) = caplog.messages
-    assert re.search(
-        r"control run misses '(inner|outer)\.\w+' .*; random draws differ under vmap\. Retraining one", message
-    )
+    expected = r"control run misses '(inner|outer)\.\w+' .*; random draws differ under vmap\. Retraining one"
+    assert [bool(re.search(expected, message)) for message in caplog.messages] == [True] * draws_differ_under_vmap()
     side_by_side(False, monkeypatch)
-    np.testing.assert_array_equal(found.scores, leave_one_out(trajectory, workload, windows, samples=[1, 7]).scores)
+    np.testing.assert_allclose(
+        found.scores, leave_one_out(trajectory, workload, windows, samples=[1, 7]).scores, rtol=1e-7
+    )
+
+
+def draws_differ_under_vmap() -> bool:
+    """They do not in torch 2.6."""
+
+    def dropped(values: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return nn.functional.dropout(values.T, 0.4)
+
+    values = torch.ones(2, 8, 6)
+    return not torch.equal(torch.func.vmap(dropped, randomness="same")(values)[0], dropped(values[0]))
 
 
 def test_rounding_that_training_amplifies_does_not_end_leaving_out_side_by_side(
