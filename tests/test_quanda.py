@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision_operators  # noqa: F401
 from oracles import train_again
 from sklearn.datasets import load_digits
 from torch import nn
@@ -18,6 +19,7 @@ from dit_mlflow import InputError, Trajectory, UnsupportedError, Window, Workloa
 from dit_mlflow.methods import NAMES, Method, method
 from dit_mlflow.methods.data_shapley import DataShapley
 from dit_mlflow.methods.datamodel import Datamodel
+from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.downsampling import Downsampling
 from dit_mlflow.methods.leave_one_out import LeaveOneOut
 
@@ -37,10 +39,12 @@ SHORTCUTS = 8
 
 FEWER: dict[str, Method] = {
     "leave_one_out": LeaveOneOut(dtype=torch.float64),
-    "downsampling": Downsampling(subsets=200),
-    "datamodel": Datamodel(subsets=200),
-    "data_shapley": DataShapley(retrainings=120),
+    "dit_confirmed": DitConfirmed(dtype=torch.float64),
+    "downsampling": Downsampling(subsets=200, dtype=torch.float64),
+    "datamodel": Datamodel(subsets=200, dtype=torch.float64),
+    "data_shapley": DataShapley(retrainings=120, dtype=torch.float64),
 }
+"""In float64, since the clock decides how retrainings are batched, and that how they round."""
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
