@@ -57,6 +57,30 @@ def validation_loss(workload: Workload, model: nn.Module) -> float:
     return float(workload.loss(model, to_like(batch, torch.device("cpu"), dtype)).detach().double().mean())
 
 
+def window_value(
+    workload: Workload,
+    trajectory: Trajectory,
+    window: Window,
+    kind: str,
+    sample: int,
+    weight: float,
+    query: Callable[[nn.Module], float] | None = None,
+) -> float:
+    """What the kind measures, when the sample has ``weight`` instead of 1 where the kind says so."""
+    ask = query or (lambda model: validation_loss(workload, model))
+
+    def value(until: int, first: int, last: int) -> float:
+        return ask(
+            train_again(workload, trajectory, lambda t, i: weight if i == sample and first <= t < last else 1.0, until)
+        )
+
+    if kind == "local":
+        return value(window.end, window.start, window.end)
+    if kind == "final":
+        return value(trajectory.num_steps, window.start, window.end)
+    return value(window.end, 0, window.end) - value(window.start, 0, window.start)
+
+
 def window_effect(
     workload: Workload,
     trajectory: Trajectory,
@@ -66,23 +90,11 @@ def window_effect(
     weight: float,
     query: Callable[[nn.Module], float] | None = None,
 ) -> float:
-    """Change of the query when the sample has ``weight`` instead of 1 where the kind says so."""
-    ask = query or (lambda model: validation_loss(workload, model))
-
-    def value(until: int, first: int, last: int) -> float:
-        def weight_of(t: int, i: int) -> float:
-            return weight if i == sample and first <= t < last else 1.0
-
-        changed = train_again(workload, trajectory, weight_of, until)
-        unchanged = train_again(workload, trajectory, lambda t, i: 1.0, until)
-        return ask(changed) - ask(unchanged)
-
-    if kind == "local":
-        return value(window.end, window.start, window.end)
-    if kind == "final":
-        return value(trajectory.num_steps, window.start, window.end)
-    before = value(window.start, 0, window.start) if window.start else 0.0
-    return value(window.end, 0, window.end) - before
+    """Change of what the kind measures when the sample has ``weight`` instead of 1 where the kind says so."""
+    changed, unchanged = (
+        window_value(workload, trajectory, window, kind, sample, given, query) for given in (weight, 1.0)
+    )
+    return changed - unchanged
 
 
 def finite_difference(
@@ -95,13 +107,11 @@ def finite_difference(
     query: Callable[[nn.Module], float] | None = None,
 ) -> np.ndarray:
     """``-dq/dw_j`` by central differences through the whole training, ``[samples]``."""
-    return np.array(
-        [
-            window_effect(workload, trajectory, window, kind, j, 1 - step, query)
-            - window_effect(workload, trajectory, window, kind, j, 1 + step, query)
-            for j in samples
-        ]
-    ) / (2 * step)
+
+    def value(sample: int, weight: float) -> float:
+        return window_value(workload, trajectory, window, kind, sample, weight, query)
+
+    return np.array([value(j, 1 - step) - value(j, 1 + step) for j in samples]) / (2 * step)
 
 
 def quadratic_influence(

@@ -12,15 +12,19 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import urlopen
 
+import mlflow
+import pytest
+from mlflow import MlflowClient
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 READY_SECONDS = 120.0
@@ -46,6 +50,10 @@ class Store:
     artifacts: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     log: Path | None = None
+
+
+Start = Callable[[str], Store]
+"""Gives the store of a kind that runs already, or starts it."""
 
 
 @contextmanager
@@ -207,6 +215,66 @@ def postgresql_user() -> str | None:
         return None
     # The first is made by Debian's package; PostgreSQL from elsewhere may lack it.
     return "postgres" if "postgres" in {entry.pw_name for entry in pwd.getpwall()} else "nobody"
+
+
+@contextmanager
+def tracking(
+    chosen: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str = "test"
+) -> Iterator[None]:
+    """Track to a store, in a new experiment."""
+    for name, value in chosen.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", chosen.uri)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(chosen.uri)
+    MlflowClient().create_experiment(experiment, artifact_location=chosen.artifacts)
+    mlflow.set_experiment(experiment)
+    try:
+        yield
+    finally:
+        while mlflow.active_run():
+            mlflow.end_run()
+        mlflow.set_tracking_uri(None)
+        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
+
+
+class Door:
+    """A port before a running server. Shut, it is to clients as if the server had ended; it can be opened again."""
+
+    def __init__(self, server: Store) -> None:
+        self._behind = (HOST, int(server.uri.rpartition(":")[2]))
+        self._port = free_port()
+        self._open: list[socket.socket] = []
+        self.store = replace(server, uri=f"http://{HOST}:{self._port}")
+        self.open()
+
+    def open(self) -> None:
+        listener = socket.create_server((HOST, self._port))
+        self._open.append(listener)
+        threading.Thread(target=self._let_in, args=(listener,), daemon=True).start()
+
+    def shut(self) -> None:
+        while self._open:
+            end = self._open.pop()
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _let_in(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                ends = (listener.accept()[0], socket.create_connection(self._behind))
+                self._open += ends
+                for one, other in (ends, ends[::-1]):
+                    threading.Thread(target=_pass_on, args=(one, other), daemon=True).start()
+
+
+def _pass_on(one: socket.socket, other: socket.socket) -> None:
+    with suppress(OSError):
+        while content := one.recv(65536):
+            other.sendall(content)
+        other.shutdown(socket.SHUT_WR)
 
 
 def free_port() -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
+import resource
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
@@ -84,29 +86,23 @@ def test_a_disk_that_stays_away_ends_the_record_and_not_the_training(
     assert saved.verify(digits_workload()).max_drift == 0.0
 
 
-FULL_DISK = """
-import resource, sys
-sys.path[:0] = [sys.argv[1]]
-from torch.optim import Adam
-import dit_mlflow.recording.writer as writer
-from dit_mlflow import TrajectoryError, train
-from workloads import digits_workload
-writer.FLUSH_BYTES = 200_000
-# No file may grow beyond this: real failing writes, in the middle of a file.
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    train(digits_workload(epochs=20, optimizer=lambda m: Adam(m.parameters())), sys.argv[2], checkpoint_every=1)
-except TrajectoryError as error:
-    sys.exit(f"TrajectoryError: {error}")
-"""
+def train_on_a_full_disk(folder: Path) -> str:
+    """What it said on the way to its end."""
+    writer.FLUSH_BYTES = 200_000
+    # No file may grow beyond this: real failing writes, in the middle of a file.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    workload = digits_workload(epochs=20, optimizer=lambda model: Adam(model.parameters()))
+    with (
+        redirect_stderr(StringIO()) as said,
+        pytest.raises(TrajectoryError, match="the trajectory could not be written"),
+    ):
+        train(workload, folder, checkpoint_every=1)
+    return said.getvalue()
 
 
 def test_a_full_disk_in_the_middle_of_a_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(Path(__file__).parents[1]), str(tmp_path / "t")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.count("Training goes on") == 1, done.stderr
-    assert "TrajectoryError: the trajectory could not be written" in done.stderr
+    said = processes.answer(train_on_a_full_disk, tmp_path / "t")
+    assert said.count("Training goes on") == 1, said
     saved = Trajectory.open(tmp_path / "t")
     assert not saved.complete
     assert not list((tmp_path / "t").glob("*.part"))

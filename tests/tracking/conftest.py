@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
-import mlflow
 import pytest
 import stores
-from mlflow import MlflowClient
-from stores import Store
+from stores import Start, Store, tracking
 
 KINDS = {
     "sqlite": stores.sqlite,
@@ -19,8 +17,6 @@ KINDS = {
 }
 REQUIRED = os.environ.get("DIT_REQUIRE_SERVERS") == "1"
 """Set where the stores' software must be there, as in CI: a test whose store is missing then fails."""
-
-Start = Callable[[str], Store]
 
 
 @pytest.fixture(autouse=True)
@@ -77,25 +73,3 @@ def remote_store(
     chosen = start(request.param)
     with tracking(chosen, tmp_path, monkeypatch, tmp_path.name):
         yield chosen
-
-
-@contextmanager
-def tracking(
-    chosen: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str = "test"
-) -> Iterator[None]:
-    """Track to a store, in a new experiment."""
-    for name, value in chosen.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", chosen.uri)
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
-    monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(chosen.uri)
-    MlflowClient().create_experiment(experiment, artifact_location=chosen.artifacts)
-    mlflow.set_experiment(experiment)
-    try:
-        yield
-    finally:
-        while mlflow.active_run():
-            mlflow.end_run()
-        mlflow.set_tracking_uri(None)
-        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from torch import nn
@@ -107,22 +106,13 @@ def test_what_is_no_floating_dtype_is_refused(dtype: Any, tmp_path: Path) -> Non
         track(trajectory, workload, [Window(0, 9)], dtype=dtype)
 
 
+def drift_of(folder: Path) -> dict[int, float]:
+    return Trajectory.open(folder).verify(adamw_workload()).drift
+
+
 def test_replay_is_bit_for_bit_in_another_process(tmp_path: Path) -> None:
     train(adamw_workload(), tmp_path / "t")
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:3]\n"
-        "from test_trajectory import adamw_workload\n"
-        "from dit_mlflow import Trajectory\n"
-        "print(Trajectory.open(sys.argv[3]).verify(adamw_workload()).drift)"
-    )
-    here = Path(__file__).parent
-    found = subprocess.run(
-        [sys.executable, "-c", code, str(here), str(here.parent), str(tmp_path / "t")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert found.stdout.strip() == "{1: 0.0, 4: 0.0, 9: 0.0, 16: 0.0, 18: 0.0}"
+    assert processes.answer(drift_of, tmp_path / "t") == {1: 0.0, 4: 0.0, 9: 0.0, 16: 0.0, 18: 0.0}
 
 
 def test_float64_replay_runs_from_the_start_without_reanchoring(tmp_path: Path) -> None:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
 import numpy as np
+import processes
 import pytest
-import stores
-from conftest import tracking
 from mlflow import MlflowClient
-from stores import Store
+from stores import Door, Start, Store, tracking
 from test_recording import train_recorded
 from torch.optim import SGD
 from torch.utils.data import DataLoader
@@ -74,75 +70,59 @@ def test_a_remote_run_is_resumed(remote_store: Store) -> None:
     assert trajectory.verify(digits_workload(optimizer=None)).max_drift == 0.0
 
 
-def test_a_server_that_is_lost_does_not_stop_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def door(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
+    """Before the server that is tracked to, by an uploader that is in a hurry."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(upload, "RETRY_SECONDS", 0.2)
     monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
-    with ExitStack() as server:
-        store = server.enter_context(stores.server(tmp_path / "server"))
-        server_stack = tracking(store, tmp_path, monkeypatch)
-        server_stack.__enter__()
-        run = MlflowClient().create_run(mlflow.get_experiment_by_name("test").experiment_id)
-        with caplog.at_level(logging.WARNING, logger="dit_mlflow"):
-            train_recorded(60, {20: server.close}, run_id=run.info.run_id)
+    found = Door(start("server"))
+    with tracking(found.store, tmp_path, monkeypatch, tmp_path.name):
+        yield found
+    found.shut()
+
+
+def test_a_server_that_is_lost_does_not_stop_training(
+    door: Door, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = MlflowClient().create_run(mlflow.get_experiment_by_name(tmp_path.name).experiment_id)
+    with caplog.at_level(logging.WARNING, logger="dit_mlflow"):
+        train_recorded(60, {20: door.shut}, run_id=run.info.run_id)
     told = [record for record in caplog.records if record.name.startswith("dit_mlflow")]
     assert [record.levelname for record in told].count("WARNING") == 1, caplog.text
     assert "Training goes on" in told[0].message
     (folder,) = re.findall(r"log_trajectory\('(.+?)'", caplog.text)
     # What was uploaded before, and all of it once the server is back.
-    port = int(store.uri.rpartition(":")[2])
-    monkeypatch.setattr(stores, "free_port", lambda: port)
-    with stores.server(tmp_path / "server"):
-        log_trajectory(folder, run_id=run.info.run_id)
-        whole = load_trajectory(run.info.run_id)
-        assert (whole.num_steps, whole.complete) == (60, True)
-        assert whole.verify(digits_workload()).max_drift == 0.0
-        server_stack.__exit__(None, None, None)
+    door.open()
+    log_trajectory(folder, run_id=run.info.run_id)
+    whole = load_trajectory(run.info.run_id)
+    assert (whole.num_steps, whole.complete) == (60, True)
+    assert whole.verify(digits_workload()).max_drift == 0.0
 
 
-def test_a_server_that_comes_back_gets_what_it_missed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(upload, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
-    with ExitStack() as first, ExitStack() as second:
-        store = first.enter_context(stores.server(tmp_path / "server"))
-        port = int(store.uri.rpartition(":")[2])
+def test_a_server_that_comes_back_gets_what_it_missed(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+    def come_back() -> None:
+        time.sleep(0.5)
+        door.open()
 
-        def lose() -> None:
-            first.close()
-
-        def come_back() -> None:
-            time.sleep(0.5)
-            monkeypatch.setattr(stores, "free_port", lambda: port)
-            second.enter_context(stores.server(tmp_path / "server"))
-
-        with tracking(store, tmp_path, monkeypatch), caplog.at_level(logging.WARNING, logger="dit_mlflow"):
-            with mlflow.start_run() as run:
-                train_recorded(60, {20: lose, 40: come_back})
-            whole = load_trajectory(run.info.run_id)
-            assert (whole.num_steps, whole.complete) == (60, True)
-            assert whole.verify(digits_workload()).max_drift == 0.0
-            told = [record.message for record in caplog.records if record.name.startswith("dit_mlflow")]
-            # Other libraries may warn too; and a server that has just come back may not take the first request.
-            assert len(told) in (2, 4), caplog.text
-            assert all("Training goes on" in message for message in told[::2])
-            assert all("nothing is missing" in message for message in told[1::2])
-            assert len(mlflow.get_run(run.info.run_id).inputs.dataset_inputs) == 1
+    with caplog.at_level(logging.WARNING, logger="dit_mlflow"), mlflow.start_run() as run:
+        train_recorded(60, {20: door.shut, 40: come_back})
+    whole = load_trajectory(run.info.run_id)
+    assert (whole.num_steps, whole.complete) == (60, True)
+    assert whole.verify(digits_workload()).max_drift == 0.0
+    told = [record.message for record in caplog.records if record.name.startswith("dit_mlflow")]
+    # Other libraries may warn too; and a server that has just come back may not take the first request.
+    assert len(told) in (2, 4), caplog.text
+    assert all("Training goes on" in message for message in told[::2])
+    assert all("nothing is missing" in message for message in told[1::2])
+    assert len(mlflow.get_run(run.info.run_id).inputs.dataset_inputs) == 1
 
 
-KILLED = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-import dit_mlflow.recording.writer as writer
-from test_recording import train_recorded
-writer.FLUSH_SECONDS = 0.0
-print("ready", flush=True)
-train_recorded(10**9, run_id=sys.argv[3])
-"""
+def train_until_killed(ready: Callable[[], None], environment: dict[str, str], run_id: str) -> None:
+    os.environ.update(environment)
+    writer.FLUSH_SECONDS = 0.0
+    ready()
+    train_recorded(10**9, run_id=run_id)
 
 
 @pytest.mark.parametrize("seconds", [0.3, pytest.param(1.1, marks=pytest.mark.slow)])
@@ -150,17 +130,13 @@ def test_a_killed_machine_loses_what_was_not_uploaded_and_nothing_else(
     remote_store: Store, seconds: float, tmp_path: Path
 ) -> None:
     run = MlflowClient().create_run(mlflow.get_experiment_by_name(tmp_path.name).experiment_id)
-    here = Path(__file__).parent
-    command = [sys.executable, "-c", KILLED, str(here), str(here.parents[1]), run.info.run_id]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
+    environment = {**remote_store.environment, "MLFLOW_TRACKING_URI": remote_store.uri}
+    with processes.running(train_until_killed, environment, run.info.run_id):
         deadline = time.monotonic() + 60
         while not any(item.path.endswith("manifest.json") for item in listing(run.info.run_id)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(seconds)
-        os.kill(process.pid, signal.SIGKILL)
     killed = load_trajectory(run.info.run_id)
     assert not killed.complete
     workload = digits_workload()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import subprocess
-import sys
+import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import processes
 import pytest
 
 from dit_mlflow import InputError, TrajectoryError
+from dit_mlflow.tracking.store import cache as module
 from dit_mlflow.tracking.store.cache import FileCache
 
 
@@ -116,35 +117,26 @@ def test_a_folder_that_cannot_be_used_is_named_with_the_way_out(tmp_path: Path) 
         get(FileCache(tmp_path / "file" / "c", 1e9), b"content")
 
 
-PROCESS = """
-import json, random, sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from dit_mlflow.tracking.store import cache as module
-from test_cache import Source, get
-# Longer than a process waits for its turn on a busy machine.
-module.IN_USE_SECONDS = 2
-cache = module.FileCache(Path(sys.argv[2]), 100_000)
-downloads, asked, end = 0, set(), time.monotonic() + 4
-while time.monotonic() < end:
-    number = random.randrange(600)
-    content = number.to_bytes(2, "big") * 5_000
-    source = Source(content)
-    assert get(cache, content, source).read_bytes() == content
-    downloads += source.downloads
-    asked.add(number)
-    time.sleep(0.005)
-print(json.dumps([downloads, sorted(asked)]))
-"""
+def fill_and_empty(folder: Path) -> tuple[int, set[int]]:
+    """Ask a small cache for many files, for some seconds; the number of downloads, and what was asked for."""
+    # Longer than a process waits for its turn on a busy machine.
+    module.IN_USE_SECONDS = 2
+    cache = FileCache(folder, 100_000)
+    downloads, asked, end = 0, set(), time.monotonic() + 4
+    while time.monotonic() < end:
+        number = random.randrange(600)
+        content = number.to_bytes(2, "big") * 5_000
+        source = Source(content)
+        assert get(cache, content, source).read_bytes() == content
+        downloads += source.downloads
+        asked.add(number)
+        time.sleep(0.005)
+    return downloads, asked
 
 
 def test_processes_that_fill_and_empty_one_cache_at_once_all_read_what_they_asked_for(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), str(tmp_path / "c")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
-    results = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, results
-    downloads, asked = zip(*[json.loads(output) for output, _ in results], strict=True)
+    with ProcessPoolExecutor(4, mp_context=processes.context()) as pool:
+        downloads, asked = zip(*pool.map(fill_and_empty, [tmp_path / "c"] * 4), strict=True)
     # Files were removed while others read.
     assert sum(downloads) > len(set().union(*asked))
     for path in (tmp_path / "c").iterdir():

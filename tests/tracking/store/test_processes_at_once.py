@@ -12,9 +12,9 @@ import numpy as np
 import processes_at_once
 import pytest
 import stores
-from conftest import Start
 from mlflow import MlflowClient
 from processes_at_once import WINDOWS, workload
+from stores import Start
 
 from dit_mlflow import Window, track
 from dit_mlflow.tracking import load_influence, load_trajectory

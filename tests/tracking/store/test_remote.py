@@ -11,10 +11,9 @@ import mlflow
 import numpy as np
 import pytest
 import stores
-from conftest import Start, tracking
 from mlflow import MlflowClient
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from stores import Store
+from stores import Start, Store, tracking
 from workloads import digits_workload
 
 import dit_mlflow.recording.writer as writer_module
