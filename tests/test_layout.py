@@ -14,7 +14,7 @@ import dit_mlflow
 PACKAGE = Path(dit_mlflow.__file__).parent
 
 ROOMS = (
-    *("errors", "progress", "command"),
+    *("errors", "progress", "torch_internals", "command", "command"),
     *("workload", "trajectory", "replay", "recording", "influence", "retraining", "methods", "evaluation"),
     *("explanation", "plots", "page", "quanda", "tracking", "cli"),
 )
