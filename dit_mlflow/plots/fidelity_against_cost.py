@@ -23,7 +23,7 @@ LEGEND = {
     "suspicion": "looks for suspicious samples, whatever the query",
 }
 
-WIDTH, HEIGHT, TALL = 6.8, 3.8, 0.17
+WIDTH, HEIGHT, TALL = 6.8, 3.8, 0.175
 """Inches: of the axes, about, and the height of a name."""
 
 AGREEMENT = SPEARMAN.leaf
