@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +9,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
 from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile, write_atomically
-from dit_mlflow.trajectory.shards import SHARD_BYTES, Shard, StoredOnce, flatten, packed, write_shard
+from dit_mlflow.trajectory.atomic_file import written_atomically
+from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile
+from dit_mlflow.trajectory.shards import SHARD_BYTES, Shard, StoredOnce, flatten, packed
 from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step_record import StepFields, to_table
+from dit_mlflow.trajectory.step_record import StepFields
+from dit_mlflow.trajectory.steps_file import steps_tensors
+from dit_mlflow.trajectory.tensor_file import write_tensors
 
 
 class Written(NamedTuple):
@@ -108,7 +109,8 @@ class TrajectoryFolder:
                 }
             )
             content = manifest.encode()
-            write_atomically(self.directory / FILE_NAME, content)
+            with written_atomically(self.directory / FILE_NAME) as temporary:
+                temporary.write_bytes(content)
         except BaseException:
             self._once.forget()
             raise
@@ -132,7 +134,7 @@ class TrajectoryFolder:
                     unchanged[step].setdefault(home, []).append(key)
         for shard in packed(stored):
             name = self._name(files, "checkpoints-{:05d}.safetensors")
-            files[name] = write_shard(self.directory / name, shard)
+            files[name] = write_tensors(self.directory / name, shard)
             for step in dict.fromkeys(int(key.partition("/")[0]) for key in shard):
                 held_by[step].append(name)
         return [
@@ -155,17 +157,15 @@ class TrajectoryFolder:
                 for position, batch in enumerate(segment.batches[step])
                 for place, tensor in enumerate(batch)
             }
-            files[name] = write_shard(self.directory / name, tensors)
+            files[name] = write_tensors(self.directory / name, tensors)
             parts.append(StepsFile(file=name, start=group.start, stop=group.stop))
         return parts
 
     def _write_steps(self, segment: Segment, files: dict[str, FileEntry]) -> list[StepsFile]:
         if not segment.rows:
             return []
-        name = self._name(files, "steps-{:05d}.parquet")
-        sink = io.BytesIO()
-        pq.write_table(to_table(segment.rows), sink, compression="zstd")
-        files[name] = write_atomically(self.directory / name, sink.getvalue())
+        name = self._name(files, "steps-{:05d}.safetensors")
+        files[name] = write_tensors(self.directory / name, steps_tensors(segment.rows))
         start = segment.first_step
         return [StepsFile(file=name, start=start, stop=start + len(segment.rows))]
 

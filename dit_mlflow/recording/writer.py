@@ -33,9 +33,9 @@ class TrajectoryWriter:
     """Writes one trajectory; not for several processes at once.
 
     A segment is the steps between two checkpoints. Segments, and the steps of an unfinished one, are gathered into
-    checkpoint shards and one ``steps-NNNNN.parquet``; the manifest is replaced after they are on disk, so that at any
-    moment the folder holds a trajectory that opens. Files are written in a thread of their own, one gathering after the
-    other: training waits only where the disk is slower than it is.
+    checkpoint shards and one ``steps-NNNNN.safetensors``; the manifest is replaced after they are on disk, so that at
+    any moment the folder holds a trajectory that opens. Files are written in a thread of their own, one gathering after
+    the other: training waits only where the disk is slower than it is.
 
     A disk that fails does not stop training: the loss is logged once, what was gathered is tried again with what comes
     after, and when that exceeds :data:`UNWRITTEN_BYTES`, recording stops.

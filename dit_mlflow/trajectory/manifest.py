@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 from collections import Counter
@@ -22,6 +21,9 @@ from dit_mlflow.errors import TrajectoryError, WorkloadError
 from dit_mlflow.workload.projects import WorkloadReference
 
 FILE_NAME = "manifest.json"
+
+FORMAT: Literal[3] = 3
+"""Number of the format in docs/format.md: the only one that is written and read."""
 
 LARGEST = 64 * 2**20
 """Bytes of a manifest; one of a million steps takes a few of them."""
@@ -76,7 +78,7 @@ class ModelLayout(_Part):
 
 
 class StepsFile(_Part):
-    """Rows of the steps ``start … stop - 1``."""
+    """Which file has the steps ``start … stop - 1``, or their batches."""
 
     file: FileName
     start: Count
@@ -108,7 +110,7 @@ class Manifest(_Part):
     the order of :func:`dit_mlflow.workload.workload.tensors_of`.
     """
 
-    format: Literal[2] = 2
+    format: Literal[3] = FORMAT
     complete: bool
     num_steps: Count
     num_samples: Count | None
@@ -141,13 +143,13 @@ class Manifest(_Part):
             raise TrajectoryError(f"{path} is not a trajectory manifest: {size} bytes, expected {LARGEST} at most")
         content = path.read_bytes()
         try:
+            _check_format(path, parse_json(content))
             manifest = cls.model_validate_json(content)
-            json.loads(content, object_pairs_hook=_once_each)
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "the whole file"
             raise TrajectoryError(f"{path} is not a trajectory manifest: {where}: {first['msg']}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise TrajectoryError(f"{path} is not a trajectory manifest: {error}") from error
         manifest._check(path)
         return manifest
@@ -241,6 +243,29 @@ class Manifest(_Part):
         need(len(held) == len(set(held)), "a parameter is in two groups")
 
 
+def _check_format(path: Path, content: Any) -> None:
+    """Raise :class:`TrajectoryError` for a manifest of another format than this version's, ValueError for none."""
+    number = content.get("format") if isinstance(content, dict) else None
+    if number == FORMAT:
+        return
+    if type(number) is not int:
+        raise ValueError(f"it has no format number; {FORMAT} is expected")
+    versions = content.get("versions")
+    writer = versions.get("dit-mlflow") if isinstance(versions, dict) else None
+    raise TrajectoryError(
+        f"{path} has format {number!s:.20}, and this version of dit-mlflow reads format {FORMAT} alone: record the "
+        f"training again, or open it with the version that wrote it, {writer!r:.40}"
+    )
+
+
+def parse_json(content: bytes) -> Any:
+    """What JSON in UTF-8 says. Raises :class:`ValueError` if it is none, or an object has a key twice."""
+    try:
+        return json.loads(content.decode(), object_pairs_hook=_once_each)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For JSON objects, whose keys readers disagree about if they come twice."""
     found = dict(pairs)
@@ -250,41 +275,10 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def write_atomically(path: Path, content: bytes) -> FileEntry:
-    """Write through a temporary file and a rename, synced to disk; returns hash and size."""
-    temporary = temporary_path(path)
-    try:
-        temporary.write_bytes(content)
-        put_in_place(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
-
-
-def temporary_path(path: Path) -> Path:
-    """Where ``path`` is written before it is complete."""
-    return path.with_name(path.name + ".part")
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Sync a complete file to disk and give it its name, in one step."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    if os.name != "nt":
-        # The name is synced as well, so that a power cut does not leave a manifest of files that are not there.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def library_versions() -> dict[str, str]:
     """Versions that decide whether a replay can be bit for bit."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("dit-mlflow", "numpy", "safetensors", "pyarrow"):
+    for package in ("dit-mlflow", "numpy", "safetensors"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -17,9 +17,10 @@ from typing_extensions import Self
 
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.progress import progress_over
+from dit_mlflow.trajectory.atomic_file import sha256
 from dit_mlflow.trajectory.checkpoint_layout import check_layouts
 from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile
-from dit_mlflow.trajectory.shards import Shard, sha256, unflatten
+from dit_mlflow.trajectory.shards import Shard, unflatten
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.trajectory.steps_file import read_steps

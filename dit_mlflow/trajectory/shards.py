@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dit_mlflow.errors import TrajectoryError, UnsupportedError
-from dit_mlflow.trajectory.manifest import FileEntry, TensorLayout, put_in_place, temporary_path
+from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.trajectory.manifest import TensorLayout
 from dit_mlflow.trajectory.state import State
+from dit_mlflow.trajectory.tensor_file import TensorFile
 
 SHARD_BYTES = 256 * 2**20
 """Tensors of one file: it is no larger (but for its header), unless a single tensor is."""
@@ -25,88 +23,25 @@ SHARED_BYTES = 4096
 _SAMPLED = 1024
 """Elements that are compared before a whole tensor is."""
 
-_READ_BYTES = 2**20
-
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "BOOL": "bool",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-}
-"""Names of dtypes in safetensors files, and ours."""
-
-
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write a safetensors file through a temporary one.
-
-    Raises:
-        UnsupportedError: a dtype that has no place in such a file.
-        OSError: it could not be written; nothing is left of it.
-    """
-    temporary = temporary_path(path)
-    try:
-        _save(temporary, tensors)
-        entry = FileEntry(sha256=sha256(temporary), size=temporary.stat().st_size)
-        put_in_place(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return entry
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        # A disk that is full comes out as one of these as well.
-        _raise_if_dtype(error, tensors)
-        raise OSError(str(error)) from error
-    except KeyError as error:
-        _raise_if_dtype(error, tensors)
-        raise
-
-
-def _raise_if_dtype(error: Exception, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if str(tensor.dtype).removeprefix("torch.") in str(error):
-            raise UnsupportedError(
-                f"{name.partition('/')[2]} has dtype {tensor.dtype}, which safetensors cannot hold; record a model "
-                "without it"
-            ) from error
-
 
 class Shard:
-    """A safetensors file, opened. Its header is read, and no tensor before it is asked for.
+    """A safetensors file whose tensors are named by step: ``step/path``.
 
     Raises:
-        TrajectoryError: it is none, or its tensors are not named by step.
+        TrajectoryError: it is none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = TensorFile(path)
         self._keys: dict[int, dict[str, None]] = {}
         try:
-            self._file: Any = safe_open(path, framework="pt")
-            for name in self._file.keys():  # noqa: SIM118  (not a dict)
+            for name in self._file.names:
                 step, _, key = name.partition("/")
                 if str(int(step)) != step:
                     raise ValueError(f"{name!r} does not begin with a step")
                 self._keys.setdefault(int(step), {})[key] = None
-        except (SafetensorError, OSError, ValueError) as error:
+        except ValueError as error:
             raise TrajectoryError(f"{path} is not a readable shard: {error}") from error
 
     def keys(self, step: int) -> Collection[str]:
@@ -119,19 +54,11 @@ class Shard:
 
     def layout(self, step: int, key: str) -> TensorLayout:
         """Shape and dtype of one tensor, by the header alone."""
-        try:
-            piece = self._file.get_slice(f"{step}/{key}")
-            return TensorLayout(shape=tuple(piece.get_shape()), dtype=_DTYPES[piece.get_dtype()])
-        except (SafetensorError, KeyError) as error:
-            raise TrajectoryError(f"{self.path}: {key!r} of step {step} cannot be read: {error}") from error
+        return self._file.layout(f"{step}/{key}")
 
     def tensor(self, step: int, key: str) -> Tensor:
         """A copy of one tensor."""
-        try:
-            # What an open shard hands out twice is the same memory.
-            return self._file.get_tensor(f"{step}/{key}").clone()
-        except (SafetensorError, RuntimeError) as error:
-            raise TrajectoryError(f"{self.path}: {key!r} of step {step} cannot be read: {error}") from error
+        return self._file.tensor(f"{step}/{key}")
 
 
 def packed(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -231,12 +158,3 @@ def unflatten(tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, 
             key, _, owner = name.partition("/")
             state.optimizer.setdefault(owner, {})[key] = value
     return state
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-    return digest.hexdigest()

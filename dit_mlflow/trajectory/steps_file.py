@@ -1,133 +1,188 @@
-"""Read ``steps-NNNNN.parquet``: all of a file is checked before any of its steps is handed out."""
+"""Write and read ``steps-NNNNN.safetensors``: steps as flat arrays with offsets, laid out as docs/format.md says."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.trajectory.manifest import Manifest, StepsFile
-from dit_mlflow.trajectory.parquet_size import count_rows
-from dit_mlflow.trajectory.step_record import SCHEMA, Hyperparameters, StepRecord
+from dit_mlflow.trajectory.manifest import Manifest, StepsFile, parse_json
+from dit_mlflow.trajectory.step_record import Hyperparameters, StepFields, StepRecord
+from dit_mlflow.trajectory.tensor_file import TensorFile
 from dit_mlflow.workload.random_state import RandomState
 
 Value = TypeVar("Value")
-_Parts = tuple[np.ndarray, ...]
+
+_NAME_SETS = ("evaluation_mode", "no_gradient", "zero_gradient")
+_GENERATORS = {f"random_{name}": name for name in RandomState._fields}
+_PER_STEP = ("step", "epoch", "has_loss", "loss", "has_coefficients", "hyperparameters", *_NAME_SETS)
+DTYPES = {
+    **dict.fromkeys(_PER_STEP, "int64"),
+    "has_loss": "uint8",
+    "loss": "float64",
+    "has_coefficients": "uint8",
+    "step_offsets": "int64",
+    "micro_batch_offsets": "int64",
+    "indices": "int64",
+    "coefficients": "float64",
+    "random_micro_batch": "int64",
+    **dict.fromkeys(_GENERATORS, "int64"),
+    "dictionary_offsets": "int64",
+    "dictionary": "uint8",
+}
+"""The tensors of a file. All have one dimension."""
+
+
+def steps_tensors(steps: Sequence[StepFields]) -> dict[str, Tensor]:
+    """What a file of these steps holds."""
+    dictionary: dict[bytes, int] = {}
+
+    def number(content: bytes) -> int:
+        return dictionary.setdefault(content, len(dictionary))
+
+    batches = [part for step in steps for part in step["indices"]]
+    weights = [part for step in steps for part in step["coefficients"] or ()]
+    weighted = [part for step in steps if step["coefficients"] is not None for part in step["indices"]]
+    if list(map(len, weights)) != list(map(len, weighted)):
+        raise ValueError("a micro-batch has not as many coefficients as sample indices")
+    states = [state for step in steps for _, state in zip(step["indices"], step["random_states"], strict=True)]
+    drawn = {position: state.encode() for position, state in enumerate(states) if state is not None}
+    # The recorder hands out the same object for as long as no setting changes.
+    settings = {id(step["hyperparameters"]): step["hyperparameters"] for step in steps}
+    settings_numbers = {key: number(_json(value)) for key, value in settings.items()}
+    name_sets = {tuple(step[name]) for step in steps for name in _NAME_SETS}  # type: ignore[literal-required]
+    names_numbers = {names: number(_json(names)) for names in sorted(name_sets)}
+    content: dict[str, Any] = {
+        "step": [step["index"] for step in steps],
+        "epoch": [step["epoch"] for step in steps],
+        "has_loss": [step["loss"] is not None for step in steps],
+        "loss": [0.0 if step["loss"] is None else step["loss"] for step in steps],
+        "has_coefficients": [step["coefficients"] is not None for step in steps],
+        "hyperparameters": [settings_numbers[id(step["hyperparameters"])] for step in steps],
+        "step_offsets": _offsets(len(step["indices"]) for step in steps),
+        "micro_batch_offsets": _offsets(map(len, batches)),
+        "indices": np.concatenate(batches),
+        "coefficients": np.concatenate([[], *weights]),
+        "random_micro_batch": list(drawn),
+    }
+    for name in _NAME_SETS:
+        content[name] = [names_numbers[tuple(step[name])] for step in steps]  # type: ignore[literal-required]
+    for name, generator in _GENERATORS.items():
+        content[name] = [-1 if (part := state[generator]) is None else number(part) for state in drawn.values()]
+    content["dictionary_offsets"] = _offsets(map(len, dictionary))
+    content["dictionary"] = np.frombuffer(bytearray(b"".join(dictionary)), np.uint8)
+    return {name: torch.from_numpy(np.asarray(content[name], dtype)) for name, dtype in DTYPES.items()}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _offsets(lengths: Iterable[int]) -> list[int]:
+    return list(accumulate(lengths, initial=0))
 
 
 def read_steps(path: Path, part: StepsFile, manifest: Manifest) -> list[StepRecord]:
-    """The steps ``part.start … part.stop - 1``. What the file holds after them is not looked at.
+    """The steps ``part.start … part.stop - 1``. What the file says of steps after them is not looked at.
 
     Args:
         path: of the file.
-        part: which of its rows belong to the trajectory: the first ones.
+        part: which of its steps belong to the trajectory: the first ones.
         manifest: sample indices, parameter names, parameter groups and their settings must be possible by it.
 
     Raises:
         TrajectoryError: it is not a record of these steps.
 
-    Cost: about 10 microseconds a step. Memory: that of the steps; a file that unpacks to more than a record of its size
-    can need is refused.
+    Cost: about 5 microseconds a step, and 20 to 80 for each random state. Memory: a small multiple of the file's size.
     """
+    file = TensorFile(path)
     try:
-        count = part.stop - part.start
-        if (rows := count_rows(path)) < count:
-            raise ValueError(f"it has {rows} steps; expected {count} or more")
-        table = _table(path).slice(0, count)
-        return _Rows(table.to_batches()[0], manifest, part.start).steps()
-    except MemoryError:
-        raise
-    except (TrajectoryError, pa.ArrowException, OSError, ValueError, KeyError) as error:
+        arrays = _arrays(file)
+        if len(arrays["step"]) < part.stop - part.start:
+            raise ValueError(f"it has {len(arrays['step'])} steps; expected {part.stop - part.start} or more")
+        return _Reader(arrays, range(part.start, part.stop), manifest).steps()
+    except (TrajectoryError, ValueError) as error:
         raise TrajectoryError(f"{path} is not a usable record of steps: {error}") from error
 
 
-def _table(path: Path) -> pa.Table:
-    """The whole file; its columns are those of :data:`SCHEMA`."""
-    names = pq.read_schema(path).names
-    if unknown := [name for name in names if name not in SCHEMA.names]:
-        raise ValueError(f"unknown columns {unknown}")
-    strings = [column for column in _STRINGS if column.partition(".")[0] in names]
-    with pq.ParquetFile(path, read_dictionary=strings, pre_buffer=False) as file:
-        found = file.schema_arrow
-        for field in SCHEMA:
-            indices = found.get_all_field_indices(field.name)
-            # Columns may be missing where they may be empty.
-            alike = len(indices) == 1 and found.field(indices[0]).type == _as_read(field.type)
-            if not alike and (indices or not field.nullable):
-                raise ValueError(f"column {field.name!r} is missing, there twice, or not of type {field.type}")
-        table = file.read().combine_chunks()
-    table.validate(full=True)
-    return table
+def _arrays(file: TensorFile) -> dict[str, np.ndarray]:
+    """All tensors of a file; their dtypes, their lengths and the offsets between them are as they must be."""
+    lacking, unknown = sorted(DTYPES.keys() - {*file.names}), sorted({*file.names} - DTYPES.keys())
+    if lacking or unknown:
+        raise ValueError(f"it lacks the tensors {lacking}, or has others, {unknown[:9]}")
+    for name, dtype in DTYPES.items():
+        layout = file.layout(name)
+        if layout.dtype != dtype or len(layout.shape) != 1:
+            raise ValueError(f"{name} has shape {list(layout.shape)} and dtype {layout.dtype}; expected [n], {dtype}")
+    arrays = {name: file.tensor(name).numpy() for name in DTYPES}
+    steps, draws = len(arrays["step"]), len(arrays["random_micro_batch"])
+    for name, length in (*((name, steps) for name in _PER_STEP), *((name, draws) for name in _GENERATORS)):
+        if len(arrays[name]) != length:
+            raise ValueError(f"{name} has {len(arrays[name])} elements; expected {length}")
+    micro_batches = len(arrays["micro_batch_offsets"]) - 1
+    _check_offsets("step_offsets", arrays, steps, micro_batches)
+    _check_offsets("micro_batch_offsets", arrays, micro_batches, len(arrays["indices"]))
+    _check_offsets("dictionary_offsets", arrays, len(arrays["dictionary_offsets"]) - 1, len(arrays["dictionary"]))
+    for name in ("has_loss", "has_coefficients"):
+        if (arrays[name] > 1).any():
+            raise ValueError(f"{name} is neither 0 nor 1")
+    samples = np.diff(arrays["micro_batch_offsets"][arrays["step_offsets"]])
+    if samples[arrays["has_coefficients"] == 1].sum() != len(arrays["coefficients"]):
+        raise ValueError("as many coefficients as sample indices are expected, in the steps that have them")
+    places = arrays["random_micro_batch"]
+    if (places[1:] <= places[:-1]).any() or (places < 0).any() or (places >= micro_batches).any():
+        raise ValueError(f"random_micro_batch does not increase within 0 … {micro_batches - 1}")
+    return arrays
 
 
-def _as_read(kind: pa.DataType) -> pa.DataType:
-    """The type with references in place of strings: written out, one that is repeated could take any memory."""
-    if pa.types.is_list(kind):
-        return pa.list_(_as_read(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([pa.field(field.name, _as_read(field.type)) for field in kind])
-    return pa.dictionary(pa.int32(), kind) if kind in (pa.string(), pa.binary()) else kind
+def _check_offsets(name: str, arrays: dict[str, np.ndarray], parts: int, total: int) -> None:
+    offsets = arrays[name]
+    ends = len(offsets) == parts + 1 > 0 and offsets[0] == 0 and offsets[-1] == total
+    # Compared, not subtracted: the difference of two of them may be beyond 64 bits.
+    if not ends or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"{name} does not lead from 0 to {total} in {parts} parts")
 
 
-def _string_columns() -> list[str]:
-    """Paths of the columns of :data:`SCHEMA` that hold strings, as Parquet names them."""
-    names: list[str] = []
+class _Reader:
+    """Takes the first steps of a file apart, array by array; ``numbers`` are theirs."""
 
-    def visit(path: str, kind: pa.DataType) -> None:
-        if pa.types.is_list(kind):
-            visit(f"{path}.list.element", kind.value_type)
-        elif pa.types.is_struct(kind):
-            for field in kind:
-                visit(f"{path}.{field.name}", field.type)
-        elif kind in (pa.string(), pa.binary()):
-            names.append(path)
-
-    for field in SCHEMA:
-        visit(field.name, field.type)
-    return names
-
-
-_STRINGS = _string_columns()
-
-
-class _Rows:
-    """The rows of one batch, taken apart column by column."""
-
-    def __init__(self, batch: pa.RecordBatch, manifest: Manifest, start: int) -> None:
-        self._batch = batch
+    def __init__(self, arrays: dict[str, np.ndarray], numbers: range, manifest: Manifest) -> None:
+        self._arrays = arrays
+        self._numbers = numbers
         self._manifest = manifest
-        self._start = start
+        self._step_offsets = arrays["step_offsets"][: len(numbers) + 1]
+        self._micro_batches = int(self._step_offsets[-1])
+        self._micro_batch_offsets = arrays["micro_batch_offsets"][: self._micro_batches + 1]
         self._parameters = frozenset(manifest.model.parameters)
 
     def steps(self) -> list[StepRecord]:
-        length = len(self._batch)
-        numbers = range(self._start, self._start + length)
-        if not np.array_equal(_numbers(self._column("step")), np.arange(self._start, self._start + length)):
+        numbers = self._numbers
+        if not np.array_equal(self._column("step"), np.arange(numbers.start, numbers.stop)):
             raise ValueError(f"its steps are not numbered {numbers.start} … {numbers.stop - 1}")
-        epochs = _numbers(self._column("epoch"))
+        epochs = self._column("epoch")
         self._need(epochs.min() >= 0, "an epoch is negative")
-        indices = self._indices()
-        absent = self._names("no_gradient", known=self._parameters)
-        zero = self._names("zero_gradient", known=self._parameters)
-        self._need(all(a.isdisjoint(b) for a, b in zip(absent, zero, strict=True)), "a gradient is None and 0 at once")
+        losses = zip(self._column("loss").tolist(), self._column("has_loss").tolist(), strict=True)
+        absent = self._name_sets("no_gradient", known=self._parameters)
+        zero = self._name_sets("zero_gradient", known=self._parameters)
+        pairs = set(zip(absent, zero, strict=True))
+        self._need(all(a.isdisjoint(b) for a, b in pairs), "a gradient is None and 0 at once")
         columns = (
             numbers,
             epochs.tolist(),
-            indices,
-            self._coefficients(indices),
-            self._hyperparameters(),
-            self._losses(),
-            self._random_states(indices),
-            self._names("evaluation_mode"),
+            self._indices(),
+            self._coefficients(),
+            self._decoded("hyperparameters", self._column("hyperparameters"), self._groups),
+            [loss if given else None for loss, given in losses],
+            self._random_states(),
+            self._name_sets("evaluation_mode"),
             absent,
             zero,
         )
@@ -135,53 +190,62 @@ class _Rows:
 
     def _need(self, condition: bool | np.bool_, problem: str) -> None:
         if not condition:
-            raise ValueError(f"in steps {self._start} … {self._start + len(self._batch) - 1}, {problem}")
+            raise ValueError(f"in steps {self._numbers.start} … {self._numbers.stop - 1}, {problem}")
 
-    def _column(self, name: str) -> pa.Array | None:
-        """The column, ``None`` if it is missing or empty throughout."""
-        if name not in self._batch.schema.names:
-            return None
-        column = self._batch.column(name)
-        return None if column.null_count == len(column) else column
+    def _column(self, name: str) -> np.ndarray:
+        return self._arrays[name][: len(self._numbers)]
 
-    def _indices(self) -> list[_Parts]:
-        """Sample indices by step and micro-batch."""
-        column = self._column("indices")
-        if column is None or column.null_count:
-            raise ValueError("a step has no sample indices")
-        outer, micro_batches = _unnested(column)
-        inner, values = _unnested(micro_batches)
-        self._need(outer.min() > 0 and inner.min(initial=1) > 0, "a batch has no samples")
-        samples = _numbers(values)
+    def _by_step(self, of_micro_batches: list[Value]) -> list[tuple[Value, ...]]:
+        return [tuple(of_micro_batches[a:b]) for a, b in pairwise(self._step_offsets.tolist())]
+
+    def _indices(self) -> list[tuple[np.ndarray, ...]]:
+        offsets = self._micro_batch_offsets
+        self._need(bool((self._step_offsets[1:] > self._step_offsets[:-1]).all()), "a step has no batches")
+        self._need(bool((offsets[1:] > offsets[:-1]).all()), "a batch has no samples")
+        samples = self._arrays["indices"][: offsets[-1]]
         known = self._manifest.num_samples or 0
         outside = samples[(samples < 0) | (samples >= known)]
         self._need(not len(outside), f"there is sample {outside[:1]}; the manifest has 0 … {known - 1}")
-        return _nested(_nested(samples, inner), outer)
+        return self._by_step(_split(samples, offsets))
 
-    def _coefficients(self, indices: Sequence[_Parts]) -> list[_Parts | None]:
-        column = self._column("coefficients")
-        if column is None:
-            return [None] * len(indices)
-        outer, micro_batches = _unnested(column)
-        inner, values = _unnested(micro_batches)
-        factors = _numbers(values)
+    def _coefficients(self) -> list[tuple[np.ndarray, ...] | None]:
+        given = self._column("has_coefficients")
+        sizes = np.diff(self._micro_batch_offsets) * np.repeat(given, np.diff(self._step_offsets))
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        factors = self._arrays["coefficients"][: offsets[-1]]
         self._need(bool(np.isfinite(factors).all()), "a coefficient is not finite")
-        given = column.is_valid().to_pylist()
-        parts = _nested(_nested(factors, inner), outer)
-        for step, samples in enumerate(indices):
-            if given[step] and [len(part) for part in parts[step]] != [len(part) for part in samples]:
-                raise ValueError(f"step {self._start + step}: as many coefficients as sample indices are expected")
-        return [part if present else None for part, present in zip(parts, given, strict=True)]
+        parts = zip(self._by_step(_split(factors, offsets)), given.tolist(), strict=True)
+        return [part if is_given else None for part, is_given in parts]
 
-    def _hyperparameters(self) -> list[tuple[Hyperparameters, ...]]:
-        return _each(self._column("hyperparameters"), self._groups)
+    def _random_states(self) -> list[tuple[RandomState | None, ...]]:
+        places = self._arrays["random_micro_batch"]
+        places = places[places < self._micro_batches]
+        fields = [
+            self._decoded(name, self._arrays[name][: len(places)], partial(RandomState.decode_field, field), least=-1)
+            for name, field in _GENERATORS.items()
+        ]
+        found: list[RandomState | None] = [None] * self._micro_batches
+        for place, *values in zip(places.tolist(), *fields, strict=True):
+            self._need(any(value is not None for value in values), "a random state is that of no generator")
+            found[place] = RandomState(*values)
+        return self._by_step(found)
 
-    def _groups(self, text: str) -> tuple[Hyperparameters, ...]:
+    def _name_sets(self, name: str, known: frozenset[str] | None = None) -> list[frozenset[str]]:
+        """Sets of names by step; only those in ``known``, if that is given."""
+
+        def decode(content: bytes) -> frozenset[str]:
+            names = self._json(name, content)
+            if not isinstance(names, list) or not all(isinstance(word, str) for word in names):
+                raise ValueError(f"{name} is not a list of names")
+            if known is not None and (other := sorted({*names} - known)):
+                raise ValueError(f"{name} names {other[0]!r}, which is no parameter of the model")
+            return frozenset(names)
+
+        return self._decoded(name, self._column(name), decode)
+
+    def _groups(self, content: bytes) -> tuple[Hyperparameters, ...]:
         """One object per parameter group, with all that the optimizer knows, and no more than numbers and the like."""
-        try:
-            groups = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"hyperparameters are not JSON: {error}") from error
+        groups = self._json("hyperparameters", content)
         layout = self._manifest.optimizer
         self._need(
             isinstance(groups, list) and len(groups) == len(layout.groups) and all(isinstance(g, dict) for g in groups),
@@ -201,83 +265,27 @@ class _Rows:
             for group in groups
         )
 
-    def _losses(self) -> list[float | None]:
-        column = self._column("loss")
-        return [None] * len(self._batch) if column is None else column.to_pylist()
+    def _json(self, name: str, content: bytes) -> Any:
+        try:
+            return parse_json(content)
+        except ValueError as error:
+            raise ValueError(f"{name} is not JSON: {error}") from error
 
-    def _random_states(self, indices: Sequence[_Parts]) -> list[tuple[RandomState | None, ...]]:
-        column = self._column("random_state")
-        if column is None:
-            return [(None,) * len(parts) for parts in indices]
-        outer, states = _unnested(column)
-        fields = [
-            _each(part, partial(RandomState.decode_field, name), optional=True)
-            for name, part in zip(RandomState._fields, states.flatten(), strict=True)
-        ]
-        found = [
-            RandomState(*values) if any(v is not None for v in values) else None for values in zip(*fields, strict=True)
-        ]
-        rows: list[tuple[RandomState | None, ...]] = []
-        given, at = column.is_valid().to_pylist(), 0
-        for step, parts in enumerate(indices):
-            if given[step] and outer[step] != len(parts):
-                raise ValueError(f"step {self._start + step}: one random state per micro-batch is expected")
-            rows.append(tuple(found[at : at + len(parts)]) if given[step] else (None,) * len(parts))
-            at += int(outer[step])
-        return rows
-
-    def _names(self, name: str, known: frozenset[str] | None = None) -> list[frozenset[str]]:
-        """Sets of names by step; only those in ``known``, if that is given."""
-        column = self._column(name)
-        if column is None:
-            return [frozenset()] * len(self._batch)
-
-        def named(codes: tuple[int, ...]) -> frozenset[str]:
-            found = frozenset(words[code] for code in codes)
-            if known is not None and not found <= known:
-                raise ValueError(f"{name} names {sorted(found - known)[0]!r}, which is no parameter of the model")
-            return found
-
-        lengths, flat = _unnested(column)
-        self._need(not flat.null_count, f"{name} holds an empty name")
-        words = flat.dictionary.to_pylist()
-        distinct = lru_cache(maxsize=None)(named)
-        codes, at = flat.indices.to_pylist(), 0
-        rows = []
-        for length in lengths.tolist():
-            rows.append(distinct(tuple(codes[at : at + length])))
-            at += length
-        return rows
+    def _decoded(self, name: str, numbers: np.ndarray, decode: Callable[[bytes], Value], least: int = 0) -> list[Value]:
+        """``decode`` of the dictionary's entries, made once for each that is different; ``None`` for -1."""
+        bounds = self._arrays["dictionary_offsets"]
+        known = len(bounds) - 1
+        outside = numbers[(numbers < least) | (numbers >= known)]
+        self._need(not len(outside), f"{name} refers to entry {outside[:1]} of the dictionary, which has {known}")
+        distinct: dict[int, Any] = {-1: None}
+        for number in np.unique(numbers).tolist():
+            if number >= 0:
+                distinct[number] = decode(self._arrays["dictionary"][bounds[number] : bounds[number + 1]].tobytes())
+        return [distinct[number] for number in numbers.tolist()]
 
 
-def _unnested(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Length of each list (0 for none), and the elements of all."""
-    return pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False), lists.flatten()
-
-
-def _nested(flat: Any, lengths: np.ndarray) -> list[Any]:
-    """The inverse of :func:`_unnested`: parts of ``flat``, tuples of it if it is a list."""
-    bounds = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-    parts = [flat[a:b] for a, b in pairwise(bounds)]
-    return [tuple(part) for part in parts] if isinstance(flat, list) else parts
-
-
-def _numbers(column: pa.Array | None) -> np.ndarray:
-    """A copy, which can be written to: torch takes no other."""
-    if column is None or column.null_count:
-        raise ValueError("a number is missing")
-    return column.to_numpy(zero_copy_only=False).copy()
-
-
-def _each(column: pa.Array | None, decode: Callable[[Any], Value], optional: bool = False) -> list[Value]:
-    """``decode`` of every string, made once for each that is different; ``None`` stays, if ``optional``."""
-    if column is None or (column.null_count and not optional):
-        raise ValueError("a text is missing")
-    distinct: list[Any] = [None] * len(column.dictionary)
-    for code in pc.unique(column.indices).to_pylist():
-        if code is not None:
-            distinct[code] = decode(column.dictionary[code].as_py())
-    return [None if code is None else distinct[code] for code in column.indices.to_pylist()]  # type: ignore[misc]
+def _split(flat: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
+    return [flat[a:b] for a, b in pairwise(offsets.tolist())]
 
 
 def _is_scalar(value: Any) -> bool:

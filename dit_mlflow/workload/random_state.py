@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -64,13 +64,13 @@ class RandomState(NamedTuple):
             np.random.set_state((name, np.frombuffer(key, np.uint32), *rest))  # noqa: NPY002
 
     def encode(self) -> dict[str, bytes | None]:
-        """As plain bytes by field, for storage."""
-        python = None if self.python is None else json.dumps(self.python).encode()
-        numpy = None
-        if self.numpy is not None:
-            name, key, *rest = self.numpy
-            numpy = json.dumps([name, np.frombuffer(key, np.uint32).tolist(), *rest]).encode()
-        return {"torch": self.torch, "cuda": self.cuda, "python": python, "numpy": numpy}
+        """As few plain bytes by field, for storage; little-endian, as docs/format.md says."""
+        return {
+            "torch": None if self.torch is None else _torch_bytes(self.torch),
+            "cuda": self.cuda,
+            "python": None if self.python is None else _python_bytes(*self.python),
+            "numpy": None if self.numpy is None else _numpy_bytes(*self.numpy),
+        }
 
     @classmethod
     def decode(cls, stored: Mapping[str, bytes | None]) -> RandomState:
@@ -83,7 +83,7 @@ class RandomState(NamedTuple):
         """One generator's state from what :meth:`encode` made of it; raises :class:`TrajectoryError` if it is none."""
         try:
             return _DECODERS[name](stored)
-        except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        except (ValueError, RuntimeError, struct.error) as error:
             raise TrajectoryError(f"a stored random state ({name}) is no state of that generator: {error}") from error
 
 
@@ -118,9 +118,30 @@ def seed_generators(seed: int) -> None:
     np.random.seed(seed)  # noqa: NPY002
 
 
+def _torch_bytes(state: bytes) -> bytes:
+    """The number of 64-bit words, the lower half of each, the positions of the upper halves that are not 0, and these.
+
+    torch keeps the 32-bit words of its generator in 64 bits each.
+    """
+    words = np.frombuffer(state, "<u8")
+    upper = words >> 32
+    at = upper.nonzero()[0]
+    halves = (words.astype("<u4"), at.astype("<u4"), upper[at].astype("<u4"))
+    return b"".join([len(words).to_bytes(4, "little"), *(part.tobytes() for part in halves)])
+
+
 def _torch(stored: bytes) -> bytes:
-    _SCRATCH.set_state(_byte_tensor(stored))
-    return stored
+    size, halves = int.from_bytes(stored[:4], "little"), np.frombuffer(stored[4:], "<u4").astype("<u8")
+    if len(halves) < size or (len(halves) - size) % 2:
+        raise ValueError(f"it has {len(halves)} half words, expected {size} and an even number of further ones")
+    at, upper = halves[size:].reshape(2, -1)
+    if (at >= size).any():
+        raise ValueError(f"a position is not among the {size} words")
+    words = halves[:size]
+    words[at] |= upper << 32
+    state = words.tobytes()
+    _SCRATCH.set_state(_byte_tensor(state))
+    return state
 
 
 def _cuda(stored: bytes) -> bytes:
@@ -129,31 +150,40 @@ def _cuda(stored: bytes) -> bytes:
     return stored
 
 
+def _python_bytes(_: int, internal: tuple[int, ...], gauss: float | None) -> bytes:
+    return _PYTHON.pack(*internal, math.nan if gauss is None else gauss)
+
+
 def _python(stored: bytes) -> tuple[Any, ...]:
-    version, internal, gauss = json.loads(stored)
-    state = (version, tuple(internal), _gauss(gauss))
+    *internal, gauss = _PYTHON.unpack(stored)
+    state = (_PYTHON_VERSION, tuple(internal), None if math.isnan(gauss) else _finite(gauss))
     random.Random().setstate(state)
     return state
 
 
+def _numpy_bytes(_: str, key: bytes, position: int, has_gauss: int, gauss: float) -> bytes:
+    return _NUMPY.pack(key, position, has_gauss, gauss)
+
+
 def _numpy(stored: bytes) -> tuple[Any, ...]:
-    name, key, position, has_gauss, gauss = json.loads(stored)
-    numbers = np.asarray(key)
+    key, position, has_gauss, gauss = _NUMPY.unpack(stored)
     # NumPy itself takes any position, and would read beyond the key.
-    if name != "MT19937" or position not in range(625) or has_gauss not in (0, 1) or _gauss(gauss) is None:
-        raise ValueError("expected that of an MT19937, with a position up to 624")
-    if numbers.shape != (624,) or numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() >= 2**32:
-        raise ValueError("expected 624 numbers of 32 bits")
-    return (name, numbers.astype(np.uint32).tobytes(), int(position), int(has_gauss), gauss)
+    if position > 624 or has_gauss > 1:
+        raise ValueError(f"expected a position up to 624, and 0 or 1 held back; got {position} and {has_gauss}")
+    return ("MT19937", key, position, has_gauss, _finite(gauss))
 
 
-def _gauss(value: Any) -> float | None:
+def _finite(gauss: float) -> float:
     """The second of a pair of normal numbers, held back."""
-    if value is not None and not (isinstance(value, float) and math.isfinite(value)):
-        raise ValueError(f"a held back number is {value!r}")
-    return value
+    if not math.isfinite(gauss):
+        raise ValueError(f"a held back number is {gauss!r}")
+    return gauss
 
 
+_PYTHON_VERSION = 3
+"""What ``random.getstate()`` begins with, in every Python 3."""
+_PYTHON = struct.Struct("<625Id")
+_NUMPY = struct.Struct("<2496s2Id")
 _SCRATCH = torch.Generator()
 _CUDA_BYTES = 16
 _DECODERS = {"torch": _torch, "cuda": _cuda, "python": _python, "numpy": _numpy}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import resource
@@ -23,14 +22,15 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
+from plain_format import GENERATORS, Row, read_rows, write_rows
 from recordings import KINDS
 from safetensors import safe_open
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -228,8 +228,8 @@ def flip(draw: Any, path: Path) -> None:
     path.write_bytes(content or b"\0")
 
 
-def files(folder: Path, suffix: str = "") -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.endswith(suffix))
+def files(folder: Path, prefix: str = "") -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.startswith(prefix))
 
 
 HOSTILE = st.one_of(
@@ -276,64 +276,83 @@ def mutate_manifest(draw: Any, folder: Path) -> None:
 
 
 def mutate_steps(draw: Any, folder: Path) -> None:
-    path = draw(st.sampled_from(files(folder, ".parquet")))
-    table = pq.read_table(path)
-    column = draw(st.sampled_from(table.schema.names))
-    rows = table.to_pylist()
-    kind = draw(st.sampled_from(["cell"] * 8 + ["drop", "double", "swap", "column", "type", "groups", "again"]))
-    options: dict[str, Any] = {"compression": draw(st.sampled_from(["zstd", "none", "snappy", "gzip"]))}
-    at = draw(st.integers(0, len(rows) - 1))
-    if kind == "cell":
-        if column == "hyperparameters":
-            groups = json.loads(rows[at][column])
-            rows[at][column] = json.dumps(mutate_json(draw, groups))
-        elif column == "random_state" and rows[at][column]:
-            mutate_random_state(draw, draw(st.sampled_from(rows[at][column])))
+    path = draw(st.sampled_from(files(folder, "steps")))
+    tensors = load_numpy(path)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # Not every value has a place in an array.
+        if draw(st.booleans()):
+            rows = read_rows(tensors)
+            mutate_rows(draw, rows)
+            write_rows(rows, path)
         else:
-            rows[at][column] = mutate_json(draw, rows[at][column])
-    elif kind == "drop":
-        del rows[at]
-    elif kind == "double":
-        rows.insert(at, rows[at])
-    elif kind == "swap":
-        other = draw(st.integers(0, len(rows) - 1))
-        rows[at][column], rows[other][column] = rows[other][column], rows[at][column]
-    elif kind == "groups":
-        options["row_group_size"] = 1
-    try:
-        table = pa.Table.from_pylist(rows, schema=table.schema)
-        if kind == "column":
-            table = table.drop_columns(column)
-        elif kind == "type":
-            kinds = [pa.string(), pa.float64(), pa.int32(), pa.list_(pa.int64()), pa.binary(), pa.null()]
-            position = table.schema.get_field_index(column)
-            other_kind = draw(st.sampled_from(kinds))
-            table = table.set_column(position, column, pa.nulls(len(table), other_kind))
-        elif kind == "again":
-            table = table.append_column(column, table[column])
-        sink = io.BytesIO()
-        pq.write_table(table, sink, **options)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        return  # Not every value fits into a column.
-    path.write_bytes(sink.getvalue())
+            mutate_arrays(draw, tensors)
+            save_numpy(tensors, path)
 
 
-def mutate_random_state(draw: Any, states: dict[str, bytes | None]) -> None:
-    name = draw(st.sampled_from(sorted(states)))
-    numpy = ["MT19937", list(range(624)), draw(st.sampled_from([5, 624, 625, -1, 10**9])), 0, 0.0]
-    numpy[draw(st.integers(0, 4))] = draw(HOSTILE) if draw(st.booleans()) else numpy[1]
-    torch_state = bytearray(states["torch"] or bytes(5056))
-    torch_state[draw(st.integers(0, len(torch_state) - 1))] ^= 255
-    candidates = [
-        *(b"", b"[]", b"null", b"\xff", b"[" * 100000, bytes(16), bytes(5056), bytes(torch_state), None),
-        json.dumps(numpy).encode(),
-        json.dumps([3, [1] * 624 + [draw(st.sampled_from([1, 624, 625, -1, 2**40]))], draw(HOSTILE)]).encode(),
-    ]
-    states[name] = draw(st.sampled_from(candidates))
+def mutate_rows(draw: Any, rows: list[Row]) -> None:
+    at, other = (draw(st.integers(0, len(rows) - 1)) for _ in range(2))
+    column = draw(st.sampled_from(sorted(rows[at])))
+    match draw(st.sampled_from(["cell"] * 8 + ["drop", "double", "swap"])):
+        case "cell":
+            value = rows[at][column]
+            if column == "random_states":
+                mutate_random_state(draw, value)
+            elif isinstance(value, bytes):
+                changed = json.dumps(mutate_json(draw, json.loads(value))).encode()
+                rows[at][column] = draw(st.sampled_from([changed, changed, value[1:], b"\xff", b"[" * 10**5]))
+            else:
+                rows[at][column] = mutate_json(draw, value)
+        case "drop":
+            del rows[at]
+        case "double":
+            rows.insert(at, rows[at])
+        case "swap":
+            rows[at][column], rows[other][column] = rows[other][column], rows[at][column]
+
+
+def mutate_arrays(draw: Any, tensors: dict[str, np.ndarray]) -> None:
+    name, other = (draw(st.sampled_from(sorted(tensors))) for _ in range(2))
+    value = tensors[name]
+    place = draw(st.integers(0, max(0, len(value) - 1)))
+    match draw(
+        st.sampled_from(["value"] * 4 + ["move", "drop", "name", "dtype", "shape", "swap", "longer", "shorter"])
+    ):
+        case "value" if len(value):
+            value[place] = draw(st.sampled_from([0, 1, -1, 2, 7, 255, 10**9, 2**62, 2**63 - 1, -(2**63)]))
+        case "move" if len(value):
+            value[place] += draw(st.sampled_from([1, -1]))
+        case "drop":
+            del tensors[name]
+        case "name":
+            tensors[draw(st.sampled_from(["x", "", f"{name}s", other]))] = tensors.pop(name)
+        case "dtype":
+            dtypes = [np.float64, np.float16, np.int64, np.int32, np.uint64, np.bool_, np.uint8]
+            tensors[name] = value.astype(draw(st.sampled_from(dtypes)))
+        case "shape":
+            tensors[name] = draw(st.sampled_from([value[None], value[:, None], np.asarray(value.sum())]))
+        case "swap":
+            tensors[name], tensors[other] = tensors[other], value
+        case "longer":
+            tensors[name] = np.concatenate([value, value[: draw(st.integers(1, 3))]])
+        case "shorter":
+            tensors[name] = value[: len(value) - draw(st.integers(1, 3))]
+
+
+def mutate_random_state(draw: Any, states: list[dict[str, bytes] | None]) -> None:
+    at = draw(st.integers(0, len(states) - 1))
+    state = states[at] or {}
+    name = draw(st.sampled_from(GENERATORS))
+    stored = bytearray(state.get(name, bytes(2556)))
+    stored[draw(st.integers(0, len(stored) - 1))] ^= 255
+    key = np.full(624, draw(st.sampled_from([0, 1, 2**32 - 1])), "<u4").tobytes()
+    ends = np.array([draw(st.sampled_from([0, 1, 624, 625, 2**31, 2**32 - 1])) for _ in range(4)], "<u4").tobytes()
+    candidates = [b"", b"\xff", bytes(16), bytes(2508), bytes(2512), bytes(5056), key + ends, key + ends[:12]]
+    content = draw(st.sampled_from([bytes(stored), bytes(stored[:-8]), *candidates, None]))
+    changed = state | {name: content}
+    states[at] = draw(st.sampled_from([{key: value for key, value in changed.items() if value is not None}, None, {}]))
 
 
 def mutate_shard(draw: Any, folder: Path) -> None:
-    path = draw(st.sampled_from(files(folder, ".safetensors")))
+    path = draw(st.sampled_from([*files(folder, "checkpoints"), *files(folder, "batches")]))
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     name = draw(st.sampled_from(sorted(tensors)))
@@ -383,7 +402,7 @@ def mutate_shard(draw: Any, folder: Path) -> None:
 
 
 def swap_files(draw: Any, folder: Path) -> None:
-    one, other = (draw(st.sampled_from(files(folder, suffix))) for suffix in ("s", ".parquet"))
+    one, other = draw(st.sampled_from(files(folder))), draw(st.sampled_from(files(folder, "steps")))
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(content)
@@ -429,11 +448,11 @@ def test_other_tensors(data: st.DataObject, kind: str) -> None:
 @FUZZ
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 def test_files_of_other_content(data: st.DataObject, kind: str) -> None:
-    """Readers of Parquet and safetensors meet bytes that nobody has checked."""
+    """The reader of safetensors meets bytes that nobody has checked."""
     with copy_of(kind) as (recorded, folder):
         if data.draw(st.integers(0, 9)) == 0:
             swap_files(data.draw, folder)
         for _ in range(data.draw(st.integers(1, 2))):
-            flip(data.draw, data.draw(st.sampled_from([*files(folder, ".parquet"), *files(folder, ".safetensors")])))
+            flip(data.draw, data.draw(st.sampled_from([path for path in files(folder) if path.suffix != ".json"])))
         rehash(folder)
         check_believed(recorded, folder)

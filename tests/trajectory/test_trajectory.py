@@ -207,13 +207,13 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
 
 
 DAMAGES: dict[str, Any] = {
-    "checkpoint changed": (lambda d: flip_a_byte(next(d.glob("*.safetensors"))), "damaged: SHA-256"),
-    "steps changed": (lambda d: flip_a_byte(next(d.glob("*.parquet"))), "damaged: SHA-256"),
-    "file cut": (lambda d: next(d.glob("*.parquet")).write_bytes(b"PAR1"), "damaged: 4 bytes"),
-    "file gone": (lambda d: next(d.glob("*.safetensors")).unlink(), "is missing"),
+    "checkpoint changed": (lambda d: flip_a_byte(next(d.glob("checkpoints*"))), "damaged: SHA-256"),
+    "steps changed": (lambda d: flip_a_byte(next(d.glob("steps*"))), "damaged: SHA-256"),
+    "file cut": (lambda d: next(d.glob("steps*")).write_bytes(b"four"), "damaged: 4 bytes"),
+    "file gone": (lambda d: next(d.glob("checkpoints*")).unlink(), "is missing"),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), r"manifest\.json is missing"),
     "manifest not JSON": (lambda d: (d / "manifest.json").write_text("{"), "not a trajectory manifest"),
-    "another format": (lambda d: edit_manifest(d, format=1), "format"),
+    "another format": (lambda d: edit_manifest(d, format=2), "has format 2"),
     "unknown field": (lambda d: edit_manifest(d, surprise=1), "surprise"),
     "a step too many": (lambda d: edit_manifest(d, num_steps=10), "9 steps are stored, 10 announced"),
     "a name that leaves the folder": (

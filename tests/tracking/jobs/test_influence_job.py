@@ -326,7 +326,7 @@ def test_existing_trajectory_that_cannot_be_used(store: str, tmp_path: Path) -> 
     assert "was trained with model=logreg; model=dnn needs a new training" in influence("--model", "dnn")
     assert "init_seed=1 belongs to training" in influence("--init-seed", "1")
     assert "trained projects/mnist, not other:one" in influence("--workload", "other:one")
-    shard = next(load_trajectory(run_id).directory.glob("*.safetensors"))
+    shard = next(load_trajectory(run_id).directory.glob("checkpoints*"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)

@@ -98,7 +98,7 @@ def test_what_has_changed_is_named(options: list[str], message: str, folder: Pat
 
 
 def test_damage_is_named(folder: Path) -> None:
-    path = next(folder.glob("*.safetensors"))
+    path = next(folder.glob("checkpoints*"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

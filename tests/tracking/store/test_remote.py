@@ -152,7 +152,7 @@ def test_damage_in_the_store_is_named_without_a_download(
 ) -> None:
     damage, message = BEFORE_LOADING[name]
     run_id = logged(train(digits_workload(), tmp_path / "t"))
-    path = max((tmp_path / "t").glob("*.safetensors"))
+    path = max((tmp_path / "t").glob("checkpoints*"))
     damage(run_id, path)
     with pytest.raises(TrajectoryError, match=checked(remote_store, message, run_id, path)):
         load_trajectory(run_id)
@@ -164,7 +164,7 @@ def test_damage_after_loading_is_named(name: str, remote_store: Store, tmp_path:
     damage, error, message = WHEN_READ[name]
     run_id = logged(train(digits_workload(), tmp_path / "t"))
     trajectory = load_trajectory(run_id)
-    path = max((tmp_path / "t").glob("*.safetensors"))
+    path = max((tmp_path / "t").glob("checkpoints*"))
     damage(run_id, path)
     with pytest.raises(error, match=checked(remote_store, message, run_id, path)):
         trajectory.verify(digits_workload())
