@@ -199,9 +199,12 @@ def assert_near(found: State, expected: State, recorded: Original) -> None:
 
 
 def rehash(folder: Path) -> None:
-    """Put the manifest's hashes and sizes right."""
+    """Put the manifest's hashes and sizes right, if another file has not taken its place."""
     path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError:
+        return
     for name in manifest["files"]:
         content = (folder / name).read_bytes()
         manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}

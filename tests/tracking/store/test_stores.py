@@ -17,7 +17,8 @@ from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import Trajectory, Window, track, train
 from dit_mlflow.tracking import load_influence, load_trajectory, log_influence, log_trajectory, record_trajectory
-from dit_mlflow.tracking.jobs.request import Request, main_job
+from dit_mlflow.tracking.jobs.influence import main_job
+from dit_mlflow.tracking.jobs.request import Request
 
 WINDOWS = [Window(0, 2), Window(2, 6)]
 
