@@ -1,6 +1,6 @@
 """Windows, queries, the sweep, and the result."""
 
-from dit_mlflow.influence.expected import expected_influence
+from dit_mlflow.influence.draws import expected_influence
 from dit_mlflow.influence.kind import Kind, check_kind
 from dit_mlflow.influence.query import (
     Query,

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from dit_mlflow.influence import expected_influence
+from dit_mlflow.influence.draws import check_draws
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 
@@ -32,6 +33,9 @@ class Expected(Method):
     seed: int = 0
     dtype: torch.dtype | None = None
     memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        check_draws(self.draws, self.seed)
 
     def estimate(self, question: Question) -> Estimate:
         found = expected_influence(

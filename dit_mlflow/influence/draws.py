@@ -58,8 +58,8 @@ def expected_influence(
     Banzhaf value (Wang and Jia 2023, arXiv 2205.15466), the mean change of the query by ``j`` over random subsets of
     the others, and the coefficient of a linear datamodel (Ilyas et al. 2022, arXiv 2202.00622) fitted to all subsets.
     Elsewhere it differs from both, by how much is not known; both retrain on subsets, which this does not. In-Run Data
-    Shapley (Wang et al. 2024, arXiv 2406.11011) adds up the values of single steps, each from the recorded state; here a
-    draw's effects go through all later steps.
+    Shapley (Wang et al. 2024, arXiv 2406.11011) adds up the values of single steps, each from the recorded state; here
+    a draw's effects go through all later steps.
 
     Args:
         trajectory, workload, windows, kind, queries, dtype, memory_budget: as for :func:`dit_mlflow.track`, and there:
@@ -84,11 +84,7 @@ def expected_influence(
     steps, for each ``final`` window from its start to the end of training, for all ``cumulative`` ones once, with
     adjoints for each. One draw after the other. Memory: as ``track``, and ``draws / 2`` times the scores.
     """
-    if not isinstance(draws, Integral) or draws < 2 or draws % 2 or not isinstance(seed, Integral) or seed < 0:
-        raise InputError(
-            f"draws={draws!r}, seed={seed!r}; expected an even number of draws, 2 or more (they come in pairs w, "
-            "1 - w, and a standard error takes two pairs), and a seed of 0 or more"
-        )
+    check_draws(draws, seed)
     question = Question.of(trajectory, workload, windows, kind, queries)
     uniform = np.random.default_rng(seed).random((draws // 2, workload.num_samples))
     pairs = torch.from_numpy(np.stack([uniform, 1 - uniform], axis=1))
@@ -139,6 +135,15 @@ def expected_influence(
         draws_left_out=left_out,
         max_drift=engine.replay.max_drift,
     )
+
+
+def check_draws(draws: int, seed: int) -> None:
+    """Raise :class:`InputError` unless they are pairs."""
+    if not isinstance(draws, Integral) or draws < 2 or draws % 2 or not isinstance(seed, Integral) or seed < 0:
+        raise InputError(
+            f"draws={draws!r}, seed={seed!r}; expected an even number of draws, 2 or more (they come in pairs w, "
+            "1 - w, and a standard error takes two pairs), and a seed of 0 or more"
+        )
 
 
 def over_pairs(means: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
