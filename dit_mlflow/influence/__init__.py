@@ -1,5 +1,6 @@
 """Windows, queries, the sweep, and the result."""
 
+from dit_mlflow.influence.draws import expected_influence
 from dit_mlflow.influence.kind import Kind, check_kind
 from dit_mlflow.influence.query import (
     Query,
@@ -24,6 +25,7 @@ __all__ = [
     "Window",
     "check_kind",
     "check_windows",
+    "expected_influence",
     "logits",
     "margins",
     "mean_validation_loss",

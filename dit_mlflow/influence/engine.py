@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -28,12 +28,19 @@ class Engine:
         replay: of the trajectory; its drift is known afterwards.
         memory_budget: bytes for the states that the walk holds, and as many again for adjoints; ``None`` =
             what :meth:`Replay.backward` takes, and :data:`ADJOINTS_IN_MEMORY`.
+        shown: whether each walk has a progress bar.
     """
 
-    def __init__(self, replay: Replay, memory_budget: int | None = None) -> None:
+    def __init__(self, replay: Replay, memory_budget: int | None = None, shown: bool = True) -> None:
         self.replay = replay
         self.memory_budget = memory_budget
+        self.shown = shown
         self.training_step = replay.training_step
+
+    def parts(self, queries: int, planned: Sequence[Sweep], num_windows: int) -> Iterator[slice]:
+        """Which queries to answer in one walk: as many as memory allows."""
+        size = queries if queries == 1 else min(queries, self.queries_at_once(planned, num_windows))
+        return (slice(first, first + size) for first in range(0, queries, size))
 
     def queries_at_once(self, planned: Sequence[Sweep], num_windows: int) -> int:
         """How many queries the memory budget allows in one walk.
@@ -71,7 +78,7 @@ class Engine:
         rows: list[Row] = []
         adjoint: Adjoint | None = None
         needs_values = self.training_step.needs_optimizer_values
-        with progress_bar(last - first, "influence") as progress:
+        with progress_bar(last - first, "influence", shown=self.shown) as progress:
             for t, state in self.replay.backward(first, last, self.memory_budget, needs_values, weights):
                 if adjoint is not None:
                     record = self.replay.trajectory.step(t)

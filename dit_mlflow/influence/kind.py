@@ -40,7 +40,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Course:
-    """One counterfactual training: from the recorded ``s_start``, the sample absent at ``start <= t < until``.
+    """One counterfactual training: from the recorded ``s_start``, with other weights at ``start <= t < until``.
 
     ``measures``: at step ``c``, the query's change adds to window ``k`` with a sign: ``(c, k, sign)``.
     """
@@ -66,24 +66,23 @@ def check_kind(kind: str) -> Kind:
 
 def sweeps(kind: Kind, windows: Sequence[Window], num_steps: int) -> list[Sweep]:
     """The adjoints that the windows need, at most one per starting step."""
+    return sweeps_along(courses(kind, windows, num_steps))
+
+
+def sweeps_along(trainings: Sequence[Course]) -> list[Sweep]:
+    """The adjoints of what the courses measure, at most one per starting step; as recorded, all courses are one."""
     shares: dict[int, list[Share]] = {}
-    for k, window in enumerate(windows):
-        if kind == "local":
-            shares.setdefault(window.end, []).append(Share(k, 1, window.start, window.end))
-        elif kind == "final":
-            shares.setdefault(num_steps, []).append(Share(k, 1, window.start, window.end))
-        else:
-            shares.setdefault(window.end, []).append(Share(k, 1, 0, window.end))
-            if window.start > 0:
-                shares.setdefault(window.start, []).append(Share(k, -1, 0, window.start))
+    for course in trainings:
+        for step, window, sign in course.measures:
+            shares.setdefault(step, []).append(Share(window, sign, course.start, min(step, course.until)))
     return [Sweep(start, tuple(parts)) for start, parts in shares.items()]
 
 
 def courses(kind: Kind, windows: Sequence[Window], num_steps: int) -> list[Course]:
-    """The trainings that exact leave-one-out needs, per sample.
+    """The trainings that exact leave-one-out needs per sample, and a derivative per vector of weights.
 
-    A sample absent from ``a`` on has the same past at every later step, so courses that share their start and
-    measure only while the sample is still absent are one.
+    Trainings under the same weights from ``a`` on have the same past at every later step, so courses that share their
+    start and measure only while the weights still hold are one.
     """
     if kind == "final":
         return [Course(window.start, window.end, ((num_steps, k, 1),)) for k, window in enumerate(windows)]

@@ -49,7 +49,14 @@ class Question:
         return len(self.windows), len(self.queries), self.workload.num_samples
 
     def answer(
-        self, scores: np.ndarray, method: str, dtype: str, kind: str | None = None, **metadata: Any
+        self,
+        scores: np.ndarray,
+        method: str,
+        dtype: str,
+        kind: str | None = None,
+        standard_error: np.ndarray | None = None,
+        degrees_of_freedom: np.ndarray | None = None,
+        **metadata: Any,
     ) -> Influence:
         """The result, with trajectory digest, library versions, and the seconds since the question was asked."""
         return Influence(
@@ -59,6 +66,8 @@ class Question:
             samples=np.arange(self.workload.num_samples),
             kind=kind or self.kind,
             method=method,
+            standard_error=standard_error,
+            degrees_of_freedom=degrees_of_freedom,
             metadata={
                 "trajectory_digest": self.trajectory.manifest.digest(),
                 "dtype": dtype.removeprefix("torch."),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence.window import Window
@@ -38,6 +39,8 @@ class Influence:
         kind: ``local``, ``final`` or ``cumulative``; ``none`` for methods without one.
         method: the estimator's name.
         metadata: whatever else describes the result (trajectory digest, dtype, cost); JSON values.
+        standard_error: float64, like ``scores``; NaN = not known; ``None`` = known of none.
+        degrees_of_freedom: ``[windows, queries]``, of the standard errors; ``None`` = so many that it does not matter.
     """
 
     scores: np.ndarray
@@ -47,6 +50,8 @@ class Influence:
     kind: str
     method: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    standard_error: np.ndarray | None = None
+    degrees_of_freedom: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         expected = (len(self.windows), len(self.queries), len(self.samples))
@@ -54,6 +59,12 @@ class Influence:
             raise InputError(
                 f"scores have shape {self.scores.shape}; expected [windows, queries, samples] = {expected}"
             )
+        for name, found, wanted in (
+            ("standard_error", self.standard_error, expected),
+            ("degrees_of_freedom", self.degrees_of_freedom, expected[:2]),
+        ):
+            if found is not None and (found.shape != wanted or (found < 0).any()):
+                raise InputError(f"{name} has shape {found.shape}, or is negative; expected {wanted}, 0 or more each")
 
     def __repr__(self) -> str:
         windows, queries, samples = self.scores.shape
@@ -67,18 +78,52 @@ class Influence:
     def select(self, windows: list[Window]) -> Influence:
         """The same result with only ``windows``, in that order."""
         positions = [self.windows.index(window) for window in windows]
-        return Influence(
-            self.scores[positions],
-            tuple(windows),
-            self.queries,
-            self.samples,
-            self.kind,
-            self.method,
-            self.metadata,
+        error, freedom = self.standard_error, self.degrees_of_freedom
+        return replace(
+            self,
+            scores=self.scores[positions],
+            windows=tuple(windows),
+            standard_error=None if error is None else error[positions],
+            degrees_of_freedom=None if freedom is None else freedom[positions],
         )
 
+    def of_group(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """What removing the samples together does to first order: the sum of their scores, ``[windows, queries]``.
+
+        NaN where one of them was not computed. Without a standard error: those of single samples come from the same
+        draws, and do not add up.
+
+        Args:
+            indices: training set indices; each counts once.
+
+        Raises:
+            InputError: one of them is not among :attr:`samples`.
+        """
+        group = np.unique(np.asarray(indices, dtype=np.int64))
+        if len(missing := np.setdiff1d(group, self.samples)):
+            raise InputError(
+                f"samples {missing[:5].tolist()} of the group have no scores here; expected some of samples"
+            )
+        total: np.ndarray = self.scores[:, :, np.isin(self.samples, group)].sum(axis=2)
+        return total
+
+    def interval(self, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper ends of each score's interval, like ``scores``, by Student's t; NaN where not known.
+
+        Raises:
+            InputError: there is no :attr:`standard_error`.
+        """
+        if self.standard_error is None:
+            raise InputError(f"scores by {self.method} have no standard error, so no interval")
+        freedom = np.inf if self.degrees_of_freedom is None else self.degrees_of_freedom[:, :, None]
+        half = stats.t.ppf((1 + confidence) / 2, freedom) * self.standard_error
+        return self.scores - half, self.scores + half
+
     def to_frame(self) -> pd.DataFrame:
-        """Long form: ``sample_index, window_index, window_start, window_end, query, score``."""
+        """Long form: ``sample_index, window_index, window_start, window_end, query, score, standard_error``.
+
+        The last only where it is known.
+        """
         window, query, sample = (axis.ravel() for axis in np.indices(self.scores.shape))
         bounds = np.array([(window.start, window.end) for window in self.windows]).reshape(-1, 2)
         return pd.DataFrame(
@@ -89,6 +134,7 @@ class Influence:
                 "window_end": bounds[window, 1],
                 "query": np.asarray(self.queries, dtype=object)[query],
                 "score": self.scores.ravel(),
+                **({} if self.standard_error is None else {"standard_error": self.standard_error.ravel()}),
             }
         )
 
@@ -96,9 +142,13 @@ class Influence:
         """The ``k`` most harmful and the ``k`` most helpful samples of each window and query.
 
         Columns as :meth:`to_frame`, and ``side`` (``harmful``: negative scores, most negative first; ``helpful``:
-        positive scores, largest first) and ``rank`` from 1.
+        positive scores, largest first) and ``rank`` from 1. A sample whose interval of 95 % holds 0 is neither.
         """
-        frame = self.to_frame().dropna(subset=["score"])
+        frame = self.to_frame()
+        if self.standard_error is not None:
+            low, high = self.interval()
+            frame = frame[~((low <= 0) & (high >= 0)).ravel()]
+        frame = frame.dropna(subset=["score"])
         keys = ["window_index", "query"]
         sides = []
         for side, kept, ascending in (
@@ -124,6 +174,7 @@ class Influence:
             "windows": [[window.start, window.end] for window in self.windows],
             "num_samples": len(self.samples),
             "sign_convention": SIGN_CONVENTION,
+            **({} if self.degrees_of_freedom is None else {"degrees_of_freedom": self.degrees_of_freedom.tolist()}),
             **self.metadata,
         }
         (folder / METADATA_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
@@ -142,7 +193,7 @@ class Influence:
             frame = pd.read_parquet(folder / SCORES_FILE)
         except (OSError, ValueError) as error:
             raise InputError(f"no influence result in {folder}: {error}") from error
-        known = {"kind", "method", "queries", "windows", "num_samples", "sign_convention"}
+        known = {"kind", "method", "queries", "windows", "num_samples", "sign_convention", "degrees_of_freedom"}
         shape = (len(description["windows"]), len(description["queries"]), description["num_samples"])
         if len(frame) != np.prod(shape):
             raise InputError(f"{folder / SCORES_FILE} has {len(frame)} rows; {METADATA_FILE} announces {shape}")
@@ -154,4 +205,6 @@ class Influence:
             kind=description["kind"],
             method=description["method"],
             metadata={key: value for key, value in description.items() if key not in known},
+            standard_error=frame["standard_error"].to_numpy().reshape(shape) if "standard_error" in frame else None,
+            degrees_of_freedom=np.array(freedom) if (freedom := description.get("degrees_of_freedom")) else None,
         )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from dit_mlflow.errors import InputError
 from dit_mlflow.influence.engine import Engine
-from dit_mlflow.influence.kind import Kind, sweeps
+from dit_mlflow.influence.kind import Course, Kind, courses, sweeps_along
 from dit_mlflow.influence.query import Query, sample_losses
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.result import Influence
 from dit_mlflow.influence.window import Window
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.replay.training_step import SampleWeights
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
 
@@ -25,13 +30,14 @@ def track(
     windows: Sequence[Window],
     kind: Kind = "local",
     queries: Sequence[Query] | None = None,
+    weights: Sequence[float] | np.ndarray | Tensor | None = None,
     dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> Influence:
     r"""Influence of every training sample, for each window and query, by Dynamic Influence Tracking.
 
-    First order in the sample's weight ``w_j``, at ``w_j = 1``. The adjoint starts at the query's gradient,
-    ``lambda = grad q``, and runs back through the optimizer step and the gradient of each recorded step,
+    First order in the sample's weight ``w_j``, at ``w = 1``, or at other ``weights``. The adjoint starts at the query's
+    gradient, ``lambda = grad q``, and runs back through the optimizer step and the gradient of each recorded step,
 
     .. math::
         \lambda_g = U_t'^{\top} \lambda, \quad
@@ -48,6 +54,10 @@ def track(
         kind: ``local`` (absent in the window, effect at its end), ``final`` (absent in the window, effect at the end of
             training) or ``cumulative`` (absent from step 0, change over the window).
         queries: default: the mean validation loss.
+        weights: ``[training samples]``, finite: the derivative is taken at these, along the training that they make.
+            They hold where the kind has a sample absent: ``local`` and ``final`` set out from the recorded ``s_a`` and
+            weigh the window's steps, ``cumulative`` from ``s_0`` and weighs all; other steps weigh every sample 1. They
+            do not enter the coefficients: a batch is divided by as much as was recorded. ``None`` = all 1.
         dtype: ``None`` = as recorded; ``torch.float64`` replays one float64 trajectory from ``s_0``.
         memory_budget: bytes for the states held on the way, and as many again for adjoints. Less memory takes more
             replays (binomial checkpointing, :meth:`Replay.backward`) and, for many queries, more sweeps; scores are
@@ -66,14 +76,17 @@ def track(
 
     Cost: the replay (one training) and two to three more trainings for the sweep, whatever the number of disjoint
     ``local`` windows or of ``final`` windows; each ``cumulative`` window and each query adds an adjoint, that is one
-    backward pass per step of the shared graph.
+    backward pass per step of the shared graph. With ``weights``, overlapping ``local`` windows and all ``final`` ones
+    are trainings of their own: a replay and a sweep each, from the window's start to where the query is asked.
     """
     question = Question.of(trajectory, workload, windows, kind, queries)
+    at = None if weights is None else _checked(weights, workload.num_samples)
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget)
-        parts = [scores for _, scores in in_parts(engine, question)]
+        parts = [scores for _, scores in in_parts(engine, question, at)]
+    details = {} if at is None else {"weights": "given"}
     return question.answer(
-        np.concatenate(parts, axis=1), "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift
+        np.concatenate(parts, axis=1), "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift, **details
     )
 
 
@@ -113,11 +126,33 @@ def self_influence(
     )
 
 
-def in_parts(engine: Engine, question: Question) -> Iterator[tuple[int, np.ndarray]]:
+def in_parts(engine: Engine, question: Question, weights: Tensor | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """Number of the first query, and scores ``[windows, some queries, samples]``: as many queries as memory allows."""
-    planned = sweeps(question.kind, question.windows, question.trajectory.num_steps)
-    size = len(question.queries)
-    if size > 1:
-        size = min(size, engine.queries_at_once(planned, len(question.windows)))
-    for first in range(0, len(question.queries), size):
-        yield first, engine.run(question.queries[first : first + size], planned, len(question.windows))
+    trainings = courses(question.kind, question.windows, question.trajectory.num_steps)
+    num_windows = len(question.windows)
+    for part in engine.parts(len(question.queries), sweeps_along(trainings), num_windows):
+        queries = question.queries[part]
+        if weights is None:
+            yield part.start, engine.run(queries, sweeps_along(trainings), num_windows)
+            continue
+        # A window has its scores from one course, and zeros from the others.
+        own = (scores_under(engine, queries, course, num_windows, weights) for course in trainings)
+        yield part.start, reduce(operator.iadd, own)
+
+
+def scores_under(
+    engine: Engine, queries: Sequence[Query], course: Course, num_windows: int, weights: Tensor
+) -> np.ndarray:
+    """``-dq / dw`` at ``weights [samples]`` for the windows of one course, 0 for the others."""
+    of = SampleWeights(weights, course.start, course.until)
+    return engine.run(queries, sweeps_along([course]), num_windows, of)
+
+
+def _checked(weights: Sequence[float] | np.ndarray | Tensor, samples: int) -> Tensor:
+    given = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+    if given.shape != (samples,) or not given.isfinite().all():
+        raise InputError(
+            f"weights of shape {list(given.shape)}{'' if given.isfinite().all() else ', not all finite'}; expected one "
+            f"finite number for each of the {samples} training samples"
+        )
+    return given

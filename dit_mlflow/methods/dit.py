@@ -39,7 +39,7 @@ class Dit(Method):
             question.windows,
             question.kind,
             question.queries,
-            self.dtype,
-            self.memory_budget,
+            dtype=self.dtype,
+            memory_budget=self.memory_budget,
         )
         return Estimate(found.scores, found.metadata["dtype"], {"max_drift": found.metadata["max_drift"]})

@@ -25,11 +25,14 @@ class Estimate:
         scores: ``[windows, queries, samples]``, float64, for the question's windows; NaN = not computed.
         dtype: of the computation, ``recorded`` if it is the trajectory's.
         details: JSON values that describe it further (damping, number of removals, drift).
+        standard_error, degrees_of_freedom: of the scores, as in :class:`dit_mlflow.Influence`.
     """
 
     scores: np.ndarray
     dtype: str = "recorded"
     details: dict[str, Any] = field(default_factory=dict)
+    standard_error: np.ndarray | None = None
+    degrees_of_freedom: np.ndarray | None = None
 
 
 class Method(ABC):
@@ -91,5 +94,13 @@ class Method(ABC):
             question = Question.of(trajectory, workload, [whole], kind, queries)
         with preserved_random_state():
             found = self.estimate(question)
-        details = {"measures": self.measures, **found.details}
-        return question.answer(found.scores, self.name, found.dtype, kind=kind if self.kinds else "none", **details)
+        return question.answer(
+            found.scores,
+            self.name,
+            found.dtype,
+            kind=kind if self.kinds else "none",
+            standard_error=found.standard_error,
+            degrees_of_freedom=found.degrees_of_freedom,
+            measures=self.measures,
+            **found.details,
+        )

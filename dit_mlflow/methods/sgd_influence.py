@@ -37,5 +37,5 @@ class SgdInfluence(Method):
         if layout.name != "SGD" or momentum or clips:
             what = " and ".join([layout.name, *["momentum"] * momentum, *["clipped gradients"] * clips])
             raise UnsupportedError(f"sgd_influence is derived for plain SGD; the training used {what}. Use dit")
-        found = track(question.trajectory, workload, question.windows, "final", question.queries, self.dtype)
+        found = track(question.trajectory, workload, question.windows, "final", question.queries, dtype=self.dtype)
         return Estimate(found.scores, found.metadata["dtype"], {"max_drift": found.metadata["max_drift"]})

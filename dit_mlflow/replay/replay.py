@@ -81,6 +81,7 @@ class Replay:
         self.make_step = make_step
         self.training_step = make_step(Dynamics(workload, trajectory.manifest, stored=trajectory.batches))
         self._anchors = trajectory.checkpoint_steps
+        self._outset: tuple[int, State] | None = None
         if len(self._anchors) > 1:
             self._meet(self._anchors[1])
         elif trajectory.num_steps:
@@ -122,7 +123,7 @@ class Replay:
         if not 0 <= a <= b <= self.trajectory.num_steps:
             raise InputError(f"states {a} … {b} were asked; the trajectory has 0 … {self.trajectory.num_steps}")
         if weights is not None:
-            yield from self._segment(next(self.forward(a, a)), a, b, _Walk(weights))
+            yield from self._segment(self._recorded(a), a, b, _Walk(weights))
             return
         anchor = max(step for step in self._anchors if step <= a)
         if anchor == b:
@@ -167,7 +168,8 @@ class Replay:
         hi, first = self._next_anchor(b) if weights is None else b, True
         previous: State | None = None
         for lo in reversed(anchors):
-            for t, state in self._backward_segment(next(self.forward(lo, lo)), lo, hi, walk):
+            start = self.checkpoint(lo) if weights is None else self._recorded(lo)
+            for t, state in self._backward_segment(start, lo, hi, walk):
                 if t < a:
                     return
                 if t <= b and (t < hi or first):
@@ -227,6 +229,12 @@ class Replay:
                 self._compare(lo, hi, thin, recorded, start)
             thin = recorded
         yield thin
+
+    def _recorded(self, a: int) -> State:
+        """``s_a`` as recorded; the last one is kept, since many walks under weights set out from the same state."""
+        if self._outset is None or self._outset[0] != a:
+            self._outset = a, next(self.forward(a, a))
+        return self._outset[1]
 
     def _meet(self, checkpoint: int) -> None:
         """Replay up to a checkpoint for the sake of the comparison."""

@@ -92,7 +92,7 @@ def test_it_is_the_sweep_where_the_hessian_is_made_of_gradients(optimizer: Any, 
     trajectory = train(workload, tmp_path / "t")
     windows = parse_windows("2", trajectory)
     queries = sample_losses(workload, [2, 7])
-    expected = track(trajectory, workload, windows, kind, queries, torch.float64).scores  # type: ignore[arg-type]
+    expected = track(trajectory, workload, windows, kind, queries, dtype=torch.float64).scores  # type: ignore[arg-type]
     found = Dvemb(dtype=torch.float64)(trajectory, workload, windows, kind, queries).scores
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max())
     assert np.abs(method("tracin")(trajectory, workload, windows, queries=queries).scores - expected).max() > 1e-3

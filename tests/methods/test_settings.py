@@ -11,6 +11,7 @@ from dit_mlflow import InputError
 from dit_mlflow.methods.data_shapley import DataShapley
 from dit_mlflow.methods.datamodel import Datamodel
 from dit_mlflow.methods.dit_confirmed import DitConfirmed
+from dit_mlflow.methods.expected import Expected
 from dit_mlflow.methods.influence_function import InfluenceFunction
 from dit_mlflow.methods.influence_function_arnoldi import InfluenceFunctionArnoldi
 from dit_mlflow.methods.influence_function_datainf import InfluenceFunctionDatainf
@@ -41,6 +42,7 @@ REFUSED: list[tuple[Any, dict[str, list[Any]]]] = [
     (Trak, {"dim": [0], "checkpoints": [0], "projections": [0], "damping": [-0.1, NAN]}),
     (DitConfirmed, {"share": [0, -0.1, 1.5, NAN]}),
     (DataShapley, {"tolerance": [-0.1, NAN], "patience": [0], "seed": [-1]}),
+    (Expected, {"draws": [0, 3, 2.0], "seed": [-1]}),
     (Datamodel, {"penalty": [0, NAN], "subsets": [7], "regression": ["huber"]}),
     (Effort, {"memory_budget": [0, -1], "jobs": [0]}),
 ]
