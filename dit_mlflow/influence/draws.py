@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ def expected_influence(
     )
 
 
-def check_draws(draws: int, seed: int) -> None:
+def check_draws(draws: Any, seed: Any) -> None:
     """Raise :class:`InputError` unless they are pairs."""
     if not isinstance(draws, Integral) or draws < 2 or draws % 2 or not isinstance(seed, Integral) or seed < 0:
         raise InputError(
@@ -159,16 +160,16 @@ def over_pairs(means: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.n
     """
     scores, errors = np.full((2, *means.shape[1:]), np.nan)
     counted = np.zeros(means.shape[1:3], dtype=np.int64)
-    for cell in np.ndindex(counted.shape):
-        length = lengths[(slice(None), slice(None), *cell)]
+    for window, query in np.ndindex(*counted.shape):
+        length = lengths[:, :, window, query]
         finite = np.isfinite(length)
         median = np.median(length[finite]) if finite.any() else 0.0
         # Where most draws have no derivative at all, a length is no reason.
         kept = (finite & ((length <= LONGEST * median) | (median == 0))).all(axis=1)
-        own = means[(kept, *cell)]
-        counted[cell] = len(own)
+        own = means[kept, window, query]
+        counted[window, query] = len(own)
         if len(own):
-            scores[cell] = own.mean(axis=0)
+            scores[window, query] = own.mean(axis=0)
         if len(own) > 1:
-            errors[cell] = stats.sem(own, axis=0)
+            errors[window, query] = stats.sem(own, axis=0)
     return scores, errors, counted

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def track(
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget)
         parts = [scores for _, scores in in_parts(engine, question, at)]
-    details = {} if at is None else {"weights": "given"}
+    details: dict[str, Any] = {} if at is None else {"weights": "given"}
     return question.answer(
         np.concatenate(parts, axis=1), "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift, **details
     )
