@@ -217,4 +217,11 @@ class _Retraining:
 
 
 def _first_query(found: Influence) -> Influence:
-    return replace(found, scores=found.scores[:, :1], queries=found.queries[:1])
+    error, freedom = found.standard_error, found.degrees_of_freedom
+    return replace(
+        found,
+        scores=found.scores[:, :1],
+        queries=found.queries[:1],
+        standard_error=None if error is None else error[:, :1],
+        degrees_of_freedom=None if freedom is None else freedom[:, :1],
+    )

@@ -176,5 +176,15 @@ def joined_windows(one: Influence, other: Influence | None) -> Influence:
     if other is None or set(other.windows) <= set(one.windows):
         return one
     more = [window for window in other.windows if window not in one.windows]
-    scores = np.concatenate([one.scores, other.select(more).scores])
-    return replace(one, scores=scores, windows=(*one.windows, *more))
+    further = other.select(more)
+
+    def both(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+        return None if a is None or b is None else np.concatenate([a, b])
+
+    return replace(
+        one,
+        scores=np.concatenate([one.scores, further.scores]),
+        windows=(*one.windows, *more),
+        standard_error=both(one.standard_error, further.standard_error),
+        degrees_of_freedom=both(one.degrees_of_freedom, further.degrees_of_freedom),
+    )

@@ -31,7 +31,10 @@ def best_known(estimate: Influence, exact: Influence | None) -> Influence:
         return estimate
     scores, known = estimate.scores.copy(), exact.of(window)
     scores[0, 0] = np.where(np.isfinite(known), known, scores[0, 0])
-    return replace(estimate, scores=scores)
+    error = None if estimate.standard_error is None else estimate.standard_error.copy()
+    if error is not None:
+        error[0, 0] = np.where(np.isfinite(known), 0, error[0, 0])
+    return replace(estimate, scores=scores, standard_error=error)
 
 
 def extreme_samples(influence: Influence, k: int, whole: Influence | None = None) -> tuple[list[int], list[int]]:

@@ -124,3 +124,17 @@ def test_double_precision_is_the_methods_own_setting(trajectory: Trajectory, wor
     expected = track(trajectory, workload, [*WINDOWS, WHOLE], dtype=torch.float64)
     np.testing.assert_array_equal(found.scores.scores, expected.scores)
     assert "cost/ground_truth_seconds" not in found.figures
+
+
+def test_a_method_with_standard_errors_is_explained_with_them(trajectory: Trajectory, workload: Workload) -> None:
+    from dit_mlflow import expected_influence
+    from dit_mlflow.methods.expected import Expected
+
+    found = explain(trajectory, workload, WINDOWS, method=Expected(draws=6), checks=Checks(trust=4))
+    alone = expected_influence(trajectory, workload, [*WINDOWS, WHOLE], draws=6)
+    np.testing.assert_allclose(found.scores.scores, alone.scores, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(found.scores.standard_error, alone.standard_error, rtol=1e-4, atol=1e-9)  # type: ignore[arg-type]
+    exact = np.isfinite(found.exact.of(WHOLE))  # type: ignore[union-attr]
+    ranked = found.ranking.standard_error[0, 0]  # type: ignore[union-attr,index]
+    assert (ranked[exact] == 0).all()
+    np.testing.assert_array_equal(ranked[~exact], found.whole_run.standard_error[0, 0][~exact])  # type: ignore[union-attr,index]
