@@ -1,6 +1,6 @@
 """What of accelerate is used without being documented, each name here and nowhere else in ``dit_mlflow``.
 
-All were seen in accelerate 1.1.1 and 1.15.0. ``tests/tracking/test_accelerate_internals.py`` fails when one goes; in
+All were seen in accelerate 1.10.0 and 1.15.0. ``tests/tracking/test_accelerate_internals.py`` fails when one goes; in
 use, training is then refused before a parameter changes, since the recorder gets a wrapper and not what is in it.
 """
 
