@@ -18,7 +18,7 @@ from dit_mlflow.evaluation.figures import (
     TRUST_SPEARMAN,
 )
 from dit_mlflow.evaluation.metrics import Metrics
-from dit_mlflow.influence import Influence, Query, check_kind
+from dit_mlflow.influence import Influence, Kind, Query, check_kind
 from dit_mlflow.influence.question import Question
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, leave_one_out
@@ -42,6 +42,7 @@ def trust(
     seed: int = 0,
     effort: Effort | None = None,
     queries: Sequence[Query] | None = None,
+    kind: Kind | None = None,
 ) -> tuple[Metrics, ...]:
     r"""Fidelity from a random sample, and how linear training is in the weights of the samples, window by window.
 
@@ -56,22 +57,23 @@ def trust(
       :math:`o` over the foretold :math:`-s \cdot d = -|s|`: 1 where the derivative holds up to the size of a removal.
 
     Args:
-        estimate: scores of one query, with a kind.
+        estimate: scores of one query.
         trajectory, workload: that it was computed from.
         samples: how many are drawn by ``seed``, 3 or more; all, if there are fewer.
         truth: exact leave-one-out for some windows of the estimate's, if it is known: its samples are used instead.
         dtype, effort, queries: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
+        kind: of the retrainings, for an estimate without one (``none``); otherwise its own.
 
     Returns:
         For each window of the estimate, the figures above and ``samples``, the number of them with both scores. Figures
         that are undefined (all scores equal, nothing changed) have a reason.
 
     Raises:
-        InputError: too few samples, several queries, or no kind.
+        InputError: too few samples, several queries, or no kind is known.
 
     Cost: ``samples + 2`` trainings from each window's start; ``cumulative``: ``samples``, and 2 for each window.
     """
-    kind = check_kind(estimate.kind)
+    kind = check_kind(estimate.kind if estimate.kind != "none" or kind is None else kind)
     if samples < 3 or len(estimate.queries) != 1:
         raise InputError(f"samples={samples}, {len(estimate.queries)} queries; expected 3 samples or more and 1 query")
     if truth is None:
@@ -83,8 +85,16 @@ def trust(
     for k, window in enumerate(estimate.windows):
         scores, exact = estimate.of(k), truth.of(window)
         question = Question.of(trajectory, workload, [window], kind, queries)
-        found.append(_agreement(scores, exact).and_(_linearity(question, scores, dtype, effort)))
+        figures = _agreement(scores, exact).and_(_linearity(question, scores, dtype, effort))
+        found.append(figures if estimate.measures == "query" else _without_sizes(figures, estimate.method))
     return tuple(found)
+
+
+def _without_sizes(figures: Metrics, method: str) -> Metrics:
+    names = (SPREAD_RATIO.leaf, SLOPE_RATIO.leaf)
+    values = {name: value for name, value in figures.values.items() if name not in names}
+    reason = f"the scores of {method} are not in units of the query"
+    return Metrics(values, {**figures.undefined, **dict.fromkeys(names, reason)})
 
 
 def _agreement(estimate: np.ndarray, truth: np.ndarray) -> Metrics:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import (
     Metrics,
     attainable,
@@ -132,6 +133,13 @@ def _estimated(
 
 def _held_against(explanation: Explanation, truth: Truth) -> Explanation:
     """With the figures that say how well the estimate agrees with ``truth``, and how well it finds what is damaged."""
+    exact = truth.leave_one_out
+    missing = [] if exact is None else [window for window in explanation.scores.windows if window not in exact.windows]
+    if missing:
+        raise InputError(
+            f"the truth knows nothing of window {missing[0]}; expected leave-one-out of every window that is asked for "
+            "and of the whole run, as find_truth makes it"
+        )
     explanation = replace(explanation, truth=truth)
     found = [_figures(explanation, window) for window in explanation.scores.windows]
     return _with_figures(explanation, found)
@@ -191,14 +199,18 @@ class _Retraining:
         exact = explanation.truth.leave_one_out
         judged, scores = None if exact is None else _first_query(exact), _first_query(explanation.scores)
         arguments = (scores, self.trajectory, self.workload, checks.trust, judged)
-        return _with_figures(explanation, trust(*arguments, effort=self.effort, queries=self.queries), TRUST)
+        return _with_figures(
+            explanation, trust(*arguments, kind=self.kind, effort=self.effort, queries=self.queries), TRUST
+        )
 
     def confirm(self, explanation: Explanation, checks: Checks) -> Explanation:
         """With exact scores of those that stand out in each window."""
         if not checks.confirm or explanation.truth.leave_one_out is not None:
             return explanation
         arguments = (_first_query(explanation.influence), self.trajectory, self.workload, checks.confirm)
-        return replace(explanation, confirmed=confirm(*arguments, effort=self.effort, queries=self.queries))
+        return replace(
+            explanation, confirmed=confirm(*arguments, kind=self.kind, effort=self.effort, queries=self.queries)
+        )
 
     def name(self, explanation: Explanation, checks: Checks) -> Explanation:
         """With exact scores over the whole run of the samples that people look at first, which are furthest off."""

@@ -15,6 +15,8 @@ from dit_mlflow.evaluation import Metrics, correlations_by_pattern, pattern_coun
 from dit_mlflow.evaluation.figures import PATTERN, TRUST
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.ranking import best_known
+from dit_mlflow.explanation.sentences import answer_sentences
+from dit_mlflow.explanation.tables import top_samples_table, whole_run_table
 from dit_mlflow.explanation.truth import Truth, joined
 from dit_mlflow.influence import Influence, Window
 
@@ -135,8 +137,6 @@ class Explanation:
     @property
     def sentences(self) -> tuple[str, str, str]:
         """Which samples hurt and helped most and when; how sure that is; what of damaged samples and patterns."""
-        from dit_mlflow.explanation.sentences import answer_sentences
-
         return answer_sentences(self)
 
     def top(self, k: int = 10) -> pd.DataFrame:
@@ -144,8 +144,6 @@ class Explanation:
 
         Where the whole run is not known, of each window.
         """
-        from dit_mlflow.explanation.tables import top_samples_table, whole_run_table
-
         if self.whole_run is None:
             return top_samples_table(self.influence, self.exact, self.gallery, k)
         return whole_run_table(self.whole_run, self.exact, self.gallery, k)

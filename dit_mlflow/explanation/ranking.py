@@ -25,9 +25,10 @@ def best_known(estimate: Influence, exact: Influence | None) -> Influence:
     """Scores of one window by which samples are ranked: for the first query, exact ones where ``exact`` has them.
 
     Of the largest estimates, which are the first to be looked at, most are too large: training is not linear that far.
+    Scores in units of a method's own stay as they are: exact ones do not rank among them.
     """
     (window,) = estimate.windows
-    if exact is None or window not in exact.windows:
+    if exact is None or window not in exact.windows or estimate.measures != "query":
         return estimate
     scores, known = estimate.scores.copy(), exact.of(window)
     scores[0, 0] = np.where(np.isfinite(known), known, scores[0, 0])
@@ -40,9 +41,11 @@ def best_known(estimate: Influence, exact: Influence | None) -> Influence:
 def extreme_samples(influence: Influence, k: int, whole: Influence | None = None) -> tuple[list[int], list[int]]:
     """Positions of the ``k`` most harmful and the ``k`` most helpful samples by :func:`ranking_scores`.
 
-    Fewer, where fewer scores are negative (positive).
+    Fewer, where fewer scores are negative (positive), or their intervals do not say so.
     """
     scores = np.nan_to_num(ranking_scores(influence, whole))
+    if whole is not None:
+        scores[whole.unclear[0, 0]] = 0
     harmful = [int(i) for i in np.argsort(scores, kind="stable")[:k] if scores[i] < 0]
     helpful = [int(i) for i in np.argsort(-scores, kind="stable")[:k] if scores[i] > 0]
     return harmful, helpful

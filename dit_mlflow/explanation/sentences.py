@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.figures import HIGH, LOW, RECALL_AT_K, SPEARMAN, TRUST_SAMPLES, TRUST_SPEARMAN
 from dit_mlflow.evaluation.patterns import PATTERNS, patterns
-from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.numbers import decimals, figure, span
-from dit_mlflow.explanation.ranking import extreme_samples
+from dit_mlflow.explanation.ranking import extreme_samples, ranking_scores
 from dit_mlflow.influence import Influence, Window
+
+if TYPE_CHECKING:
+    from dit_mlflow.explanation.explanation import Explanation
 
 AGREEMENT = ((0.9, "very high"), (0.7, "high"), (0.5, "moderate"), (0.3, "low"))
 """The least Spearman correlation with exact leave-one-out that a word stands for; below the last it is very low."""
@@ -53,6 +56,8 @@ def agreement_word(spearman: float) -> str:
 
 def _who(found: Explanation) -> str:
     ranking = found.ranking
+    if found.influence.measures == "suspicion":
+        return _suspicious(found)
     harmful, helpful = extreme_samples(found.influence, 1, ranking)
     over = "on average" if ranking is None else "over the whole run"
     parts: list[str] = []
@@ -66,6 +71,15 @@ def _who(found: Explanation) -> str:
     elif not helpful:
         parts.append(f"no sample helped {over}")
     return _capitalised("; ".join(parts)) + "."
+
+
+def _suspicious(found: Explanation) -> str:
+    """Of a method that does not look at the query, and whose low scores are suspicious, whatever their sign."""
+    scores = ranking_scores(found.influence, found.ranking)
+    if not np.isfinite(scores).any():
+        return f"No sample has a score by {found.influence.method}."
+    name = found.gallery.name(int(found.influence.samples[np.nanargmin(scores)]))
+    return _capitalised(f"{name} is the most suspicious by {found.influence.method}, which does not look at the query.")
 
 
 def _one(
@@ -85,6 +99,8 @@ def _one(
         removal = "exact removal" if np.isfinite(exactly[sample]) else "removal"
         doubt = " by the estimate" if np.isfinite(exactly).any() and removal == "removal" else ""
     said = f"{removal} {change} {quantity} by {figure(abs(told.scores[0, 0, sample]))}{over}{doubt}"
+    if found.influence.measures == "ranking":
+        said = f"as {found.influence.method} ranks them{over}"
     if len(windows) == 1 or not sign * scores[place] > 0:
         return f"{text}: {said}"
     text += f", above all in steps {windows[place]} ({said})"

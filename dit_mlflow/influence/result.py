@@ -70,6 +70,19 @@ class Influence:
         windows, queries, samples = self.scores.shape
         return f"<Influence by {self.method} ({self.kind}): {windows} windows, {queries} queries, {samples} samples>"
 
+    @property
+    def measures(self) -> str:
+        """``query``: scores are amounts, in units of the query; ``ranking``, ``suspicion``: see the method's class."""
+        return str(self.metadata.get("measures", "query"))
+
+    @property
+    def unclear(self) -> np.ndarray:
+        """Which scores have a 95 % interval that holds 0, bool, like ``scores``: neither helpful nor harmful."""
+        if self.standard_error is None:
+            return np.zeros(self.scores.shape, dtype=bool)
+        low, high = self.interval()
+        return (low <= 0) & (high >= 0)
+
     def of(self, window: Window | int, query: str | None = None) -> np.ndarray:
         """Scores ``[samples]`` of one window (itself or its position) and query (default: the first)."""
         position = self.windows.index(window) if isinstance(window, Window) else window
@@ -144,11 +157,7 @@ class Influence:
         Columns as :meth:`to_frame`, and ``side`` (``harmful``: negative scores, most negative first; ``helpful``:
         positive scores, largest first) and ``rank`` from 1. A sample whose interval of 95 % holds 0 is neither.
         """
-        frame = self.to_frame()
-        if self.standard_error is not None:
-            low, high = self.interval()
-            frame = frame[~((low <= 0) & (high >= 0)).ravel()]
-        frame = frame.dropna(subset=["score"])
+        frame = self.to_frame()[~self.unclear.ravel()].dropna(subset=["score"])
         keys = ["window_index", "query"]
         sides = []
         for side, kept, ascending in (

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from workloads import digits_workload
 
-from dit_mlflow import Checks, Query, Trajectory, Window, Workload, explain, leave_one_out, track, train
+from dit_mlflow import Checks, InputError, Query, Trajectory, Window, Workload, explain, leave_one_out, track, train
 from dit_mlflow.evaluation import correlations, datamodeling_score, detection, trust
 from dit_mlflow.explanation import find_truth
 
@@ -138,3 +140,40 @@ def test_a_method_with_standard_errors_is_explained_with_them(trajectory: Trajec
     ranked = found.ranking.standard_error[0, 0]  # type: ignore[union-attr,index]
     assert (ranked[exact] == 0).all()
     np.testing.assert_array_equal(ranked[~exact], found.whole_run.standard_error[0, 0][~exact])  # type: ignore[union-attr,index]
+
+
+@pytest.mark.parametrize("name", ["grad_dot", "grad_cos", "loss"])
+def test_scores_that_are_no_amounts_are_not_told_as_such(name: str, trajectory: Trajectory, workload: Workload) -> None:
+    """Nor ranked among exact scores, which are."""
+    found = explain(trajectory, workload, WINDOWS, method=name, checks=Checks(trust=5, confirm=2))
+    assert found.influence.measures != "query"
+    assert found.ranking is found.whole_run
+    worst = int(np.argmin(found.whole_run.of(0)))  # type: ignore[union-attr]
+    assert found.sentences[0].startswith(f"Sample {worst} ")
+    assert name in found.sentences[0]
+    assert " by 0." not in found.sentences[0]
+    assert "raises it by" not in found.sentences[0]
+    exact = leave_one_out(trajectory, workload, [WHOLE], samples=5).of(0)
+    agreement = correlations(found.whole_run.of(0), exact)  # type: ignore[union-attr]
+    assert found.trust["spearman"] == pytest.approx(agreement.values["spearman"])
+    assert "units of the query" in found.whole.undefined["trust/slope_ratio"]
+    assert "slope_ratio" not in found.trust
+
+
+def test_a_truth_of_other_windows_is_refused(trajectory: Trajectory, workload: Workload) -> None:
+    truth = find_truth(trajectory, workload, WINDOWS, "local", Checks(ground_truth=3))
+    with pytest.raises(InputError, match="knows nothing of window 0-3"):
+        explain(trajectory, workload, [Window(0, 3)], checks=Checks(), truth=truth)
+
+
+def test_a_sample_that_may_do_either_is_not_named(trajectory: Trajectory, workload: Workload) -> None:
+    found = explain(trajectory, workload, WINDOWS, checks=Checks())
+    whole = found.whole_run
+    assert whole is not None
+    order = np.argsort(whole.of(0))
+    error = np.full(whole.scores.shape, 1e-12)
+    error[0, 0, order[[0, -1]]] = 1e3
+    doubted = replace(found, whole_run=replace(whole, standard_error=error))
+    assert doubted.sentences[0].startswith(f"Sample {order[1]} ")
+    assert f"sample {order[-2]} (" in doubted.sentences[0]
+    assert not set(order[[0, -1]]) & set(doubted.top(24)["sample_index"])
