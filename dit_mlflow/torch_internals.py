@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -43,6 +43,18 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
     # A method of torch's own modules comes in one more wrapper.
     inner = getattr(found, "__wrapped__", None)
     return inner if inspect.ismethod(inner) else found
+
+
+def make_fx(function: Callable[..., Any]) -> Callable[..., fx.GraphModule]:
+    """``torch.fx.experimental.proxy_tensor.make_fx``: what ``function`` runs below autograd, as a graph.
+
+    ``torch.export`` refuses functions that take gradients, and Dynamo breaks the graph there.
+    """
+    # 0.3 s that only a trace needs.
+    from torch.fx.experimental import proxy_tensor
+
+    made: Callable[..., fx.GraphModule] = proxy_tensor.make_fx(function)
+    return made
 
 
 def tensor_slots(module: nn.Module, kind: Literal["parameters", "buffers"]) -> dict[str, Any]:

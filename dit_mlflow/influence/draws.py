@@ -134,7 +134,7 @@ def expected_influence(
         draws=int(draws),
         seed=int(seed),
         draws_left_out=left_out,
-        max_drift=engine.replay.max_drift,
+        **engine.details,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from dit_mlflow.influence.window_scores import Row, WindowScores
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
 from dit_mlflow.replay.replay import Replay
-from dit_mlflow.replay.training_step import WeightsOf
+from dit_mlflow.replay.training_step import TrainingStep, WeightsOf
 from dit_mlflow.trajectory import State
 
 ADJOINTS_IN_MEMORY = 2**30
@@ -35,7 +36,8 @@ class Engine:
         self.replay = replay
         self.memory_budget = memory_budget
         self.shown = shown
-        self.training_step = replay.training_step
+        self.training_step = replay.swept_step
+        self._asked_by: TrainingStep | None = None
 
     def parts(self, queries: int, planned: Sequence[Sweep], num_windows: int) -> Iterator[slice]:
         """Which queries to answer in one walk: as many as memory allows."""
@@ -98,6 +100,20 @@ class Engine:
                         rows += [Row(sweep, query) for query in range(len(queries))]
         return collected.scores.numpy()
 
+    def _asking(self, queries: Sequence[Query]) -> TrainingStep:
+        """The step whose model gives queries with the right derivative: the traced one, where the sweep takes it."""
+        if self._asked_by is None:
+            check = self.replay.derivative_check
+            swept = self.training_step is not self.replay.training_step
+            self._asked_by = self.training_step if check is None or swept else check.asking(queries)
+        return self._asked_by
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a result says of the computation."""
+        swept = self.training_step is not self.replay.training_step
+        return {"max_drift": self.replay.max_drift, **({"derivative": "traced"} if swept else {})}
+
     def _start(self, state: State, queries: Sequence[Query]) -> Adjoint:
         """``lambda = grad q`` at ``state``, one row per query; 0 for the optimizer's state."""
         step = self.training_step
@@ -106,8 +122,7 @@ class Engine:
         parameters, buffers = {**state.parameters, **held}, {**state.buffers, **moving}
         by_parameters, by_buffers = [], []
         for query in queries:
-            with step.differentiable():
-                value = step.dynamics.evaluate(parameters, buffers, query)
+            value = self._asking(queries).ask(parameters, buffers, query)
             if not value.requires_grad:
                 raise InputError(
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "

@@ -87,7 +87,7 @@ def track(
         parts = [scores for _, scores in in_parts(engine, question, at)]
     details: dict[str, Any] = {} if at is None else {"weights": "given"}
     return question.answer(
-        np.concatenate(parts, axis=1), "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift, **details
+        np.concatenate(parts, axis=1), "dit", str(dtype or "recorded"), **engine.details, **details
     )
 
 
@@ -123,7 +123,7 @@ def self_influence(
             samples = np.arange(first, first + scores.shape[1])
             own[:, 0, samples] = scores[:, samples - first, samples]
     return replace(question, queries=(Query("own loss", queries[0].function),)).answer(
-        own, "dit", str(dtype or "recorded"), max_drift=engine.replay.max_drift
+        own, "dit", str(dtype or "recorded"), **engine.details
     )
 
 

@@ -77,11 +77,11 @@ class LossGradient:
         offset = 0
         for micro in batches:
             with self.dynamics.as_recorded(micro.random_state):
-                yield partial(self._data_term, micro, slice(offset, offset + micro.size))
+                yield partial(self.data_term, micro, slice(offset, offset + micro.size))
             offset += micro.size
         if self.workload.regularizer is not None:
             with self.dynamics.as_recorded():
-                yield self._regularizer_term
+                yield self.regularizer_term
 
     @property
     def clips(self) -> bool:
@@ -123,7 +123,7 @@ class LossGradient:
             self.buffers_after(parameters, buffers, record)
         return kept
 
-    def _data_term(
+    def data_term(
         self,
         micro: MicroBatch,
         part: slice,
@@ -140,7 +140,7 @@ class LossGradient:
         # A loss may come out in another dtype than the parameters, by its targets.
         return torch.dot(weights[part] * coefficients.to(weights.dtype), losses.to(weights.dtype))
 
-    def _regularizer_term(self, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
+    def regularizer_term(self, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
         assert self.workload.regularizer is not None
         return self.dynamics.call(parameters, buffers, self.workload.regularizer)
 

@@ -87,16 +87,20 @@ class LossStep(TrainingStep):
         parameters, buffers = self.followed_parameters.shapes, self.followed_buffers.shapes
         self.followed_parameters = Flat({name: parameters[name] for group in self._layout.groups for name in group})
         moving = running_statistics(dynamics.model)
-        self.followed_buffers = Flat({name: shape for name, shape in buffers.items() if name in moving})
+        self.follow(Flat({name: shape for name, shape in buffers.items() if name in moving}))
         self._update_adjoint = UpdateAdjoint(
             self._layout, self.followed_parameters, self.gradient.clip if self.gradient.clips else None
         )
         self.needs_optimizer_values = self._update_adjoint.needs_values
-        self._apart = BuffersApart(moving, self.gradient.buffers_after)
         self._looked_for_dead_ends = False
         self._warned = False
         self._largest: list[float] = []
         self.plain_attention = PlainAttention()
+
+    def follow(self, buffers: Flat) -> None:
+        """Of these buffers, an adjoint has rows."""
+        self.followed_buffers = buffers
+        self._apart = BuffersApart(buffers.shapes, self.gradient.buffers_after)
 
     def forward(
         self,
@@ -107,7 +111,7 @@ class LossStep(TrainingStep):
         over: State | None = None,
     ) -> State:
         after = state.copy(over)
-        theta = _leaves(after.parameters)
+        theta = leaves(after.parameters)
         gradients = self.gradient.clip(self.gradient(theta, after.buffers, record, batches, weights))
         try:
             return self._updated(after, gradients, record)
@@ -170,16 +174,12 @@ class LossStep(TrainingStep):
         self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, adjoint: Adjoint
     ) -> tuple[Adjoint, Tensor]:
         # Clipping looks at every gradient, also of parameters that the optimizer does not hold.
-        held = _leaves({name: state.parameters[name] for name in self.followed_parameters.shapes})
-        theta = {**held, **_leaves({name: value for name, value in state.parameters.items() if name not in held})}
-        moving = _leaves({name: state.buffers[name] for name in self.followed_buffers.shapes})
+        held = leaves({name: state.parameters[name] for name in self.followed_parameters.shapes})
+        theta = {**held, **leaves({name: value for name, value in state.parameters.items() if name not in held})}
+        moving = leaves({name: state.buffers[name] for name in self.followed_buffers.shapes})
         # The forward pass works in place on buffers, and the state is still needed.
         buffers = {name: value.clone() for name, value in {**state.buffers, **moving}.items()}
-        with self.differentiable(), self.plain_attention():
-            gradients = self.gradient(theta, buffers, record, batches, weights, create_graph=True)
-        if not self._looked_for_dead_ends:
-            refuse_dead_ends(gradients.values())
-            self._looked_for_dead_ends = True
+        gradients = self.gradients(theta, buffers, weights, record, batches)
         self._apart.check(state, buffers, record)
         pulled = self._update_adjoint(state, gradients, record, adjoint)
         objective = Objective(
@@ -200,6 +200,22 @@ class LossStep(TrainingStep):
             pulled.adjoint.buffers = self.followed_buffers.join_rows(by_buffer, adjoint.rows)
         return pulled.adjoint, by_weight
 
+    def gradients(
+        self,
+        parameters: Parameters,
+        buffers: Buffers,
+        weights: Tensor,
+        record: StepRecord,
+        batches: list[MicroBatch],
+    ) -> dict[str, Tensor]:
+        """``g_t(theta, b, w)`` by parameter, before clipping, with its graph; ``buffers`` become ``B_t``, with theirs."""
+        with self.differentiable(), self.plain_attention():
+            gradients = self.gradient(parameters, buffers, record, batches, weights, create_graph=True)
+        if not self._looked_for_dead_ends:
+            refuse_dead_ends(gradients.values())
+            self._looked_for_dead_ends = True
+        return gradients
+
     def derivatives(
         self, objective: Objective, state: State, record: StepRecord, batches: list[MicroBatch]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -209,7 +225,7 @@ class LossStep(TrainingStep):
         return by_weight, rest[: len(objective.held)], rest[len(objective.held) :]
 
     def bytes_kept(self, state: State, record: StepRecord) -> int:
-        return self.gradient.bytes_kept(_leaves(state.parameters), state.buffers, record)
+        return self.gradient.bytes_kept(leaves(state.parameters), state.buffers, record)
 
     def _watch(
         self, record: StepRecord, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float
@@ -242,5 +258,5 @@ class LossStep(TrainingStep):
             )
 
 
-def _leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in tensors.items()}

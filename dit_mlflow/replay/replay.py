@@ -6,11 +6,13 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 
 from dit_mlflow.errors import InputError, TrajectoryError, UnsupportedError
+from dit_mlflow.replay.derivative_check import DerivativeCheck
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.rounding import missed_by_rounding
@@ -112,6 +114,23 @@ class Replay:
                 f"{type(self.training_step).__name__}. Use dit or leave_one_out, which take any"
             )
         return self.training_step
+
+    @cached_property
+    def swept_step(self) -> TrainingStep:
+        """The step for a sweep: :attr:`training_step`, or, where its backward pass is not the derivative of its forward
+        pass, the same traced.
+
+        Raises:
+            UnsupportedError: neither has the right derivative.
+        """
+        step = self.training_step
+        return step if self.derivative_check is None else self.derivative_check.step()
+
+    @cached_property
+    def derivative_check(self) -> DerivativeCheck | None:
+        """Of the standard step; what another kind of step does is its own to say."""
+        step = self.training_step
+        return DerivativeCheck(self.trajectory, step) if type(step) is LossStep else None
 
     @property
     def max_drift(self) -> float:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
 from dit_mlflow.replay.double_backward import naming_missing_derivatives
-from dit_mlflow.replay.dynamics import Dynamics, MicroBatch
+from dit_mlflow.replay.dynamics import Dynamics, MicroBatch, Parameters
 from dit_mlflow.replay.running_statistics import DifferentiableStatistics, running_statistics
 from dit_mlflow.trajectory.manifest import DTYPES, TensorLayout
 from dit_mlflow.trajectory.state import COUNTERS, State
@@ -70,8 +70,8 @@ class TrainingStep(ABC):
     def __init__(self, dynamics: Dynamics) -> None:
         self.dynamics = dynamics
         layout = dynamics.manifest.model
-        self.followed_parameters = Flat(_floating_shapes(layout.parameters))
-        self.followed_buffers = Flat(_floating_shapes(layout.buffers))
+        self.followed_parameters = Flat(floating_shapes(layout.parameters))
+        self.followed_buffers = Flat(floating_shapes(layout.buffers))
         self.batched = not any(isinstance(module, CONVOLUTIONS) for module in dynamics.model.modules())
         self._has_statistics = bool(running_statistics(dynamics.model))
 
@@ -202,6 +202,11 @@ class TrainingStep(ABC):
             {key: value for key, value in slots.items() if value.is_floating_point()},
         )
 
+    def ask(self, parameters: Parameters, buffers: Parameters, query: Callable[[nn.Module], Tensor]) -> Tensor:
+        """The query's value ``[]`` with its graph, in evaluation mode, with the given tensors in the model."""
+        with self.differentiable():
+            return self.dynamics.evaluate(parameters, buffers, query)
+
     def differentiable(self) -> AbstractContextManager[Any]:
         """Inside it, running statistics of normalisation layers have derivatives."""
         return DifferentiableStatistics() if self._has_statistics else nullcontext()
@@ -228,7 +233,7 @@ def _like(state: State) -> Tensor:
     return next(iter(state.parameters.values()))
 
 
-def _floating_shapes(layouts: Mapping[str, TensorLayout]) -> dict[str, torch.Size]:
+def floating_shapes(layouts: Mapping[str, TensorLayout]) -> dict[str, torch.Size]:
     return {name: torch.Size(of.shape) for name, of in layouts.items() if DTYPES[of.dtype].is_floating_point}
 
 

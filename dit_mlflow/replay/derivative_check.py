@@ -1,0 +1,151 @@
+"""Whether autograd's derivatives of a training's steps and of queries are those of what they compute."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from dit_mlflow.errors import TrajectoryError, UnsupportedError
+from dit_mlflow.replay.directional_derivative import STRIDES, Slope, slope_of_query, slope_of_step
+from dit_mlflow.replay.double_backward import naming_missing_derivatives
+from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.replay.loss_step import LossStep
+from dit_mlflow.replay.traced_step import TracedStep
+from dit_mlflow.trajectory.record import Record
+from dit_mlflow.trajectory.state import State
+
+Measure = Callable[[LossStep, int], Slope]
+"""A slope by a step's derivatives, in the directions of an attempt."""
+
+QUERIES_CHECKED = 3
+"""Queries that are held against differences, of those that are asked together."""
+
+_log = logging.getLogger(__name__)
+
+
+class DerivativeCheck:
+    """Holds directional derivatives against central differences in float64, at some stored states of a training.
+
+    A loss or a module may detach what depends on the parameters, reverse gradients, round with a straight-through
+    estimator or change gradients in a hook. Then autograd's second derivative is another than that of what training
+    did, without any error. Where it is, a :class:`TracedStep` takes its place.
+
+    Args:
+        trajectory: what was recorded.
+        step: its standard step, in the dtype of a replay.
+
+    Cost: a copy of the model in float64, and some five training steps for each state that is looked at (the first, one
+    in the middle, the last one stored).
+    """
+
+    def __init__(self, trajectory: Record, step: LossStep) -> None:
+        self._trajectory = trajectory
+        self._step = step
+
+    def step(self) -> LossStep:
+        """The step given, or, where its derivative is another, the same traced.
+
+        Raises:
+            UnsupportedError: the traced one cannot be had, or is wrong too.
+        """
+        for t, state in self._states():
+            record = self._trajectory.step(t)
+
+            def measure(step: LossStep, attempt: int, state: State = state) -> Slope:
+                return slope_of_step(step, state, record, self._moved, attempt)  # noqa: B023
+
+            if not self._right(measure, f"step {t}"):
+                return TracedStep(self._step.dynamics)
+        return self._step
+
+    def asking(self, queries: Sequence[Callable[[nn.Module], Tensor]]) -> LossStep:
+        """The step that gives queries with the right derivative.
+
+        Raises:
+            UnsupportedError: there is none.
+        """
+        every = max(1, len(queries) // QUERIES_CHECKED)
+        *_, (_, state) = self._states()
+        for query in queries[::every]:
+
+            def measure(step: LossStep, attempt: int, query: Callable[[nn.Module], Tensor] = query) -> Slope:
+                return slope_of_query(
+                    lambda parameters, buffers: step.ask(parameters, buffers, query), state, self._moved, attempt
+                )
+
+            if not self._right(measure, f"query {getattr(query, 'name', query)!r}"):
+                return TracedStep(self._step.dynamics)
+        return self._step
+
+    def _right(self, measure: Measure, what: str) -> bool:
+        """Whether autograd's derivative is right; ``False`` = the trace's is."""
+        refused: UnsupportedError | None = None
+        try:
+            if _agrees(measure, self._in_float64) in (True, None):
+                return True
+        except TrajectoryError as error:
+            _log.info("%s: its derivative was not held against differences: %s", what, error)
+            return True
+        except UnsupportedError as error:
+            refused = error
+        try:
+            if _agrees(measure, self._traced_in_float64) in (True, None):
+                _log.info("%s: autograd's derivative is not that of what was computed; it is taken from a trace", what)
+                return False
+        except UnsupportedError as error:
+            raise (refused or error) from error
+        slope = measure(self._traced_in_float64, 0)
+        raise UnsupportedError(
+            f"{what}: the derivative that influence needs is {slope.taken:.6g} in a random direction, and what is "
+            f"computed changes by {slope.difference:.6g} there, so scores would be wrong. A loss or a module has an "
+            "operation whose derivative is not that of its values (fake quantization, a custom kernel). Use "
+            "leave_one_out, which takes no derivative"
+        )
+
+    def _states(self) -> Iterator[tuple[int, State]]:
+        """Stored states from which a step was made, in float64: the first, a middle and the last one."""
+        stored = [t for t in self._trajectory.checkpoint_steps if t < self._trajectory.num_steps] or [0]
+        for t in dict.fromkeys([stored[0], stored[len(stored) // 2], stored[-1]]):
+            state = self._trajectory.checkpoint(t).to(self._step.dynamics.device, torch.float64)
+            if t == 0 or _finite(state):
+                yield t, state
+
+    @cached_property
+    def _moved(self) -> Mapping[str, Tensor]:
+        """Where training changed parameters."""
+        first, last = (self._trajectory.checkpoint(self._trajectory.checkpoint_steps[place]) for place in (0, -1))
+        if not _finite(last):
+            return {}
+        device = self._step.dynamics.device
+        return {name: (value != last.parameters[name]).to(device) for name, value in first.parameters.items()}
+
+    @cached_property
+    def _in_float64(self) -> LossStep:
+        dynamics = self._step.dynamics
+        if next(dynamics.model.parameters()).dtype == torch.float64:
+            return self._step
+        return LossStep(Dynamics(dynamics.workload, dynamics.manifest, torch.float64, self._trajectory.batches))
+
+    @cached_property
+    def _traced_in_float64(self) -> TracedStep:
+        return TracedStep(self._in_float64.dynamics)
+
+
+def _agrees(measure: Measure, step: LossStep) -> bool | None:
+    """Whether derivatives of ``step`` are those of differences; ``None`` = that cannot be told."""
+    found: bool | None = None
+    for attempt in range(len(STRIDES)):
+        with naming_missing_derivatives():
+            slope = measure(step, attempt)
+        if slope.tells and slope.agrees:
+            return True
+        found = False if slope.tells else found
+    return found
+
+
+def _finite(state: State) -> bool:
+    return all(bool(value.isfinite().all()) for value in state.parameters.values())

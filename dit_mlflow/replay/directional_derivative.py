@@ -1,0 +1,146 @@
+"""Whether a step's second derivative, as autograd takes it, is that of what the step does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_mlflow.replay.adjoint import grad_or_zeros
+from dit_mlflow.replay.dynamics import Parameters
+from dit_mlflow.replay.loss_step import LossStep
+from dit_mlflow.trajectory.state import State
+from dit_mlflow.trajectory.step_record import StepRecord
+
+STRIDES = (1e-6, 1e-8, 1e-4, 1e-3)
+"""Lengths of the differences, in sizes of the parameters, one after the other until one tells: a shorter one, where the
+first meets a kink; longer ones, where a loss computes in float32."""
+
+TOLERANCE = 1e-4
+"""Relative difference that counts as none; it is below 1e-9 where backward is the derivative of forward, and above
+1e-2 where it is not."""
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A directional derivative of a linear function of a step's gradients, or of a query.
+
+    Attributes:
+        taken: by autograd.
+        difference: by central differences.
+        noise: how far the latter may be off, by rounding and by kinks: the larger of what float64 rounds, and what the
+            second difference shows.
+    """
+
+    taken: float
+    difference: float
+    noise: float
+
+    @classmethod
+    def between(cls, taken: float, before: float, here: float, after: float, stride: float, size: float) -> Slope:
+        """From values at ``-stride``, 0 and ``stride``; ``size`` is that of their terms."""
+        bend = abs(after - 2 * here + before)
+        return cls(taken, (after - before) / (2 * stride), max(1e-14 * size, bend) / stride)
+
+    @property
+    def tells(self) -> bool:
+        """Whether a wrong derivative would show."""
+        return math.isfinite(self.difference) and self.noise <= 0.01 * max(abs(self.taken), abs(self.difference))
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both are the same but for the noise."""
+        return abs(self.taken - self.difference) <= TOLERANCE * max(abs(self.taken), abs(self.difference)) + self.noise
+
+
+def slope_of_step(
+    step: LossStep, state: State, record: StepRecord, moved: Mapping[str, Tensor], attempt: int
+) -> Slope:
+    r"""``<u, J v>`` for the step's Jacobian ``J``, of gradients and buffers by parameters, buffers and weights.
+
+    The directions ``u, v`` are random, ``v`` only where training ``moved`` the parameters: a row that it never moves
+    (``Embedding(padding_idx=…)``) carries no influence. They are taken near the state, not at it, where zeros of the
+    initialisation may lie on a kink.
+
+    Args:
+        step: in float64.
+        state: ``s_t``, in float64.
+        record: step ``t``.
+        moved: bool by parameter.
+        attempt: of :data:`STRIDES`, which; each has directions of its own.
+
+    Cost: two gradients, and one that is differentiated.
+    """
+    random = torch.Generator().manual_seed(attempt)
+    step.dynamics.set_modes(record)
+    batches = step.dynamics.load(record)
+    ones = next(iter(state.parameters.values())).new_ones(len(record.samples))
+    directions = {name: _direction(value, random, moved.get(name)) for name, value in state.parameters.items()}
+    directions |= {name: _direction(state.buffers[name], random) for name in step.followed_buffers.shapes}
+    by_weight = _direction(ones, random)
+    near = {name: value + 1e-3 * directions[name] for name, value in state.parameters.items()}
+    directions |= {name: _direction(value, random, moved.get(name)) for name, value in near.items()}
+    fixed: dict[str, Tensor] = {}
+
+    def measured(gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        found = {**gradients, **{name: value for name, value in buffers.items() if value.is_floating_point()}}
+        for name, value in found.items():
+            if name not in fixed:
+                fixed[name] = torch.randn(value.shape, generator=random, dtype=torch.float64).to(value)
+        parts = [fixed[name] * value for name, value in found.items()]
+        return torch.stack([part.sum() for part in parts]).sum(), sum(part.detach().abs().sum().item() for part in parts)
+
+    def at(length: float) -> Tensor:
+        parameters = {name: (value + length * directions[name]).requires_grad_() for name, value in near.items()}
+        buffers = {name: value.clone() for name, value in state.buffers.items()}
+        buffers |= {name: buffers[name] + length * directions[name] for name in step.followed_buffers.shapes}
+        weights = ones + length * by_weight
+        return measured(step.gradient(parameters, buffers, record, batches, weights), buffers)[0].detach()
+
+    parameters = {name: value.clone().requires_grad_() for name, value in near.items()}
+    followed = {name: state.buffers[name].clone().requires_grad_() for name in step.followed_buffers.shapes}
+    buffers = {name: value.clone() for name, value in {**state.buffers, **followed}.items()}
+    weights = ones.clone().requires_grad_()
+    total, size = measured(step.gradients(parameters, buffers, weights, record, batches), buffers)
+    inputs = {**parameters, **followed}
+    found = grad_or_zeros(total, [weights, *inputs.values()]) if total.requires_grad else []
+    taken = sum(
+        float((part * direction).sum())
+        for part, direction in zip(found, [by_weight, *(directions[name] for name in inputs)], strict=bool(found))
+    )
+    stride = STRIDES[attempt]
+    return Slope.between(taken, at(-stride).item(), total.item(), at(stride).item(), stride, size)
+
+
+def slope_of_query(
+    ask: Callable[[Parameters, Parameters], Tensor], state: State, moved: Mapping[str, Tensor], attempt: int
+) -> Slope:
+    """The derivative of a query in a random direction, where training ``moved`` the parameters; as above."""
+    random, stride = torch.Generator().manual_seed(attempt), STRIDES[attempt]
+    near = {
+        name: value + 1e-3 * _direction(value, random, moved.get(name)) for name, value in state.parameters.items()
+    }
+    directions = {name: _direction(value, random, moved.get(name)) for name, value in near.items()}
+    parameters = {name: value.clone().requires_grad_() for name, value in near.items()}
+    value = ask(parameters, state.buffers)
+    found = grad_or_zeros(value, list(parameters.values())) if value.requires_grad else []
+    taken = sum(float((part * directions[name]).sum()) for name, part in zip(parameters, found, strict=bool(found)))
+
+    def at(length: float) -> Tensor:
+        moved_to = {name: value + length * directions[name] for name, value in near.items()}
+        with torch.no_grad():
+            return ask(moved_to, state.buffers)
+
+    return Slope.between(taken, at(-stride).item(), value.item(), at(stride).item(), stride, abs(value.item()))
+
+
+def _direction(value: Tensor, random: torch.Generator, mask: Tensor | None = None) -> Tensor:
+    """Random, of the size of ``value``."""
+    if not value.is_floating_point() or not value.numel():
+        return torch.zeros_like(value)
+    size = max(float(value.square().mean().sqrt()), 1e-2)
+    found = size * torch.randn(value.shape, generator=random, dtype=torch.float64).to(value)
+    return found if mask is None else found * mask
