@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         self_influence,
         track,
     )
+    from dit_mlflow.methods.removal import removal_influence
     from dit_mlflow.recording import TrajectoryRecorder, train
     from dit_mlflow.replay import Trajectory
     from dit_mlflow.retraining import Effort, leave_one_out
@@ -61,6 +62,7 @@ _HOMES = {
         "track",
     ),
     "dit_mlflow.retraining": ("Effort", "leave_one_out"),
+    "dit_mlflow.methods.removal": ("removal_influence",),
     "dit_mlflow.explanation": ("Checks", "Explanation", "explain"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -80,6 +82,7 @@ __all__ = [  # noqa: RUF022  (in the order a reader meets them)
     "margins",
     "probabilities",
     "parameter_value",
+    "removal_influence",
     "track",
     "expected_influence",
     "self_influence",

@@ -40,6 +40,7 @@ def expected_influence(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    power: float = 1.0,
 ) -> Influence:
     r"""Influence of every training sample when others are removed too: the mean of the derivative over random weights.
 
@@ -67,6 +68,8 @@ def expected_influence(
             where weights hold. All windows have the same draws, each along a training of its own.
         draws: how many, an even number.
         seed: of the weights.
+        power: the weights are ``u ** power``, ``u ~ U(0, 1)``, in pairs ``u, 1 - u``: nearer to 1 for fewer removals.
+            1/2 is Beta(2, 1), of mean 2/3.
 
     Returns:
         Scores ``[windows, queries, training samples]`` in units of the query. **Sign**: change of the query caused by
@@ -86,9 +89,11 @@ def expected_influence(
     adjoints for each. One draw after the other. Memory: as ``track``, and ``draws / 2`` times the scores.
     """
     check_draws(draws, seed)
+    if not 0 < power < np.inf:
+        raise InputError(f"power={power!r}; expected a positive number: weights are u ** power")
     question = Question.of(trajectory, workload, windows, kind, queries)
     uniform = np.random.default_rng(seed).random((draws // 2, workload.num_samples))
-    pairs = torch.from_numpy(np.stack([uniform, 1 - uniform], axis=1))
+    pairs = torch.from_numpy(np.stack([uniform, 1 - uniform], axis=1) ** power)
     scores, errors = np.zeros(question.shape), np.full(question.shape, np.nan)
     counted = np.zeros(question.shape[:2], dtype=np.int64)
     trainings = courses(question.kind, question.windows, trajectory.num_steps)

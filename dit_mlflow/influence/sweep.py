@@ -86,9 +86,7 @@ def track(
         engine = Engine(trajectory.replay(workload, dtype), memory_budget)
         parts = [scores for _, scores in in_parts(engine, question, at)]
     details: dict[str, Any] = {} if at is None else {"weights": "given"}
-    return question.answer(
-        np.concatenate(parts, axis=1), "dit", str(dtype or "recorded"), **engine.details, **details
-    )
+    return question.answer(np.concatenate(parts, axis=1), "dit", str(dtype or "recorded"), **engine.details, **details)
 
 
 def self_influence(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "dit": "dit:Dit",
     "expected": "expected:Expected",
+    "removal": "removal:Removal",
     "dit_confirmed": "dit_confirmed:DitConfirmed",
     "leave_one_out": "leave_one_out:LeaveOneOut",
     "sgd_influence": "sgd_influence:SgdInfluence",

@@ -56,9 +56,7 @@ class Slope:
         return abs(self.taken - self.difference) <= TOLERANCE * max(abs(self.taken), abs(self.difference)) + self.noise
 
 
-def slope_of_step(
-    step: LossStep, state: State, record: StepRecord, moved: Mapping[str, Tensor], attempt: int
-) -> Slope:
+def slope_of_step(step: LossStep, state: State, record: StepRecord, moved: Mapping[str, Tensor], attempt: int) -> Slope:
     r"""``<u, J v>`` for the step's Jacobian ``J``, of gradients and buffers by parameters, buffers and weights.
 
     The directions ``u, v`` are random, ``v`` only where training ``moved`` the parameters: a row that it never moves
@@ -91,7 +89,9 @@ def slope_of_step(
             if name not in fixed:
                 fixed[name] = torch.randn(value.shape, generator=random, dtype=torch.float64).to(value)
         parts = [fixed[name] * value for name, value in found.items()]
-        return torch.stack([part.sum() for part in parts]).sum(), sum(part.detach().abs().sum().item() for part in parts)
+        return torch.stack([part.sum() for part in parts]).sum(), sum(
+            part.detach().abs().sum().item() for part in parts
+        )
 
     def at(length: float) -> Tensor:
         parameters = {name: (value + length * directions[name]).requires_grad_() for name, value in near.items()}
@@ -120,9 +120,7 @@ def slope_of_query(
 ) -> Slope:
     """The derivative of a query in a random direction, where training ``moved`` the parameters; as above."""
     random, stride = torch.Generator().manual_seed(attempt), STRIDES[attempt]
-    near = {
-        name: value + 1e-3 * _direction(value, random, moved.get(name)) for name, value in state.parameters.items()
-    }
+    near = {name: value + 1e-3 * _direction(value, random, moved.get(name)) for name, value in state.parameters.items()}
     directions = {name: _direction(value, random, moved.get(name)) for name, value in near.items()}
     parameters = {name: value.clone().requires_grad_() for name, value in near.items()}
     value = ask(parameters, state.buffers)

@@ -208,7 +208,7 @@ class LossStep(TrainingStep):
         record: StepRecord,
         batches: list[MicroBatch],
     ) -> dict[str, Tensor]:
-        """``g_t(theta, b, w)`` by parameter, before clipping, with its graph; ``buffers`` become ``B_t``, with theirs."""
+        """``g_t(theta, b, w)`` by parameter, before clipping; ``buffers`` become ``B_t``. Both have their graph."""
         with self.differentiable(), self.plain_attention():
             gradients = self.gradient(parameters, buffers, record, batches, weights, create_graph=True)
         if not self._looked_for_dead_ends:

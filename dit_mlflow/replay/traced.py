@@ -66,7 +66,9 @@ def _below_autograd(node: fx.Node) -> None:
 def _same(node: fx.Node, source: fx.Node) -> bool:
     """Whether a copy has dtype and shape of its source."""
     one, other = node.meta.get("val"), source.meta.get("val")
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and (one.dtype, one.shape) == (other.dtype, other.shape)
+    return (
+        isinstance(one, Tensor) and isinstance(other, Tensor) and (one.dtype, one.shape) == (other.dtype, other.shape)
+    )
 
 
 def _tensor_argument(node: fx.Node, place: int) -> Any:

@@ -1,4 +1,4 @@
-"""Losses and modules whose backward pass is not the derivative of their forward pass, against differences of the loop."""
+"""Training whose backward pass is not the derivative of its forward pass, against differences of the loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import SGD, AdamW
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
-from dit_mlflow import Query, UnsupportedError, Window, Workload, leave_one_out, track, train
+from dit_mlflow import Query, UnsupportedError, Window, leave_one_out, track, train
 
 SOME = [0, 5, 11]
 
@@ -178,7 +178,11 @@ def test_scores_are_those_of_differences(tmp_path: Path, case: str) -> None:
     workload = digits_workload(**settings)
     trajectory = train(workload, tmp_path / "t")
     steps = trajectory.num_steps
-    for kind, window in (("local", Window(0, steps)), ("final", Window(1, steps - 1)), ("cumulative", Window(2, steps))):
+    for kind, window in (
+        ("local", Window(0, steps)),
+        ("final", Window(1, steps - 1)),
+        ("cumulative", Window(2, steps)),
+    ):
         result = track(trajectory, workload, [window], kind=kind, dtype=torch.float64)  # type: ignore[arg-type]
         scores = result.of(0)
         if case == "with dropout":
@@ -194,7 +198,9 @@ def test_scores_are_those_of_differences(tmp_path: Path, case: str) -> None:
 def test_in_the_recorded_dtype_too(tmp_path: Path) -> None:
     workload = digits_workload(loss=focal)
     trajectory = train(workload, tmp_path / "t")
-    in_float32, in_float64 = (track(trajectory, workload, whole(trajectory), dtype=d).of(0) for d in (None, torch.float64))
+    in_float32, in_float64 = (
+        track(trajectory, workload, whole(trajectory), dtype=d).of(0) for d in (None, torch.float64)
+    )
     assert np.abs(in_float32 - in_float64).max() < 1e-4 * np.abs(in_float64).max()
 
 

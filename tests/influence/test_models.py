@@ -22,7 +22,6 @@ from dit_mlflow import (
     Trajectory,
     TrajectoryError,
     TrajectoryRecorder,
-    UnsupportedError,
     Window,
     Workload,
     leave_one_out,

@@ -1,0 +1,318 @@
+"""Removal influence: what taking a share of the samples away does, calibrated by retraining without random shares."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from scipy import optimize, special, stats
+
+from dit_mlflow.errors import InputError, UnsupportedError
+from dit_mlflow.influence import Influence, Kind, Query, Window, expected_influence, track
+from dit_mlflow.influence.question import Question
+from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.replay import Trajectory
+from dit_mlflow.retraining import Effort, leave_one_out, train_on_subsets
+from dit_mlflow.workload import Workload
+
+_log = logging.getLogger(__name__)
+
+FEWEST_TRAININGS = 8
+"""Budget below which a blend cannot be fitted and judged."""
+
+FOLDS = 4
+"""Parts of the bank, each foretold by the blend that the others choose."""
+
+RESAMPLES = 200
+"""Of the bank, for intervals."""
+
+BETA = 0.5
+"""Power of the draws that stand for few removals: Beta(2, 1)."""
+
+
+def removal_influence(
+    trajectory: Trajectory,
+    workload: Workload,
+    windows: Sequence[Window],
+    kind: Kind = "local",
+    queries: Sequence[Query] | None = None,
+    removed: float = 0.1,
+    trainings: int = 16,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    effort: Effort | None = None,
+) -> Influence:
+    r"""What taking samples away does to the query, when a share of them goes.
+
+    No single score foretells removals everywhere: the derivative at weight 1 (``track``) is best for a few samples and
+    smooth training, its mean over random weights (``expected_influence``) for many samples and kinked training, and
+    which is which depends on data, network and optimizer. So a **bank** of retrainings without random shares of the
+    samples chooses, for each window and query:
+
+    .. math:: s = \sum_k c_k s^{(k)}, \qquad
+              c = \arg\min_{c \ge 0, a} \sum_S \Big( f(1 - 1_S) - f(1) - a - \sum_{j \in S} s_j \Big)^2
+
+    with ``S`` the sets that were left out, and ``s^(k)``: the derivative at 1, its means over weights ``U(0, 1)`` and ``Beta(2, 1)``, and leave-one-out where
+    the budget holds a training for each sample. The constant ``a``, what all removals of that share have in common, is
+    no sample's. The blend is calibrated: a sum of its scores foretells size as well as order.
+
+    The bank is that of datamodels (Ilyas et al. 2022, arXiv 2202.00622), which fit all scores to it; a few dozen
+    retrainings are far too few for that, and enough for a handful of coefficients.
+
+    Args:
+        trajectory, workload, windows, kind, queries, dtype, memory_budget: as for :func:`dit_mlflow.track`.
+        removed: the share of the training samples that one thinks of taking away, at least one and not all.
+        trainings: the budget: a quarter of it draws of each kind, and a bank of twice as many retrainings, which take
+            the time of a few where they run side by side.
+        seed: of draws and bank.
+        effort: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
+
+    Returns:
+        Scores ``[windows, queries, training samples]`` in units of the query. **Sign**: change of the query caused by
+        removing the sample, when a share ``removed`` goes; for a loss, positive = helpful, negative = harmful.
+        ``standard_error``: of drawing weights (pooled over samples: Smyth 2004, doi 10.2202/1544-6115.1027) and of the
+        coefficients (bootstrap over the bank); that a set's effect is not the sum of its members' is not in it.
+        ``metadata["bank"]`` says, for each window and query, how well the blend foretells retrainings that did not
+        choose it: ``lds`` (Spearman) and ``slope`` (of real on foretold change; 1 = the right size), each with its
+        interval of 95 %, and the coefficients.
+
+    Raises:
+        InputError: a share or a budget that cannot be used, and what :func:`dit_mlflow.track` refuses.
+        UnsupportedError: see :func:`dit_mlflow.track`; or too few of the retrainings end with a finite query.
+
+    Cost: ``1 + trainings / 2`` sweeps along a replay of their own, and ``2 * trainings`` retrainings.
+    """
+    _check(workload.num_samples, removed, trainings, seed)
+    question = Question.of(trajectory, workload, windows, kind, queries)
+    given = (trajectory, workload, question.windows, question.kind, question.queries)
+    draws = 2 * max(1, trainings // 8)
+    parts = {
+        "dit": track(*given, dtype=dtype, memory_budget=memory_budget),
+        "uniform": expected_influence(*given, draws, seed, dtype, memory_budget),
+        "beta": expected_influence(*given, draws, seed + 1, dtype, memory_budget, power=BETA),
+    }
+    if trainings >= workload.num_samples:
+        parts["leave_one_out"] = leave_one_out(*given, dtype=dtype, effort=effort)
+    bank = train_on_subsets(*given, subsets=2 * trainings, share=1 - removed, seed=seed, dtype=dtype, effort=effort)
+    scores, errors = np.zeros(question.shape), np.zeros(question.shape)
+    freedom = np.zeros(question.shape[:2])
+    judged: list[list[dict[str, Any]]] = [[{} for _ in question.queries] for _ in question.windows]
+    for window, query in np.ndindex(*question.shape[:2]):
+        blend = Blend.fitted(
+            {name: part.scores[window, query] for name, part in parts.items()},
+            {name: _pooled(part, window, query) for name, part in parts.items()},
+            ~bank.kept,
+            bank.changes[window, query],
+            seed,
+        )
+        scores[window, query], errors[window, query] = blend.scores, blend.errors
+        freedom[window, query], judged[window][query] = blend.freedom, blend.judged
+    return question.answer(
+        scores,
+        "removal",
+        str(dtype or "recorded"),
+        standard_error=errors,
+        degrees_of_freedom=freedom,
+        removed=float(removed),
+        trainings=int(trainings),
+        seed=int(seed),
+        spent={"sweeps": 1 + 2 * draws, "retrainings": len(bank.kept)},
+        bank=judged,
+        max_drift=max(part.metadata["max_drift"] for part in parts.values()),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """Scores chosen by a bank, for one window and query.
+
+    Attributes:
+        scores, errors: ``[samples]``.
+        freedom: degrees of freedom of the errors.
+        judged: JSON values: ``lds``, ``slope``, their intervals, ``coefficients``.
+    """
+
+    scores: np.ndarray
+    errors: np.ndarray
+    freedom: float
+    judged: dict[str, Any]
+
+    @classmethod
+    def fitted(
+        cls,
+        parts: dict[str, np.ndarray],
+        pooled: dict[str, tuple[np.ndarray, float]],
+        gone: np.ndarray,
+        changes: np.ndarray,
+        seed: int,
+    ) -> Blend:
+        """The blend of ``parts [samples]`` that foretells ``changes [bank]`` where ``gone [bank, samples]`` are absent.
+
+        Args:
+            pooled: standard errors ``[samples]`` of the parts, and their degrees of freedom.
+
+        Raises:
+            UnsupportedError: fewer than :data:`FEWEST_TRAININGS` of the changes are finite.
+        """
+        finite = np.isfinite(changes)
+        if finite.sum() < FEWEST_TRAININGS:
+            raise UnsupportedError(
+                f"{int((~finite).sum())} of {len(changes)} trainings without a share of the samples gave a query that "
+                "is not a finite number; take a smaller share (removed), or use track"
+            )
+        gone, changes = gone[finite], changes[finite]
+        stacked = np.stack(list(parts.values()))
+        sums = gone @ stacked.T
+        coefficients = _fit(sums, changes)
+        random = np.random.default_rng(seed)
+        drawn = random.integers(len(changes), size=(RESAMPLES, len(changes)))
+        fits = np.array([_fit(sums[rows], changes[rows]) for rows in drawn])
+        of_fit = (fits @ stacked).std(axis=0)
+        of_draws = [c * pooled[name][0] for c, name in zip(coefficients, parts, strict=True)]
+        used = [pooled[name][1] for c, name in zip(coefficients, parts, strict=True) if c > 0]
+        return cls(
+            coefficients @ stacked,
+            np.sqrt(of_fit**2 + np.sum(np.square(of_draws), axis=0)),
+            min([len(changes) - len(parts) - 1.0, *used]),
+            {
+                "coefficients": dict(zip(parts, coefficients.tolist(), strict=True)),
+                **_judged(_foretold(sums, changes), changes, drawn),
+            },
+        )
+
+
+def _fit(sums: np.ndarray, changes: np.ndarray) -> np.ndarray:
+    """Nonnegative least squares with a free constant, of ``changes [bank]`` on ``sums [bank, parts]``."""
+    centred = sums - sums.mean(axis=0)
+    scale = centred.std(axis=0)
+    scale[scale == 0] = np.inf
+    found: np.ndarray = optimize.nnls(centred / scale, changes - changes.mean())[0] / scale
+    return found
+
+
+def _foretold(sums: np.ndarray, changes: np.ndarray) -> np.ndarray:
+    """Each change by the fit to the other folds, ``[bank]``."""
+    fold = np.arange(len(changes)) % FOLDS
+    found = np.empty(len(changes))
+    for left in range(FOLDS):
+        of, rest = fold == left, fold != left
+        found[of] = changes[rest].mean() + (sums[of] - sums[rest].mean(axis=0)) @ _fit(sums[rest], changes[rest])
+    return found
+
+
+def _judged(foretold: np.ndarray, changes: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
+    """LDS and slope with intervals over resamples ``drawn [resamples, bank]``; ``None`` where all changes are equal."""
+    rows = np.vstack([np.arange(len(changes)), drawn])
+    x, y = foretold[rows], changes[rows]
+    known = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0)
+    if not known[0]:
+        return dict.fromkeys(("lds", "lds_interval", "slope", "slope_interval"))
+    figures = {"lds": _slopes(_standardised(x[known]), _standardised(y[known])), "slope": _slopes(x[known], y[known])}
+    return {
+        key: value
+        for name, found in figures.items()
+        for key, value in (
+            (name, float(found[0])),
+            (f"{name}_interval", np.quantile(found[1:], [0.025, 0.975]).tolist()),
+        )
+    }
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """Ranks of each row, of which a slope is Spearman's correlation."""
+    ranks = stats.rankdata(values, axis=1)
+    scaled: np.ndarray = ranks / ranks.std(axis=1, keepdims=True)
+    return scaled
+
+
+def _slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of ``y`` on ``x``, row by row."""
+    centred = x - x.mean(axis=1, keepdims=True)
+    found: np.ndarray = (centred * y).sum(axis=1) / np.square(centred).sum(axis=1)
+    return found
+
+
+def _pooled(part: Influence, window: int, query: int) -> tuple[np.ndarray, float]:
+    """Standard errors ``[samples]``, each drawn towards what all have in common, and their degrees of freedom.
+
+    A variance of two or three pairs of draws says little; by the prior that all samples' variances suggest (Smyth 2004,
+    equations 7 to 10) it says more.
+    """
+    if part.standard_error is None or part.degrees_of_freedom is None:
+        return np.zeros(part.scores.shape[2]), np.inf
+    variance = np.square(part.standard_error[window, query])
+    own = float(part.degrees_of_freedom[window, query])
+    known = variance > 0
+    if own < 1 or known.sum() < 2:
+        return np.sqrt(np.nan_to_num(variance)), max(own, 1.0)
+    centred = np.log(variance[known]) - special.digamma(own / 2) + np.log(own / 2)
+    spread = centred.var(ddof=1) - special.polygamma(1, own / 2)
+    prior = 2 * _inverse_trigamma(spread) if spread > 0 else np.inf
+    if np.isinf(prior):
+        return np.where(known, np.exp(centred.mean() / 2), 0.0), np.inf
+    common = np.exp(centred.mean() + special.digamma(prior / 2) - np.log(prior / 2))
+    moderated = (prior * common + own * variance) / (prior + own)
+    return np.where(known, np.sqrt(moderated), 0.0), prior + own
+
+
+def _inverse_trigamma(value: float) -> float:
+    return float(optimize.brentq(lambda x: special.polygamma(1, x) - value, 1e-8, 1e8))
+
+
+def _check(samples: int, removed: Any, trainings: Any, seed: Any) -> None:
+    whole = isinstance(trainings, (int, np.integer)) and isinstance(seed, (int, np.integer))
+    if not whole or trainings < FEWEST_TRAININGS or seed < 0:
+        raise InputError(
+            f"trainings={trainings!r}, seed={seed!r}; expected a budget of {FEWEST_TRAININGS} trainings or more, and a "
+            "seed of 0 or more"
+        )
+    if not isinstance(removed, (int, float)) or not 0 < removed < 1 or not 0 < round(removed * samples) < samples:
+        raise InputError(
+            f"removed={removed!r} of {samples} samples; expected a share between 0 and 1 that is at least one sample "
+            f"(1 / {samples}) and not all"
+        )
+
+
+@dataclass(frozen=True)
+class Removal(Method):
+    """What taking a share of the samples away does: :func:`dit_mlflow.removal_influence`.
+
+    Attributes:
+        removed, trainings, seed, dtype, memory_budget, effort: see there.
+    """
+
+    name: ClassVar[str] = "removal"
+    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
+    per_window: ClassVar[bool] = True
+    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
+    retrains: ClassVar[bool] = True
+
+    removed: float = 0.1
+    trainings: int = 16
+    seed: int = 0
+    dtype: torch.dtype | None = None
+    memory_budget: int | None = None
+    effort: Effort | None = None
+
+    def estimate(self, question: Question) -> Estimate:
+        found = removal_influence(
+            question.trajectory,
+            question.workload,
+            question.windows,
+            question.kind,
+            question.queries,
+            self.removed,
+            self.trainings,
+            self.seed,
+            self.dtype,
+            self.memory_budget,
+            self.effort,
+        )
+        names = ("removed", "trainings", "seed", "spent", "bank", "max_drift")
+        details = {name: found.metadata[name] for name in names}
+        return Estimate(found.scores, found.metadata["dtype"], details, found.standard_error, found.degrees_of_freedom)

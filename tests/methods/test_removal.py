@@ -1,0 +1,191 @@
+"""Removal influence against retrainings that it never saw, and its fit and errors against closed forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.optim import SGD
+from torch.utils.data import TensorDataset
+from workloads import digits_workload
+
+from dit_mlflow import (
+    Influence,
+    InputError,
+    Trajectory,
+    UnsupportedError,
+    Window,
+    Workload,
+    expected_influence,
+    removal_influence,
+    track,
+    train,
+)
+from dit_mlflow.evaluation import datamodeling_score
+from dit_mlflow.methods.removal import Blend, _pooled
+from dit_mlflow.retraining import train_on_subsets
+
+
+def blended(parts: dict[str, np.ndarray], gone: np.ndarray, changes: np.ndarray, error: float = 0.0) -> Blend:
+    return Blend.fitted(parts, {name: (np.full(gone.shape[1], error), np.inf) for name in parts}, gone, changes, 0)
+
+
+def subsets(rows: int, samples: int, size: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return np.array([np.isin(np.arange(samples), random.choice(samples, size, replace=False)) for _ in range(rows)])
+
+
+def test_the_blend_finds_the_parts_that_made_the_changes() -> None:
+    """2 s + 0.5 t, and a constant that is no sample's."""
+    random = np.random.default_rng(0)
+    s, t, gone = random.normal(size=60), random.normal(size=60), subsets(32, 60, 12)
+    found = blended({"s": s, "t": t, "nothing": random.normal(size=60)}, gone, gone @ (2 * s + 0.5 * t) + 7)
+    np.testing.assert_allclose(found.scores, 2 * s + 0.5 * t, atol=1e-12)
+    assert found.judged["lds"] == pytest.approx(1)
+    assert found.judged["slope"] == pytest.approx(1)
+    assert found.judged["coefficients"] == pytest.approx({"s": 2, "t": 0.5, "nothing": 0}, abs=1e-12)
+    assert found.errors.max() < 1e-12
+
+
+def test_no_part_counts_against_itself() -> None:
+    """A score that foretells the opposite gets no weight, and what is left is said not to foretell."""
+    s, gone = np.random.default_rng(0).normal(size=60), subsets(32, 60, 12)
+    found = blended({"s": s}, gone, -(gone @ s))
+    assert not found.scores.any()
+    assert found.judged["slope"] is None or found.judged["slope"] < 0.5
+
+
+def test_removals_that_change_nothing_have_no_score() -> None:
+    s, gone = np.random.default_rng(0).normal(size=60), subsets(32, 60, 12)
+    found = blended({"s": s}, gone, np.zeros(32))
+    assert not found.scores.any()
+    assert found.judged["lds"] is None
+
+
+def test_trainings_that_broke_are_left_out_and_too_many_refused() -> None:
+    s, gone = np.random.default_rng(0).normal(size=60), subsets(32, 60, 12)
+    changes = gone @ s
+    changes[:5] = np.nan
+    np.testing.assert_allclose(blended({"s": s}, gone, changes).scores, s)
+    changes[: 32 - 7] = np.inf
+    with pytest.raises(UnsupportedError, match=r"25 of 32 trainings .* not a finite number"):
+        blended({"s": s}, gone, changes)
+
+
+def test_the_standard_error_covers_the_coefficients() -> None:
+    """Of 200 banks with noise, 95 % of the intervals hold the score; more is allowed to a bootstrap of 24."""
+    random = np.random.default_rng(0)
+    s, t = random.normal(size=40), random.normal(size=40)
+    held = []
+    for seed in range(200):
+        gone = subsets(24, 40, 10, seed)
+        found = blended({"s": s, "t": t}, gone, gone @ (s + t) + random.normal(size=24))
+        half = stats.t.ppf(0.975, found.freedom) * found.errors
+        held.append(np.abs(found.scores - (s + t)) <= half)
+    assert 0.88 < np.mean(held) <= 0.99
+
+
+def test_errors_of_few_draws_are_pooled_over_samples() -> None:
+    """Two pairs each: variances of one degree of freedom, where all samples have the same true one."""
+    random = np.random.default_rng(0)
+    draws = random.normal(size=(2, 500))
+    own = stats.sem(draws, axis=0)
+    part = Influence(
+        draws.mean(axis=0)[None, None],
+        (Window(0, 1),),
+        ("q",),
+        np.arange(500),
+        "local",
+        "expected",
+        {},
+        own[None, None],
+        np.array([[1.0]]),
+    )
+    errors, freedom = _pooled(part, 0, 0)
+    assert freedom > 4
+    true = np.sqrt(0.5)
+    assert np.abs(errors - true).mean() < 0.3 * true < np.abs(own - true).mean()
+
+
+def digits_3_and_8(rate: float) -> Workload:
+    """Some labels flipped, ReLU."""
+    images, labels = load_digits(return_X_y=True)
+    chosen = np.flatnonzero(np.isin(labels, (3, 8)))
+    inputs, targets = torch.from_numpy(images[chosen] / 16).float(), torch.from_numpy(labels[chosen] == 8).long()
+    targets[:120:10] = 1 - targets[:120:10]
+    return digits_workload(
+        model=lambda: nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2)),
+        train_set=TensorDataset(inputs[:120], targets[:120]),
+        validation_set=TensorDataset(inputs[120:220], targets[120:220]),
+        optimizer=lambda model: SGD(model.parameters(), lr=rate),
+        batch_size=24,
+        epochs=10,
+    )
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trajectory, Workload]:
+    workload = digits_3_and_8(rate=0.2)
+    return train(workload, tmp_path_factory.mktemp("usual") / "t"), workload
+
+
+@pytest.mark.parametrize("removed", [0.05, 0.1, 0.5])
+def test_it_foretells_removals_that_it_never_saw(usual: tuple[Trajectory, Workload], removed: float) -> None:
+    """As well as the best of its parts, each of which fails at some share; in size as well as in order."""
+    trajectory, workload = usual
+    windows = [Window(0, trajectory.num_steps), Window(15, 25)]
+    found = removal_influence(trajectory, workload, windows, removed=removed, seed=1)
+    others = train_on_subsets(trajectory, workload, windows, subsets=150, share=1 - removed, seed=99)
+    parts = track(trajectory, workload, windows), expected_influence(trajectory, workload, windows, draws=4)
+    for place, window in enumerate(windows):
+        by_parts = [datamodeling_score(part.of(window), others, window).values["lds"] for part in parts]
+        by_blend = datamodeling_score(found.of(window), others, window).values["lds"]
+        assert by_blend > 0.8
+        assert min(by_parts) < by_blend > max(by_parts) - 0.05
+        foretold = ~others.kept @ found.of(window)
+        assert 0.8 < stats.linregress(foretold, others.changes[place, 0]).slope < 1.25
+
+
+def test_where_nothing_foretells_it_says_so(tmp_path: Path) -> None:
+    """At this rate even leave-one-out has an LDS of .3."""
+    workload = digits_3_and_8(rate=0.5)
+    trajectory = train(workload, tmp_path / "t")
+    windows = [Window(0, trajectory.num_steps)]
+    found = removal_influence(trajectory, workload, windows, removed=0.05)
+    others = train_on_subsets(trajectory, workload, windows, subsets=150, share=0.95, seed=99)
+    real = datamodeling_score(found.of(0), others).values["lds"]
+    (low, high) = found.metadata["bank"][0][0]["lds_interval"]
+    assert real < 0.5
+    assert low < 0.2
+    assert high < 0.6
+
+
+def test_the_same_seed_gives_the_same_and_a_large_budget_takes_leave_one_out(
+    usual: tuple[Trajectory, Workload],
+) -> None:
+    trajectory, workload = usual
+    windows = [Window(0, 4)]
+    one, again, other = (removal_influence(trajectory, workload, windows, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.scores, again.scores)
+    assert not np.array_equal(one.scores, other.scores)
+    assert one.metadata["spent"] == {"sweeps": 9, "retrainings": 32}
+    large = removal_influence(trajectory, workload, windows, trainings=workload.num_samples)
+    assert "leave_one_out" in large.metadata["bank"][0][0]["coefficients"]
+    assert "leave_one_out" not in one.metadata["bank"][0][0]["coefficients"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"removed": 0.0}, {"removed": 1.0}, {"removed": 0.004}, {"removed": "0.1"}, {"trainings": 7}, {"seed": -1}],
+)
+def test_bad_settings_are_refused_before_any_work(usual: tuple[Trajectory, Workload], changes: dict[str, Any]) -> None:
+    trajectory, workload = usual
+    (name,) = changes
+    with pytest.raises(InputError, match=f"{name}=.*expected"):
+        removal_influence(trajectory, workload, [Window(0, 4)], **changes)
