@@ -21,6 +21,9 @@ from dit_mlflow.trajectory.state import State
 Measure = Callable[[LossStep, int], Slope]
 """A slope by a step's derivatives, in the directions of an attempt."""
 
+LONG = 200
+"""Steps from which a state in the middle is looked at, besides the first and the last stored one."""
+
 QUERIES_CHECKED = 3
 """Queries that are held against differences, of those that are asked together."""
 
@@ -38,8 +41,7 @@ class DerivativeCheck:
         trajectory: what was recorded.
         step: its standard step, in the dtype of a replay.
 
-    Cost: a copy of the model in float64, and some five training steps for each state that is looked at (the first, one
-    in the middle, the last one stored).
+    Cost: a copy of the model in float64, and some five training steps for each state that is looked at.
     """
 
     def __init__(self, trajectory: Record, step: LossStep) -> None:
@@ -109,7 +111,8 @@ class DerivativeCheck:
     def _states(self) -> Iterator[tuple[int, State]]:
         """Stored states from which a step was made, in float64: the first, a middle and the last one."""
         stored = [t for t in self._trajectory.checkpoint_steps if t < self._trajectory.num_steps] or [0]
-        for t in dict.fromkeys([stored[0], stored[len(stored) // 2], stored[-1]]):
+        middle = [stored[len(stored) // 2]] if self._trajectory.num_steps >= LONG else []
+        for t in dict.fromkeys([stored[0], *middle, stored[-1]]):
             state = self._trajectory.checkpoint(t).to(self._step.dynamics.device, torch.float64)
             if t == 0 or _finite(state):
                 yield t, state
