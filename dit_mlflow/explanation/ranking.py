@@ -46,6 +46,21 @@ def extreme_samples(influence: Influence, k: int, whole: Influence | None = None
     scores = np.nan_to_num(ranking_scores(influence, whole))
     if whole is not None:
         scores[whole.unclear[0, 0]] = 0
-    harmful = [int(i) for i in np.argsort(scores, kind="stable")[:k] if scores[i] < 0]
-    helpful = [int(i) for i in np.argsort(-scores, kind="stable")[:k] if scores[i] > 0]
-    return harmful, helpful
+    return extremes(scores, k)
+
+
+def extremes(scores: np.ndarray, k: int) -> tuple[list[int], list[int]]:
+    """Positions of the ``k`` lowest negative and the ``k`` highest positive ``scores`` (``[samples]``), extremes first.
+
+    NaN is neither; of equal scores the lower position counts first.
+    """
+    known = np.nan_to_num(scores)
+    lowest, highest = (np.argsort(signed, kind="stable")[:k] for signed in (known, -known))
+    return lowest[known[lowest] < 0].tolist(), highest[known[highest] > 0].tolist()
+
+
+def window_extremes(influence: Influence) -> list[tuple[int | None, int | None]]:
+    """Indices of each window's most harmful and most helpful sample, for the first query; ``None``: it has none."""
+    found = (extremes(scores, 1) for scores in np.where(influence.unclear, 0, influence.scores)[:, 0])
+    first = ([int(influence.samples[side[0]]) if side else None for side in sides] for sides in found)
+    return [(harmful, helpful) for harmful, helpful in first]

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from dit_mlflow.explanation.markdown import one_line
 from dit_mlflow.influence import Window
 
 HELPFUL, HARMFUL, NEUTRAL, MARKED = "#0072B2", "#D55E00", "#8C8C8C", "#E69F00"
 """Okabe and Ito's colours, distinct under every common colour blindness."""
+
+PALETTE = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
+MARKERS = "osD^v<>P"
+"""In the order in which curves take them."""
 
 DIVERGING = LinearSegmentedColormap.from_list("influence", [HARMFUL, "#F7F7F7", HELPFUL]).with_extremes(bad="#D0D0D0")
 """Harmful, nothing, helpful; to be centred on 0."""
@@ -30,6 +34,19 @@ TICKS = 12
 def new_figure(height: float, dpi: int = DPI) -> Figure:
     """An empty figure of the common width, ``height`` inches high."""
     return Figure(figsize=(WIDTH, height), dpi=dpi, layout="constrained")
+
+
+def axes_in_inches(part: Figure | SubFigure, x: float, y: float, width: float, height: float) -> Axes:
+    """Axes without a frame, whose units are inches, with the lower left corner at ``x, y`` inches in ``part``."""
+    across, up = part.bbox.width / part.dpi, part.bbox.height / part.dpi
+    axes = part.add_axes((x / across, y / up, width / across, height / up))
+    axes.set_xlim(0, width)
+    axes.set_ylim(0, height)
+    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+    # Not axis("off"): a picture that is drawn here has a frame.
+    axes.spines[:].set_color("none")
+    axes.patch.set_alpha(0)
+    return axes
 
 
 def label_windows(axes: Axes, windows: Sequence[Window], most: int = TICKS) -> None:

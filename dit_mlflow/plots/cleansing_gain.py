@@ -11,14 +11,9 @@ from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.figures import HIGH, LOW, SHARE, TEST, figure_of
 from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, Cleansing, Outcome, rank
-from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL
+from dit_mlflow.plots.canvas import MARKERS, NEUTRAL, PALETTE
 
-STRATEGY_COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
-"""Okabe and Ito's, in the order of the strategies."""
-
-STRATEGY_MARKERS = "osD^v<>P"
-
-MAX_LINES = len(STRATEGY_COLOURS)
+MAX_LINES = len(PALETTE)
 """Of more strategies, those that are best on the validation split are drawn."""
 
 
@@ -76,12 +71,13 @@ def _line(
     mean = scale * np.array([values[name] for values in found])
     ends = [[values.get(name + end, values[name]) for values in found] for end in (LOW, HIGH)]
     style: dict[str, Any] = {
-        "marker": STRATEGY_MARKERS[place % len(STRATEGY_MARKERS)],
+        "marker": MARKERS[place],
+        "color": PALETTE[place],
         "capsize": 3,
         "lw": 1.6,
         "elinewidth": 1,
     }
-    style |= {"color": STRATEGY_COLOURS[place % len(STRATEGY_COLOURS)], "label": outcomes[0].trial.strategy}
+    style["label"] = outcomes[0].trial.strategy
     axes.errorbar(x, mean, yerr=np.abs(scale * np.array(ends) - mean), **style)
     return x, mean
 

@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from dit_mlflow.explanation.gallery import Gallery
@@ -15,17 +14,17 @@ from dit_mlflow.influence import Influence
 from dit_mlflow.plots.canvas import (
     HARMFUL,
     HELPFUL,
+    MARKERS,
     NEUTRAL,
     SMALL,
     WIDTH,
+    axes_in_inches,
     label_windows,
     literal,
     new_figure,
     query_words,
 )
 from dit_mlflow.plots.pictures import CHARACTER, draw_image, excerpt, is_image, write_lines
-
-SAMPLE_MARKERS = "osD^v<>P"
 
 HEIGHT, SIDE = 5.6, 2.75
 """Inches: of the figure, and of the column with the samples."""
@@ -52,7 +51,7 @@ def plot_top_samples(
     axes.fill_between(places, low, high, step="mid" if len(places) == 1 else None, **band)
     axes.axhline(0, color="black", lw=0.8)
     for samples, colour in ((helpful, HELPFUL), (harmful, HARMFUL)):
-        for marker, sample in zip(SAMPLE_MARKERS, samples, strict=False):
+        for marker, sample in zip(MARKERS, samples, strict=False):
             style = {"color": colour, "marker": marker, "ms": 5, "lw": 1.4}
             axes.plot(places, scores[:, sample], label=f"{influence.samples[sample]}", **style)
     label_windows(axes, influence.windows, most=9)
@@ -84,26 +83,26 @@ def _beside(
     row = HEIGHT / (2 * k + 1.2)
     for block, (samples, colour, name, does) in enumerate(sides):
         top = HEIGHT - block * HEIGHT / 2 - 0.08
-        axes = _inches(part, 0, top - row / 2, SIDE, row / 2)
+        axes = axes_in_inches(part, 0, top - row / 2, SIDE, row / 2)
         heading = f"{name}: removal {does} {quantity}" if samples else f"{name}: none {chosen}"
         write_lines(axes, 0.02, row / 2, heading, color=colour, fontweight="bold")
         for place, sample in enumerate(samples):
             index = int(influence.samples[sample])
             bottom = top - row * (place + 1.4)
-            _entry(part, bottom, row, (colour, SAMPLE_MARKERS[place % len(SAMPLE_MARKERS)]), index, gallery)
+            _entry(part, bottom, row, (colour, MARKERS[place % len(MARKERS)]), index, gallery)
 
 
 def _entry(part: SubFigure, bottom: float, height: float, style: tuple[str, str], index: int, gallery: Gallery) -> None:
     """A sample: the line's marker, its picture or the beginning of its text, its index and description."""
     colour, marker = style
-    axes = _inches(part, 0, bottom, SIDE, height)
+    axes = axes_in_inches(part, 0, bottom, SIDE, height)
     axes.plot([0.05, 0.35], [height / 2] * 2, color=colour, lw=1.4)
     axes.plot([0.2], [height / 2], color=colour, marker=marker, ms=5)
     appearance = gallery.appearance(index)
     start = 0.45
     if is_image(appearance):
         size = height * 0.86
-        draw_image(_inches(part, start, bottom + (height - size) / 2, size, size), appearance, colour)
+        draw_image(axes_in_inches(part, start, bottom + (height - size) / 2, size, size), appearance, colour)
         start += size + 0.08
     columns = int((SIDE - start) / CHARACTER)
     text = excerpt(appearance, columns, 2)
@@ -113,15 +112,3 @@ def _entry(part: SubFigure, bottom: float, height: float, style: tuple[str, str]
     else:
         about = [f"sample {index}", *textwrap.wrap(line, columns, max_lines=2, placeholder=" …")]
     write_lines(axes, start, height / 2, "\n".join(about), va="center")
-
-
-def _inches(part: SubFigure, x: float, y: float, width: float, height: float) -> Axes:
-    """Axes without a frame, whose units are inches, at a place in ``part`` in inches."""
-    axes = part.add_axes((x / SIDE, y / HEIGHT, width / SIDE, height / HEIGHT))
-    axes.set_xlim(0, width)
-    axes.set_ylim(0, height)
-    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
-    for spine in axes.spines.values():
-        spine.set_color("none")
-    axes.patch.set_alpha(0)
-    return axes

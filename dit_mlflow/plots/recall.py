@@ -10,13 +10,10 @@ from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.detection import recall_curve
 from dit_mlflow.evaluation.figures import RECALL_AT_K
-from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
+from dit_mlflow.plots.canvas import NEUTRAL, PALETTE, SMALL, new_figure
 
-COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
-"""Okabe and Ito's; of more curves than colours, the next seven are dashed."""
-
-CURVES_NAMED = 2 * len(COLOURS)
-"""Curves that are told apart; of more, the others are grey."""
+CURVES_NAMED = 2 * len(PALETTE)
+"""Curves that are told apart, the second half of them dashed; of more, the others are grey."""
 
 ALWAYS = ("dit", "leave_one_out")
 """Named whatever they find."""
@@ -51,7 +48,7 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
         label = f"{len(others)} others" if name == others[0] else None
         axes.plot(*(100 * part for part in curves[name]), lw=0.8, color=NEUTRAL, alpha=0.6, label=label)
     for place, name in enumerate(named):
-        line: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "ls": ("-", "--")[place // len(COLOURS)]}
+        line: dict[str, Any] = {"color": PALETTE[place % len(PALETTE)], "ls": ("-", "--")[place // len(PALETTE)]}
         axes.plot(*(100 * part for part in curves[name]), lw=1.7, label=name, **line)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 102)
