@@ -16,9 +16,8 @@ import pandas as pd
 from dit_mlflow import InputError
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.tracking.store.names import ERROR, KIND, METHOD
-from dit_mlflow.tracking.store.run_log import log_points, project_run
+from dit_mlflow.tracking.store.run_log import log_plot, log_points, project_run
 from dit_mlflow.tracking.ui.links import where_to_look
-from dit_mlflow.tracking.ui.log_plot import log_plot
 from dit_mlflow.tracking.ui.notes import set_note
 
 from .cases import Case, cases

@@ -1,15 +1,15 @@
-"""Numbers as sentences have them."""
+"""Numbers as sentences and tables show them."""
 
 from __future__ import annotations
 
 from dit_mlflow.evaluation.figures import SHARE, Figure
 
 IN_FULL = 1e9
-"""Numbers from here on have an exponent."""
+"""From this size on, numbers have an exponent."""
 
 
 def figure(value: float, digits: int = 2) -> str:
-    """``value`` with that many significant digits, but all of those before the point, and never ``-0``.
+    """``value`` with ``digits`` significant digits, at least all before the point; never ``-0``.
 
     ``0.123`` is 0.12, ``134.2`` is 134 and not 1.3e+02; below 0.0001 and from :data:`IN_FULL` on with an exponent.
     """
@@ -18,7 +18,7 @@ def figure(value: float, digits: int = 2) -> str:
 
 
 def decimals(value: float, places: int = 2) -> str:
-    """``value`` with that many decimals, and never ``-0.00``."""
+    """``value`` with ``places`` decimals; never ``-0.00``."""
     return f"{round(value, places) + 0.0:.{places}f}"
 
 

@@ -1,4 +1,4 @@
-"""What all plots share: colours, size, and how windows, queries and data are written."""
+"""What all plots share: colours, sizes, and how windows, queries and text from data are written."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DIVERGING = LinearSegmentedColormap.from_list("influence", [HARMFUL, "#F7F7F7", 
 """Harmful, nothing, helpful; to be centred on 0."""
 
 WIDTH, DPI = 8.0, 150
-"""Inches and dots per inch of every plot. MLflow's UI shows it 580 to 900 pixels wide: a point is a pixel there."""
+"""Inches and dots per inch of every plot. MLflow's UI shows it 580 to 900 pixels wide, so a point is about a pixel."""
 
 SMALL = 9
-"""Points of the smallest text."""
+"""Size of the smallest text, in points."""
 
 TICKS = 12
-"""Windows that an axis names at most; of more, every n-th."""
+"""Most windows that an axis names; of more, every n-th."""
 
 
 def new_figure(height: float, dpi: int = DPI) -> Figure:
@@ -50,7 +50,7 @@ def axes_in_inches(part: Figure | SubFigure, x: float, y: float, width: float, h
 
 
 def label_windows(axes: Axes, windows: Sequence[Window], most: int = TICKS) -> None:
-    """Name the windows at ``0, 1, …`` along the x-axis, aslant where they would touch."""
+    """Name the windows at ``0, 1, …`` on the x-axis; the names are rotated if they would touch."""
     places = range(0, len(windows), -(-len(windows) // most))
     names = [str(windows[place]) for place in places]
     crowded = sum(map(len, names)) > 4 * most
@@ -64,10 +64,10 @@ def label_windows(axes: Axes, windows: Sequence[Window], most: int = TICKS) -> N
 
 
 def query_words(query: str) -> str:
-    """``mean_validation_loss`` as people write it."""
+    """The query's name in words: ``mean validation loss``."""
     return literal(query.replace("_", " "), 40)
 
 
 def literal(text: str, longest: int) -> str:
-    """``text`` from data on one line, shortened, and not read as mathematics by Matplotlib."""
+    """``text`` from data on one line, shortened, and escaped so that Matplotlib does not read it as mathematics."""
     return one_line(text, longest).replace("$", r"\$")

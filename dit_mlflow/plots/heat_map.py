@@ -21,9 +21,9 @@ def plot_heat_map(
 ) -> Figure:
     """The ``k`` most harmful and the ``k`` most helpful samples, a row each; blue helps, vermilion harms.
 
-    Scores of the first query are divided by the window's root mean square over all samples, so that every window
-    counts alike; samples are chosen, and ordered, by the scores of the ``whole`` run, else by the mean of these over
-    windows. Damaged samples have a mark.
+    Scores of the first query are divided by the window's root mean square over all samples, so that all windows have
+    the same weight. Samples are chosen and ordered by the scores of the ``whole`` run, else by the mean over windows of
+    these. Damaged samples are marked.
     """
     gallery = gallery or Gallery()
     scores = standardised_scores(influence)

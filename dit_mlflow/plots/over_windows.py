@@ -1,4 +1,4 @@
-"""Influence of single samples, window by window, with the samples beside."""
+"""Influence of single samples, window by window, with pictures or texts of them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from dit_mlflow.plots.canvas import (
 from dit_mlflow.plots.pictures import CHARACTER, draw_image, excerpt, is_image, write_lines
 
 HEIGHT, SIDE = 5.6, 2.75
-"""Inches: of the figure, and of the column with the samples."""
+"""Inches: height of the figure, and width of the column with the samples."""
 
 
 def plot_top_samples(
     influence: Influence, gallery: Gallery | None = None, k: int = 4, whole: Influence | None = None
 ) -> Figure:
-    """Influence of the ``k`` most harmful and ``k`` most helpful samples, window by window; beside it, what they are.
+    """Influence of the ``k`` most harmful and ``k`` most helpful samples, window by window, with pictures or texts.
 
-    Samples are chosen by their scores of the ``whole`` run, else by the mean over windows; of all samples, the range
-    that holds 90 % is drawn in grey.
+    Samples are chosen by their scores of the ``whole`` run, else by the mean over windows. The grey band holds 90 % of
+    all samples.
     """
     gallery = gallery or Gallery()
     scores = influence.scores[:, 0, :]

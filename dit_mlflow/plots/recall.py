@@ -1,4 +1,4 @@
-"""How fast damaged samples are found."""
+"""How fast damaged samples are found: recall against samples inspected."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ CURVES_NAMED = 2 * len(PALETTE)
 """Curves that are told apart, the second half of them dashed; of more, the others are grey."""
 
 ALWAYS = ("dit", "leave_one_out")
-"""Named whatever they find."""
+"""Methods that are always named."""
 
 FEW = 4
-"""Curves whose legend finds room below the line of chance."""
+"""So many curves have room for their legend below the line of chance."""
 
 
 def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int]) -> Figure:
     """Share of the damaged samples found, against the share of all samples inspected, lowest scores first.
 
     Args:
-        scores: ``[samples]`` by the name that the legend shows; those without a score for any damaged sample are left
-            out. Of many, those that find most are named, and the others drawn in grey.
-        corrupted: indices of the damaged samples; inspecting as many is marked, it is where recall@k is read off.
+        scores: ``[samples]`` by the name in the legend; those without a score for any damaged sample are left out. Of
+            many, those that find most are named, and the others drawn in grey.
+        corrupted: indices of the damaged samples; a line marks as many inspected samples, where recall@k is read.
     """
     figure = new_figure(5.2)
     axes = figure.subplots()
@@ -63,6 +63,6 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
 
 
 def _named(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
-    """Those to tell apart, in the order that they came in."""
+    """The curves that are named, in the order given."""
     most = sorted(curves, key=lambda name: (name not in ALWAYS, -np.mean(curves[name][1])))[:CURVES_NAMED]
     return [name for name in curves if name in most]

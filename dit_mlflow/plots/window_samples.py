@@ -17,7 +17,7 @@ SAMPLES_PER_SIDE = 6
 """Samples on each side."""
 
 ROW, HEAD = 0.74, 0.8
-"""Inches: height of a sample, and of what stands above all."""
+"""Inches: height of a sample, and of the title with the headings."""
 
 
 def plot_window_samples(
@@ -34,7 +34,7 @@ def plot_window_samples(
         position: of the window.
         gallery: what is known of the samples.
         exact: ``[samples]``, leave-one-out in this window, written beside the scores where it is not NaN.
-        k: samples on each side; fewer, where fewer scores are negative (positive).
+        k: samples on each side; fewer, if fewer scores are negative (positive).
     """
     gallery = gallery or Gallery()
     scores = np.nan_to_num(influence.of(position))

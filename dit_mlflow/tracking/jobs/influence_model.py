@@ -32,14 +32,14 @@ from dit_mlflow.workload.projects import WorkloadReference
 
 SCRIPT = Path(__file__).with_name("influence_model_script.py")
 CONFIG = "dit.influence_model"
-"""Tag with the checksum of a model's configuration, by which one that is there already is known."""
+"""Tag with the checksum of a model's configuration, to recognise an existing model."""
 
 
 class InfluenceModel(PythonModel):
-    """Reads the trajectory of ``model_config["training_run"]`` when loaded, and sweeps it for each call.
+    """Reads the trajectory of ``model_config["training_run"]`` when loaded, and sweeps it in each call.
 
-    It holds no state of its own: the store that has the training run must be the tracking URI where it is loaded, and
-    the workload's code must be importable there.
+    It holds no state of its own: where it is loaded, the tracking URI must be that of the store with the training run,
+    and the workload's code must be importable.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -57,13 +57,13 @@ class InfluenceModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """A table: for each row and window, the training samples that hurt and helped it most.
+        """A table of the training samples that hurt and helped each row most, per window.
 
         Args:
             context: MLflow's.
             model_input: a DataFrame, one column per value of the model's input (or one column of arrays), and the
                 target's.
-            params: none are known.
+            params: unused.
 
         Returns:
             See :func:`dit_mlflow.explanation.row_tables.rows_table`; rows are numbered from 0 in the order given.
@@ -71,7 +71,7 @@ class InfluenceModel(PythonModel):
         Raises:
             DitError: rows that do not fit what was trained.
         """
-        # Whatever its annotation, MLflow hands over what the caller gave.
+        # Whatever the annotation, MLflow passes what the caller gave.
         columns = list(model_input.columns) if isinstance(model_input, pd.DataFrame) else []
         if self._target not in columns:
             shown = f"one with {columns[:5]}" if columns else f"a {type(model_input).__name__}"
@@ -112,8 +112,8 @@ def log_influence_model(
     Args:
         training_run: a run with a trajectory, recorded with a workload by reference or with ``workload`` given.
         windows, kind: see :func:`dit_mlflow.track`; ``"1"`` = the whole training.
-        name: of the registered model that gets it as a version, if it has none of this configuration; empty = do
-            not register.
+        name: of the registered model to add it to, unless that has a version of this configuration; empty = do not
+            register.
         top: samples per row, window and side.
         target: the column of the rows' targets.
         workload, settings: reference of a workload where none was recorded.
@@ -130,7 +130,7 @@ def log_influence_model(
         "training_run": training_run,
         "windows": ",".join(f"{window.start}:{window.end}" for window in question.windows),
         "kind": question.kind,
-        # Given again it is checked against the record, which alone decides.
+        # Checked against the record when the model is loaded; the record decides.
         "workload": _reference(recorded, workload),
         "settings": {} if recorded is not None else dict(settings or {}),
         "top": top,
@@ -154,7 +154,7 @@ def log_influence_model(
         )
     if not name:
         return LoggedInfluenceModel(str(logged.model_id))
-    # It tells of success there, which is for the caller to say.
+    # MLflow prints its success there; that is for the caller to say.
     with redirect_stderr(io.StringIO()):
         version = mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, CONFIG: checksum})
     return LoggedInfluenceModel(str(logged.model_id), str(version.version))
@@ -173,7 +173,7 @@ def check_influence_model(training_run: str, workload: str = "", settings: dict[
 
 
 def _signature(workload: Workload) -> ModelSignature:
-    """Of the output alone: rows may come as columns of numbers, or as one column of arrays."""
+    """Of the output alone, since rows may come as columns of numbers or as one column of arrays."""
     integers = dict.fromkeys(("row", "window_start", "window_end", "rank", "sample_index"), DataType.long)
     types = {**integers, "loss": DataType.double, "side": DataType.string, "score": DataType.double}
     types |= {"sample": DataType.string} if workload.describe is not None else {}
