@@ -1,4 +1,4 @@
-"""Which trainings the tables are about."""
+"""The trainings of the tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dit_mlflow import InputError, Workload, load_workload
 PROJECTS = Path(__file__).parents[2] / "projects"
 
 FILES = {"adult": "adult", "newsgroups": "20news-bydate.tar.gz"}
-"""What is read of a data folder; without one, the projects fetch it."""
+"""Read from the data folder; without one, the projects download it."""
 
 Windows = Literal["epochs", "ends"]
 

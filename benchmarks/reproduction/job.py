@@ -68,7 +68,7 @@ class ReproductionRequest:
 
 
 def reproduce(request: ReproductionRequest, project_run_id: str | None = None) -> str:
-    """Reproduce tables one after the other; returns what the terminal shows at the end.
+    """Reproduce tables one after the other; returns text for the terminal.
 
     What was measured before, by the same code, is taken from ``build/reproduction``. A unit that fails has a FAILED run
     with the reason, which the document names too, and stops nothing else.

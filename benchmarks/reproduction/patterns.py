@@ -1,4 +1,4 @@
-"""Early influencers, late bloomers, stable and fluctuating samples: how many, and how well DIT knows them."""
+"""Early influencers, late bloomers, stable and fluctuating samples: how many there are, and how well DIT finds them."""
 
 from __future__ import annotations
 

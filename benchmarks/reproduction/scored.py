@@ -1,4 +1,4 @@
-"""Scores of every method on one training: what all tables but cleansing and cost are made of."""
+"""Scores of every method on one training, for all tables but cleansing and cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a table of the reproduction is, and how its numbers are written."""
+"""A table of the reproduction, and the format of its numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Series = tuple[str, int, float]
 
 @dataclass(frozen=True)
 class Unit:
-    """What is measured in one go: a training, and something about it.
+    """A unit of measurement: a training, and figures of it.
 
     Attributes:
         case, seed: the training.

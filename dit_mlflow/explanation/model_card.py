@@ -83,17 +83,17 @@ def influence_card(influence: Influence, facts: CardFacts, size: int = 5, most_w
         "## Influence of training samples",
         f"Change of {query} had a sample been left out ({escaped(influence.kind)}{over}).",
     ]
-    for side, meaning in (("Harmful", "removal lowers it"), ("Helpful", "removal raises it")):
-        parts.append(f"### {side} ({meaning})\n\n{_samples(influence, facts, side, size)}")
+    headings = "Harmful (removal lowers it)", "Helpful (removal raises it)"
+    for heading, side in zip(headings, extreme_samples(influence, size, facts.whole), strict=True):
+        parts.append(f"### {heading}\n\n{_samples(influence, facts, side)}")
     parts += [_windows(influence, facts, most_windows), _fidelity(facts.metrics), *facts.made]
     return "\n\n".join(part for part in parts if part)
 
 
-def _samples(influence: Influence, facts: CardFacts, side: str, size: int) -> str:
+def _samples(influence: Influence, facts: CardFacts, side: Sequence[int]) -> str:
     scores = ranking_scores(influence, facts.whole)
-    harmful, helpful = extreme_samples(influence, size, facts.whole)
     lines = []
-    for at in helpful if side == "Helpful" else harmful:
+    for at in side:
         index = int(influence.samples[at])
         known = facts.samples.get(index)
         lines.append(f"- sample **{index}**: {scores[at]:+.3g}" + (f", {escaped(known, 80)}" if known else ""))
@@ -122,7 +122,7 @@ def _windows(influence: Influence, facts: CardFacts, most: int) -> str:
 
 def _fidelity(metrics: Mapping[str, float]) -> str:
     figures = fidelity(metrics)
-    said = f"{figures} over the whole training." if figures else "Not held against exact retraining."
+    said = f"{figures} over the whole training." if figures else "Not compared with exact retraining."
     found = metrics.get(RECALL_AT_K.name)
     chance = metrics.get(RECALL_AT_K.chance)
     if found is not None:

@@ -17,6 +17,11 @@ def figure(value: float, digits: int = 2) -> str:
     return f"{value:.0f}" if "e+" in text and abs(value) < IN_FULL else text
 
 
+def value_text(value: object) -> str:
+    """A value of a table row: a float with three significant digits, any other as it is."""
+    return figure(value, 3) if isinstance(value, float) else str(value)
+
+
 def decimals(value: float, places: int = 2) -> str:
     """``value`` with ``places`` decimals; never ``-0.00``."""
     return f"{round(value, places) + 0.0:.{places}f}"

@@ -127,11 +127,8 @@ def _windows(found: Explanation, links: Links) -> str:
 
 def _next(links: Links) -> str:
     lines = [f"- {compare_line(links.compare)}"] if links.compare else []
-    lines += [
-        f"- {_link(f'influence/{name}', links.artifacts[name])}: {what}"
-        for name, what in WHERE
-        if name in links.artifacts
-    ]
+    known = [(name, what) for name, what in WHERE if name in links.artifacts]
+    lines += [f"- {_link(f'influence/{name}', links.artifacts[name])}: {what}" for name, what in known]
     if links.charts:
         lines.append(f"- {_link('Model metrics', links.charts)}: the charts `{BY_WINDOW}…`")
     if links.windows:

@@ -51,7 +51,7 @@ def _recorded(trajectory: Trajectory) -> str:
     files = trajectory.manifest.files
     size = sum(entry.size for entry in files.values())
     unit, divisor = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6) if size >= 1e5 else ("kB", 1e3)
-    state = "" if trajectory.complete else " **Training was broken off; what came before can be used.**"
+    state = "" if trajectory.complete else " **Training was interrupted; the steps before can be used.**"
     return (
         f"Any state of it can be rebuilt from the artifact `trajectory/`: {len(trajectory.manifest.checkpoints)} "
         f"checkpoints and the record of every step, {size / divisor:.1f} {unit} in {len(files)} files.{state}"

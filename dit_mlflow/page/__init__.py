@@ -2,6 +2,4 @@
 
 from dit_mlflow.page.page import influence_page
 
-__all__ = [
-    "influence_page",
-]
+__all__ = ["influence_page"]

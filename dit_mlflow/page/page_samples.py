@@ -13,7 +13,7 @@ from PIL import Image
 
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable
-from dit_mlflow.explanation.numbers import figure
+from dit_mlflow.explanation.numbers import value_text
 from dit_mlflow.plots.pictures import is_image
 
 PICTURES = 600
@@ -90,7 +90,9 @@ class PageSamples:
         return len(self.texts[position])
 
     def _add_row(self, position: int, row: Mapping[str, Any]) -> int:
-        named = {encodable(str(name), LINE_CHARACTERS): _value(row[name]) for name in row}
+        named = {
+            encodable(str(name), LINE_CHARACTERS): encodable(value_text(row[name]), LINE_CHARACTERS) for name in row
+        }
         values = {self.names.setdefault(name, len(self.names)): value for name, value in named.items()}
         self.rows[position] = [values.get(place) for place in range(len(self.names))]
         return sum(len(value) + 3 for value in values.values())
@@ -101,10 +103,6 @@ def sample_lines(tell: Callable[[int], str | None] | None, indices: np.ndarray) 
     longest = min(200, max(40, LINES // max(1, len(indices))))
     told = [None if tell is None else tell(int(index)) for index in indices]
     return [None if line is None else encodable(line, longest) for line in told]
-
-
-def _value(value: Any) -> str:
-    return encodable(figure(value, 3) if isinstance(value, float) else str(value), LINE_CHARACTERS)
 
 
 def thumbnail(image: np.ndarray) -> str:

@@ -63,21 +63,15 @@ def plot_top_samples(
         fontsize=11,
     )
     axes.legend(handles=axes.collections[:1], loc="best", fontsize=SMALL, frameon=False)
-    _beside(right, influence, gallery, harmful, helpful, k, chosen)
+    _beside(right, influence, gallery, (helpful, harmful), k, chosen)
     return figure
 
 
 def _beside(
-    part: SubFigure,
-    influence: Influence,
-    gallery: Gallery,
-    harmful: Sequence[int],
-    helpful: Sequence[int],
-    k: int,
-    chosen: str,
+    part: SubFigure, influence: Influence, gallery: Gallery, found: Sequence[list[int]], k: int, chosen: str
 ) -> None:
-    """Two blocks of samples: above those that help, below those that harm."""
-    sides = ((helpful, HELPFUL, "↑ helpful", "raises"), (harmful, HARMFUL, "↓ harmful", "lowers"))
+    """Two blocks of samples, ``found``: above those that help, below those that harm."""
+    sides = ((found[0], HELPFUL, "↑ helpful", "raises"), (found[1], HARMFUL, "↓ harmful", "lowers"))
     query = query_words(influence.queries[0])
     quantity = "the loss" if query.endswith("loss") else "it"
     row = HEIGHT / (2 * k + 1.2)

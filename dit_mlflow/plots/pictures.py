@@ -9,7 +9,7 @@ from typing import TypeGuard
 import numpy as np
 from matplotlib.axes import Axes
 
-from dit_mlflow.explanation.numbers import figure
+from dit_mlflow.explanation.numbers import value_text
 from dit_mlflow.plots.canvas import SMALL, literal
 from dit_mlflow.workload.appearance import Appearance
 
@@ -51,7 +51,7 @@ def draw_image(axes: Axes, image: np.ndarray, colour: str) -> None:
 def excerpt(appearance: Appearance | None, columns: int, lines: int) -> str:
     """The beginning of a text, or of a row's values, in ``lines`` lines of ``columns`` characters; empty for images."""
     if isinstance(appearance, Mapping):
-        text = ", ".join(f"{name}={_short(value)}" for name, value in list(appearance.items())[:40])
+        text = ", ".join(f"{name}={value_text(value)}" for name, value in list(appearance.items())[:40])
     elif isinstance(appearance, str):
         text = f"“{appearance[: 2 * columns * lines]}”"
     else:
@@ -64,7 +64,3 @@ def excerpt(appearance: Appearance | None, columns: int, lines: int) -> str:
 def write_lines(axes: Axes, x: float, y: float, lines: str, **style: object) -> None:
     """Small text in the axes' own units, its upper left corner at ``x, y``."""
     axes.text(x, y, lines, **{"va": "top", "ha": "left", "fontsize": SMALL, "linespacing": 1.15, **style})  # type: ignore[arg-type]
-
-
-def _short(value: object) -> str:
-    return figure(value, 3) if isinstance(value, float) else str(value)

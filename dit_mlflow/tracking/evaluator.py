@@ -36,14 +36,12 @@ class DitEvaluator(ModelEvaluator):
     def evaluate(
         self,
         *,
-        model_type: str,
         dataset: Any,
         run_id: str,
         evaluator_config: dict[str, Any],
         model: Any = None,
         extra_metrics: Any = None,
         custom_artifacts: Any = None,
-        predictions: Any = None,
         model_id: str | None = None,
         **kwargs: Any,
     ) -> EvaluationResult:

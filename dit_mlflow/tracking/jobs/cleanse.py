@@ -15,7 +15,6 @@ from dit_mlflow.evaluation.figures import LOSS, PRECISION, TEST, VALIDATION, VAL
 from dit_mlflow.evaluation.trials import Cleansing, Outcome, Trial, untouched
 from dit_mlflow.explanation import cleansing_answer, cleansing_table, terminal_table
 from dit_mlflow.explanation.cleansing import ACTIONS, CleansingTask, parse_shares
-from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.influence import check_kind
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.recording.loop import check_seeds
@@ -102,7 +101,8 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
             }
         )
         log_datasets_of(training_run, run.info.run_id)
-        task, tried = task.flag(trajectory, windows, kind, request.draws, request.memory_budget, _log_scores)
+        asked = trajectory, windows, kind, request.draws, request.memory_budget
+        task, tried = task.flag(*asked, reached=lambda found: log_influence(found.influence))
         runs = CleansingRuns(task, training_run, seeds)
         outcomes, failures = _outcomes([untouched(workload.num_samples), *tried], runs)
         cleansing = Cleansing(tuple(outcomes), task.metric, request.action, workload.corrupted)
@@ -126,10 +126,6 @@ def _repeated(init: int, order: int, repeats: int) -> list[tuple[int, int]]:
     """The seeds of each repeat; raises :class:`InputError` if they grow too large."""
     check_seeds(init + repeats - 1, order + repeats - 1)
     return [(init + repeat, order + repeat) for repeat in range(repeats)]
-
-
-def _log_scores(found: Explanation) -> None:
-    log_influence(found.influence)
 
 
 def _outcomes(tried: list[Trial], runs: CleansingRuns) -> tuple[list[Outcome], list[str]]:

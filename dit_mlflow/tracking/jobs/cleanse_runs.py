@@ -34,13 +34,7 @@ from dit_mlflow.tracking.store.run_log import log_metrics, log_series
 
 @dataclass(frozen=True, eq=False)
 class CleansingRuns:
-    """Logs on the active run and below it.
-
-    Attributes:
-        task: the checked request.
-        training_run: the run that recorded the trajectory.
-        seeds: ``(init_seed, order_seed)`` of each repeat.
-    """
+    """Logs on the active run and below it; ``seeds``: ``(init_seed, order_seed)`` of each repeat."""
 
     task: CleansingTask
     training_run: str

@@ -36,7 +36,7 @@ from dit_mlflow.progress import progress_over
 from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort
-from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, recorded_workload
+from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, trained
 from dit_mlflow.tracking.jobs.train import run_training, workload_params
 from dit_mlflow.tracking.store.artifacts import load_influence, load_trajectory, log_influence
 from dit_mlflow.tracking.store.datasets import log_datasets_of
@@ -128,7 +128,11 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
     if request.seeds < 1:
         raise InputError(f"seeds={request.seeds}; expected 1 or more")
     effort = Effort(request.jobs, request.backend or None)
-    trainings = [_with_truth(request, training, effort) for training in _trained(request)]
+    trainings = []
+    for one in _trained(request):
+        checks = request.checks(one.workload)
+        truth = find_truth(one.trajectory, one.workload, one.windows, kind, checks, effort=effort)
+        trainings.append(replace(one, truth=truth))
     workload = trainings[0].workload
     tags = {KIND: COMPARISON, TRAINING_RUN: ",".join(training.run_id for training in trainings)}
     with project_run(project_run_id, f"compare {workload.title} {kind}", tags) as run:
@@ -201,11 +205,10 @@ def _trained(request: ComparisonRequest) -> list[ComparedTraining]:
             raise InputError(
                 f"seeds={request.seeds} are trainings, and training_run={request.training_run} is one; leave one out"
             )
-        trajectory = load_trajectory(request.training_run)
-        workload = recorded_workload(request, trajectory)
-        return [_compared_training(request, request.training_run, "", trajectory, workload)]
+        run_id, trajectory, workload, windows, _ = trained(request, request.checks)
+        return [ComparedTraining(run_id, "", trajectory, workload, windows)]
     workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
-    parse_windows(request.windows, workload.plan)
+    windows = parse_windows(request.windows, workload.plan)
     request.checks(workload)
     for init, order in request.grid:
         check_seeds(init, order)
@@ -214,20 +217,8 @@ def _trained(request: ComparisonRequest) -> list[ComparedTraining]:
     for init, order in request.grid:
         run_id = run_training(workload, init, order)
         label = f" init {init} order {order}" if request.seeds > 1 else ""
-        found.append(_compared_training(request, run_id, label, load_trajectory(run_id), workload))
+        found.append(ComparedTraining(run_id, label, load_trajectory(run_id), workload, windows))
     return found
-
-
-def _compared_training(
-    request: Request, run_id: str, label: str, trajectory: Trajectory, workload: Workload
-) -> ComparedTraining:
-    return ComparedTraining(run_id, label, trajectory, workload, parse_windows(request.windows, trajectory))
-
-
-def _with_truth(request: ComparisonRequest, training: ComparedTraining, effort: Effort) -> ComparedTraining:
-    checks, kind = request.checks(training.workload), check_kind(request.kind)
-    truth = find_truth(training.trajectory, training.workload, training.windows, kind, checks, effort=effort)
-    return replace(training, truth=truth)
 
 
 def _child(request: Request, name: str, training: ComparedTraining) -> dict[str, object]:
@@ -248,15 +239,8 @@ def _child(request: Request, name: str, training: ComparedTraining) -> dict[str,
 
 def _log_explained(request: Request, name: str, training: ComparedTraining) -> dict[str, float]:
     """Explain by one method and log it on the active run; returns figures of the whole run by their short names."""
-    found = explain(
-        training.trajectory,
-        training.workload,
-        training.windows,
-        check_kind(request.kind),
-        method=name,
-        checks=Checks(),
-        truth=training.truth,
-    )
+    asked = training.trajectory, training.workload, training.windows, check_kind(request.kind)
+    found = explain(*asked, method=name, checks=Checks(), truth=training.truth)
     mlflow.log_params({"method": name, "kind": found.influence.kind})
     log_influence(found.scores)
     log_metrics(found.whole.and_(found.cost))

@@ -111,10 +111,7 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
     shown = replace(shown, metadata={**shown.metadata, "training_run": settings.training_run})
     _tag(run_id, settings.training_run)
     log_influence(shown, run_id, ROW_INFLUENCE)
-    tables = {
-        ROWS_TABLE: rows_table(shown, answer.losses, top, gallery),
-        MEAN_TABLE: mean_table(shown, top, gallery),
-    }
+    tables = {ROWS_TABLE: rows_table(shown, answer.losses, top, gallery), MEAN_TABLE: mean_table(shown, top, gallery)}
     for name, table in tables.items():
         _log_table(run_id, table, f"{name}.json")
     if len(shown.windows) > 1:

@@ -20,15 +20,7 @@ from dit_mlflow.evaluation.figures import (
     WINDOW_END,
     WINDOW_START,
 )
-from dit_mlflow.explanation import (
-    Checks,
-    Explanation,
-    answer_sentences,
-    explain,
-    paragraph,
-    terminal_table,
-    windows_table,
-)
+from dit_mlflow.explanation import Checks, Explanation, explain, paragraph, terminal_table, windows_table
 from dit_mlflow.explanation.tables import OF_WINDOWS
 from dit_mlflow.influence import Influence, Kind, Window, check_kind
 from dit_mlflow.methods.dit import Dit
@@ -45,12 +37,7 @@ from dit_mlflow.workload import Workload
 
 @dataclass(frozen=True)
 class Answer:
-    """An explanation and the run that holds it.
-
-    Attributes:
-        run: the parent run.
-        explanation: what was found.
-    """
+    """An explanation and the run that holds it, the parent of the windows' runs."""
 
     run: ActiveRun
     explanation: Explanation
@@ -153,12 +140,8 @@ def summary(answer: Answer, training_run: str) -> str:
     known = [figure for figure in figures if figure.name in answer.whole.values]
     whole = ", ".join(f"{figure.heading} {answer.whole.values[figure.name]:.3f}" for figure in known)
     lines += [f"Whole run: {whole}"] if whole else []
-    lines += [*_trusted(answer.whole), "", *(paragraph(text) for text in answer_sentences(answer.explanation)), ""]
-    lines += [
-        f"training run   {training_run}",
-        f"influence run  {answer.run.info.run_id}",
-        where_to_look(answer.run),
-    ]
+    lines += [*_trusted(answer.whole), "", *map(paragraph, answer.explanation.sentences), ""]
+    lines += [f"training run   {training_run}", f"influence run  {answer.run.info.run_id}", where_to_look(answer.run)]
     return "\n".join(lines)
 
 

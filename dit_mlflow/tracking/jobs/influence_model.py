@@ -28,7 +28,6 @@ from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.tracking.store.found_models import versions_of
 from dit_mlflow.tracking.store.names import KIND, TRAINING_RUN
 from dit_mlflow.workload import Workload
-from dit_mlflow.workload.projects import WorkloadReference
 
 SCRIPT = Path(__file__).with_name("influence_model_script.py")
 CONFIG = "dit.influence_model"
@@ -83,12 +82,7 @@ class InfluenceModel(PythonModel):
 
 @dataclass(frozen=True)
 class LoggedInfluenceModel:
-    """An influence model in MLflow.
-
-    Attributes:
-        model_id: of the LoggedModel.
-        version: of the registered model; ``None`` if it was not registered.
-    """
+    """The id of an influence model's LoggedModel, and the registered version; ``None`` if it was not registered."""
 
     model_id: str
     version: str | None = None
@@ -131,7 +125,7 @@ def log_influence_model(
         "windows": ",".join(f"{window.start}:{window.end}" for window in question.windows),
         "kind": question.kind,
         # Checked against the record when the model is loaded; the record decides.
-        "workload": _reference(recorded, workload),
+        "workload": workload if recorded is None else recorded.reference,
         "settings": {} if recorded is not None else dict(settings or {}),
         "top": top,
         "target": target,
@@ -186,10 +180,6 @@ def _example(workload: Workload, target: str) -> pd.DataFrame:
     features, value = sample_as_row(workload)
     row_losses(workload, features[None], value[None])
     return pd.DataFrame({"features": [features.tolist()], target: [value.tolist()]})
-
-
-def _reference(recorded: WorkloadReference | None, given: str) -> str:
-    return recorded.reference if recorded is not None else given
 
 
 def _registered(name: str, checksum: str) -> LoggedInfluenceModel | None:

@@ -53,23 +53,17 @@ def register_job(request: RegistrationRequest, project_run_id: str | None = None
         reference = ""
         settings: dict[str, str] = {}
         if request.influence_model:
-            asked, trained = asked_and_trained(request.influence_run)
-            reference, settings = _workload_of(asked, trained.info.run_id)
-            check_influence_model(trained.info.run_id, reference, settings)
+            influence, training = asked_and_trained(request.influence_run)
+            reference, settings = _workload_of(influence, training.info.run_id)
+            check_influence_model(training.info.run_id, reference, settings)
         done = register_influence(request.influence_run, request.model_name, request.model)
         if project_run_id is not None:
             mlflow.set_tags({INFLUENCE_RUN: done.influence_run, TRAINING_RUN: done.training_run})
         lines = _summary(done)
         if request.influence_model:
             windows = ",".join(f"{window.start}:{window.end}" for window in done.influence.windows)
-            answering = log_influence_model(
-                done.training_run,
-                windows,
-                _kind(done.influence.kind),
-                request.influence_model,
-                workload=reference,
-                settings=settings,
-            )
+            asked = done.training_run, windows, _kind(done.influence.kind), request.influence_model
+            answering = log_influence_model(*asked, workload=reference, settings=settings)
             lines.append(f"answers rows   models:/{request.influence_model}/{answering.version}")
     return "\n".join(["", *lines, where_is(version_link(done.version))])
 

@@ -121,8 +121,8 @@ def asked_and_trained(influence_run: str) -> tuple[Run, Run]:
         raise InputError(f"{shown} has no artifact {INFLUENCE}/ with scores; expected an influence run{hint}")
     if run.info.status != "FINISHED":
         raise InputError(
-            f"{shown} is {run.info.status}; only the influence of a run that is FINISHED is kept with a model, since "
-            "what others hold it against may be missing"
+            f"{shown} is {run.info.status}; only the influence of a run that is FINISHED is kept with a model: of "
+            "others, the comparison with exact retraining may be missing"
         )
     training_run = run.data.tags.get(TRAINING_RUN)
     if not training_run:
@@ -195,7 +195,7 @@ def _register(
         METHOD: influence.method,
         "dit.query": ", ".join(influence.queries)[:500],
         "dit.windows": str(len(influence.windows)),
-        "dit.fidelity": fidelity(run.data.metrics) or "not held against exact retraining",
+        "dit.fidelity": fidelity(run.data.metrics) or "not compared with exact retraining",
     }
     facts = card_facts(run, training, model, influence, folder, by_window)
     for one in _versions(model, training, name, version):

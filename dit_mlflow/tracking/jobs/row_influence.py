@@ -35,13 +35,7 @@ class RowAnswer:
 
 @dataclass(frozen=True, eq=False)
 class RowQuestion:
-    """A recorded training that answers questions about rows, any number of times.
-
-    Attributes:
-        training_run: the run that recorded it.
-        trajectory, workload: what was recorded.
-        windows, kind: see :func:`dit_mlflow.track`.
-    """
+    """A recorded training that answers questions about rows, any number of times; made by :meth:`of`."""
 
     training_run: str
     trajectory: Trajectory
@@ -106,16 +100,8 @@ class RowQuestion:
                 f"the loss of row {row} is {losses[row]}, for which influence is undefined; look for values far "
                 "from those that the model was trained on"
             )
-        found = explain(
-            self.trajectory,
-            self.workload,
-            self.windows,
-            self.kind,
-            queries,
-            checks=Checks(),
-            whole_run=whole_run,
-        )
-        return RowAnswer(found, losses)
+        asked = self.trajectory, self.workload, self.windows, self.kind, queries
+        return RowAnswer(explain(*asked, checks=Checks(), whole_run=whole_run), losses)
 
     def _final_losses(self, queries: Sequence[Query]) -> np.ndarray:
         with preserved_random_state():

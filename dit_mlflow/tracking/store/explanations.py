@@ -93,18 +93,8 @@ def log_answer(explanation: Explanation, training_run_id: str) -> None:
     samples = _log_tables(explanation)
     for name, figure in _plots(explanation).items():
         log_plot(figure, f"{INFLUENCE}/{name}.png")
-    mlflow.log_text(
-        influence_page(
-            explanation.scores,
-            explanation.exact,
-            explanation.gallery,
-            explanation.windows,
-            explanation.measured,
-            explanation.title,
-            explanation.sentences,
-        ),
-        f"{INFLUENCE}/report.html",
-    )
+    scores = explanation.scores, explanation.exact, explanation.gallery, explanation.windows, explanation.measured
+    mlflow.log_text(influence_page(*scores, explanation.title, explanation.sentences), f"{INFLUENCE}/report.html")
     # The UI lists the newest run first, so the last window is logged first.
     positions = progress_over(range(len(explanation.windows))[::-1], "logging windows", "window")
     runs = [_log_window(explanation, k, samples, run, training_run_id) for k in positions][::-1]
@@ -128,10 +118,8 @@ def window_run_name(window: Window, index: int, count: int) -> str:
 
 
 def _log_figures(explanation: Explanation, training: Run) -> None:
-    known = {
-        TRAINING_SECONDS.name: training.data.metrics.get(TRAINING_SECONDS.name),
-        PEAK_MEMORY.name: peak_memory_mb(),
-    }
+    seconds = training.data.metrics.get(TRAINING_SECONDS.name)
+    known = {TRAINING_SECONDS.name: seconds, PEAK_MEMORY.name: peak_memory_mb()}
     costs = Metrics({name: value for name, value in known.items() if value is not None})
     log_metrics(explanation.whole)
     log_metrics(explanation.cost.and_(costs))
@@ -145,10 +133,7 @@ def _log_tables(explanation: Explanation) -> pd.DataFrame:
     truth = explanation.truth.leave_one_out
     exact = explanation.confirmed if truth is None else truth.select(list(found.windows))
     samples = top_samples_table(found, exact, gallery)
-    tables = {
-        "windows": windows_table(found, explanation.per_window),
-        "top_samples": samples,
-    }
+    tables = {"windows": windows_table(found, explanation.per_window), "top_samples": samples}
     if explanation.whole_run is not None:
         tables["whole_run"] = whole_run_table(explanation.whole_run, explanation.exact, gallery)
     if len(found.windows) > 1:

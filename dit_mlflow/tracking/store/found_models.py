@@ -30,12 +30,7 @@ FORMS = "models:/<name>/<version>, models:/<name>@<alias> or models:/m-<id>"
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A LoggedModel, and the registered version by which it was found, if any.
-
-    Attributes:
-        model: the LoggedModel.
-        version: the version asked for, before copies were followed.
-    """
+    """A LoggedModel, and the registered version asked for, if any, before copies were followed."""
 
     model: LoggedModel
     version: ModelVersion | None = None

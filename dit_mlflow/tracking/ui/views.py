@@ -68,8 +68,8 @@ class View:
     runs: str
     charts: tuple[Chart, ...]
     columns: tuple[str, ...]
-    order: str
-    ascending: bool
+    order: str = "attributes.start_time"
+    ascending: bool = True
 
     @property
     def state(self) -> dict[str, Any]:
@@ -126,6 +126,12 @@ def _chart(kind: str, **settings: Any) -> Chart:
     return {"type": kind, "runsCountToCompare": 100, **settings}
 
 
+def _children_view(run: Run, title: str, also: str = "", **shown: Any) -> View:
+    """A view of a run's child runs; ``also``: a further condition on them."""
+    parent = f"tags.`{PARENT_RUN}` = '{run.info.run_id}'"
+    return View(PREFIX + run.info.run_id, f"{title} of {run.info.run_name}", parent + also, **shown)
+
+
 def _metrics(*names: str) -> tuple[str, ...]:
     return tuple(f"metrics.{name}" for name in names)
 
@@ -134,14 +140,12 @@ def windows_view(run: Run) -> View:
     """The windows of an influence run side by side."""
     agreement = SPEARMAN if SPEARMAN.name in run.data.metrics else TRUST_SPEARMAN
     found = [figure.name for figure in (agreement, AUROC, RECALL_AT_K) if figure.name in run.data.metrics]
-    return View(
-        key=PREFIX + run.info.run_id,
-        name=f"Windows of {run.info.run_name}",
-        runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}'",
+    return _children_view(
+        run,
+        "Windows",
         charts=(*map(bar_chart, found), parallel([], [WINDOW_START.name, *found[:2]])),
         columns=_metrics(WINDOW_START.name, WINDOW_END.name, *found),
         order=f"metrics.{WINDOW_START.name}",
-        ascending=True,
     )
 
 
@@ -149,10 +153,9 @@ def methods_view(run: Run) -> View:
     """The methods of a comparison side by side, the best first: over windows, and against cost."""
     whole = [figure.name for figure in (SPEARMAN, PEARSON, LDS, AUROC)]
     cost = INFLUENCE_SECONDS.name
-    return View(
-        key=PREFIX + run.info.run_id,
-        name=f"Methods of {run.info.run_name}",
-        runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}'",
+    return _children_view(
+        run,
+        "Methods",
         charts=(
             line_chart(SPEARMAN.by_window),
             line_chart(AUROC.by_window),
@@ -169,14 +172,13 @@ def methods_view(run: Run) -> View:
 def strategies_view(run: Run) -> View:
     """The strategies of a cleansing side by side, over the number of samples cleaned."""
     measured = [data + metric for metric in (ACCURACY, LOSS) for data in (VALIDATION, TEST)]
-    return View(
-        key=PREFIX + run.info.run_id,
-        name=f"Strategies of {run.info.run_name}",
-        runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}' and tags.`{KIND}` = 'strategy'",
+    return _children_view(
+        run,
+        "Strategies",
+        f" and tags.`{KIND}` = 'strategy'",
         charts=tuple(line_chart(BY_FRACTION + name) for name in measured),
         columns=("params.strategy", "params.chosen.fraction", *_metrics(*measured)),
         order="params.strategy",
-        ascending=True,
     )
 
 
@@ -198,8 +200,6 @@ TRAININGS = View(
         "params.workload.lr",
         *_metrics(VALIDATION_LOSS.name, VALIDATION + ACCURACY, TEST + ACCURACY),
     ),
-    order="attributes.start_time",
-    ascending=True,
 )
 """All training runs of an experiment."""
 
@@ -217,8 +217,6 @@ INFLUENCES = View(
         "params.resolved.training_run",
         *_metrics(SPEARMAN.name, TRUST_SPEARMAN.name, AUROC.name),
     ),
-    order="attributes.start_time",
-    ascending=True,
 )
 """All influence runs of an experiment, window by window."""
 
