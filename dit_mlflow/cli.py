@@ -1,4 +1,4 @@
-"""What MLproject calls: parse, check, hand over to tracking."""
+"""The command line, which MLproject calls too: parses, checks, and hands over to tracking."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Case:
         return f"{self.data} {self.model}"
 
     def workload(self, seed: int, flipped: float = 0.0) -> Workload:
-        """With split, flips, weights and batch order of their own for every seed, ``flipped`` a share of the samples.
+        """The workload of a seed, which has its own split, flips, weights and batch order; ``flipped``: a share.
 
         Raises:
             WorkloadError: the data cannot be had, or a setting cannot be used.
@@ -73,7 +73,7 @@ CASES = (
 )
 
 SMALL = tuple((f"n_{split}", "96") for split in ("train", "validation", "test"))
-"""Of a quick reproduction, and few epochs."""
+"""Settings of a quick reproduction, which also has few epochs."""
 
 
 def cases(datasets: str = "all", quick: bool = False, folder: str = "") -> list[Case]:

@@ -59,7 +59,7 @@ class ReproductionRequest:
 
     @property
     def tables(self) -> list[Table]:
-        """Those asked for; raises :class:`InputError` for one that is not there."""
+        """The tables asked for; raises :class:`InputError` for an unknown one."""
         names = list(TABLES) if self.table.strip() == "all" else [name.strip() for name in self.table.split(",")]
         unknown = [name for name in names if name not in TABLES]
         if unknown:

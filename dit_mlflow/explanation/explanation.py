@@ -53,7 +53,7 @@ class Explanation:
 
     @property
     def windows(self) -> tuple[Window, ...]:
-        """Those that were asked for."""
+        """The windows that were asked for."""
         return self.influence.windows
 
     @property

@@ -61,7 +61,7 @@ class PageSamples:
 
     @classmethod
     def of(cls, gallery: Gallery, indices: np.ndarray, order: Iterable[int]) -> PageSamples:
-        """Those of the samples ``indices[order]``, in this order, as long as there is room.
+        """Pictures, texts or rows of the samples ``indices[order]``, in this order, as long as there is room.
 
         Pictures of the first :data:`PICTURES` samples at most; texts are cut, to :data:`EXCERPT` characters at the
         least, so that later ones have room.

@@ -16,7 +16,7 @@ HELPFUL, HARMFUL, NEUTRAL, MARKED = "#0072B2", "#D55E00", "#8C8C8C", "#E69F00"
 
 PALETTE = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
 MARKERS = "osD^v<>P"
-"""In the order in which curves take them."""
+"""Colours and markers of several curves, in order."""
 
 DIVERGING = LinearSegmentedColormap.from_list("influence", [HARMFUL, "#F7F7F7", HELPFUL]).with_extremes(bad="#D0D0D0")
 """Harmful, nothing, helpful; to be centred on 0."""

@@ -12,7 +12,7 @@ COLUMNS = (
     *("age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation", "relationship"),
     *("race", "sex", "capital-gain", "capital-loss", "hours-per-week", "native-country"),
 )
-"""In the order of the files."""
+"""Columns in the order of the files."""
 
 UNTOLD = "untold or rare"
 SCHOOL = "school up to grade 12"

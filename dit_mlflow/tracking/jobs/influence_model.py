@@ -167,7 +167,7 @@ def check_influence_model(training_run: str, workload: str = "", settings: dict[
 
 
 def _signature(workload: Workload) -> ModelSignature:
-    """Of the output alone, since rows may come as columns of numbers or as one column of arrays."""
+    """A signature of the output alone, since rows may come as columns of numbers or as one column of arrays."""
     integers = dict.fromkeys(("row", "window_start", "window_end", "rank", "sample_index"), DataType.long)
     types = {**integers, "loss": DataType.double, "side": DataType.string, "score": DataType.double}
     types |= {"sample": DataType.string} if workload.describe is not None else {}

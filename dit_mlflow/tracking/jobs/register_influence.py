@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Registration:
-    """What was registered.
+    """The result of a registration.
 
     Attributes:
         version: of the registered model.
