@@ -1,4 +1,4 @@
-"""What influence on one window downloads from a tracking server: MLP 784-256-10 with AdamW, 4,500 digits.
+"""How much influence in one window downloads from a tracking server: MLP 784-256-10 with AdamW, 4,500 digits.
 
 ``python benchmarks/downloads.py`` prints a table. An ``mlflow server`` on loopback stands between us and the artifacts
 (SQLite, one worker). Each row begins with an empty cache: ``load_trajectory`` and ``track`` on that window, then the
@@ -55,7 +55,7 @@ def digits(epochs: int) -> Workload:
 
 
 def ask(run_id: str, workload: Workload, window: Window, cache: Path) -> tuple[int, int, float]:
-    """Files and bytes that were not in the cache yet, and seconds."""
+    """Files and bytes added to the cache, and seconds."""
     before = sizes(cache)
     started = time.perf_counter()
     track(load_trajectory(run_id), workload, [window])
@@ -65,7 +65,7 @@ def ask(run_id: str, workload: Workload, window: Window, cache: Path) -> tuple[i
 
 
 def sizes(cache: Path) -> dict[int, int]:
-    """By inode: a file that is downloaded once more is another one."""
+    """By inode, so that a file downloaded again counts as another one."""
     found = [path.stat() for path in cache.rglob("*") if path.is_file()]
     return {status.st_ino: status.st_size for status in found}
 

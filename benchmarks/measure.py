@@ -1,4 +1,4 @@
-"""What the benchmarks share: the plain training to compare with, and CPU time taken in turns."""
+"""Shared by the benchmarks: the plain training to compare with, and CPU time measured in turns."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class Training:
             pass
 
     def run_with_checkpoints(self, folder: Path) -> list[str]:
-        """What TracIn records: the parameters after every epoch."""
+        """The parameters after every epoch, which TracIn needs."""
         paths = []
         for t, model in enumerate(self.run()):
             if t > 0 and t % (len(self.batches) // self.epochs) == 0:
@@ -148,7 +148,7 @@ def dit(training: Training, folder: Path, windows: str = "1", left_out: int = 0)
 
 
 class WeightedLoss(nn.Module):
-    """What bergson trains: a module that returns the loss. Its inputs must include a matrix named ``input_ids``."""
+    """A module that returns the loss, as bergson trains it. Its inputs must include a matrix named ``input_ids``."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class WeightedLoss(nn.Module):
 
 
 class WeightedStream:
-    """What bergson draws batches from: by step, each sample with a weight in which training is differentiated."""
+    """Batches for bergson: by step, each sample with a weight by which training is differentiated."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
@@ -174,7 +174,7 @@ class WeightedStream:
 
 
 def bergson(training: Training, folder: Path) -> Iterator[Tensor | None]:
-    """Reverse-mode differentiation of the training in the samples' weights, between bergson's own checkpoints."""
+    """Reverse-mode differentiation of the training by the samples' weights, between bergson's own checkpoints."""
     import torchopt
     from bergson.magic.trainer import BackwardState, Trainer
 

@@ -40,7 +40,7 @@ CHECKPOINTS: dict[str, str | int] = {"every step": 1, "sqrt (default)": "sqrt", 
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained: data, a model and its optimizer, how many steps."""
+    """A training: data, a model and its optimizer, number of steps."""
 
     data: TensorDataset
     model: Callable[[], nn.Module]

@@ -1,4 +1,4 @@
-"""Which scores foretell what leaving out many samples does?
+"""Which scores predict the effect of leaving out many samples?
 
 ``python benchmarks/removal.py`` trains projects/mnist for each seed, retrains it without random parts of the samples,
 and holds the summed scores of methods against the real changes: the linear datamodeling score (Spearman over the

@@ -1,4 +1,4 @@
-"""What the sweep costs, as multiples of the training steps that it walks over: ``python benchmarks/speed.py``.
+"""Cost of the sweep, in multiples of the cost of the training itself: ``python benchmarks/speed.py``.
 
 Training is a plain ``torch.optim`` loop on the same batches, drawn beforehand, with the same number of threads (one,
 unless ``--threads`` says otherwise). Figures are medians of CPU seconds in one process, taken in turns. "In memory"
@@ -74,7 +74,7 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def digits_workload(model: Any, samples: int, epochs: int, optimizer: Any = momentum, batch_size: int = 64) -> Workload:
-    """Real digits, ten classes; ``small`` tells 0 … 4 from the others."""
+    """Real digits, ten classes; ``small``: two classes, 0 … 4 and the others."""
     images, labels = mnist_digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     inputs = torch.from_numpy(images).float()[order].view(-1, 1, 28, 28) / 255
@@ -98,7 +98,7 @@ def digits_workload(model: Any, samples: int, epochs: int, optimizer: Any = mome
 
 
 class InMemory(Replay):
-    """All states held, so that the sweep is measured alone."""
+    """A trajectory with all states in memory, to measure the sweep alone."""
 
     def __init__(self, trajectory: Trajectory, workload: Workload) -> None:
         super().__init__(trajectory, workload)
@@ -186,7 +186,7 @@ def scaling(repetitions: int) -> pd.DataFrame:
 
 
 def memory(repetitions: int) -> pd.DataFrame:
-    """Peak memory above what the process had, and time, with less and less room for states; Adam, 1024 steps."""
+    """Added peak memory, and time, with less and less room for states; Adam, 1024 steps."""
     workload = digits_workload(mlp, 1024, 64, adam)
     rows = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""How right an estimate is about the samples that it puts first; by default on projects/mnist.
+"""How right an estimate is about the samples that it ranks first; by default on projects/mnist.
 
 ``python benchmarks/standing_out.py`` prints a table for each model, against exact leave-one-out over the whole run: for
 rankings by the estimate of the whole run, by the mean of estimates over windows, and by the whole run's with exact

@@ -1,4 +1,4 @@
-"""Does trust, from a few retrainings, rank settings as the full ground truth does? And how often do its intervals hold?
+"""Does trust, from a few retrainings, rank settings as the full ground truth does, and are its intervals right?
 
 ``python benchmarks/trust.py`` trains projects/mnist with several models, optimizers and learning rates, and for every
 kind and window takes the full ground truth, the figures of :func:`dit_mlflow.evaluation.trust`, and 20 draws of its
@@ -33,11 +33,11 @@ SETTINGS = [
 KINDS = ("local", "final", "cumulative")
 DRAWS = 20
 TRUSTED = "trust_"
-"""Before the columns of what trust says."""
+"""Prefix of the columns with trust's figures."""
 
 
 def measure(setting: dict[str, object], seed: int, samples: int, n_train: int) -> list[dict[str, object]]:
-    """A row per kind and window: the full ground truth's figures, trust's, and how often its intervals hold."""
+    """A row per kind and window: figures of the full ground truth, of trust, and the coverage of its intervals."""
     workload = load_workload("projects/mnist", **setting, n_train=n_train)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def measure(setting: dict[str, object], seed: int, samples: int, n_train: int) -
 
 
 def held(estimate: np.ndarray, truth: np.ndarray, samples: int) -> dict[str, float]:
-    """Share of draws whose interval holds the correlation over all samples, and its median width."""
+    """Share of draws whose interval contains the correlation over all samples, and its median width."""
     full = correlations(estimate, truth).values[SPEARMAN.leaf]
     intervals = []
     for draw in range(DRAWS):

@@ -1,4 +1,4 @@
-"""What MLproject calls: parse, check, hand over to tracking."""
+"""The command line, which MLproject calls too: parses, checks, and hands over to tracking."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _QUESTION = (
 
 
 def _asks(job: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of everything that asks a question of a trajectory."""
+    """Adds the options that influence and compare share."""
     for option in reversed(_QUESTION):
         job = option(job)
     return job
@@ -126,7 +126,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
 @click.option("--order-seed", default=0, help="As for train.")
 @click.pass_context
 def cleanse(context: click.Context, /, **options: Any) -> None:
-    """Drop (or relabel) the samples of lowest influence and train again, beside at random and by loss.
+    """Drop (or relabel) the samples of lowest influence and train again; compare with random ones and highest losses.
 
     The validation split chooses how many, the test split judges. Further options are settings of the workload, if it is
     to be trained first.
@@ -148,7 +148,7 @@ def verify(context: click.Context, target: str, workload: str) -> None:
     """Check that a trajectory is whole and replays: TARGET is a run's id or a folder.
 
     Checksums of all files, steps without a gap, the dataset's digest, and the replay of every segment against the next
-    checkpoint. Exit code 0: all of it holds (or, without a workload, all but the replay, which is then said), 1: not.
+    checkpoint. Exit code 0: all of it holds (without a workload: all but the replay, which is reported), 1: not.
 
     Further options are settings of the workload, in place of the recorded ones.
     """
@@ -206,13 +206,13 @@ def run_job(kind: str, job: Callable[[str | None], str]) -> None:
 
 
 def _told(error: BaseException) -> str | None:
-    """What people are told of an error instead of a traceback; ``None`` if that would hide a fault of ours."""
+    """The message for an error instead of a traceback; ``None`` where the fault may be ours."""
     if isinstance(error, DitError):
         return str(error)
     # Not imported here: what was interrupted may be that import.
     exceptions = sys.modules.get("mlflow.exceptions")
     if exceptions is not None and isinstance(error, exceptions.MlflowException):
-        # What SQLAlchemy adds to the database's own words.
+        # Drops what SQLAlchemy adds to the database's message.
         said, *more = re.split(r"\n\[SQL:|\n+\(Background on this error at", str(error), maxsplit=1)
         return f"{said}\nThe tracking store failed; it may still show runs as RUNNING" if more else said
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
@@ -224,12 +224,12 @@ def prepare_environment() -> None:
     """Settings of the environment that must be made before torch and MLflow are loaded."""
     # Read when torch is loaded. Spinning threads make small models ten times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Of MLflow, for every file that comes from the store; our own bars say how far the work is.
+    # MLflow's bars for every downloaded file; our own bars show the progress of the work.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # The making of a database, and a link for every run that ends; ours are printed once, at the end.
+    # MLflow's messages on a new database, and its link for every run that ends; ours are printed once, at the end.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # Tracebacks of failing databases, which reach us as exceptions too.
+    # Tracebacks of failing databases; the exceptions reach us too.
     logging.getLogger(DATABASE_LOGGER).addFilter(lambda record: not record.exc_info)
 
 

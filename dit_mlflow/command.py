@@ -1,4 +1,4 @@
-"""Commands that people are told to run next, written as this process was called: they work where it was called."""
+"""Commands that messages suggest, in the form in which this process was called, so that they work there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 CALLED_AS = "DIT_CALLED_AS"
-"""Set by run.py for what it runs: how it was called itself."""
+"""Set by run.py to the command by which it was called."""
 
 
 def command(job: str, **options: str) -> str:
@@ -34,7 +34,7 @@ def option(name: str, value: str) -> str:
 
 
 def ui_command() -> str:
-    """What starts the MLflow UI; run.py's environment need not be active."""
+    """The command that starts the MLflow UI; with run.py, no environment need be active."""
     called = os.environ.get(CALLED_AS)
     return f"{called} ui" if called else "mlflow ui"
 

@@ -57,7 +57,7 @@ class Jobs:
         return re.findall(rf"^{label} +(\w+)$", self.said[name], re.MULTILINE)[0]
 
     def link(self, name: str, to: str) -> str:
-        """What the job ``name`` printed below ``compare <to>``."""
+        """The link that the job ``name`` printed below ``compare <to>``."""
         return re.findall(rf"compare {to}\n +(\S+)", self.said[name])[0]
 
 

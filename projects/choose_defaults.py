@@ -5,11 +5,11 @@ Run from the repository, for example::
     python projects/choose_defaults.py projects/mnist --grid standardise=channel,pixel
     python projects/choose_defaults.py projects/adult --set data_dir=data/adult
 
-Each training has a seed of its own (weights and batch order) and the project's own label flips; validation labels are
-clean, and the test split is not looked at. The learning rate is the one of highest mean accuracy; among equals, and
-where a project has no accuracy, of lowest loss. A training that breaks off has accuracy 0. Of the settings in
-``--grid``, those whose best accuracy, averaged over the models, is highest. With ``--rates`` and nothing after it, the
-learning rate is the project's: ``--set preset=paper --rates`` tells what the paper's settings reach.
+Each training has its own seed (weights and batch order) and the project's label flips; validation labels are clean, and
+the test split is not used. The chosen learning rate has the highest mean accuracy; among equals, and in a project
+without accuracy, the lowest loss. A training that breaks off has accuracy 0. The chosen settings of ``--grid`` have the
+highest best accuracy, averaged over the models. With ``--rates`` alone, the learning rate is the project's:
+``--set preset=paper --rates`` shows what the paper's settings reach.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which trainings the tables are about."""
+"""The trainings of the tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dit_mlflow import InputError, Workload, load_workload
 PROJECTS = Path(__file__).parents[2] / "projects"
 
 FILES = {"adult": "adult", "newsgroups": "20news-bydate.tar.gz"}
-"""What is read of a data folder; without one, the projects fetch it."""
+"""Read from the data folder; without one, the projects download it."""
 
 Windows = Literal["epochs", "ends"]
 
@@ -47,7 +47,7 @@ class Case:
         return f"{self.data} {self.model}"
 
     def workload(self, seed: int, flipped: float = 0.0) -> Workload:
-        """With split, flips, weights and batch order of their own for every seed, ``flipped`` a share of the samples.
+        """The workload of a seed, which has its own split, flips, weights and batch order; ``flipped``: a share.
 
         Raises:
             WorkloadError: the data cannot be had, or a setting cannot be used.
@@ -73,7 +73,7 @@ CASES = (
 )
 
 SMALL = tuple((f"n_{split}", "96") for split in ("train", "validation", "test"))
-"""Of a quick reproduction, and few epochs."""
+"""Settings of a quick reproduction, which also has few epochs."""
 
 
 def cases(datasets: str = "all", quick: bool = False, folder: str = "") -> list[Case]:

@@ -32,7 +32,7 @@ SCALES: dict[str, tuple[int, ...]] = {
     "windows": (1, 3, 7),
     "hidden units": (32, 128),
 }
-"""What is varied, beside :data:`BASE` with a window for each epoch, which all scales have in common."""
+"""What is varied from :data:`BASE` with a window for each epoch, which all scales share."""
 QUICK_SCALES = {"samples": (64,), "windows": (1,)}
 SETTINGS = {"samples": "n_train", "epochs": "epochs", "hidden units": "hidden"}
 METHODS = ("dit local", "dit final", "dit cumulative", "published", "leave_one_out")

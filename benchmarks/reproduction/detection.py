@@ -42,7 +42,7 @@ SOURCES = {
     ("aum", "none"): "AUM",
     ("confident_learning", "none"): "confident learning (cleanlab)",
 }
-"""What is compared over the whole run, where the kinds are one."""
+"""Methods compared over the whole run, for which all kinds are the same."""
 
 SOURCES_OF = {method: words for (method, _), words in SOURCES.items()}
 
@@ -59,7 +59,7 @@ LINES = {
     "loss": (HARMFUL, "-.", "loss at the end"),
     "confident_learning": (MARKED, "-", "confident learning"),
 }
-"""Of the figure."""
+"""What the figure shows."""
 
 
 class Detection(Table):
@@ -113,7 +113,7 @@ class Detection(Table):
                     yield f"by_percent_flipped/{place}/{DETECTION}{name}", percent, row[name]
 
     def condensed(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Without the single epochs, which the figure shows."""
+        """Leave out single epochs, which the figure shows."""
         return rows[~rows["window"].astype(str).str.isdecimal()]
 
     def figure(self, rows: pd.DataFrame) -> Figure:

@@ -1,4 +1,4 @@
-"""``docs/reproduction.md``, from the latest finished run of every table."""
+"""Writes ``docs/reproduction.md`` from the latest finished run of every table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does early influence foretell late influence?"""
+"""Does early influence predict late influence?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIGURES = {
     "middle_last": "middle and last",
     "neighbours": "neighbours, mean",
 }
-"""Pairs of windows, and how they are called in the document."""
+"""Pairs of windows, and their names in the document."""
 
 PUBLISHED = {("adult", "logreg"): -0.25, ("adult", "dnn"): -0.29}
 """Exact leave-one-out with the published code, ``cumulative``, first and last window."""

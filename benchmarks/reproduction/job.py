@@ -16,9 +16,8 @@ import pandas as pd
 from dit_mlflow import InputError
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.tracking.store.names import ERROR, KIND, METHOD
-from dit_mlflow.tracking.store.run_log import log_points, project_run
+from dit_mlflow.tracking.store.run_log import log_plot, log_points, project_run
 from dit_mlflow.tracking.ui.links import where_to_look
-from dit_mlflow.tracking.ui.log_plot import log_plot
 from dit_mlflow.tracking.ui.notes import set_note
 
 from .cases import Case, cases
@@ -60,7 +59,7 @@ class ReproductionRequest:
 
     @property
     def tables(self) -> list[Table]:
-        """Those asked for; raises :class:`InputError` for one that is not there."""
+        """The tables asked for; raises :class:`InputError` for an unknown one."""
         names = list(TABLES) if self.table.strip() == "all" else [name.strip() for name in self.table.split(",")]
         unknown = [name for name in names if name not in TABLES]
         if unknown:
@@ -69,7 +68,7 @@ class ReproductionRequest:
 
 
 def reproduce(request: ReproductionRequest, project_run_id: str | None = None) -> str:
-    """Reproduce tables one after the other; returns what the terminal shows at the end.
+    """Reproduce tables one after the other; returns text for the terminal.
 
     What was measured before, by the same code, is taken from ``build/reproduction``. A unit that fails has a FAILED run
     with the reason, which the document names too, and stops nothing else.

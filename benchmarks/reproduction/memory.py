@@ -1,4 +1,4 @@
-"""What was measured before, on disk."""
+"""Earlier measurements, kept on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Early influencers, late bloomers, stable and fluctuating samples: how many, and how well DIT knows them."""
+"""Early influencers, late bloomers, stable and fluctuating samples: how many there are, and how well DIT finds them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .scored import WHOLE, Scores, scores
 from .table import Series, Table, Unit, grid, mean_of
 
 AMONG = f"{SPEARMAN.leaf}_"
-"""Before the name of a pattern: agreement among its samples."""
+"""Prefix of a pattern's name: agreement among its samples."""
 
 KINDS = ("local", "cumulative")
 METHODS = ("leave_one_out", "dit")
@@ -36,7 +36,7 @@ class Patterns(Table):
     figures = (*PATTERNS, "same", *(AMONG + name for name in PATTERNS))
 
     def units(self, cases: Sequence[Case], seeds: int, quick: bool) -> list[Unit]:
-        """Only where there is a window for every epoch."""
+        """Keep the cases with a window for every epoch."""
         return super().units([case for case in cases if case.windows == "epochs"], seeds, quick)
 
     def measure(self, unit: Unit) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Scores of every method on one training: what all tables but cleansing and cost are made of."""
+"""Scores of every method on one training, for all tables but cleansing and cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SOURCES = (
     ROOT / "projects",
     *(HERE / f"{name}.py" for name in ("authors", "cases", "final_query", "scored")),
 )
-"""What scores depend on: where one of these changes, they are computed again."""
+"""Code that scores depend on: if it changes, they are computed again."""
 
 KINDS: tuple[Kind, ...] = ("local", "final", "cumulative")
 WHOLE = "whole"
@@ -49,7 +49,7 @@ pooling and ReLU have kinks that a larger change meets."""
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What the methods say of one training.
+    """Scores of the methods on one training.
 
     Attributes:
         windows: names and bounds; the last is all of training.
@@ -72,7 +72,7 @@ class Scores:
 
 @cache
 def fingerprint() -> str:
-    """Of the code that scores depend on."""
+    """Digest of the code that scores depend on."""
     files = sorted(path for source in SOURCES for path in ([source] if source.is_file() else source.rglob("*.py")))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 

@@ -1,4 +1,4 @@
-"""What a table of the reproduction is, and how its numbers are written."""
+"""A table of the reproduction, and the format of its numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dit_mlflow.explanation.markdown import markdown_table
 from .cases import Case, seeds_of
 
 KEYS = ["data", "model", "method"]
-"""With ``seed``, what a child run is."""
+"""These and ``seed`` identify a child run."""
 
 Series = tuple[str, int, float]
 """Name of a metric, its step, its value."""
@@ -25,7 +25,7 @@ Series = tuple[str, int, float]
 
 @dataclass(frozen=True)
 class Unit:
-    """What is measured in one go: a training, and something about it.
+    """A unit of measurement: a training, and figures of it.
 
     Attributes:
         case, seed: the training.
@@ -53,7 +53,7 @@ class Table(ABC):
     figures: ClassVar[tuple[str, ...]]
 
     def units(self, cases: Sequence[Case], seeds: int, quick: bool) -> list[Unit]:
-        """What is to be measured; the units of a case and seed stand together."""
+        """The units to measure; those of a case and seed are adjacent."""
         return [Unit(case, seed) for case in cases for seed in seeds_of(case, seeds)]
 
     @abstractmethod
@@ -70,11 +70,11 @@ class Table(ABC):
 
     @abstractmethod
     def figure(self, rows: pd.DataFrame) -> Figure:
-        """Of all seeds."""
+        """A figure of all seeds."""
 
     @abstractmethod
     def section(self, rows: pd.DataFrame) -> str:
-        """Of ``docs/reproduction.md``, in Markdown, without the heading."""
+        """The section of ``docs/reproduction.md``, in Markdown, without its heading."""
 
 
 def summary(rows: pd.DataFrame, keys: Sequence[str], figures: Sequence[str]) -> pd.DataFrame:

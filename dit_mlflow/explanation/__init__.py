@@ -1,4 +1,4 @@
-"""What was found, in sentences, tables and notes."""
+"""The explanation of a training, in sentences, tables and notes."""
 
 from dit_mlflow.explanation.cleansing_note import cleansing_answer, cleansing_note
 from dit_mlflow.explanation.comparison_note import comparison_note, comparison_sentences

@@ -1,4 +1,4 @@
-"""What is to be cleaned, and how: held against the workload, flagged by influence, tried by training again."""
+"""The cleansing task: check a request against its workload, flag samples by influence, train again without them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from dit_mlflow.workload.random_state import preserved_random_state
 ACTIONS = ("drop", "relabel")
 
 PREDICTION_FOLDS = 5
-"""Parts of the training samples, each predicted by a model that is trained on the others."""
+"""Parts of the training samples; a model that is trained on the other parts predicts each."""
 
 
 def parse_shares(text: str, num_samples: int) -> dict[float, int]:
-    """Shares of the training samples with commas between, ascending, and how many samples each is.
+    """Parse comma-separated shares of the training samples: share -> number of samples, in ascending order.
 
     Raises:
-        InputError: one cannot be read, or is none or all of the samples, or as many as another.
+        InputError: a share cannot be read, is none or all of the samples, or as many samples as another share.
     """
     expected = "expected shares of the training samples between 0 and 1, such as 0.05,0.1"
     try:
@@ -56,7 +56,7 @@ def parse_shares(text: str, num_samples: int) -> dict[float, int]:
 
 @dataclass(frozen=True, eq=False)
 class CleansingTask:
-    """What is asked about a workload's training samples, held against it.
+    """A cleansing request that has been checked against its workload.
 
     Attributes:
         workload: before cleaning.
@@ -64,8 +64,7 @@ class CleansingTask:
         counts: fraction -> number of samples.
         metric: to choose and judge by.
         classes: of the training samples as labelled, ``[n]``; ``None`` if they have none.
-        predicted: the classes ``[n]`` that flagged samples are given; ``None`` = they are dropped, or nothing has been
-            flagged yet.
+        predicted: the classes ``[n]`` that flagged samples get; ``None`` = samples are dropped, or not yet flagged.
     """
 
     workload: Workload
@@ -77,7 +76,7 @@ class CleansingTask:
 
     @classmethod
     def of(cls, workload: Workload, shares: str, action: str, metric: str = "") -> CleansingTask:
-        """Raises :class:`DitError` for what cannot be done on this workload; ``metric``: empty = accuracy or loss."""
+        """Check a request; raises :class:`DitError` if the workload cannot do it. No ``metric`` = accuracy or loss."""
         counts = parse_shares(shares, workload.num_samples)
         try:
             _ = workload.plan
@@ -115,12 +114,12 @@ class CleansingTask:
         memory_budget: int | None = None,
         reached: Callable[[Explanation], object] = lambda found: None,
     ) -> tuple[CleansingTask, list[Trial]]:
-        """Samples of lowest influence in each window, of highest loss, and at random; and what to label them.
+        """Flag the samples of lowest influence in each window, of highest loss, and at random; predict new labels.
 
         Args:
             trajectory, windows, kind, memory_budget: see :func:`dit_mlflow.track`.
             draws: random draws of as many samples, for comparison; 0 = none.
-            reached: called with the influence as soon as it is known.
+            reached: called with the influence as soon as it is computed.
 
         Raises:
             DitError: influence cannot be computed, or a class would be left without samples.
@@ -152,7 +151,7 @@ class CleansingTask:
     def attempt(
         self, trial: Trial, seeds: Sequence[tuple[int, int]], told: Callable[[], object] = lambda: None
     ) -> Outcome:
-        """Train again without the flagged samples, or with other labels; see :func:`tried_out`."""
+        """Train again without the flagged samples, or with their new labels; see :func:`tried_out`."""
         return tried_out(trial, self._changed, seeds, told)
 
     def _changed(self, flagged: np.ndarray) -> Workload:
@@ -162,7 +161,7 @@ class CleansingTask:
 
 
 def _metric(asked: str, workload: Workload) -> str:
-    """The metric that was asked for; default: ``accuracy`` if the workload has it, else ``loss``."""
+    """The metric to judge by; default: ``accuracy`` if the workload has it, else ``loss``."""
     with preserved_random_state():
         found = mean_scores(workload, workload.build_model().eval(), workload.validation_set).values
     if not asked:

@@ -20,7 +20,7 @@ from dit_mlflow.explanation.markdown import NOTE_CHARACTERS, escaped, markdown_t
 from dit_mlflow.explanation.numbers import cell
 
 TRIALS_LISTED, REMARKS = 40, 4
-"""Of the table, and of further sentences, at most."""
+"""Most trials in the table, and most further sentences."""
 
 DONE = {"drop": "dropped", "relabel": "relabelled"}
 DOING = {"drop": "dropping", "relabel": "relabelling"}
@@ -28,7 +28,7 @@ DOING = {"drop": "dropping", "relabel": "relabelling"}
 ANSWERS = {
     "yes": "Cleaning helped",
     "no": "Cleaning did not help",
-    "unclear": "Whether cleaning helped cannot be told, the gain is within what seeds and test samples make of it",
+    "unclear": "Whether cleaning helped is unclear (the gain is within the noise of seeds and test samples)",
 }
 
 REMARK = {
@@ -41,7 +41,7 @@ REMARK = {
 
 
 def cleansing_answer(cleansing: Cleansing) -> str:
-    """Whether cleaning helped, what else came of as many samples, and how many were truly damaged: three sentences."""
+    """Three sentences: whether cleaning helped, what other strategies give, how many flagged samples are damaged."""
     chosen, before = cleansing.chosen, cleansing.before
     names = [TEST + name for name in _metrics(cleansing)]
     lead = ANSWERS[cleansing.helped]
@@ -58,9 +58,9 @@ def cleansing_answer(cleansing: Cleansing) -> str:
 
 
 def _beside(cleansing: Cleansing, name: str) -> str:
-    """The other strategies with as many samples; if none are to be cleaned, with those that validation likes best.
+    """The other strategies with as many samples; if cleaning none was chosen, each with the number validation prefers.
 
-    Of several windows of influence, the one that validation likes best.
+    Of several windows of influence, only the one that validation prefers.
     """
     chosen = cleansing.chosen
     tried = [cleansing.by(strategy) for strategy in cleansing.strategies if strategy != chosen.trial.strategy]
@@ -120,12 +120,12 @@ def _gain(outcome: Outcome, other: Outcome, name: str) -> str:
 
 
 def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = ()) -> str:
-    """Markdown for the run's description: the answer, all trials, how to take the indices away, what to mind.
+    """Markdown for the run's description: the answer, the trials, how to load the indices, and caveats.
 
     Args:
-        cleansing: what came out.
+        cleansing: the outcome.
         run_id: of the run that holds the artifacts.
-        remarks: further sentences of plain text, such as why a trial failed.
+        remarks: further plain-text sentences, such as why a trial failed.
     """
     rows = min(TRIALS_LISTED, len(cleansing.outcomes))
     while len(note := _note(cleansing, run_id, remarks, rows)) > NOTE_CHARACTERS and rows:

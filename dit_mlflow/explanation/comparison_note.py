@@ -12,34 +12,26 @@ from dit_mlflow.explanation.numbers import cell, decimals, figure
 from dit_mlflow.explanation.over_seeds import COMPARED, SECONDS
 
 TIE = 0.005
-"""Figures closer than this are called equal: they read the same with two digits, or nearly so."""
+"""Figures closer than this are called equal: with two digits they read nearly the same."""
 
 CEILING = 0.995
-"""What leave-one-out in the recorded precision agrees with itself by, from which on that is not worth a word."""
+"""Where leave-one-out in the recorded precision agrees with the truth at least this well, nothing is said of it."""
 
 
 def comparison_sentences(
     table: pd.DataFrame, retraining: Collection[str], attainable: float | None = None
 ) -> tuple[str, ...]:
-    """What the table says, in plain text: who agrees best with exact leave-one-out, at what cost, who detects best.
+    """The table in plain text: which method agrees best with exact leave-one-out, at what cost, and which detects best.
 
     Args:
-        table: a row per method with columns ``method``, ``failed``, and of ``spearman`` (``_low``, ``_high``),
-            ``recall_at_k`` (``_chance``), ``auroc``, ``seconds`` those that are known.
-        retraining: names of the methods that retrain without samples, which exact leave-one-out does too.
-        attainable: correlation of leave-one-out with itself in the recorded precision.
+        table: a row per method with the columns ``method``, ``failed``, and, where known, ``spearman`` (``_low``,
+            ``_high``), ``recall_at_k`` (``_chance``), ``auroc`` and ``seconds``.
+        retraining: names of the methods that retrain without samples, as exact leave-one-out does.
+        attainable: correlation of leave-one-out in the recorded precision with the truth.
     """
     worked = table[~table["failed"].astype(bool)]
-    return tuple(
-        sentence
-        for sentence in (
-            _fidelity(worked, retraining, attainable),
-            _cost(worked, retraining),
-            _detection(worked),
-            _failed(table),
-        )
-        if sentence
-    )
+    fidelity = _fidelity(worked, retraining, attainable)
+    return tuple(filter(None, (fidelity, _cost(worked, retraining), _detection(worked), _failed(table))))
 
 
 def comparison_note(
@@ -55,16 +47,13 @@ def comparison_note(
     over = "one training" if trainings == 1 else f"{trainings} trainings with other seeds (figures are means)"
     known = [of for column, of in COMPARED.items() if _known(table, column)]
     legend = f" {'; '.join(f'{escaped(of.heading)}: {of.sentence}' for of in known)}." if known else ""
+    counted = f"{len(table)} methods that say" if len(table) > 1 else "1 method that says"
     compared = (
-        f"**Compared:** {_counted(table)} how {escaped(query)} would change without each training sample, "
+        f"**Compared:** {counted} how {escaped(query)} would change without each training sample, "
         f"on {over}, for all steps; kind `{kind}`.{legend} Each method is a child run; windows are the steps of its "
         f"charts `{BY_WINDOW}…`."
     )
     return "\n\n".join(part for part in (sentences, compared, _table(table)) if part)
-
-
-def _counted(table: pd.DataFrame) -> str:
-    return f"{len(table)} methods that say" if len(table) > 1 else "1 method that says"
 
 
 def _fidelity(worked: pd.DataFrame, retraining: Collection[str], attainable: float | None) -> str:
@@ -76,10 +65,10 @@ def _fidelity(worked: pd.DataFrame, retraining: Collection[str], attainable: flo
         return "All methods compared retrain; their agreement with exact leave-one-out is in the table."
     best = _equally_good(cheap, SPEARMAN)
     names, top = list(best["method"]), best.iloc[0]
-    alone = len(names) == 1
+    alone, interval = len(names) == 1, _bounds(top).replace("(", "(95 % interval ")
     text = (
         f"{_listed(names)} agree{'s' if alone else ''} best with exact leave-one-out among the methods that do not "
-        f"retrain: {SPEARMAN.heading} {decimals(top[SPEARMAN.leaf])}{_interval(top)}"
+        f"retrain: {SPEARMAN.heading} {decimals(top[SPEARMAN.leaf])}{interval}"
     )
     rest = cheap[~cheap["method"].isin(names)]
     if len(rest):
@@ -158,19 +147,15 @@ def _cell(of: Figure, value: object) -> str:
 
 
 def _best_first(table: pd.DataFrame, *figures: Figure) -> pd.DataFrame:
-    """In the order of the first of ``figures``, and of the next where it is equal; as it was where all are."""
+    """Sorted by the first of ``figures``, ties by the next; rows that are equal in all keep their order."""
     known = [of for of in figures if of.leaf in table]
     by, ascending = [of.leaf for of in known], [not of.higher_is_better for of in known]
     return table.sort_values(by, ascending=ascending, kind="stable")
 
 
 def _equally_good(ordered: pd.DataFrame, of: Figure) -> pd.DataFrame:
-    """The first row, and those that are no worse by :data:`TIE`."""
+    """The first row, and those that are worse by less than :data:`TIE`."""
     return ordered[(ordered[of.leaf] - ordered[of.leaf].iloc[0]).abs() < TIE]
-
-
-def _interval(row: pd.Series) -> str:
-    return _bounds(row).replace("(", "(95 % interval ")
 
 
 def _bounds(row: pd.Series) -> str:

@@ -60,18 +60,18 @@ def explain(
 
     Args:
         trajectory, workload, kind, queries: as for :func:`dit_mlflow.track`.
-        windows: themselves, or as for :func:`dit_mlflow.parse_windows`.
-        method: that estimates; its name, or itself with settings of its own.
-        checks: exact retrainings to hold the estimate against.
-        truth: exact retrainings that are known already, of ``windows`` and the whole run, from :func:`find_truth`:
-            the estimate is held against them and nothing is retrained.
+        windows: windows, or text for :func:`dit_mlflow.parse_windows`.
+        method: the estimator: its name, or an instance with settings.
+        checks: exact retrainings to compare the estimate with.
+        truth: known exact retrainings of ``windows`` and the whole run, from :func:`find_truth`: the estimate is
+            compared with them and nothing is retrained.
         effort: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
-        whole_run: estimate the whole run ``[0, T)`` too, whose scores rank the samples; the checks need it.
-        reached: called with each part as soon as it is known, estimates first, since retrainings take longest: what
-            it keeps is not lost if the rest is broken off.
+        whole_run: also estimate the whole run ``[0, T)``, whose scores rank the samples; the checks need it.
+        reached: called with each part as soon as it is computed, estimates first, so that it can be stored before the
+            retrainings, which take longest, are done.
 
     Returns:
-        Scores, what is exact, figures, and the answer in words. Figures, samples and words are of the first query.
+        Scores, exact scores, figures, and the answer in words. Figures, samples and words are about the first query.
 
     Raises:
         DitError: see :func:`dit_mlflow.track` and :func:`dit_mlflow.leave_one_out`.
@@ -91,7 +91,7 @@ def explain(
     )
     if "truth" in explanation.parts:
         reached("truth", explanation.parts["truth"])
-    # Of one query, which is the one that is spoken of.
+    # Only the first query: the answer is about it alone.
     further = _Retraining(trajectory, workload, kind, None if queries is None else queries[:1], effort)
     for check in (further.noise_floor, further.trust, further.confirm, further.name):
         known = explanation.parts
@@ -118,7 +118,7 @@ def _estimated(
         CPU_SECONDS.name: time.process_time() - cpu,
         MAX_DRIFT.name: found.metadata.get("max_drift"),
     }
-    # A method without window scores answers for the whole run alone.
+    # A method without window scores has them for the whole run alone.
     windows = [window for window in asked if window in found.windows] or [whole]
     return Explanation(
         found.select(windows),
@@ -132,13 +132,13 @@ def _estimated(
 
 
 def _held_against(explanation: Explanation, truth: Truth) -> Explanation:
-    """With the figures that say how well the estimate agrees with ``truth``, and how well it finds what is damaged."""
+    """Add figures: how well the estimate agrees with ``truth``, and how well it finds damaged samples."""
     exact = truth.leave_one_out
     missing = [] if exact is None else [window for window in explanation.scores.windows if window not in exact.windows]
     if missing:
         raise InputError(
-            f"the truth knows nothing of window {missing[0]}; expected leave-one-out of every window that is asked for "
-            "and of the whole run, as find_truth makes it"
+            f"the truth has no scores of window {missing[0]}; expected leave-one-out of every window asked for and of "
+            "the whole run, as find_truth makes it"
         )
     explanation = replace(explanation, truth=truth)
     found = [_figures(explanation, window) for window in explanation.scores.windows]
@@ -146,7 +146,7 @@ def _held_against(explanation: Explanation, truth: Truth) -> Explanation:
 
 
 def _figures(explanation: Explanation, window: Window) -> Metrics:
-    """Subsets, which are of the whole run, for that alone."""
+    """Figures of one window; the subsets are of the whole run, and so is the score that they give."""
     scores, truth = explanation.scores.of(window), explanation.truth
     figures = detection(scores, sorted(explanation.gallery.corrupted)).prefixed(DETECTION)
     if truth.subsets is not None and window in truth.subsets.windows:
@@ -161,7 +161,7 @@ def _figures(explanation: Explanation, window: Window) -> Metrics:
 
 
 def _with_figures(explanation: Explanation, more: Sequence[Metrics], prefix: str = "") -> Explanation:
-    """``more``: of the windows that ``explanation.scores`` has, in that order."""
+    """Add ``more``, figures of the windows of ``explanation.scores``, in that order."""
     found = dict(zip(explanation.scores.windows, more, strict=True))
     per_window = zip(explanation.windows, explanation.per_window, strict=True)
     whole = Metrics() if explanation.whole_run is None else found[explanation.whole_run.windows[0]].prefixed(prefix)
@@ -174,7 +174,7 @@ def _with_figures(explanation: Explanation, more: Sequence[Metrics], prefix: str
 
 @dataclass(frozen=True, eq=False)
 class _Retraining:
-    """What retraining further tells of an explanation; ``queries``: the first, ``None`` = the default one."""
+    """Retrains to check an explanation; ``queries``: the first, ``None`` = the default one."""
 
     trajectory: Trajectory
     workload: Workload
@@ -183,7 +183,7 @@ class _Retraining:
     effort: Effort | None
 
     def noise_floor(self, explanation: Explanation, checks: Checks) -> Explanation:
-        """How well the truth agrees with itself in the recorded precision, and what it took."""
+        """Add how well the truth agrees with itself in the recorded precision, and how long it took."""
         exact = explanation.truth.leave_one_out
         if exact is None:
             return explanation
@@ -193,7 +193,7 @@ class _Retraining:
         return _with_figures(replace(explanation, cost=explanation.cost.and_(seconds)), found, TRUTH)
 
     def trust(self, explanation: Explanation, checks: Checks) -> Explanation:
-        """How far the estimate can be trusted, from a few random samples."""
+        """Add how far the estimate can be trusted, from a few random samples."""
         if not checks.trust:
             return explanation
         exact = explanation.truth.leave_one_out
@@ -204,7 +204,7 @@ class _Retraining:
         )
 
     def confirm(self, explanation: Explanation, checks: Checks) -> Explanation:
-        """With exact scores of those that stand out in each window."""
+        """Add exact scores of the samples that stand out in each window."""
         if not checks.confirm or explanation.truth.leave_one_out is not None:
             return explanation
         arguments = (_first_query(explanation.influence), self.trajectory, self.workload, checks.confirm)
@@ -213,7 +213,7 @@ class _Retraining:
         )
 
     def name(self, explanation: Explanation, checks: Checks) -> Explanation:
-        """With exact scores over the whole run of the samples that people look at first, which are furthest off."""
+        """Add exact whole-run scores of the samples of largest estimate, where the error is largest too."""
         estimate, exact = explanation.whole_run, explanation.truth.leave_one_out
         if estimate is None:
             return explanation

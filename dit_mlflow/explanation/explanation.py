@@ -1,4 +1,4 @@
-"""The whole answer as one value: scores, what is exact, how far they can be trusted, figures, and words."""
+"""The whole answer as one value: estimated and exact scores, how far to trust them, figures, and words."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Part = Literal["influence", "whole_run", "truth", "confirmed", "named"]
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What is known of a training's samples after :func:`dit_mlflow.explain`; the first query is spoken of.
+    """The result of :func:`dit_mlflow.explain`; its words and figures are about the first query.
 
     Attributes:
-        influence: scores of the windows that were asked for, by the method's estimate.
+        influence: estimated scores of the windows that were asked for.
         whole: figures of the whole run ``[0, T)``, by their names in :mod:`dit_mlflow.evaluation.figures`.
         per_window: figures of each window.
-        gallery: what is known of the samples.
-        whole_run: the same of the whole run, one window; ``None`` = not known.
-        truth: exact retraining that the estimate was held against.
+        gallery: descriptions and pictures of the samples.
+        whole_run: estimated scores of the whole run, one window; ``None`` = not known.
+        truth: exact retraining that the estimate was compared with.
         confirmed: exact scores of the samples of largest score in each window; ``None`` = not asked for.
-        named: exact scores over the whole run of all samples, some, or those that stand out; ``None`` = of none.
+        named: exact whole-run scores of all samples, some, or those that stand out; ``None`` = of none.
         cost: seconds and drift, by metric name.
         title: a few words that name what was trained.
     """
@@ -53,12 +53,12 @@ class Explanation:
 
     @property
     def windows(self) -> tuple[Window, ...]:
-        """Those that were asked for."""
+        """The windows that were asked for."""
         return self.influence.windows
 
     @property
     def query(self) -> str:
-        """As people write it."""
+        """The first query's name, in words."""
         return self.influence.queries[0].replace("_", " ")
 
     @property
@@ -68,7 +68,7 @@ class Explanation:
 
     @property
     def parts(self) -> Mapping[Part, Influence]:
-        """All scores that are known, by what they are, in the order in which they became known."""
+        """All known scores by name, in the order in which they were computed."""
         exact = self.truth.leave_one_out
         apart = self.whole_run is not None and self.whole_run.windows != self.windows
         parts: dict[Part, Influence | None] = {
@@ -87,7 +87,7 @@ class Explanation:
 
     @property
     def exact(self) -> Influence | None:
-        """Exact scores of the first query, for some samples and windows: what replaces estimates."""
+        """Exact scores of the first query, for some samples and windows; they replace estimates."""
         return joined(self.named, self.truth.leave_one_out or self.confirmed)
 
     @property
@@ -97,7 +97,7 @@ class Explanation:
 
     @property
     def ranking(self) -> Influence | None:
-        """Scores of the whole run, exact where they are known, which rank the samples; ``None``: the mean does."""
+        """Scores of the whole run, exact where known, that rank the samples; ``None``: the mean over windows does."""
         return None if self.whole_run is None else best_known(self.whole_run, self.exact)
 
     @property
@@ -125,7 +125,7 @@ class Explanation:
 
     @property
     def pattern_figures(self) -> Metrics:
-        """How many samples have each pattern, and how well the estimate agrees with what is exact among them."""
+        """How many samples have each pattern, and how well estimate and truth agree on them."""
         if self.patterns is None:
             return Metrics()
         counts = pattern_counts(self.patterns)
@@ -136,13 +136,13 @@ class Explanation:
 
     @property
     def sentences(self) -> tuple[str, str, str]:
-        """Which samples hurt and helped most and when; how sure that is; what of damaged samples and patterns."""
+        """Three: which samples hurt and helped most, and when; how sure that is; damaged samples and patterns."""
         return answer_sentences(self)
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The ``k`` most harmful and helpful samples of the whole run, ranked by what is known best.
+        """The ``k`` most harmful and helpful samples of the whole run (if not known: of each window).
 
-        Where the whole run is not known, of each window.
+        Exact scores, where known, rank before estimates.
         """
         if self.whole_run is None:
             return top_samples_table(self.influence, self.exact, self.gallery, k)
@@ -170,7 +170,7 @@ class Explanation:
 
 
 def joined_windows(one: Influence, other: Influence | None) -> Influence:
-    """The scores of both; ``other``'s windows that ``one`` has too are left out."""
+    """The scores of both; windows that both have are those of ``one``."""
     if other is None or set(other.windows) <= set(one.windows):
         return one
     more = [window for window in other.windows if window not in one.windows]

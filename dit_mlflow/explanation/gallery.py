@@ -1,4 +1,4 @@
-"""Training samples as people see them, as far as the workload knows."""
+"""What a workload shows and tells of its training samples."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
 NAME_CHARACTERS = 60
-"""Characters of a description inside of a sentence."""
+"""Characters of a description in a sentence."""
 
 
 class SampleSource(Protocol):
-    """What is asked of a workload: how its training samples look and what is known of them."""
+    """The part of a workload that a gallery needs: how training samples look and what is known of them."""
 
     @property
     def corrupted(self) -> Sequence[int]: ...
@@ -33,10 +33,10 @@ class SampleSource(Protocol):
 
 
 class Gallery:
-    """What a workload tells of its samples.
+    """What a workload shows and tells of its samples.
 
-    The workload's functions are a user's: one that fails leaves a gap and a warning, since a report must not lose what
-    was computed for it.
+    If one of the workload's functions fails, its text or picture is left out, with one warning: an error in the user's
+    code must not cost a computed report.
     """
 
     def __init__(self, source: SampleSource | None = None) -> None:
@@ -55,12 +55,12 @@ class Gallery:
 
     @property
     def describe(self) -> Callable[[int], str | None] | None:
-        """The workload's own description of a sample, if it gives any."""
+        """The workload's function that describes a sample, if it has one."""
         given = None if self._source is None else self._source.describe
         return None if given is None else lambda index: self._told("describe", given, index)
 
     def name(self, index: int) -> str:
-        """``sample 69 (digit 7, labelled 1)``, or as much of it as is known, :data:`NAME_CHARACTERS` at most."""
+        """``sample 69 (digit 7, labelled 1)``, or less, where less is known; at most :data:`NAME_CHARACTERS` inside."""
         line = one_line(self.line(index), NAME_CHARACTERS)
         return f"sample {index} ({line})" if line else f"sample {index}"
 
@@ -78,7 +78,7 @@ class Gallery:
     def _of(self, what: str, function: Callable[[int], Found], index: int) -> Found | None:
         try:
             return function(index)
-        except Exception as error:  # Of whatever kind: it is the user's code.
+        except Exception as error:  # Any kind: it is the user's code.
             if what not in self._failed:
                 self._failed.add(what)
                 _log.warning("what the workload tells of samples (%s) is left out of the report: %r", what, error)

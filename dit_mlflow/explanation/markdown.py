@@ -1,4 +1,4 @@
-"""Markdown that shows data as it is, whatever characters it holds."""
+"""Markdown that shows text from data literally, whatever characters it holds."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import re
 from collections.abc import Iterable, Sequence
 
 LINE_CHARACTERS = 200
-"""Characters of a text from data, by default."""
+"""Most characters of a text from data, by default."""
 
 NOTE_CHARACTERS = 7500
-"""Of a note. MLflow cuts tags at 8,000 without a word."""
+"""Most characters of a note: MLflow cuts tags at 8,000 without a warning."""
 
 GAP = "&emsp;"
-"""Room between columns; the tables of MLflow's UI have none."""
+"""Space between columns; the tables of MLflow's UI have none."""
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~=])")
 _REFERENCES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", ":": "&#58;", "@": "&#64;"}
-"""Instead of marks before which MLflow's UI, or HTML, would show a backslash."""
+"""For marks that MLflow's UI, or HTML, would show with the backslash that escapes them."""
 
 _TURNS = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 
 TURNING = re.compile(f"[{_TURNS}]")
-"""Characters that turn the direction of what follows."""
+"""Characters that change the direction of the text after them."""
 
 _CONTROL = re.compile(rf"[\x00-\x1f\x7f-\x9f{_TURNS}]+")
 
@@ -33,14 +33,14 @@ def encodable(text: str, longest: int | None = None) -> str:
 
 
 def one_line(text: str, longest: int | None = None) -> str:
-    """``text`` from data without control characters, line breaks and turns of direction; if cut, with an ellipsis."""
+    """``text`` from data without control characters, line breaks and changes of direction; if cut, with an ellipsis."""
     return encodable(" ".join(_CONTROL.sub(" ", text).split()), longest)
 
 
 def escaped(text: str, longest: int = LINE_CHARACTERS) -> str:
     """``text`` from data, so that a Markdown renderer shows it literally: no markup, no HTML, no links, one line.
 
-    Characters that turn the direction of what follows are taken out; longer texts end in an ellipsis.
+    Characters that change the direction of text are removed; longer texts are cut, with an ellipsis.
     """
     plain = one_line(text, longest)
     return "".join(_REFERENCES.get(mark) or _SPECIAL.sub(r"\\\1", mark) for mark in plain)

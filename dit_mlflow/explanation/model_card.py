@@ -1,4 +1,4 @@
-"""What a model version says about the influence of its training samples: a part of its description, in Markdown."""
+"""The part of a model version's description that tells the influence of its training samples, in Markdown."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from dit_mlflow.evaluation.figures import FIDELITY, RECALL_AT_K, SPEARMAN, TRUST_SAMPLES, TRUST_SPEARMAN
 from dit_mlflow.explanation.markdown import GAP, escaped, markdown_table
 from dit_mlflow.explanation.numbers import decimals
-from dit_mlflow.explanation.ranking import extreme_samples, ranking_scores
+from dit_mlflow.explanation.ranking import extreme_samples, ranking_scores, window_extremes
 from dit_mlflow.influence import Influence
 
 BEGIN, END = "<!-- influence by dit-mlflow -->", "<!-- end of influence -->"
-"""Around our part, so that it can be written anew and what people wrote beside it stays. Not shown."""
+"""Comments around our part, so that it can be replaced while the rest of the description stays. Not shown."""
 
 CARD_CHARACTERS = 5000
-"""Characters of a description, the most that MLflow's databases take."""
+"""Most characters of a description that MLflow's databases take."""
 
 CARD_COLUMNS = (*FIDELITY, RECALL_AT_K)
 """Metrics of windows in the table, the first of each heading that is known."""
@@ -25,15 +25,15 @@ CARD_COLUMNS = (*FIDELITY, RECALL_AT_K)
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is said besides the scores.
+    """Facts beside the scores.
 
     Attributes:
-        samples: training sample -> what is known of it, in plain text.
+        samples: index of a training sample -> its description, plain text.
         metrics: of the whole training, as on the influence run.
         by_window: name of a metric -> value of each window, ``None`` where undefined.
-        whole: influence of the whole run, one window, by which samples are ranked; ``None`` = by the mean over windows.
-        exact: how many samples' scores in ``whole`` are those of exact retraining.
-        made: lines on how it was computed and where to look, Markdown already.
+        whole: influence of the whole run, one window, that ranks the samples; ``None`` = the mean over windows does.
+        exact: number of samples whose score in ``whole`` is from exact retraining.
+        made: Markdown lines on how it was computed and where to look.
     """
 
     samples: Mapping[int, str] = field(default_factory=dict)
@@ -45,10 +45,9 @@ class CardFacts:
 
 
 def with_card(description: str, influence: Influence, facts: CardFacts) -> str:
-    """A version's description with our part in place of the one before, or at its end.
+    """A version's description with our part in place of an earlier one, or at its end.
 
-    As many samples and windows are listed as fit into :data:`CARD_CHARACTERS` beside the rest; nothing of what was
-    written by others is lost.
+    It lists as many samples and windows as fit into :data:`CARD_CHARACTERS` beside the rest, which is kept whole.
     """
     before, after = _others_part(description)
     texts = [before, "", after]
@@ -66,10 +65,10 @@ def influence_card(influence: Influence, facts: CardFacts, size: int = 5, most_w
     """Our part, Markdown.
 
     Args:
-        influence: of which the first query is described.
+        influence: scores; the first query is described.
         facts: the rest.
-        size: samples of each side.
-        most_windows: rows of the table; of more windows, as many are listed evenly spread.
+        size: samples on each side.
+        most_windows: rows of the table; of more windows, so many are listed, evenly spread.
     """
     query = escaped(influence.queries[0], 80)
     count = len(influence.windows)
@@ -84,17 +83,17 @@ def influence_card(influence: Influence, facts: CardFacts, size: int = 5, most_w
         "## Influence of training samples",
         f"Change of {query} had a sample been left out ({escaped(influence.kind)}{over}).",
     ]
-    for side, meaning in (("Harmful", "removal lowers it"), ("Helpful", "removal raises it")):
-        parts.append(f"### {side} ({meaning})\n\n{_samples(influence, facts, side, size)}")
+    headings = "Harmful (removal lowers it)", "Helpful (removal raises it)"
+    for heading, side in zip(headings, extreme_samples(influence, size, facts.whole), strict=True):
+        parts.append(f"### {heading}\n\n{_samples(influence, facts, side)}")
     parts += [_windows(influence, facts, most_windows), _fidelity(facts.metrics), *facts.made]
     return "\n\n".join(part for part in parts if part)
 
 
-def _samples(influence: Influence, facts: CardFacts, side: str, size: int) -> str:
+def _samples(influence: Influence, facts: CardFacts, side: Sequence[int]) -> str:
     scores = ranking_scores(influence, facts.whole)
-    harmful, helpful = extreme_samples(influence, size, facts.whole)
     lines = []
-    for at in helpful if side == "Helpful" else harmful:
+    for at in side:
         index = int(influence.samples[at])
         known = facts.samples.get(index)
         lines.append(f"- sample **{index}**: {scores[at]:+.3g}" + (f", {escaped(known, 80)}" if known else ""))
@@ -109,10 +108,9 @@ def _windows(influence: Influence, facts: CardFacts, most: int) -> str:
         if any(value is not None for value in facts.by_window.get(figure.name, ())):
             columns.setdefault(figure.heading, figure.name)
     headings = ["steps", "most harmful", "most helpful", *columns]
-    rows = []
+    rows, extremes = [], window_extremes(influence)
     for at in shown:
-        scores = influence.scores[at, 0]
-        ends = [_extreme(influence, scores, -1), _extreme(influence, scores, 1)]
+        ends = ["–" if index is None else str(index) for index in extremes[at]]
         values = [facts.by_window[name][at] for name in columns.values()]
         figures = ["–" if value is None else decimals(value, 3) for value in values]
         rows.append([str(influence.windows[at]), *ends, *figures])
@@ -122,15 +120,9 @@ def _windows(influence: Influence, facts: CardFacts, most: int) -> str:
     return f"### Windows of training\n\n{table}\n\nSamples are numbered as in the training set{left_out}."
 
 
-def _extreme(influence: Influence, scores: np.ndarray, sign: int) -> str:
-    signed = np.where(np.isnan(scores), -np.inf, sign * scores)
-    at = int(np.argmax(signed))
-    return str(int(influence.samples[at])) if signed[at] > 0 else "–"
-
-
 def _fidelity(metrics: Mapping[str, float]) -> str:
     figures = fidelity(metrics)
-    said = f"{figures} over the whole training." if figures else "Not held against exact retraining."
+    said = f"{figures} over the whole training." if figures else "Not compared with exact retraining."
     found = metrics.get(RECALL_AT_K.name)
     chance = metrics.get(RECALL_AT_K.chance)
     if found is not None:
@@ -140,7 +132,7 @@ def _fidelity(metrics: Mapping[str, float]) -> str:
 
 
 def fidelity(metrics: Mapping[str, float]) -> str:
-    """Agreement with exact leave-one-out in plain words; empty if it was not looked at."""
+    """Agreement with exact leave-one-out in words; empty if it was not measured."""
     if (exact := metrics.get(SPEARMAN.name)) is not None:
         return f"{SPEARMAN.heading} {decimals(exact, 3)} to exact leave-one-out"
     if (found := metrics.get(TRUST_SPEARMAN.name)) is None:
@@ -152,8 +144,8 @@ def fidelity(metrics: Mapping[str, float]) -> str:
 
 
 def _others_part(description: str) -> tuple[str, str]:
-    """What stands before and after our part, if there is one."""
+    """The texts before and after our part; without one, all of the description and nothing."""
     before, begun, rest = description.rpartition(BEGIN)
     _, ended, after = rest.partition(END)
-    # Whoever took the end away has written on in our part; better repeat it than lose theirs.
+    # Where the end mark is missing, people have written inside our part: repeat it rather than lose their text.
     return (before.strip(), after.strip()) if begun and ended else (description.strip(), "")

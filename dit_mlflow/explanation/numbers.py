@@ -1,15 +1,15 @@
-"""Numbers as sentences have them."""
+"""Numbers as sentences and tables show them."""
 
 from __future__ import annotations
 
 from dit_mlflow.evaluation.figures import SHARE, Figure
 
 IN_FULL = 1e9
-"""Numbers from here on have an exponent."""
+"""From this size on, numbers have an exponent."""
 
 
 def figure(value: float, digits: int = 2) -> str:
-    """``value`` with that many significant digits, but all of those before the point, and never ``-0``.
+    """``value`` with ``digits`` significant digits, at least all before the point; never ``-0``.
 
     ``0.123`` is 0.12, ``134.2`` is 134 and not 1.3e+02; below 0.0001 and from :data:`IN_FULL` on with an exponent.
     """
@@ -17,8 +17,13 @@ def figure(value: float, digits: int = 2) -> str:
     return f"{value:.0f}" if "e+" in text and abs(value) < IN_FULL else text
 
 
+def value_text(value: object) -> str:
+    """A value of a table row: a float with three significant digits, any other as it is."""
+    return figure(value, 3) if isinstance(value, float) else str(value)
+
+
 def decimals(value: float, places: int = 2) -> str:
-    """``value`` with that many decimals, and never ``-0.00``."""
+    """``value`` with ``places`` decimals; never ``-0.00``."""
     return f"{round(value, places) + 0.0:.{places}f}"
 
 

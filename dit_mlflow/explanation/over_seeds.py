@@ -1,4 +1,4 @@
-"""What a comparison says over its trainings: means with intervals, and what the seeds change."""
+"""A comparison over several trainings: means with intervals, and how much the seeds change."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dit_mlflow.evaluation.figures import AUROC, HIGH, INFLUENCE_SECONDS, LDS, L
 from dit_mlflow.evaluation.stability import SHARES
 
 SECONDS = "seconds"
-"""The column of what a method's estimate took."""
+"""The column with the seconds of a method's estimate."""
 
 JUDGED = {figure.leaf: figure for figure in (SPEARMAN, PEARSON, LDS, RECALL_AT_K, AUROC)}
-"""Columns whose interval over trainings is told, and whose variance is told apart, and the figure in each."""
+"""Columns that get an interval over trainings and an analysis of variance, with the figure in each."""
 
 COMPARED = {**JUDGED, SECONDS: INFLUENCE_SECONDS}
-"""Columns that methods are compared by, and the figure in each."""
+"""Columns by which methods are compared, with the figure in each."""
 
 
 def summarised(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per method: means over trainings; with several, the intervals are those of the mean (Student's t).
+    """One row per method: means over trainings; with several, intervals of the mean (Student's t).
 
-    ``trainings`` is the number of those on which the method worked, ``asked`` of all.
+    ``trainings``: on how many the method worked; ``asked``: on how many it ran.
     """
     summary = []
     for name, group in rows.groupby("method", sort=False):
@@ -38,7 +38,7 @@ def summarised(rows: pd.DataFrame) -> pd.DataFrame:
                 low, high = mean_interval(values.to_numpy())
                 row |= {column + LOW: low, column + HIGH: high}
             elif len(group) > 1 and column + LOW in worked:
-                # Of the one training that is left, an interval would be over samples.
+                # One training is left: its interval is over samples, not over trainings.
                 row |= {column + LOW: np.nan, column + HIGH: np.nan}
         errors = group["error"].dropna() if "error" in group else pd.Series(dtype=object)
         row |= {"failed": worked.empty, "error": str(errors.iloc[0]) if len(errors) else ""}
@@ -49,18 +49,18 @@ def summarised(rows: pd.DataFrame) -> pd.DataFrame:
 def stability_table(
     rows: pd.DataFrame, scores: Mapping[str, np.ndarray], grid: Sequence[tuple[int, int]]
 ) -> pd.DataFrame:
-    """How much of a method's result is the seeds': a row per method and figure, for methods that never failed.
+    """How much the seeds change a method's result: a row per method and figure, for methods that never failed.
 
     Args:
-        rows: one for each training and method, the trainings in the order of ``grid``.
+        rows: one per training and method, trainings in the order of ``grid``.
         scores: whole-run scores ``[samples]`` by the run in a row's ``run_id``.
-        grid: seeds of weights and of batch order; every pair of them once.
+        grid: pairs of seeds (weights, batch order), each pair once.
 
     Returns:
         Columns ``method``, ``of``, ``mean``, ``low``, ``high``, ``share_init``, ``share_order``, ``share_rest``. For
         ``of=scores``: mean Spearman correlation between two trainings, its interval, and shares of the variance of the
         samples' scores, see :func:`dit_mlflow.evaluation.stability`. For a figure: its mean, the interval of the mean
-        (Student's t), and shares of its variance. Shares need two seeds of each at least.
+        (Student's t), and shares of its variance. Shares need at least two seeds of each.
     """
     shape = (len({init for init, _ in grid}), len({order for _, order in grid}))
     table: list[dict[str, object]] = []

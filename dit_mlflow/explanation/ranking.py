@@ -1,4 +1,4 @@
-"""Which samples harmed and helped most: one order for sentences, plots, cards and pages."""
+"""Which samples harmed and helped most: one ranking for sentences, plots, cards and pages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dit_mlflow.influence import Influence
 
 
 def ranking_scores(influence: Influence, whole: Influence | None = None) -> np.ndarray:
-    """What samples are ranked by, ``[samples]``: first query, lowest = most harmful.
+    """Scores that rank the samples, ``[samples]``: first query, lowest = most harmful.
 
     Args:
         influence: scores per window.
-        whole: the same of the whole run, one window; ``None`` = not known, the mean over windows stands for it.
+        whole: scores of the whole run, one window; ``None`` = not known: the mean over windows is used.
     """
     if whole is not None:
         return np.asarray(whole.scores[0, 0])
@@ -22,10 +22,10 @@ def ranking_scores(influence: Influence, whole: Influence | None = None) -> np.n
 
 
 def best_known(estimate: Influence, exact: Influence | None) -> Influence:
-    """Scores of one window by which samples are ranked: for the first query, exact ones where ``exact`` has them.
+    """Scores of one window that rank the samples: for the first query, exact ones where ``exact`` has them.
 
-    Of the largest estimates, which are the first to be looked at, most are too large: training is not linear that far.
-    Scores in units of a method's own stay as they are: exact ones do not rank among them.
+    Most of the largest estimates are too large, since training is not linear that far. Scores in a method's own units
+    stay as they are: exact ones cannot be ranked among them.
     """
     (window,) = estimate.windows
     if exact is None or window not in exact.windows or estimate.measures != "query":
@@ -41,11 +41,26 @@ def best_known(estimate: Influence, exact: Influence | None) -> Influence:
 def extreme_samples(influence: Influence, k: int, whole: Influence | None = None) -> tuple[list[int], list[int]]:
     """Positions of the ``k`` most harmful and the ``k`` most helpful samples by :func:`ranking_scores`.
 
-    Fewer, where fewer scores are negative (positive), or their intervals do not say so.
+    Fewer, where fewer scores are negative (positive) with an interval, if they have one, that excludes 0.
     """
     scores = np.nan_to_num(ranking_scores(influence, whole))
     if whole is not None:
         scores[whole.unclear[0, 0]] = 0
-    harmful = [int(i) for i in np.argsort(scores, kind="stable")[:k] if scores[i] < 0]
-    helpful = [int(i) for i in np.argsort(-scores, kind="stable")[:k] if scores[i] > 0]
-    return harmful, helpful
+    return extremes(scores, k)
+
+
+def extremes(scores: np.ndarray, k: int) -> tuple[list[int], list[int]]:
+    """Positions of the ``k`` lowest negative and the ``k`` highest positive ``scores`` (``[samples]``), extremes first.
+
+    NaN is neither; of equal scores the lower position counts first.
+    """
+    known = np.nan_to_num(scores)
+    lowest, highest = (np.argsort(signed, kind="stable")[:k] for signed in (known, -known))
+    return lowest[known[lowest] < 0].tolist(), highest[known[highest] > 0].tolist()
+
+
+def window_extremes(influence: Influence) -> list[tuple[int | None, int | None]]:
+    """Indices of each window's most harmful and most helpful sample, for the first query; ``None``: it has none."""
+    found = (extremes(scores, 1) for scores in np.where(influence.unclear, 0, influence.scores)[:, 0])
+    first = ([int(influence.samples[side[0]]) if side else None for side in sides] for sides in found)
+    return [(harmful, helpful) for harmful, helpful in first]

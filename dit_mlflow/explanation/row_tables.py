@@ -1,8 +1,9 @@
-"""Tables and figures of influence on single rows, and on their mean."""
+"""Tables and figures of influence on single rows and on their mean."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,12 +18,7 @@ MEAN = "mean loss of the rows"
 FIRST = ("row", "loss", "window_start", "window_end", "side", "rank", "sample_index", "sample", "corrupted", "score")
 
 
-def rows_table(
-    influence: Influence,
-    losses: np.ndarray,
-    top: int,
-    gallery: Gallery | None = None,
-) -> pd.DataFrame:
+def rows_table(influence: Influence, losses: np.ndarray, top: int, gallery: Gallery | None = None) -> pd.DataFrame:
     """The ``top`` most harmful and most helpful training samples of each row and window, one line each.
 
     Columns: ``row``, its ``loss`` at the end of training, ``window_start``, ``window_end``, ``side`` (``harmful``:
@@ -41,11 +37,7 @@ def rows_table(
     return _described(table, gallery or Gallery(), ["row", "window_index", "side", "rank"])
 
 
-def mean_table(
-    influence: Influence,
-    top: int,
-    gallery: Gallery | None = None,
-) -> pd.DataFrame:
+def mean_table(influence: Influence, top: int, gallery: Gallery | None = None) -> pd.DataFrame:
     """The ``top`` training samples that hurt and helped most on the mean over all rows, per window.
 
     Columns as of :func:`rows_table`, and ``rows_hurt``: the share of rows whose loss the sample's removal lowers.
@@ -60,15 +52,7 @@ def mean_table(
 def mean_over_rows(influence: Influence) -> Influence:
     """Influence on the mean loss of all rows: the mean of the scores, since influence is linear in the query."""
     scores = influence.scores.mean(axis=1, keepdims=True)
-    return Influence(
-        scores,
-        influence.windows,
-        (MEAN,),
-        influence.samples,
-        influence.kind,
-        influence.method,
-        influence.metadata,
-    )
+    return replace(influence, scores=scores, queries=(MEAN,), standard_error=None, degrees_of_freedom=None)
 
 
 def rows_metrics(
@@ -77,9 +61,8 @@ def rows_metrics(
     """Four figures of the whole training.
 
     ``mean_loss`` of the rows; ``harmful_share``, the share of training samples whose removal would lower it;
-    ``rows_hurt_by_worst``, the share of rows that the sample most harmful to the mean hurts; and
-    ``corrupted_among_worst``, how many of the ``top`` most harmful are known to be corrupted, as a share (undefined if
-    no training sample is).
+    ``rows_hurt_by_worst``, the share of rows that the most harmful sample hurts; ``corrupted_among_worst``, the share
+    of the ``top`` most harmful samples that is known to be corrupted (undefined if no training sample is).
     """
     scores = influence.scores[influence.windows.index(whole)]
     mean = scores.mean(axis=0)

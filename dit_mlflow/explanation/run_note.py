@@ -1,7 +1,7 @@
 """The notes of influence runs and of their windows: Markdown, shown at the top of a run's page in MLflow's UI.
 
-The UI shows the first four lines or so until the reader asks for more: the answer stands first. It breaks lines where
-the text does, and has no room between the columns of a table, nor below one.
+The UI shows about four lines until the reader asks for more, so the answer comes first. It breaks lines where the text
+does, and puts no space between the columns of a table, nor below one.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from dit_mlflow.evaluation.figures import BY_WINDOW, FIDELITY, RECALL_AT_K
 from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.markdown import GAP, NOTE_CHARACTERS, escaped, markdown_table
 from dit_mlflow.explanation.numbers import cell
+from dit_mlflow.explanation.ranking import window_extremes
 from dit_mlflow.explanation.sentences import answer_sentences, window_sentences
 
 WINDOWS_LISTED = 20
-"""Windows in the table; of more, every n-th."""
+"""Most windows in the table; of more, every n-th."""
 
 SENTENCE = 600
-"""Characters of a sentence that names samples; longer descriptions are cut before."""
+"""Most characters of a sentence that names samples."""
 
 KINDS = {
     "local": "the sample is absent from the steps of the window, and the effect is measured at the window's end",
@@ -27,7 +28,7 @@ KINDS = {
     "cumulative": "the sample is absent from all steps up to the window's end, and the effect is the change over the "
     "window",
 }
-"""What a window's score means."""
+"""What a window's score means, by kind."""
 
 WHERE = (
     ("report.html", "every sample to sort, filter and look at"),
@@ -41,19 +42,19 @@ WHERE = (
     ("top_samples.json", "the most harmful and most helpful samples of each window, as a table"),
     ("windows.json", "all figures of each window, as a table"),
 )
-"""Artifacts below ``influence/``, in the order in which they help."""
+"""Artifacts below ``influence/`` and what they show, the most useful first."""
 
 
 @dataclass(frozen=True)
 class Links:
-    """Pages of the UI that a note leads to, as Markdown targets; what is missing is named without a link.
+    """Pages of the UI that a note links to, as Markdown targets; without a target, the name stands alone.
 
     Attributes:
         training: name and target of the training run.
         windows: target of each window's run.
         artifacts: target by artifact name.
         charts: target of the run's metrics.
-        compare: target of each view that compares, by what it compares.
+        compare: target of each comparing view, by what it compares.
     """
 
     training: tuple[str, str] = ("", "")
@@ -64,7 +65,7 @@ class Links:
 
 
 def influence_note(found: Explanation, links: Links) -> str:
-    """The three sentences, what was asked, a table of the windows, and where to look next."""
+    """The three sentences, the question, a table of the windows, and where to look next."""
     name, target = links.training
     count = len(found.influence.windows)
     sentences = " ".join(escaped(sentence, SENTENCE) for sentence in answer_sentences(found))
@@ -77,16 +78,16 @@ def influence_note(found: Explanation, links: Links) -> str:
     )
     parts = [sentences, asked, _windows(found, links), _next(links)]
     while len("\n\n".join(parts)) > NOTE_CHARACTERS and parts[2]:
-        # Rows of long descriptions; the table of windows is an artifact too.
+        # Descriptions may be long; the whole table is an artifact.
         parts[2] = parts[2].rpartition("\n")[0] if "\n" in parts[2] else ""
     return "\n\n".join(part for part in parts if part)[:NOTE_CHARACTERS]
 
 
 def window_note(found: Explanation, position: int, parent: tuple[str, str]) -> str:
-    """Two sentences on one window, and where its pictures are.
+    """Two sentences on one window, and where to find its pictures.
 
     Args:
-        found: of the whole influence run.
+        found: the explanation of the whole influence run.
         position: of the window.
         parent: name and target of the influence run.
     """
@@ -107,18 +108,13 @@ def _windows(found: Explanation, links: Links) -> str:
         for figures in (FIDELITY, (RECALL_AT_K,))
         if any(figure.name in metrics.values for metrics in found.per_window for figure in figures)
     ]
-    extremes = influence.top(1)
-    extremes = extremes[extremes["query"] == influence.queries[0]].set_index(["window_index", "side"])
+    extremes = window_extremes(influence)
     rows = []
     every = -(-len(influence.windows) // WINDOWS_LISTED)
     for position in range(0, len(influence.windows), every):
         row = [_link(str(influence.windows[position]), links.windows[position] if links.windows else "")]
-        for side in ("harmful", "helpful"):
-            if (position, side) in extremes.index:
-                index = int(extremes.loc[(position, side), "sample_index"])
-                row.append(f"{index} {escaped(gallery.line(index), 50)}".strip())
-            else:
-                row.append("none")
+        for index in extremes[position]:
+            row.append("none" if index is None else f"{index} {escaped(gallery.line(index), 50)}".strip())
         values = found.per_window[position].values
         for figures in shown:
             told = (cell(figure, values[figure.name]) for figure in figures if figure.name in values)
@@ -131,11 +127,8 @@ def _windows(found: Explanation, links: Links) -> str:
 
 def _next(links: Links) -> str:
     lines = [f"- {compare_line(links.compare)}"] if links.compare else []
-    lines += [
-        f"- {_link(f'influence/{name}', links.artifacts[name])}: {what}"
-        for name, what in WHERE
-        if name in links.artifacts
-    ]
+    known = [(name, what) for name, what in WHERE if name in links.artifacts]
+    lines += [f"- {_link(f'influence/{name}', links.artifacts[name])}: {what}" for name, what in known]
     if links.charts:
         lines.append(f"- {_link('Model metrics', links.charts)}: the charts `{BY_WINDOW}…`")
     if links.windows:
@@ -144,7 +137,7 @@ def _next(links: Links) -> str:
 
 
 def compare_line(targets: Mapping[str, str]) -> str:
-    """One line that leads to views that compare, given their targets by what they compare."""
+    """One line of links to the comparing views: ``targets`` by what they compare."""
     return f"Compare in charts: {', '.join(_link(name, target) for name, target in targets.items())}"
 
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from dit_mlflow.explanation.explanation import Explanation
 
 AGREEMENT = ((0.9, "very high"), (0.7, "high"), (0.5, "moderate"), (0.3, "low"))
-"""The least Spearman correlation with exact leave-one-out that a word stands for; below the last it is very low."""
+"""The least Spearman correlation with exact leave-one-out for each word; below the last it is very low."""
 
 TURNED = 0.5
-"""A sample is said to hurt elsewhere if it does so by this share of what it helped by where it helped most."""
+"""A second window is mentioned if the sample's effect there has the other sign and at least this share of the size."""
 
 MEANING = {
     "early": "most of their influence falls in the first half of training",
@@ -34,7 +34,7 @@ MEANING = {
 
 
 def answer_sentences(found: Explanation) -> tuple[str, str, str]:
-    """Which samples hurt and helped most and when; how sure that is; what of damaged samples and patterns."""
+    """Which samples hurt and helped most, and when; how sure that is; damaged samples and patterns."""
     return _who(found), _how_sure(found), _what_kind(found)
 
 
@@ -74,7 +74,7 @@ def _who(found: Explanation) -> str:
 
 
 def _suspicious(found: Explanation) -> str:
-    """Of a method that does not look at the query, and whose low scores are suspicious, whatever their sign."""
+    """For methods that ignore the query: low scores are suspicious, whatever their sign."""
     scores = ranking_scores(found.influence, found.ranking)
     if not np.isfinite(scores).any():
         return f"No sample has a score by {found.influence.method}."
@@ -111,7 +111,7 @@ def _one(
 
 
 def _doubt(found: Explanation, told: Influence, sample: int) -> str:
-    """Where an exact retraining is known and went the other way."""
+    """A warning, if exact retraining is known and has the other sign."""
     turned = _exactly(found, told.windows[0])[sample] * told.scores[0, 0, sample] < 0
     return " by the estimate; left out exactly, it does the opposite" if turned else ""
 
@@ -151,7 +151,7 @@ def _how_sure(found: Explanation) -> str:
 def _agreement(metrics: Sequence[Metrics], key: str, over: str, where: str) -> str:
     """``high in the windows (Spearman 0.72 to 0.88 over …)``; if not over all samples, with an interval.
 
-    The words are those of the estimates; where the interval reaches below the least of them, that is said.
+    The words are for the estimated correlations; if an interval reaches into a lower word, that word is added.
     """
     points = [found.values[key] for found in metrics]
     figures = f"{SPEARMAN.heading} {span(min(points), max(points))}"
@@ -188,7 +188,7 @@ def _damaged(found: Explanation) -> str | None:
     best = int(np.argmax(by_window))
     where = f"steps {found.influence.windows[best]}" if by_window[best] > recall else ""
     expected = chance * k
-    # Detection is judged by what was estimated, where the sentence on samples goes by what is known.
+    # Detection figures are of the estimate, while the sentence on samples prefers exact scores.
     estimated = "" if found.ranking is found.whole_run else " by the estimate"
     by_chance = f"(by chance {decimals(expected, 1) if expected >= 0.05 else figure(expected, 1)})"
     if k == 1:
@@ -206,7 +206,7 @@ def _damaged(found: Explanation) -> str | None:
 
 
 def _hits(recall: float, k: int) -> str:
-    """Samples found; with a decimal where ties at the cut leave an expectation that is not a whole number."""
+    """Samples found; with a decimal where ties at the cut make the expected number a fraction."""
     hits = recall * k
     return f"{hits:.0f}" if abs(hits - round(hits)) < 0.05 else f"{hits:.1f}"
 

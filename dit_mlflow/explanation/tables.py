@@ -1,4 +1,4 @@
-"""Tables of windows and samples, as they appear on a run and in the terminal."""
+"""Tables of windows and samples, for runs and the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dit_mlflow.evaluation.figures import (
 from dit_mlflow.evaluation.patterns import window_correlations
 from dit_mlflow.evaluation.trials import Cleansing
 from dit_mlflow.explanation.gallery import Gallery
-from dit_mlflow.explanation.ranking import best_known
+from dit_mlflow.explanation.ranking import best_known, window_extremes
 from dit_mlflow.influence import Influence
 
 TOP = 10
@@ -32,10 +32,10 @@ LINE = 110
 """Characters of a line in the terminal."""
 
 DIGITS = 4
-"""Significant digits of numbers in tables; all of them are in the stored scores and the metrics."""
+"""Significant digits of numbers in tables; stored scores and metrics have all digits."""
 
 OF_WINDOWS = (SPEARMAN, PEARSON, TRUST_SPEARMAN, SMOOTHNESS, RECALL_AT_K, AUROC)
-"""What is looked at first of windows: in the terminal, and as means over windows with a model."""
+"""Figures of windows shown in the terminal, and, as means over windows, on a model."""
 
 _FIRST = tuple(figure.name for figure in (SPEARMAN, TRUST_SPEARMAN, RECALL_AT_K, AUROC, PEARSON))
 
@@ -43,38 +43,33 @@ _FIRST = tuple(figure.name for figure in (SPEARMAN, TRUST_SPEARMAN, RECALL_AT_K,
 def windows_table(influence: Influence, metrics: Sequence[Metrics]) -> pd.DataFrame:
     """One row per window: bounds, its most harmful and most helpful sample, and the window's metrics.
 
-    The metrics that are looked at first stand first; bounds of intervals and levels of chance stand last.
+    The most important metrics come first; interval bounds and levels of chance come last.
 
     Args:
         influence: scores; the first query is described.
         metrics: for each window.
     """
     rows: list[dict[str, object]] = []
-    extremes = influence.top(1)
-    extremes = extremes[extremes["query"] == influence.queries[0]].set_index(["window_index", "side"])
     known = dict.fromkeys(name for found in metrics for name in found.values)
     names = [
         *(name for name in _FIRST if name in known),
         *(name for name in known if name not in _FIRST and not name.endswith(BESIDE)),
         *(name for name in known if name not in _FIRST and name.endswith(BESIDE)),
     ]
-    for index, (window, found) in enumerate(zip(influence.windows, metrics, strict=True)):
+    windows = zip(influence.windows, window_extremes(influence), metrics, strict=True)
+    for index, (window, (harmful, helpful), found) in enumerate(windows):
         # Where the UI compares tables, it begins with the column after the first.
-        row: dict[str, object] = {"window": index}
-        for side in ("harmful", "helpful"):
-            there = (index, side) in extremes.index
-            row[f"most_{side}"] = int(extremes.loc[(index, side), "sample_index"]) if there else None
+        row = {"window": index, "most_harmful": harmful, "most_helpful": helpful}
         bounds = {"start": window.start, "end": window.end}
         rows.append(row | bounds | {name: found.values.get(name) for name in names})
-    # Of some windows nothing harms, or nothing helps; indices stay whole numbers all the same.
-    whole = {f"most_{side}": "Int64" for side in ("harmful", "helpful")}
-    return rounded(pd.DataFrame(rows).astype(whole))
+    # In some windows no sample harms, or none helps; the other indices stay whole numbers.
+    return rounded(pd.DataFrame(rows).astype({"most_harmful": "Int64", "most_helpful": "Int64"}))
 
 
 def top_samples_table(influence: Influence, truth: Influence | None, gallery: Gallery, k: int = TOP) -> pd.DataFrame:
     """The ``k`` most harmful and helpful samples of each window and query, with what is known of them.
 
-    Window by window, the harmful ones first; the columns that are looked at first stand first.
+    Window by window, the harmful ones first; the most important columns come first.
     """
     table = influence.top(k)
     if truth is not None:
@@ -98,7 +93,7 @@ def whole_run_table(estimate: Influence, exact: Influence | None, gallery: Galle
 
     Args:
         estimate: scores of one window.
-        exact: by exact retraining, for some samples and windows.
+        exact: scores by exact retraining, for some samples and windows.
     """
     (window,) = estimate.windows
     known = exact.select([window]) if exact is not None and window in exact.windows else None
@@ -109,7 +104,7 @@ def whole_run_table(estimate: Influence, exact: Influence | None, gallery: Galle
 
 
 def window_correlations_table(influence: Influence) -> pd.DataFrame:
-    """Spearman correlation of scores between windows: a row per window, a column per window, named by their steps."""
+    """Spearman correlation of scores between windows: a row and a column per window, named by their steps."""
     names = [str(window) for window in influence.windows]
     table = pd.DataFrame(window_correlations(influence), columns=names)
     table.insert(0, "window", names)
@@ -117,7 +112,7 @@ def window_correlations_table(influence: Influence) -> pd.DataFrame:
 
 
 def cleansing_table(cleansing: Cleansing) -> pd.DataFrame:
-    """One row per trial: strategy, fraction, number of samples, figures with intervals, gains, what was found."""
+    """One row per trial: strategy, fraction, number of samples, figures with intervals, gains, detection."""
     rows = []
     for outcome in cleansing.outcomes:
         row: dict[str, object] = {

@@ -13,10 +13,10 @@ from dit_mlflow.explanation.markdown import escaped
 from dit_mlflow.replay import Trajectory
 
 MENTIONED = 8
-"""Settings of the workload named at most."""
+"""Most settings of the workload that are named."""
 
 UNNAMED = {"workload": "package.module:function"}
-"""What must be said of a workload that the trajectory does not name."""
+"""Options to add to the command where the trajectory names no workload."""
 
 
 def training_note(run_id: str, trajectory: Trajectory) -> str:
@@ -51,7 +51,7 @@ def _recorded(trajectory: Trajectory) -> str:
     files = trajectory.manifest.files
     size = sum(entry.size for entry in files.values())
     unit, divisor = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6) if size >= 1e5 else ("kB", 1e3)
-    state = "" if trajectory.complete else " **Training was broken off; what came before can be used.**"
+    state = "" if trajectory.complete else " **Training was interrupted; the steps before can be used.**"
     return (
         f"Any state of it can be rebuilt from the artifact `trajectory/`: {len(trajectory.manifest.checkpoints)} "
         f"checkpoints and the record of every step, {size / divisor:.1f} {unit} in {len(files)} files.{state}"
@@ -73,5 +73,5 @@ def _python(run_id: str, reference: str) -> list[str]:
 
 
 def _quoted(reference: str) -> str:
-    """As a string in the code block, which it cannot end."""
+    """As a string literal that cannot end the code block around it."""
     return json.dumps(re.sub(r"[`\s]+", " ", reference))

@@ -1,4 +1,4 @@
-"""What an estimate is held against: how much of it people ask for, and what is known by then."""
+"""Exact retrainings to compare an estimate with: which are asked for, and their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dit_mlflow.retraining import Effort, Subsets, leave_one_out, train_on_subse
 from dit_mlflow.workload import Workload
 
 NAMED = 4
-"""Most harmful and most helpful samples of the whole run, each, that are named and drawn."""
+"""Samples on each side of the whole run's ranking that are named and drawn."""
 
 
 def parse_ground_truth(text: str, num_samples: int) -> int | None:
@@ -30,13 +30,13 @@ def parse_ground_truth(text: str, num_samples: int) -> int | None:
 
 @dataclass(frozen=True)
 class Checks:
-    """What an estimate is to be held against.
+    """Which exact retrainings to compare an estimate with.
 
     Attributes:
         ground_truth: samples to retrain without: ``None`` = all, 0 = none.
-        trust: random samples to retrain without where there is no ground truth, and on each side :data:`NAMED` that
-            stand out over the whole run, if they are not among it; 0 = neither.
-        confirm: samples of largest score to retrain without in each window, where there is no ground truth.
+        trust: random samples to retrain without if there is no ground truth; also, unless retrained already, the
+            :data:`NAMED` largest on each side over the whole run; 0 = neither.
+        confirm: samples of largest score to retrain without in each window, if there is no ground truth.
         subsets: trainings on random halves of the data, for the linear datamodeling score; 0 = none.
     """
 
@@ -47,7 +47,7 @@ class Checks:
 
     @classmethod
     def parse(cls, ground_truth: str, num_samples: int, trust: int = 0, confirm: int = 0, subsets: int = 0) -> Checks:
-        """Raises :class:`InputError` for what cannot be used."""
+        """Raises :class:`InputError` for a value that cannot be used."""
         if trust < 0 or trust in (1, 2):
             raise InputError(f"trust={trust}; expected 3 random samples or more, or 0 for none")
         if not 0 <= confirm <= num_samples:
@@ -59,10 +59,10 @@ class Checks:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """Exact retrainings of one training, made once and held against any number of methods.
+    """Exact retrainings of one training, made once and compared with any number of methods.
 
     Attributes:
-        leave_one_out: exact scores, NaN for samples that were not left out; ``None`` = of none.
+        leave_one_out: exact scores, NaN for samples that were not left out; ``None`` = no sample was.
         subsets: trainings on random halves, of the whole run; ``None`` = none.
     """
 
@@ -103,7 +103,7 @@ def find_truth(
 def noise_floor(truth: Truth, trajectory: Trajectory, workload: Workload) -> float | None:
     """How well leave-one-out in the recorded precision agrees with the truth over the whole run (Spearman).
 
-    See :func:`dit_mlflow.evaluation.attainable`; ``None`` = there is no truth, or no saying.
+    See :func:`dit_mlflow.evaluation.attainable`; ``None`` = there is no truth, or the correlation is undefined.
     """
     if truth.leave_one_out is None:
         return None
@@ -113,7 +113,7 @@ def noise_floor(truth: Truth, trajectory: Trajectory, workload: Workload) -> flo
 
 
 def joined(*parts: Influence | None) -> Influence | None:
-    """Exact scores of all the windows of ``parts``, of the first query; where several know a score, the last counts."""
+    """Exact scores of all windows of ``parts``, for the first query; of several known values, the last counts."""
     known = [part for part in parts if part is not None]
     if not known:
         return None

@@ -1,7 +1,5 @@
-"""One self-contained page that shows an influence run whole."""
+"""One self-contained page that shows all of an influence run."""
 
 from dit_mlflow.page.page import influence_page
 
-__all__ = [
-    "influence_page",
-]
+__all__ = ["influence_page"]

@@ -10,17 +10,16 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-import numpy as np
-
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.markdown import TURNING, encodable
 from dit_mlflow.explanation.numbers import figure
+from dit_mlflow.explanation.ranking import extremes
 from dit_mlflow.influence import Influence, Window
 from dit_mlflow.page.page_data import Columns, cut_in_tie, flag_count, json_in_html, page_data, readable
 
 SCRIPTS = ("data.js", "chart.js", "charts.js", "detail.js", "table.js", "page.js")
-"""In the order in which they need one another; they become one script."""
+"""Joined into one script, in this order: later ones use earlier ones."""
 
 COUNTERFACTUALS = {
     "local": "were left out of one window of training, measured at the end of that window",
@@ -33,7 +32,7 @@ CAUTION = '\n<span class="quiet">Helpful and harmful as for a loss, which should
 UNKNOWN = "How far this can be trusted is not known: no sample was left out exactly."
 
 FALLBACK_ROWS = 5
-"""Samples of each side in the table for readers without scripts."""
+"""Samples on each side in the table for readers without scripts."""
 
 
 def influence_page(
@@ -53,17 +52,17 @@ def influence_page(
     and a content security policy lets no other script run and nothing be loaded.
 
     Args:
-        estimate: scores. If the whole run ``[0, T)`` is among its windows, that is what samples are ranked and flagged
-            by; else it is the mean over the windows.
-        truth: exact scores to show beside, for some or all windows and samples.
-        gallery: labels, looks, and which samples are damaged.
+        estimate: scores. The whole run ``[0, T)``, if it is among the windows, ranks and flags the samples; else the
+            mean over the windows does.
+        truth: exact scores to show beside them, for some or all windows and samples.
+        gallery: labels, pictures, and which samples are damaged.
         windows: those to show; default: all of the estimate's.
         metrics: by window, with names as on the runs (``ground_truth/spearman``, ``trust/…``, ``detection/…``).
         training: a few words that name what was trained.
-        sentences: the answer, as plain text; default: what the metrics say of the whole run.
+        sentences: the answer, as plain text; default: sentences on the metrics of the whole run.
 
-    Scores are embedded as float32. Queries that would take the scores over 2.5 MB are left out, and the page says so;
-    the first is always there. Pictures (of at most 600 samples, the most extreme of each window first) take up to
+    Scores are embedded as float32: those of the first query always, those of others as far as all fit into 2.5 MB; the
+    page says what is left out. Pictures (of at most 600 samples, the most extreme of each window first) take up to
     1.6 MB, texts or table rows up to 1.5 million characters, labels and descriptions up to 0.6 million each: 10,000
     samples with exact scores over 21 windows make a page of less than 5 MB, 256 digits one of about 0.2 MB.
     """
@@ -117,20 +116,17 @@ def _flag_rule(columns: Columns, data: Mapping[str, Any]) -> str:
 def _rows(columns: Columns, data: Mapping[str, Any]) -> str:
     """Rows for readers without scripts: the most harmful samples and the most helpful ones."""
     scores = columns.estimate[0, 0]
-    order = np.argsort(scores, kind="stable")[: int(np.isfinite(scores).sum())]
+    harmful, helpful = extremes(scores, FALLBACK_ROWS)
     labels, codes = data["labels"], data["label"]
-    kept = [at for at in order[:FALLBACK_ROWS] if scores[at] < 0] + [
-        at for at in order[-FALLBACK_ROWS:] if scores[at] > 0
-    ]
     cells = (
         (str(data["samples"][at]), labels[codes[at]] if labels and codes[at] >= 0 else "–", figure(scores[at], 3))
-        for at in kept
+        for at in [*harmful, *helpful[::-1]]
     )
     return "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in cells)
 
 
 def _text(text: str) -> str:
-    """``text`` as HTML shows it, without characters that turn the direction of what follows."""
+    """``text`` escaped for HTML, without characters that change its direction."""
     return html.escape(TURNING.sub("", encodable(text, 2000)))
 
 

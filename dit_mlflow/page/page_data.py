@@ -1,4 +1,4 @@
-"""The numbers behind the page of an influence run, in a form that is small and cannot break out of it."""
+"""The data of an influence run's page, as small JSON that cannot break out of its HTML element."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from dit_mlflow.evaluation.patterns import PATTERNS
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable
 from dit_mlflow.explanation.numbers import decimals
+from dit_mlflow.explanation.ranking import extremes
 from dit_mlflow.influence import Influence, Window
 from dit_mlflow.page.page_samples import PageSamples, sample_lines
 
 SCORE_BYTES = 2_500_000
-"""Of embedded scores, estimates and exact ones: what decides how many queries a page can hold beside the first."""
+"""Most bytes of embedded scores, estimated and exact; the first query is embedded even if it takes more."""
 
 LINES_DRAWN = 4
-"""Most harmful and most helpful samples in the overview, each."""
+"""Samples on each side in the overview."""
 
 FLAGGED_SHARE = 0.1
-"""Of the samples, where it is not known how many are damaged."""
-
+"""Share of the samples that is flagged if it is not known how many are damaged."""
 
 PATTERN_NAMES = ("none", *PATTERNS)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Scores by what the page can sort by: first the whole run, then every window.
+    """Scores in the columns of the page: first the whole run, then every window.
 
     Attributes:
         estimate: ``[1 + windows, queries, samples]``; if the whole run is the only window, just that.
-        exact: likewise, NaN where it is not known; ``None``: nothing is.
-        windows: those after the first column.
-        whole: what the first column is for.
+        exact: likewise, NaN where not known; ``None``: no exact score is known.
+        windows: of the columns after the first.
+        whole: the window of the first column.
         averaged: the first column is the mean over the windows, since there are no scores of the whole run.
     """
 
@@ -69,7 +69,7 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """Of the columns, as the page shows them."""
+        """Names of the columns."""
         windows = [f"{window.start}–{window.end}" for window in self.windows]
         if not windows:
             return [f"steps {self.whole.start}–{self.whole.end}"]
@@ -87,25 +87,19 @@ def _scores(found: Influence, window: Window, like: Influence) -> np.ndarray:
     return scores
 
 
-def flagged(scores: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the ``k`` lowest of ``scores`` ``[samples]`` that are negative, lowest first; NaN never."""
-    lowest = np.argsort(scores, kind="stable")[:k]
-    return lowest[scores[lowest] < 0]
-
-
 def cut_in_tie(scores: np.ndarray, k: int) -> bool:
-    """Whether :func:`flagged` takes only some of several equal scores ``[samples]``."""
+    """Whether the ``k`` lowest negative ``scores`` ``[samples]`` are only some of several equal ones."""
     known = np.sort(scores[np.isfinite(scores)])
     return bool(k < len(known) and known[k - 1] == known[k] < 0)
 
 
 def flag_count(samples: int, corrupted: int) -> int:
-    """How many samples may be flagged: as many as are damaged; if that is not known, :data:`FLAGGED_SHARE` of all."""
+    """Most samples to flag: as many as are damaged; if that is not known, :data:`FLAGGED_SHARE` of all."""
     return corrupted or max(1, round(FLAGGED_SHARE * samples))
 
 
 def by_extremity(scores: np.ndarray) -> np.ndarray:
-    """Positions ``[samples]``, those first that are among the lowest or highest in any row of ``[rows, samples]``."""
+    """Positions ``[samples]``, ordered by how near a sample comes to the end of any row of ``[rows, samples]``."""
     count = scores.shape[1]
     best = np.full(count, count)
     for row in scores:
@@ -122,7 +116,7 @@ def page_data(
     gallery: Gallery,
     metrics: Mapping[Window, Metrics],
 ) -> dict[str, Any]:
-    """All that the page shows and can sort, filter and draw, as JSON values.
+    """All that the page shows, sorts, filters and draws, as JSON values.
 
     Scores are base64 of little-endian float32, ``[columns, samples]`` for each query, so they are rounded to 24 binary
     digits; exact scores only of the samples that have one.
@@ -169,7 +163,7 @@ def _query(estimate: Influence, columns: Columns, place: int, k: int, known: np.
     first = ranked = scores[0]
     if columns.exact is not None and not columns.averaged:
         ranked = np.where(np.isfinite(columns.exact[0, place]), columns.exact[0, place], first)
-    order = np.argsort(ranked, kind="stable")[: int(np.isfinite(ranked).sum())]
+    harmful, helpful = extremes(ranked, LINES_DRAWN)
     pattern = None
     if len(columns.windows) > 1:
         found = patterns(estimate.select(list(columns.windows)), name)
@@ -178,10 +172,10 @@ def _query(estimate: Influence, columns: Columns, place: int, k: int, known: np.
         "name": encodable(readable(name), LINE_CHARACTERS),
         "scores": base64_of(scores),
         "exact": None if known is None or columns.exact is None else base64_of(columns.exact[:, place, known]),
-        "flagged": flagged(first, k).tolist(),
+        "flagged": extremes(first, k)[0],
         "patterns": pattern,
-        "harmful": [int(at) for at in order[:LINES_DRAWN] if ranked[at] < 0],
-        "helpful": [int(at) for at in order[::-1][:LINES_DRAWN] if ranked[at] > 0],
+        "harmful": harmful,
+        "helpful": helpful,
         "band": [_quantiles(row) for row in scores],
     }
 
@@ -192,7 +186,7 @@ def _quantiles(scores: np.ndarray) -> list[float] | None:
 
 
 def _trust(metrics: Metrics | None) -> dict[str, Any]:
-    """How far a column can be trusted: its rank correlation with exact leave-one-out, and sentences."""
+    """How far to trust a column: its rank correlation with exact leave-one-out, and sentences."""
     values = {} if metrics is None else dict(metrics.values)
     agreement = next((values[figure.name] for figure in FIDELITY if figure.name in values), None)
     sentences = []
@@ -217,12 +211,12 @@ def _percent(share: float) -> str:
 
 
 def signed(value: float) -> str:
-    """Two decimals, with a minus sign that is one."""
+    """Two decimals, with the typographic minus sign."""
     return decimals(value).replace("-", "−")
 
 
 def readable(query: str) -> str:
-    """The query's name in words, if it is one of ours in the form of an identifier."""
+    """The query's name in words, if it is an identifier."""
     return query.replace("_", " ") if query.isidentifier() else query
 
 

@@ -1,36 +1,44 @@
-"""What a page shows of the samples themselves, within a size that is set beforehand."""
+"""Pictures, texts and table rows of samples on a page, within limits of size."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable
-from dit_mlflow.explanation.numbers import figure
-from dit_mlflow.page.thumbnails import thumbnail
+from dit_mlflow.explanation.numbers import value_text
 from dit_mlflow.plots.pictures import is_image
 
 PICTURES = 600
-"""Samples whose picture is looked at, at most."""
+"""Most samples that are shown with a picture."""
 
 PICTURE_CHARACTERS = 1_600_000
-"""Of all pictures together."""
+"""Most characters of all pictures together."""
 
 TEXT_CHARACTERS = 1_500_000
-"""Of all texts, or of all rows of a table, together."""
+"""Most characters of all texts, or of all table rows, together."""
 
 LONGEST_TEXT = 20_000
-"""Characters of one text."""
+"""Most characters of one text."""
 
 EXCERPT = 120
-"""Characters that are kept of a text when there is no room for all of every text."""
+"""Characters to which a text is cut if there is not enough room for all texts."""
+
+LONGEST_SIDE = 128
+"""Pixels; larger images are made smaller."""
+
+JPEG_FROM = 6000
+"""A PNG of more bytes than this (a photograph, not a drawing) is tried as JPEG too."""
 
 LINES = 600_000
-"""Characters of all labels together, and of all descriptions."""
+"""Most characters of all labels together, and of all descriptions together."""
 
 
 @dataclass
@@ -40,7 +48,7 @@ class PageSamples:
     Attributes:
         pictures: ``data:`` URIs.
         texts: whole texts, or their beginnings.
-        cut: the positions of texts that go on.
+        cut: the positions of texts that were cut.
         names: columns of the rows.
         rows: values as text, in the order of ``names``; rows may end before the last names.
     """
@@ -53,10 +61,10 @@ class PageSamples:
 
     @classmethod
     def of(cls, gallery: Gallery, indices: np.ndarray, order: Iterable[int]) -> PageSamples:
-        """Those of the samples ``indices[order]``, the first first, as far as there is room.
+        """Pictures, texts or rows of the samples ``indices[order]``, in this order, as long as there is room.
 
-        Pictures of the first :data:`PICTURES` that fit; a text or a row of every sample that fits, where texts are cut
-        to :data:`EXCERPT` characters once the later ones would have no room.
+        Pictures of the first :data:`PICTURES` samples at most; texts are cut, to :data:`EXCERPT` characters at the
+        least, so that later ones have room.
         """
         found = cls()
         pictures, texts = PICTURE_CHARACTERS, TEXT_CHARACTERS
@@ -82,18 +90,41 @@ class PageSamples:
         return len(self.texts[position])
 
     def _add_row(self, position: int, row: Mapping[str, Any]) -> int:
-        named = {encodable(str(name), LINE_CHARACTERS): _value(row[name]) for name in row}
+        named = {
+            encodable(str(name), LINE_CHARACTERS): encodable(value_text(row[name]), LINE_CHARACTERS) for name in row
+        }
         values = {self.names.setdefault(name, len(self.names)): value for name, value in named.items()}
         self.rows[position] = [values.get(place) for place in range(len(self.names))]
         return sum(len(value) + 3 for value in values.values())
 
 
 def sample_lines(tell: Callable[[int], str | None] | None, indices: np.ndarray) -> list[str | None]:
-    """What ``tell`` says of every sample, each cut so that all have room."""
+    """What ``tell`` returns for every sample, each cut so that all have room."""
     longest = min(200, max(40, LINES // max(1, len(indices))))
     told = [None if tell is None else tell(int(index)) for index in indices]
     return [None if line is None else encodable(line, longest) for line in told]
 
 
-def _value(value: Any) -> str:
-    return encodable(figure(value, 3) if isinstance(value, float) else str(value), LINE_CHARACTERS)
+def thumbnail(image: np.ndarray) -> str:
+    """A ``data:`` URI of ``image``, at most :data:`LONGEST_SIDE` pixels on a side.
+
+    Args:
+        image: ``[H, W]`` (grey), ``[H, W, 3]`` or, with opacity, ``[H, W, 4]``; whole numbers up to 255, booleans, or
+            floats in [0, 1]; what is outside is cut off.
+    """
+    if image.dtype.kind in "bf":
+        image = np.round(255 * np.nan_to_num(image.astype(np.float64)).clip(0, 1))
+    image = image.clip(0, 255).astype(np.uint8)
+    picture = Image.fromarray(image)
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    encoded, kind = _encoded(picture, "PNG"), "png"
+    if len(encoded) > JPEG_FROM and picture.mode != "RGBA":
+        smaller = _encoded(picture, "JPEG", quality=82)
+        encoded, kind = min((encoded, kind), (smaller, "jpeg"), key=lambda found: len(found[0]))
+    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+
+
+def _encoded(picture: Image.Image, form: str, **options: int) -> bytes:
+    into = BytesIO()
+    picture.save(into, form, optimize=True, **options)
+    return into.getvalue()

@@ -17,7 +17,7 @@ from dit_mlflow.influence import Influence, Window
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, SMALL, new_figure, query_words
 
 MAX_PANELS = 9
-"""Scatter panels in one figure; of more windows, as many are shown evenly spread."""
+"""Most panels in one figure; of more windows, so many are shown, evenly spread."""
 
 
 def plot_against_truth(

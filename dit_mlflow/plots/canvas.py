@@ -1,4 +1,4 @@
-"""What all plots share: colours, size, and how windows, queries and data are written."""
+"""What all plots share: colours, sizes, and how windows, queries and text from data are written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from dit_mlflow.explanation.markdown import one_line
 from dit_mlflow.influence import Window
@@ -14,17 +14,21 @@ from dit_mlflow.influence import Window
 HELPFUL, HARMFUL, NEUTRAL, MARKED = "#0072B2", "#D55E00", "#8C8C8C", "#E69F00"
 """Okabe and Ito's colours, distinct under every common colour blindness."""
 
+PALETTE = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
+MARKERS = "osD^v<>P"
+"""Colours and markers of several curves, in order."""
+
 DIVERGING = LinearSegmentedColormap.from_list("influence", [HARMFUL, "#F7F7F7", HELPFUL]).with_extremes(bad="#D0D0D0")
 """Harmful, nothing, helpful; to be centred on 0."""
 
 WIDTH, DPI = 8.0, 150
-"""Inches and dots per inch of every plot. MLflow's UI shows it 580 to 900 pixels wide: a point is a pixel there."""
+"""Inches and dots per inch of every plot. MLflow's UI shows it 580 to 900 pixels wide, so a point is about a pixel."""
 
 SMALL = 9
-"""Points of the smallest text."""
+"""Size of the smallest text, in points."""
 
 TICKS = 12
-"""Windows that an axis names at most; of more, every n-th."""
+"""Most windows that an axis names; of more, every n-th."""
 
 
 def new_figure(height: float, dpi: int = DPI) -> Figure:
@@ -32,8 +36,21 @@ def new_figure(height: float, dpi: int = DPI) -> Figure:
     return Figure(figsize=(WIDTH, height), dpi=dpi, layout="constrained")
 
 
+def axes_in_inches(part: Figure | SubFigure, x: float, y: float, width: float, height: float) -> Axes:
+    """Axes without a frame, whose units are inches, with the lower left corner at ``x, y`` inches in ``part``."""
+    across, up = part.bbox.width / part.dpi, part.bbox.height / part.dpi
+    axes = part.add_axes((x / across, y / up, width / across, height / up))
+    axes.set_xlim(0, width)
+    axes.set_ylim(0, height)
+    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+    # Not axis("off"): a picture that is drawn here has a frame.
+    axes.spines[:].set_color("none")
+    axes.patch.set_alpha(0)
+    return axes
+
+
 def label_windows(axes: Axes, windows: Sequence[Window], most: int = TICKS) -> None:
-    """Name the windows at ``0, 1, …`` along the x-axis, aslant where they would touch."""
+    """Name the windows at ``0, 1, …`` on the x-axis; the names are rotated if they would touch."""
     places = range(0, len(windows), -(-len(windows) // most))
     names = [str(windows[place]) for place in places]
     crowded = sum(map(len, names)) > 4 * most
@@ -47,10 +64,10 @@ def label_windows(axes: Axes, windows: Sequence[Window], most: int = TICKS) -> N
 
 
 def query_words(query: str) -> str:
-    """``mean_validation_loss`` as people write it."""
+    """The query's name in words: ``mean validation loss``."""
     return literal(query.replace("_", " "), 40)
 
 
 def literal(text: str, longest: int) -> str:
-    """``text`` from data on one line, shortened, and not read as mathematics by Matplotlib."""
+    """``text`` from data on one line, shortened, and escaped so that Matplotlib does not read it as mathematics."""
     return one_line(text, longest).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Did cleaning help? One figure, one table."""
+"""Did cleaning help? Test figure against the share of samples cleaned."""
 
 from __future__ import annotations
 
@@ -11,23 +11,17 @@ from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.figures import HIGH, LOW, SHARE, TEST, figure_of
 from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, Cleansing, Outcome, rank
-from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL
+from dit_mlflow.plots.canvas import MARKERS, NEUTRAL, PALETTE
 
-STRATEGY_COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
-"""Okabe and Ito's, in the order of the strategies."""
-
-STRATEGY_MARKERS = "osD^v<>P"
-
-MAX_LINES = len(STRATEGY_COLOURS)
-"""Of more strategies, those that are best on the validation split are drawn."""
+MAX_LINES = len(PALETTE)
+"""Most strategies that are drawn: those that are best on the validation split."""
 
 
 def plot_cleansing(cleansing: Cleansing) -> Figure:
     """Test figure against the share of samples that is cleaned; a line for each strategy.
 
-    Bars are intervals of the mean over pairs of seeds; the band reaches from the lowest to the highest of the random
-    draws; the ring is around what the validation split chose, on the line without cleaning if that is to leave the
-    data.
+    Bars are intervals of the mean over pairs of seeds; the band reaches from the lowest to the highest random draw; the
+    ring marks what the validation split chose (at 0 on the line without cleaning, if it chose to clean nothing).
     """
     judged = figure_of(TEST + cleansing.metric)
     name, scale = judged.name, 100 if judged.unit == SHARE else 1
@@ -36,7 +30,7 @@ def plot_cleansing(cleansing: Cleansing) -> Figure:
     before = scale * cleansing.before.mean(name)
     axes.axhline(before, color="black", lw=1, ls="--", label=NO_CLEANING)
     shares = sorted({100 * outcome.trial.fraction for outcome in cleansing.outcomes})
-    # Beside one another, so that bars do not cover each other; never wider than the gaps between fractions.
+    # Side by side, so that bars do not cover each other; narrower than the gaps between fractions.
     apart = 0.06 * min(np.diff(shares), default=1.0)
     if RANDOM in cleansing.strategies:
         _band(axes, cleansing.by(RANDOM), name, scale)
@@ -75,13 +69,8 @@ def _line(
     x = np.array([100 * outcome.trial.fraction for outcome in outcomes]) + shift
     mean = scale * np.array([values[name] for values in found])
     ends = [[values.get(name + end, values[name]) for values in found] for end in (LOW, HIGH)]
-    style: dict[str, Any] = {
-        "marker": STRATEGY_MARKERS[place % len(STRATEGY_MARKERS)],
-        "capsize": 3,
-        "lw": 1.6,
-        "elinewidth": 1,
-    }
-    style |= {"color": STRATEGY_COLOURS[place % len(STRATEGY_COLOURS)], "label": outcomes[0].trial.strategy}
+    style: dict[str, Any] = {"marker": MARKERS[place], "color": PALETTE[place], "label": outcomes[0].trial.strategy}
+    style |= {"capsize": 3, "lw": 1.6, "elinewidth": 1}
     axes.errorbar(x, mean, yerr=np.abs(scale * np.array(ends) - mean), **style)
     return x, mean
 

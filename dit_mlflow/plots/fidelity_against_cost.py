@@ -1,4 +1,4 @@
-"""Which method, at what cost: one figure."""
+"""Which method, at what cost: agreement with the truth against seconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEGEND = {
 }
 
 WIDTH, HEIGHT, TALL = 6.8, 3.8, 0.175
-"""Inches: of the axes, about, and the height of a name."""
+"""Inches: about the size of the axes, and the height of a name."""
 
 AGREEMENT = SPEARMAN.leaf
 
@@ -40,7 +40,7 @@ def plot_fidelity_against_cost(
     Args:
         table: with columns ``method``, ``measures``, ``seconds``, ``spearman``, and, where there are intervals,
             ``spearman_low``, ``spearman_high``; rows without a correlation are left out.
-        attainable: correlation of leave-one-out with itself in the recorded dtype, drawn as a line.
+        attainable: correlation of leave-one-out in the recorded dtype with the truth, drawn as a line.
         training: seconds of the training itself, drawn as a line.
     """
     shown = table.dropna(subset=[AGREEMENT]).sort_values(AGREEMENT, ascending=True).reset_index(drop=True)
@@ -69,10 +69,10 @@ def plot_fidelity_against_cost(
 
 
 def _label_points(axes: Axes, shown: pd.DataFrame) -> None:
-    """Names beside the points, moved where they would cover one another or another point."""
+    """Write names beside the points, moved where they would cover a name or another point."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     decades = math.log10(right / left)
-    # Places in inches of the figure; the axes take about that much of it.
+    # In inches, from the approximate size of the axes.
     points = [
         (str(name), WIDTH * math.log10(seconds / left) / decades, HEIGHT * (spearman - bottom) / (top - bottom))
         for name, seconds, spearman in shown[["method", SECONDS, AGREEMENT]].to_numpy().tolist()
@@ -92,7 +92,7 @@ def _label_points(axes: Axes, shown: pd.DataFrame) -> None:
 
 
 def _places(name: str, x: float, y: float) -> Iterator[Box]:
-    """Where a name can stand: right or left of its point, then ever further above and below."""
+    """Places for a name: right or left of its point, then further and further above and below."""
     length = CHARACTER * len(name)
     for shift in (0.0, *(sign * step * TALL for step in range(1, 9) for sign in (1, -1))):
         for start in (x + 0.1, x - 0.1 - length):

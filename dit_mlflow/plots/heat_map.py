@@ -1,13 +1,14 @@
-"""Samples against windows, as colours."""
+"""Samples against windows, and windows against each other, as colours."""
 
 from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from dit_mlflow.evaluation.patterns import standardised_scores
+from dit_mlflow.evaluation.patterns import standardised_scores, window_correlations
 from dit_mlflow.explanation.gallery import Gallery
-from dit_mlflow.explanation.ranking import ranking_scores
+from dit_mlflow.explanation.numbers import decimals
+from dit_mlflow.explanation.ranking import extremes, ranking_scores
 from dit_mlflow.influence import Influence
 from dit_mlflow.plots.canvas import DIVERGING, HARMFUL, HELPFUL, MARKED, SMALL, label_windows, literal, new_figure
 
@@ -20,13 +21,14 @@ def plot_heat_map(
 ) -> Figure:
     """The ``k`` most harmful and the ``k`` most helpful samples, a row each; blue helps, vermilion harms.
 
-    Scores of the first query are divided by the window's root mean square over all samples, so that every window
-    counts alike; samples are chosen, and ordered, by the scores of the ``whole`` run, else by the mean of these over
-    windows. Damaged samples have a mark.
+    Scores of the first query are divided by the window's root mean square over all samples, so that all windows have
+    the same weight. Samples are chosen and ordered by the scores of the ``whole`` run, else by the mean over windows of
+    these. Damaged samples are marked.
     """
     gallery = gallery or Gallery()
     scores = standardised_scores(influence)
-    shown, harmful = _chosen(scores.mean(axis=0) if whole is None else ranking_scores(influence, whole), k)
+    worst, best = extremes(scores.mean(axis=0) if whole is None else ranking_scores(influence, whole), k)
+    shown, harmful = [*worst, *best[::-1]], len(worst)
     chosen = "on average" if whole is None else "over the whole run"
     figure = new_figure(1.7 + 0.205 * max(len(shown), 3))
     axes = figure.subplots()
@@ -72,10 +74,20 @@ def plot_heat_map(
     return figure
 
 
-def _chosen(scores: np.ndarray, k: int) -> tuple[list[int], int]:
-    """Positions of the samples to show, most harmful first and most helpful last; how many of them harm."""
-    scores = np.nan_to_num(scores)
-    order = np.argsort(scores, kind="stable")
-    harmful = [int(i) for i in order[:k] if scores[i] < 0]
-    helpful = [int(i) for i in order[len(order) - min(k, len(order)) :] if scores[i] > 0]
-    return [*harmful, *helpful], len(harmful)
+def plot_window_correlations(influence: Influence) -> Figure:
+    """Heat map of :func:`dit_mlflow.evaluation.patterns.window_correlations`, with numbers up to 12 windows."""
+    matrix = window_correlations(influence)
+    count = len(matrix)
+    figure = new_figure(6.2)
+    axes = figure.subplots()
+    image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr")
+    label_windows(axes, influence.windows)
+    axes.set_yticks(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()], fontsize=SMALL)
+    if count <= 12:
+        for (row, column), value in np.ndenumerate(matrix):
+            colour = "white" if abs(value) > 0.6 else "black"
+            axes.text(column, row, decimals(value), ha="center", va="center", fontsize=SMALL, color=colour)
+    axes.set_ylabel("window (training steps)")
+    axes.set_title(f"Do the same samples matter early and late?\n({influence.method}, {influence.kind})", fontsize=11)
+    figure.colorbar(image, label="Spearman correlation of the samples' influence").ax.tick_params(labelsize=SMALL)
+    return figure

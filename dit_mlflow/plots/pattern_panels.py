@@ -21,11 +21,11 @@ PATTERN_TITLES = {
 
 
 def plot_patterns(influence: Influence, names: np.ndarray) -> Figure:
-    """One panel for each pattern: the mean curve of its samples, the range of 80 % of them, and the largest of them.
+    """One panel for each pattern: the mean curve of its samples, the range of 80 % of them, and the largest sample.
 
-    A curve is the share of a sample's influence that falls in each window, in percent of the sum over windows of its
-    absolute values, each window standardised (see :func:`dit_mlflow.evaluation.patterns`); with the sign turned so
-    that the sum over windows is positive: of harmful and helpful samples alike, below 0 is where the sign changes.
+    A curve is the share of a sample's influence in each window, in percent of the sum of its absolute values over
+    windows, each window standardised (see :func:`dit_mlflow.evaluation.patterns`). Curves with a negative sum change
+    their sign, so that for harmful and helpful samples alike, values below 0 oppose the sample's overall effect.
 
     Args:
         influence: scores over two windows or more; the first query is shown.

@@ -1,4 +1,4 @@
-"""Pictures of samples inside of plots."""
+"""Pictures and texts of samples in plots."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import TypeGuard
 import numpy as np
 from matplotlib.axes import Axes
 
-from dit_mlflow.explanation.numbers import figure
+from dit_mlflow.explanation.numbers import value_text
 from dit_mlflow.plots.canvas import SMALL, literal
 from dit_mlflow.workload.appearance import Appearance
 
 PIXELS = 128
-"""On a picture's longer side; of larger ones, every n-th is shown."""
+"""Most pixels on a picture's longer side; of more, every n-th is shown."""
 
 CHARACTER = 0.074
-"""Inches that a small character takes on average, with some to spare."""
+"""Inches that a small character takes, a little more than the average."""
 
 
 def is_image(appearance: Appearance | None) -> TypeGuard[np.ndarray]:
-    """Whether it is drawn as a picture, not written."""
+    """Whether it is drawn as a picture rather than written as text."""
     return (
         isinstance(appearance, np.ndarray)
         and appearance.size > 0
@@ -49,9 +49,9 @@ def draw_image(axes: Axes, image: np.ndarray, colour: str) -> None:
 
 
 def excerpt(appearance: Appearance | None, columns: int, lines: int) -> str:
-    """The beginning of a text, or of a row's values, in as many lines of as many characters; empty for images."""
+    """The beginning of a text, or of a row's values, in ``lines`` lines of ``columns`` characters; empty for images."""
     if isinstance(appearance, Mapping):
-        text = ", ".join(f"{name}={_short(value)}" for name, value in list(appearance.items())[:40])
+        text = ", ".join(f"{name}={value_text(value)}" for name, value in list(appearance.items())[:40])
     elif isinstance(appearance, str):
         text = f"“{appearance[: 2 * columns * lines]}”"
     else:
@@ -64,7 +64,3 @@ def excerpt(appearance: Appearance | None, columns: int, lines: int) -> str:
 def write_lines(axes: Axes, x: float, y: float, lines: str, **style: object) -> None:
     """Small text in the axes' own units, its upper left corner at ``x, y``."""
     axes.text(x, y, lines, **{"va": "top", "ha": "left", "fontsize": SMALL, "linespacing": 1.15, **style})  # type: ignore[arg-type]
-
-
-def _short(value: object) -> str:
-    return figure(value, 3) if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""How fast damaged samples are found."""
+"""How fast damaged samples are found: recall against samples inspected."""
 
 from __future__ import annotations
 
@@ -10,28 +10,25 @@ from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.detection import recall_curve
 from dit_mlflow.evaluation.figures import RECALL_AT_K
-from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
+from dit_mlflow.plots.canvas import NEUTRAL, PALETTE, SMALL, new_figure
 
-COLOURS = (HELPFUL, HARMFUL, "#009E73", MARKED, "#CC79A7", "#56B4E9", "black")
-"""Okabe and Ito's; of more curves than colours, the next seven are dashed."""
-
-CURVES_NAMED = 2 * len(COLOURS)
-"""Curves that are told apart; of more, the others are grey."""
+CURVES_NAMED = 2 * len(PALETTE)
+"""Curves that are told apart, the second half of them dashed; of more, the others are grey."""
 
 ALWAYS = ("dit", "leave_one_out")
-"""Named whatever they find."""
+"""Methods that are always named."""
 
 FEW = 4
-"""Curves whose legend finds room below the line of chance."""
+"""So many curves have room for their legend below the line of chance."""
 
 
 def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int]) -> Figure:
     """Share of the damaged samples found, against the share of all samples inspected, lowest scores first.
 
     Args:
-        scores: ``[samples]`` by the name that the legend shows; those without a score for any damaged sample are left
-            out. Of many, those that find most are named, and the others drawn in grey.
-        corrupted: indices of the damaged samples; inspecting as many is marked, it is where recall@k is read off.
+        scores: ``[samples]`` by the name in the legend; those without a score for any damaged sample are left out. Of
+            many, those that find most are named, and the others drawn in grey.
+        corrupted: indices of the damaged samples; a line marks as many inspected samples, where recall@k is read.
     """
     figure = new_figure(5.2)
     axes = figure.subplots()
@@ -51,7 +48,7 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
         label = f"{len(others)} others" if name == others[0] else None
         axes.plot(*(100 * part for part in curves[name]), lw=0.8, color=NEUTRAL, alpha=0.6, label=label)
     for place, name in enumerate(named):
-        line: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "ls": ("-", "--")[place // len(COLOURS)]}
+        line: dict[str, Any] = {"color": PALETTE[place % len(PALETTE)], "ls": ("-", "--")[place // len(PALETTE)]}
         axes.plot(*(100 * part for part in curves[name]), lw=1.7, label=name, **line)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 102)
@@ -66,6 +63,6 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
 
 
 def _named(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
-    """Those to tell apart, in the order that they came in."""
+    """The curves that are named, in the order given."""
     most = sorted(curves, key=lambda name: (name not in ALWAYS, -np.mean(curves[name][1])))[:CURVES_NAMED]
     return [name for name in curves if name in most]

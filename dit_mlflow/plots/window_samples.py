@@ -5,19 +5,19 @@ from __future__ import annotations
 import textwrap
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dit_mlflow.explanation.gallery import Gallery
+from dit_mlflow.explanation.ranking import extremes
 from dit_mlflow.influence import Influence
-from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, NEUTRAL, WIDTH, literal, new_figure, query_words
+from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, NEUTRAL, WIDTH, axes_in_inches, literal, new_figure, query_words
 from dit_mlflow.plots.pictures import CHARACTER, draw_image, excerpt, is_image, write_lines
 
 SAMPLES_PER_SIDE = 6
 """Samples on each side."""
 
 ROW, HEAD = 0.74, 0.8
-"""Inches: height of a sample, and of what stands above all."""
+"""Inches: height of a sample, and of the title with the headings."""
 
 
 def plot_window_samples(
@@ -34,18 +34,16 @@ def plot_window_samples(
         position: of the window.
         gallery: what is known of the samples.
         exact: ``[samples]``, leave-one-out in this window, written beside the scores where it is not NaN.
-        k: samples on each side; fewer, where fewer scores are negative (positive).
+        k: samples on each side; fewer, if fewer scores are negative (positive).
     """
     gallery = gallery or Gallery()
     scores = np.nan_to_num(influence.of(position))
-    order = np.argsort(scores, kind="stable")
-    harmful = [int(i) for i in order[:k] if scores[i] < 0]
-    helpful = [int(i) for i in order[::-1][:k] if scores[i] > 0]
+    harmful, helpful = extremes(scores, k)
     rows = max(len(harmful), len(helpful), 1)
     height = HEAD + ROW * rows + 0.1
     figure = new_figure(height)
     figure.set_layout_engine("none")
-    page = _inches(figure, 0, 0, WIDTH, height)
+    page = axes_in_inches(figure, 0, 0, WIDTH, height)
     query = query_words(influence.queries[0])
     title = f"Steps {influence.windows[position]}: change of {query} if the sample is removed ({influence.kind})"
     page.text(WIDTH / 2, height - 0.12, title, ha="center", va="top", fontsize=11)
@@ -64,22 +62,30 @@ def plot_window_samples(
         )
         for place, sample in enumerate(samples):
             known = None if exact is None or not np.isfinite(exact[sample]) else float(exact[sample])
-            entry = _inches(figure, left, height - HEAD - ROW * (place + 1), WIDTH / 2 - 0.25, ROW)
-            _entry(entry, gallery, int(influence.samples[sample]), float(scores[sample]), known, largest, colour)
+            corner = left, height - HEAD - ROW * (place + 1)
+            _entry(
+                figure, corner, gallery, int(influence.samples[sample]), float(scores[sample]), known, largest, colour
+            )
     return figure
 
 
 def _entry(
-    axes: Axes, gallery: Gallery, index: int, score: float, exact: float | None, largest: float, colour: str
+    figure: Figure,
+    corner: tuple[float, float],
+    gallery: Gallery,
+    index: int,
+    score: float,
+    exact: float | None,
+    largest: float,
+    colour: str,
 ) -> None:
-    figure, width = axes.figure, WIDTH / 2 - 0.25
+    width = WIDTH / 2 - 0.25
+    axes = axes_in_inches(figure, *corner, width, ROW)
     appearance = gallery.appearance(index)
     start = 0.0
     if is_image(appearance):
         size = ROW * 0.86
-        place = axes.get_position()
-        inner = (place.x0, place.y0 + 0.05 * place.height, size / WIDTH, place.height * size / ROW)
-        draw_image(figure.add_axes(inner), appearance, colour)
+        draw_image(axes_in_inches(figure, corner[0], corner[1] + 0.05 * ROW, size, size), appearance, colour)
         start = size + 0.1
     columns = int((width - start) / CHARACTER)
     text = excerpt(appearance, columns, 1)
@@ -96,13 +102,3 @@ def _entry(
 def signed_tick(value: float) -> str:
     """Three significant digits, with a sign."""
     return f"{value:+.3g}".replace("-", "−")
-
-
-def _inches(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
-    """Axes without a frame, whose units are inches, at a place in ``figure`` in inches."""
-    total = figure.get_figheight()
-    axes = figure.add_axes((x / WIDTH, y / total, width / WIDTH, height / total))
-    axes.set_xlim(0, width)
-    axes.set_ylim(0, height)
-    axes.axis("off")
-    return axes

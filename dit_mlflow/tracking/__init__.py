@@ -1,6 +1,6 @@
 """All that touches MLflow: artifacts, runs, jobs, and the plugin.
 
-The names are loaded on first use: MLflow imports this package in every process, for the plugin.
+The names are loaded on first use, since MLflow imports this package in every process for the plugin.
 """
 
 from importlib import import_module

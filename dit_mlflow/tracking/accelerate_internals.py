@@ -1,7 +1,7 @@
-"""What of accelerate is used without being documented, each name here and nowhere else in ``dit_mlflow``.
+"""The undocumented names of accelerate that ``dit_mlflow`` uses, all in this file.
 
-All were seen in accelerate 1.10.0 and 1.15.0. ``tests/tracking/test_accelerate_internals.py`` fails when one goes; in
-use, training is then refused before a parameter changes, since the recorder gets a wrapper and not what is in it.
+Seen in accelerate 1.10.0 and 1.15.0. If one goes, ``tests/tracking/test_accelerate_internals.py`` fails, and training
+is refused before a parameter changes, since the recorder gets a wrapper instead of what it wraps.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 
 def torch_loader(loader: Any) -> Any:
-    """The loader of torch's that one of accelerate's iterates inside (``base_dataloader``)."""
+    """The torch loader inside a loader of accelerate's (``base_dataloader``)."""
     return getattr(loader, "base_dataloader", loader)
 
 
 def torch_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that steps, and that hooks can be set on, in what accelerate has wrapped (``optimizer``)."""
+    """The optimizer that steps and takes hooks, inside accelerate's wrappers (``optimizer``)."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer

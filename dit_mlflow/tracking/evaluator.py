@@ -25,25 +25,23 @@ class DitEvaluator(ModelEvaluator):
     - ``top``: samples listed for each row and side, 5;
     - ``batch``: how a row becomes a batch, see :func:`dit_mlflow.influence.row_losses`.
 
-    What is logged: see :func:`dit_mlflow.tracking.jobs.evaluate_rows.evaluate_rows`.
+    For what is logged, see :func:`dit_mlflow.tracking.jobs.evaluate_rows.evaluate_rows`.
     """
 
     @classmethod
     def can_evaluate(cls, *, model_type: str, evaluator_config: dict[str, Any], **kwargs: Any) -> bool:
-        """Only what is asked for by this name; every other evaluation goes on without us."""
+        """Only evaluations of this type; others run without this evaluator."""
         return model_type == MODEL_TYPE
 
     def evaluate(
         self,
         *,
-        model_type: str,
         dataset: Any,
         run_id: str,
         evaluator_config: dict[str, Any],
         model: Any = None,
         extra_metrics: Any = None,
         custom_artifacts: Any = None,
-        predictions: Any = None,
         model_id: str | None = None,
         **kwargs: Any,
     ) -> EvaluationResult:
@@ -59,7 +57,7 @@ class DitEvaluator(ModelEvaluator):
 
         if extra_metrics or custom_artifacts:
             raise InputError("extra_metrics and custom_artifacts belong to MLflow's own evaluators; leave them out")
-        # Of a registered version, MLflow hands over the model without its id, and logs no metrics on it.
+        # For a registered version, MLflow passes the model without its id, and logs no metrics on it.
         known = model_id or getattr(model, "model_id", None)
         settings = Settings.of(evaluator_config, known)
         result = evaluate_rows(settings, dataset.features_data, dataset.labels_data, run_id)

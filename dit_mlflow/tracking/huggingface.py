@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback
 except ImportError as error:
     raise ImportError("the Hugging Face callback needs transformers: pip install 'dit-mlflow[transformers]'") from error
 from accelerate.data_loader import SkipBatchSampler
@@ -31,16 +31,16 @@ class TrajectoryCallback(TrainerCallback):
         trainer = Trainer(model, args, train_dataset=train_set, callbacks=[TrajectoryCallback()])
         trainer.train()
 
-    The run is the active one (that of ``report_to="mlflow"``, say), or else a new one that ends with the training. The
-    samples of each step are read from the loader that the trainer really iterates, whatever samplers it or accelerate
-    have put there. Training comes out bit for bit as without.
+    The run is the active one (such as that of ``report_to="mlflow"``), or else a new one that ends with the training.
+    The samples of each step are read from the loader that the trainer iterates, with the samplers that it or accelerate
+    have put there. Training gives the same result, bit for bit, as without the callback.
 
     The workload for what was recorded:
 
-    - ``model``: the trainer's model, built with ``attn_implementation="eager"`` in training already: other kernels draw
-      other dropout masks, and cannot be differentiated twice;
-    - ``loss(model, batch)``: per sample, the *sum* over its labels (that are not -100) of the model's loss, for one
-      label per sample simply ``cross_entropy(logits, labels, reduction="none")``;
+    - ``model``: the trainer's model, built with ``attn_implementation="eager"`` for training too: other kernels draw
+      other dropout masks and cannot be differentiated twice;
+    - ``loss(model, batch)``: for each sample, the *sum* of the model's loss over the sample's labels (that are not
+      -100); for one label per sample simply ``cross_entropy(logits, labels, reduction="none")``;
     - ``collate_fn``: the trainer's ``data_collator``;
     - ``clip_grad_norm``: ``max_grad_norm`` of the training arguments, 1.0 unless changed;
     - ``coefficients``, ``accumulate``: not needed as long as the model itself computes the loss from ``labels``. The
@@ -54,25 +54,24 @@ class TrajectoryCallback(TrainerCallback):
       that are no class numbers, nothing is recorded and the workload's ``coefficients`` count.
 
     The trainer draws batches ahead. A collator or dataset that draws random numbers (masking, augmentation) therefore
-    needs ``store_batches=True``; without, replay refuses the trajectory.
+    needs ``store_batches=True``; without it, replay refuses the trajectory.
 
-    If training fails, the trainer tells no callback. What was recorded is then closed as an incomplete trajectory when
-    the frames of the trainer's loop go, which is as soon as the exception has been handled, and at the latest when
-    the next training begins, when the callback is collected, or when the process ends.
+    If training fails, the trainer calls no callback. The recording is then closed, as an incomplete trajectory, when
+    Python frees the frames of the trainer's loop (usually once the exception has been handled), and at the latest when
+    the next training begins, the callback is garbage-collected, or the process ends.
 
-    A training resumed from a checkpoint is recorded from there on (with ``resume=True``, as the continuation of
-    what the run already holds); in the middle of an epoch, without ``store_batches`` and ``Workload.coefficients``.
+    A training resumed from a checkpoint is recorded from there on (with ``resume=True``, as the continuation of the
+    run's trajectory). Resumed in the middle of an epoch, it cannot have ``store_batches`` or ``Workload.coefficients``.
 
     Args:
-        workload: what the trainer does, if at hand: the first step is then replayed before the second is made.
+        workload: describes the training; if given, the first step is replayed, as a check, before the second is made.
         run_id: the run; default: as above.
         options: further arguments of :class:`dit_mlflow.TrajectoryRecorder`: ``checkpoint_every``, ``store_batches``,
             ``low_precision``, …
 
     Raises, from ``train`` and before a parameter changes:
         InputError: the training set is not map-style.
-        UnsupportedError: several processes, low precision without ``low_precision``, an optimizer that is not
-            supported.
+        UnsupportedError: several processes, low precision without ``low_precision``, an unsupported optimizer.
     """
 
     def __init__(self, workload: Workload | None = None, run_id: str | None = None, **options: Any) -> None:
@@ -82,9 +81,7 @@ class TrajectoryCallback(TrainerCallback):
         self._num_batches = 0
         self._abandon: weakref.finalize[..., TrajectoryCallback] | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         if self._abandon is not None:
             self._abandon()
         self._share, self._num_batches = None, 0
@@ -94,29 +91,21 @@ class TrajectoryCallback(TrainerCallback):
             self._training.watch(torch_loader(kwargs["train_dataloader"]))
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, *_: Any, model: nn.Module | None = None, optimizer: Optimizer | None = None, **kwargs: Any
     ) -> None:
         training = self._training
         if training is None or training.closed:
             return
         with self._failing():
             if not training.begun:
-                # Now: every other callback has begun, among them the one that starts an MLflow run.
+                # Only now have all other callbacks begun, among them the one that starts an MLflow run.
                 assert model is not None and optimizer is not None
                 training.begin(model, torch_optimizer(optimizer))
                 self._share = LossShare(model)
                 training.at_close(self._share.remove)
             self._next_batch(training)
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, *_: Any, **kwargs: Any) -> None:
         training = self._training
         if training is None or training.closed:
             return
@@ -124,9 +113,7 @@ class TrajectoryCallback(TrainerCallback):
             self._used(training)
             self._next_batch(training)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         training = self._training
         if training is None or training.closed or self._share is None:
             return
@@ -135,31 +122,20 @@ class TrajectoryCallback(TrainerCallback):
             training.before_step(*self._share.take(self._num_batches))
             self._num_batches = 0
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, *_: Any, **kwargs: Any) -> None:
         if self._training is not None:
             self._training.end_epoch()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, *_: Any, **kwargs: Any) -> None:
         if self._training is not None:
             self._training.checkpoint()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        # The last word before load_best_model_at_end, after which the model is no longer what was trained.
+    def on_log(self, *_: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        # The last event before load_best_model_at_end, after which the model is another one.
         if self._training is not None and "train_runtime" in (logs or {}):
             self._training.checkpoint()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         self._end()
 
     def _next_batch(self, training: RecordedTraining) -> None:
@@ -172,7 +148,7 @@ class TrajectoryCallback(TrainerCallback):
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """An error raised here ends the training, and nobody will tell us."""
+        """Close the recording if an error is raised: it ends the training, and no callback is called."""
         try:
             yield
         except BaseException as error:
@@ -189,11 +165,11 @@ class TrajectoryCallback(TrainerCallback):
 
 
 def _resumed(patch: LoaderPatch) -> Handed | None:
-    """In the middle of an epoch, a resumed trainer iterates a loader of its own over the samplers that are watched."""
+    """A trainer resumed in the middle of an epoch iterates a loader of its own over the watched samplers."""
     sampler = getattr(GradientState().active_dataloader, "batch_sampler", None)
     if not isinstance(sampler, SkipBatchSampler) or sampler.batch_sampler is not patch.sampler:
         raise TrajectoryError(
-            "the trainer draws its batches from another loader than the one that it has shown to its callbacks; the "
+            "the trainer draws its batches from another loader than the one that it showed its callbacks, so the "
             "samples of a step are not known"
         )
     return patch.take_noted(sampler.skip_batches)

@@ -17,7 +17,7 @@ from dit_mlflow.workload import Workload
 
 
 def _bases() -> tuple[type, ...]:
-    """``Callback`` of every Lightning there is: ``lightning`` and ``pytorch_lightning`` each have their own."""
+    """``Callback`` of every installed Lightning: ``lightning`` and ``pytorch_lightning`` each have their own."""
     homes = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
     bases = tuple(import_module(module).Callback for name, module in homes.items() if find_spec(name))
     if not bases:
@@ -31,18 +31,18 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
         trainer = Trainer(callbacks=[TrajectoryCallback()])
         trainer.fit(module, train_dataloaders=loader)
 
-    For trainers of ``lightning`` and of ``pytorch_lightning``. The run is the active one (that of
-    ``mlflow.pytorch.autolog()``, say), or that of the trainer's ``MLFlowLogger``, or else a new one that ends with the
-    training. The samples of each step are read from the loader that the trainer really iterates, whatever
-    samplers it has put there. Training comes out bit for bit as without. If it fails, what was recorded is kept, as an
-    incomplete trajectory.
+    For trainers of ``lightning`` and of ``pytorch_lightning``. The run is the active one (such as that of
+    ``mlflow.pytorch.autolog()``), or that of the trainer's ``MLFlowLogger``, or else a new one that ends with the
+    training. The samples of each step are read from the loader that the trainer iterates, with the samplers that it has
+    put there. Training gives the same result, bit for bit, as without the callback. If it fails, the recording is kept
+    as an incomplete trajectory.
 
     The workload for what was recorded:
 
     - ``model``: the ``LightningModule`` (parameters are matched by name), or a factory of it;
     - ``loss(model, batch)``: what ``training_step`` returns, before the mean over the batch;
-    - ``accumulate``: the trainer's ``accumulate_grad_batches``. Lightning divides by it also in the last, shorter group
-      of an epoch, so that ``c_i = 1 / (B * accumulate)``, the default, holds for all;
+    - ``accumulate``: the trainer's ``accumulate_grad_batches``. Lightning divides by it even in the last, shorter group
+      of an epoch, so ``c_i = 1 / (B * accumulate)``, the default, holds for all;
     - ``clip_grad_norm`` (or ``clip_grad_value``, with ``gradient_clip_algorithm="value"``): ``gradient_clip_val``.
 
     Random augmentation in the main process is replayed if nothing is drawn between the batch and its forward pass; in
@@ -50,13 +50,13 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
     leaves its batch out of the step. Trainings resumed from a checkpoint (``ckpt_path``) are recorded from there on.
 
     Args:
-        workload: what the trainer does, if at hand: the first step is then replayed before the second is made.
+        workload: describes the training; if given, the first step is replayed, as a check, before the second is made.
         run_id: the run; default: as above.
         options: further arguments of :class:`dit_mlflow.TrajectoryRecorder`: ``checkpoint_every``, ``store_batches``,
             ``low_precision``, …
 
     Raises, from ``fit`` and before a parameter changes:
-        InputError: the loader is not one over a map-style dataset.
+        InputError: the loader's dataset is not map-style.
         UnsupportedError: several optimizers, loaders or processes; low precision without ``low_precision``.
     """
 
@@ -71,7 +71,7 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
         process = trainer.strategy.process_dataloader
 
         def process_and_watch(loader: Any) -> Any:
-            # The last that is done to a loader before it is iterated, and the first time that it can be seen.
+            # The trainer's last step before it iterates a loader, and the first place where we see the loader.
             loader = process(loader)
             if trainer.training and isinstance(loader, DataLoader):
                 training.watch(loader)
@@ -137,7 +137,7 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
 
 
 def _logger_run_id(trainer: Any) -> str | None:
-    """The run of the trainer's own MLflow logger, which is not the active one, if it is in the same store."""
+    """The run of the trainer's MLflow logger, if it is in the same store; it is not the active run."""
     for logger in trainer.loggers:
         if type(logger).__name__ == "MLFlowLogger" and logger.experiment.tracking_uri == mlflow.get_tracking_uri():
             return logger.run_id

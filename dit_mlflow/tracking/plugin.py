@@ -1,4 +1,4 @@
-"""MLflow run-context provider: which dit_mlflow, from which tree, made a run.
+"""MLflow run-context provider: tags each run with the version and commit of dit_mlflow that made it.
 
 MLflow loads this module in every process that has the package installed, so it imports nothing heavy.
 """
@@ -16,18 +16,18 @@ import dit_mlflow
 from dit_mlflow.tracking.store.names import COMMIT, DIRTY, VERSION
 
 WORKING_MODULE = "dit_mlflow.trajectory"
-"""Loaded in every process that records or reads trajectories, and in no other."""
+"""Loaded in exactly the processes that record or read trajectories."""
 
 
 class DitRunContext(RunContextProvider):
-    """Tags runs that are started by a process which uses dit_mlflow.
+    """Tags runs that a process which uses dit_mlflow starts.
 
     ``dit.version`` always; ``dit.commit`` and ``dit.dirty`` (``true`` if tracked or new files differ from the commit)
     when the package is used from a git checkout.
     """
 
     def in_context(self) -> bool:
-        """Whether this process works with trajectories; a mere ``import dit_mlflow`` does not count."""
+        """Whether this process works with trajectories; ``import dit_mlflow`` alone does not count."""
         return WORKING_MODULE in sys.modules
 
     def tags(self) -> dict[str, str]:
@@ -37,7 +37,7 @@ class DitRunContext(RunContextProvider):
 
 @lru_cache(maxsize=4)
 def tree_tags(tree: Path) -> dict[str, str]:
-    """Commit and dirtiness of the checkout at ``tree``; nothing if it is none, or git is not there."""
+    """Commit and dirtiness of the checkout at ``tree``; empty if it is no checkout or git is missing."""
     if not (tree / ".git").exists():
         return {}
     try:

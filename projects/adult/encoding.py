@@ -1,4 +1,4 @@
-"""A person's row as numbers: six that are numbers, and one-hot categories, some of them merged as in the paper."""
+"""A person's row as features: six numbers, and one-hot categories, some of them merged as in the paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = (
     *("age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation", "relationship"),
     *("race", "sex", "capital-gain", "capital-loss", "hours-per-week", "native-country"),
 )
-"""In the order of the files."""
+"""Columns in the order of the files."""
 
 UNTOLD = "untold or rare"
 SCHOOL = "school up to grade 12"
@@ -44,7 +44,7 @@ _MERGED: dict[str, dict[str, str]] = {
         "countries 4": "South Poland Ireland Hungary Scotland Thailand Ecuador",
     },
 }
-"""Merged category -> what goes into it, as in the authors' code; so are the groups of countries."""
+"""Merged category -> the values in it, as in the authors' code; the groups of countries are theirs too."""
 
 CATEGORIES: dict[str, dict[str, str]] = {
     name: {
@@ -53,7 +53,7 @@ CATEGORIES: dict[str, dict[str, str]] = {
     }
     for name, plain in _PLAIN.items()
 }
-"""Of each column, what a file may say -> the category that it is encoded as."""
+"""For each column, value in the file -> category that it is encoded as."""
 
 FEATURES: tuple[str, ...] = (
     *NUMBERS,

@@ -19,10 +19,10 @@ LABELS = {"<=50K": 0, ">50K": 1}
 FILES = "a folder with adult.data and adult.test, as in the archive of the UCI Machine Learning Repository"
 
 OPENML = 1590
-"""Number of the data set there: the rows of adult.test, then those of adult.data."""
+"""OpenML's number of the data set, which holds the rows of adult.test, then those of adult.data."""
 TEST_ROWS, TRAINING_ROWS = 16_281, 32_561
 TEST_RICH, TRAINING_RICH = 3_846, 7_841
-"""Rows with an income above 50,000 dollars, to tell that they are the same."""
+"""Rows with an income above 50,000 dollars, to check that the data are the same."""
 
 
 def people(data_dir: str | None) -> tuple[Labelled, Labelled, str | None]:
@@ -93,7 +93,7 @@ def _labelled(records: Iterable[tuple[str, list[str]]], source: str) -> Labelled
 
 
 def _problem(fields: list[str]) -> str | None:
-    """What is wrong with a row of 14 values and a label; ``None`` if nothing is."""
+    """The fault of a row of 14 values and a label; ``None`` if it has none."""
     if len(fields) != len(COLUMNS) + 1:
         return f"{len(fields)} fields; expected {len(COLUMNS)} and the label"
     for name, value in zip(COLUMNS, fields, strict=False):

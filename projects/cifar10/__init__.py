@@ -34,7 +34,7 @@ from dit_mlflow.examples import (
 Classes = Literal["0,1", "all"]
 
 CLASSES: dict[str, Classes] = {"cnn": "0,1", "resnet9": "all"}
-"""What each model is for."""
+"""The classes that each model is for."""
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPE = (3, 32, 32)
@@ -142,7 +142,7 @@ def workload(
 
 
 def _folder(given: Path) -> Path:
-    """Where the six files are: the folder given, or the archive's own inside it."""
+    """The folder of the six files: the one given, or the archive's folder inside it."""
     found = next((path for path in (given, given / FOLDER) if (path / TRAINING[0]).is_file()), given)
     missing = [name for name in (*TRAINING, "test_batch.bin") if not (found / name).is_file()]
     if missing:

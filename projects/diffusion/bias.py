@@ -1,4 +1,4 @@
-"""Do drawn timesteps decide who is influential? Measured on several trainings, with exact leave-one-out beside.
+"""Do drawn timesteps decide which samples are influential? Several trainings, compared with exact leave-one-out.
 
 Run from the repository::
 
@@ -46,14 +46,14 @@ TOP = 10
 BINS = 10
 """Equal parts of the timesteps."""
 QUERIES = 12
-"""Validation samples whose losses are queries of their own, besides the mean."""
+"""Validation samples whose losses are queries, besides the mean loss."""
 PARTS = 5
 LEARNED = {"optimizer": "adam", "lr": "0.003", "epochs": "200", "hidden": "128"}
 
 
 @dataclass(frozen=True, eq=False)
 class Presentations:
-    """Every presentation of a training sample, in order: all ``[presentations]``."""
+    """Every use of a training sample, in order; all fields are ``[presentations]``."""
 
     step: np.ndarray
     sample: np.ndarray
@@ -70,7 +70,7 @@ class Presentations:
         return np.bincount(self.timestep_bin, self.norm, minlength=BINS) / np.maximum(count, 1)
 
     def luck(self, samples: int) -> np.ndarray:
-        """The gradient norms to expect of the timesteps that each sample drew, whatever its image, summed."""
+        """``[samples]``: for each, the mean gradient norm at the timesteps that it drew, summed over these."""
         return np.bincount(self.sample, self.norm_by_bin()[self.timestep_bin], minlength=samples)
 
 

@@ -139,7 +139,7 @@ def workload(
 
 
 def _digits(data_dir: str | None) -> tuple[Labelled, Labelled | None, str | None]:
-    """All digits, those kept for testing if they are apart, and the folder they are from."""
+    """All digits, separate test digits if there are any, and the folder that they are from."""
     if data_dir is None:
         return _in_this_folder(), None, None
     folder = folder_of(data_dir, FILES)

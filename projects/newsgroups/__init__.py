@@ -43,7 +43,7 @@ PRESETS: dict[Preset, dict[str, Recipe]] = {
 }
 
 SIZES: dict[tuple[Preset, str], int] = {("paper", "dnn"): 200}
-"""Samples in each split, where it is not 256."""
+"""Samples in each split, if not 256."""
 
 
 def workload(

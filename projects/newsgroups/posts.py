@@ -1,4 +1,4 @@
-"""Posts of the by-date archive: from the archive as it is, from its folders, or from scikit-learn's download."""
+"""Posts of the by-date archive, read from the archive, from its folders, or from scikit-learn's download."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ARCHIVE = "20news-bydate.tar.gz"
 FILES = f"{ARCHIVE}, a folder with it, or a folder with what it holds (20news-bydate-train and 20news-bydate-test)"
 
 MEMBER = re.compile(r"(?:\./)?20news-bydate-(train|test)/([a-z]+(?:[.-][a-z]+)+)/(\d{1,9})", re.ASCII)
-"""Names of posts; whatever else an archive or a folder holds is passed over."""
+"""Names of posts; anything else in an archive or folder is ignored."""
 
 LONGEST = 2**20
-"""Bytes of a post; the longest of the archive has a sixth of it."""
+"""Most bytes of a post, six times those of the longest in the archive."""
 
 HEADER = re.compile(r"\A[!-9;-~]+:[ \t]")
 QUOTE = re.compile(r"^(?:[>|].*|.*\b(?:writes|wrote|said):?[ \t]*)$\n?", re.MULTILINE)
@@ -78,7 +78,7 @@ Key = tuple[str, str, int]
 
 
 def _archived(path: Path) -> Iterator[tuple[Key, str]]:
-    """Posts straight from the archive: nothing is written, so a member's name can do no harm."""
+    """Posts read from the archive: nothing is written, so a member's name can do no harm."""
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:

@@ -162,7 +162,7 @@ def test_scores_that_are_no_amounts_are_not_told_as_such(name: str, trajectory: 
 
 def test_a_truth_of_other_windows_is_refused(trajectory: Trajectory, workload: Workload) -> None:
     truth = find_truth(trajectory, workload, WINDOWS, "local", Checks(ground_truth=3))
-    with pytest.raises(InputError, match="knows nothing of window 0-3"):
+    with pytest.raises(InputError, match="has no scores of window 0-3"):
         explain(trajectory, workload, [Window(0, 3)], checks=Checks(), truth=truth)
 
 

@@ -1,1 +1,1 @@
-"""What the commands do: check, compute, log."""
+"""The commands: each checks a request, has the answer computed, and logs it."""

@@ -1,4 +1,4 @@
-"""The cleansing job: drop or relabel what influence flags, train again, and see whether that helped."""
+"""The cleansing job: drop or relabel the samples that influence flags, train again, and test whether that helped."""
 
 from __future__ import annotations
 
@@ -12,29 +12,21 @@ from mlflow import MlflowClient
 
 from dit_mlflow.errors import InputError, TrainingError
 from dit_mlflow.evaluation.figures import LOSS, PRECISION, TEST, VALIDATION, VALIDATION_LOSS, figure_of
-from dit_mlflow.evaluation.trials import (
-    Cleansing,
-    Outcome,
-    Trial,
-    untouched,
-)
+from dit_mlflow.evaluation.trials import Cleansing, Outcome, Trial, untouched
 from dit_mlflow.explanation import cleansing_answer, cleansing_table, terminal_table
 from dit_mlflow.explanation.cleansing import ACTIONS, CleansingTask, parse_shares
-from dit_mlflow.explanation.explanation import Explanation
-from dit_mlflow.influence import check_kind, parse_windows
-from dit_mlflow.influence.rehearsal import rehearse
+from dit_mlflow.influence import check_kind
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.tracking.jobs.cleanse_runs import CleansingRuns
-from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, recorded_workload
-from dit_mlflow.tracking.jobs.train import run_training, workload_params
-from dit_mlflow.tracking.store.artifacts import load_trajectory, log_influence
+from dit_mlflow.tracking.jobs.request import Request, trained
+from dit_mlflow.tracking.jobs.train import workload_params
+from dit_mlflow.tracking.store.artifacts import log_influence
 from dit_mlflow.tracking.store.datasets import log_datasets_of
-from dit_mlflow.tracking.store.error_text import error_text
+from dit_mlflow.tracking.store.failed_run import error_text
 from dit_mlflow.tracking.store.names import KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import project_run
 from dit_mlflow.tracking.ui.links import where_to_look
-from dit_mlflow.workload import load_workload
 
 CLEANSING = "cleansing"
 
@@ -46,15 +38,15 @@ class CleansingRequest(Request):
     """As :class:`Request`, and:
 
     Attributes:
-        windows: each is a source of scores of its own, among which the validation split chooses; default: one, all of
-            training.
-        kind: default ``final``, the effect on the model at the end of training, since that is the one to be better.
-        drop: shares of the training samples to clean, with commas between.
+        windows: each gives scores of its own, a strategy among which the validation split chooses; default: one window,
+            all of training.
+        kind: default ``final``, the effect on the final model, which is the one to improve.
+        drop: shares of the training samples to clean, separated by commas.
         action: ``drop`` or ``relabel``.
-        repeats: trainings for each trial, of one pair of seeds each: the recorded one, and those after it.
+        repeats: trainings per trial, each with its own pair of seeds: the recorded pair and those after it.
         draws: random draws of as many samples, for comparison; 0 = none.
-        metric: that validation chooses by and test judges; empty = ``accuracy`` if the workload has it, else ``loss``.
-            Less is better of ``loss``, more of all others.
+        metric: to choose by (validation) and judge by (test); empty = ``accuracy`` if the workload has it, else
+            ``loss``. Lower is better for ``loss``, higher for all others.
     """
 
     windows: str = "1"
@@ -66,42 +58,32 @@ class CleansingRequest(Request):
     metric: str = ""
 
     def check(self) -> None:
-        """Raise :class:`InputError` for what can be told without a workload."""
+        """Raise :class:`InputError` for what is wrong whatever the workload."""
         if self.action not in ACTIONS:
             raise InputError(f"action={self.action!r}; expected one of {', '.join(ACTIONS)}")
         for name, least in (("repeats", 1), ("draws", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}; expected {least} or more")
         _ = self.memory_budget
+        _repeated(self.init_seed, self.order_seed, self.repeats)
         parse_shares(self.drop, 2**31)
 
 
 def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) -> str:
-    """Clean the training data by influence, at random and by loss, and train again; returns the terminal's last words.
+    """Clean the training data by influence, at random and by loss, and train again; returns text for the terminal.
 
     A parent run holds the answer (its description), ``cleansing.json``, ``cleansing.png``, the influence scores and the
-    chosen samples; see :mod:`dit_mlflow.tracking.jobs.cleanse_runs` for the runs below it. A trial whose training fails
-    is FAILED there, with the reason in the tag ``dit.error``, and takes no part in the choice.
+    chosen samples; for its child runs see :mod:`dit_mlflow.tracking.jobs.cleanse_runs`. A trial whose training fails is
+    FAILED there, with the reason in the tag ``dit.error``, and cannot be chosen.
 
     Raises:
         DitError: some part of the request cannot be used, or training or replay fail.
     """
     kind = check_kind(request.kind)
     request.check()
-    if request.training_run:
-        trajectory = load_trajectory(request.training_run)
-        workload = recorded_workload(request, trajectory)
-        windows = parse_windows(request.windows, trajectory)
-        task = CleansingTask.of(workload, request.drop, request.action, request.metric)
-        training_run = request.training_run
-    else:
-        workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
-        windows = parse_windows(request.windows, workload.plan)
-        task = CleansingTask.of(workload, request.drop, request.action, request.metric)
-        _repeated(request.init_seed, request.order_seed, request.repeats)
-        rehearse(workload, request.memory_budget)
-        training_run = run_training(workload, request.init_seed, request.order_seed)
-        trajectory = load_trajectory(training_run)
+    training_run, trajectory, workload, windows, task = trained(
+        request, lambda workload: CleansingTask.of(workload, request.drop, request.action, request.metric)
+    )
     seeds, known = _seeds(training_run, request.repeats)
     tags = {KIND: CLEANSING, METHOD: "dit", TRAINING_RUN: training_run}
     with project_run(project_run_id, f"cleanse {workload.title} {request.action}", tags) as run:
@@ -119,14 +101,8 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
             }
         )
         log_datasets_of(training_run, run.info.run_id)
-        task, tried = task.flag(
-            trajectory,
-            windows,
-            kind,
-            request.draws,
-            request.memory_budget,
-            _log_scores,
-        )
+        asked = trajectory, windows, kind, request.draws, request.memory_budget
+        task, tried = task.flag(*asked, reached=lambda found: log_influence(found.influence))
         runs = CleansingRuns(task, training_run, seeds)
         outcomes, failures = _outcomes([untouched(workload.num_samples), *tried], runs)
         cleansing = Cleansing(tuple(outcomes), task.metric, request.action, workload.corrupted)
@@ -139,7 +115,7 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
 
 
 def _seeds(training_run: str, repeats: int) -> tuple[list[tuple[int, int]], bool]:
-    """``(init_seed, order_seed)`` of each repeat, the recorded pair first; and whether it is recorded at all."""
+    """``(init_seed, order_seed)`` of each repeat, the recorded pair first; and whether a pair is recorded."""
     params = MlflowClient().get_run(training_run).data.params
     found = [params.get(f"resolved.{name}") for name in ("init_seed", "order_seed")]
     init, order = (int(value or 0) for value in found)
@@ -152,12 +128,8 @@ def _repeated(init: int, order: int, repeats: int) -> list[tuple[int, int]]:
     return [(init + repeat, order + repeat) for repeat in range(repeats)]
 
 
-def _log_scores(found: Explanation) -> None:
-    log_influence(found.influence)
-
-
 def _outcomes(tried: list[Trial], runs: CleansingRuns) -> tuple[list[Outcome], list[str]]:
-    """What came of the trials, each in a run of its own, and why others failed."""
+    """The outcomes of the trials, each in a run of its own, and the reasons of those that failed."""
     outcomes: list[Outcome] = []
     failures: list[str] = []
     total = sum(len(trial.flagged) for trial in tried) * len(runs.seeds)
@@ -181,8 +153,8 @@ def _against_record(before: Outcome, training_run: str, known: bool) -> list[str
     """Sentences on how training again on all samples differs from the recorded training, if it does."""
     if not known:
         return [
-            "The recorded training does not tell its seeds; all trainings here, without cleaning too, begin anew from "
-            "seeds 0, 1, …"
+            "The seeds of the recorded training are not known; all trainings here, with and without cleaning, "
+            "start from seeds 0, 1, …"
         ]
     name = VALIDATION_LOSS.name
     recorded = MlflowClient().get_run(training_run).data.metrics.get(name)

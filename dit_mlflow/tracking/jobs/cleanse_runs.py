@@ -1,8 +1,8 @@
-"""The runs below a cleansing run, and what the cleansing run itself shows.
+"""Logs a cleansing run and its child runs.
 
-- One for each strategy and fraction (``dit.kind=cleansed``), named ``influence 10 %``: figures of the retrained models
-  under the names that training runs use, their gains, and the samples.
-- One for each strategy (``dit.kind=strategy``), named ``influence``: series ``by_fraction/…`` whose step is **the
+- A child for each strategy and fraction (``dit.kind=cleansed``), named ``influence 10 %``: figures of the retrained
+  models under the names that training runs use, their gains, and the samples.
+- A child for each strategy (``dit.kind=strategy``), named ``influence``: series ``by_fraction/…`` whose step is **the
   number of samples cleaned** (0 = none), so that a chart overlays the strategies; and the figures of the fraction that
   the validation split chooses for this strategy.
 """
@@ -27,20 +27,14 @@ from dit_mlflow.explanation.cleansing_note import DONE
 from dit_mlflow.explanation.markdown import encodable
 from dit_mlflow.plots import plot_cleansing
 from dit_mlflow.tracking.store.artifacts import active_run_id
-from dit_mlflow.tracking.store.error_text import error_text
+from dit_mlflow.tracking.store.failed_run import error_text
 from dit_mlflow.tracking.store.names import ERROR, HELPED, KIND, NOTE, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import log_metrics, log_series
 
 
 @dataclass(frozen=True, eq=False)
 class CleansingRuns:
-    """Logs below the active run, and on it.
-
-    Attributes:
-        task: what is cleaned, and how.
-        training_run: the run that recorded the trajectory.
-        seeds: ``(init_seed, order_seed)`` of each repeat.
-    """
+    """Logs on the active run and below it; ``seeds``: ``(init_seed, order_seed)`` of each repeat."""
 
     task: CleansingTask
     training_run: str
@@ -52,13 +46,13 @@ class CleansingRuns:
 
     @cached_property
     def _names(self) -> dict[int, str]:
-        """Of the classes, as people read them."""
+        """Names of the classes."""
         names = {} if self.task.classes is None else class_names(self.task.workload, self.task.classes)
         return {found: encodable(name) for found, name in names.items()}
 
     @property
     def done(self) -> str:
-        """``dropped`` or ``relabelled``: the parameter and the table of the samples."""
+        """``dropped`` or ``relabelled``: names the parameter and the table of the samples."""
         return DONE[self.task.action]
 
     def name(self, trial: Trial) -> str:
@@ -68,7 +62,7 @@ class CleansingRuns:
         return trial.strategy if trial.strategy == NO_CLEANING else f"{trial.strategy} {whole:0>2}{dot}{rest} %"
 
     def child(self, trial: Trial, before: Outcome | None, attempt: Callable[[], Outcome]) -> Outcome:
-        """Try in a run of its own; FAILED, with the reason, if the attempt raises."""
+        """Make the attempt in a run of its own; FAILED, with the reason, if it raises."""
         tags = {KIND: "cleansed", TRAINING_RUN: self.training_run}
         with mlflow.start_run(run_name=self.name(trial), nested=True, tags=tags):
             params = {"strategy": trial.strategy, "fraction": trial.fraction, self.done: trial.count}
@@ -84,7 +78,7 @@ class CleansingRuns:
             return outcome
 
     def samples(self, trial: Trial) -> pd.DataFrame:
-        """The flagged samples, lowest score first: index, score, what is known of them."""
+        """The flagged samples, lowest score first: index, score, description, labels."""
         gallery = self._gallery
         draws, indices = len(trial.flagged), trial.flagged.ravel()
         columns: dict[str, object] = {"draw": np.repeat(np.arange(draws), trial.count)} if draws > 1 else {}
@@ -101,7 +95,7 @@ class CleansingRuns:
         return pd.DataFrame(columns)
 
     def log_strategies(self, cleansing: Cleansing) -> None:
-        """A run for each strategy, with series over the number of samples."""
+        """Log a run for each strategy, with series over the number of samples."""
         for strategy in cleansing.strategies:
             outcomes = cleansing.by(strategy)
             best = choose(outcomes, cleansing.metric)
@@ -117,7 +111,7 @@ class CleansingRuns:
                     log_series(BY_FRACTION + name, values, [outcome.trial.count for outcome in points])
 
     def log_answer(self, cleansing: Cleansing, remarks: Sequence[str]) -> None:
-        """On the active run: the answer, table, figure, and the chosen samples."""
+        """Log the answer, table, figure and chosen samples on the active run."""
         chosen, before = cleansing.chosen, cleansing.before
         run_id = active_run_id()
         mlflow.set_tags({NOTE: cleansing_note(cleansing, run_id, remarks), HELPED: cleansing.helped})
@@ -140,10 +134,10 @@ class CleansingRuns:
         found = outcome.summary().and_(trial.found(corrupted).prefixed(DETECTION))
         extra: dict[str, float] = {}
         if trial.strategy.startswith("influence"):
-            # More were asked for than are harmful: these help, as far as the estimate goes.
+            # More were flagged than are harmful: by the estimate, these help.
             extra[FLAGGED_HELPFUL.name] = float((np.take_along_axis(trial.scores, trial.flagged, axis=1) > 0).sum())
         if self.task.predicted is not None and self.task.classes is not None:
-            # Of several draws, as many as on average.
+            # Of several draws, the mean number.
             other = self.task.predicted[trial.flagged] != self.task.classes[trial.flagged]
             extra[RELABELLED_CHANGED.name] = float(other.sum(axis=1).mean())
         if outcome is not before:

@@ -1,4 +1,4 @@
-"""The comparison job: several methods, and seeds, on the same trajectories, against the same ground truth."""
+"""The comparison job: several methods on the same trajectories against the same ground truth."""
 
 from __future__ import annotations
 
@@ -36,23 +36,22 @@ from dit_mlflow.progress import progress_over
 from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort
-from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, recorded_workload
+from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, trained
 from dit_mlflow.tracking.jobs.train import run_training, workload_params
 from dit_mlflow.tracking.store.artifacts import load_influence, load_trajectory, log_influence
 from dit_mlflow.tracking.store.datasets import log_datasets_of
-from dit_mlflow.tracking.store.error_text import error_text, storable
 from dit_mlflow.tracking.store.explanations import log_window_series
+from dit_mlflow.tracking.store.failed_run import error_text, storable
 from dit_mlflow.tracking.store.names import ERROR, KIND, METHOD, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import log_metrics, project_run
+from dit_mlflow.tracking.store.run_log import log_metrics, log_plot, project_run
 from dit_mlflow.tracking.ui.links import save_comparisons, where_to_look
-from dit_mlflow.tracking.ui.log_plot import log_plot
 from dit_mlflow.tracking.ui.notes import set_note
 from dit_mlflow.workload import Workload, load_workload
 
 COMPARISON = "comparison"
 
 COSTS = {SECONDS: INFLUENCE_SECONDS, CPU_SECONDS.leaf: CPU_SECONDS}
-"""Columns of the table, and the figures that they hold."""
+"""Columns of the table, with the figure in each."""
 
 _log = logging.getLogger(__name__)
 
@@ -62,8 +61,8 @@ class ComparisonRequest(Request):
     """As :class:`Request`, and:
 
     Attributes:
-        methods: names with commas between, or ``all``.
-        seeds: trainings; their weights and batch orders are drawn with separate seeds, on a grid.
+        methods: names separated by commas, or ``all``.
+        seeds: number of trainings, on a grid of seeds for weights and seeds for batch order.
         subsets: trainings on random halves of the data, for the linear datamodeling score; 0 = none.
         jobs: worker processes of the ground truth.
         backend: of joblib, see :class:`dit_mlflow.Effort`; empty = its choice.
@@ -76,12 +75,12 @@ class ComparisonRequest(Request):
     backend: str = ""
 
     def checks(self, workload: Workload) -> Checks:
-        """Leave-one-out and subsets; raises :class:`InputError` for what cannot be used."""
+        """Leave-one-out and subsets; raises :class:`InputError` for values that cannot be used."""
         return Checks.parse(self.ground_truth, workload.num_samples, subsets=self.subsets)
 
     @property
     def names(self) -> list[str]:
-        """The methods asked for; raises :class:`InputError` for one that is not there or cannot be used."""
+        """The methods asked for; raises :class:`InputError` for one that is unknown or cannot be used."""
         asked = known.NAMES if self.methods.strip() == "all" else self.methods.split(",")
         names = list(dict.fromkeys(name.strip() for name in asked if name.strip()))
         if not names:
@@ -92,7 +91,7 @@ class ComparisonRequest(Request):
 
     @property
     def grid(self) -> list[tuple[int, int]]:
-        """``(init_seed, order_seed)`` of each training: the squarest grid of that many."""
+        """``(init_seed, order_seed)`` of each training, on a grid as near to a square as possible."""
         rows = max(d for d in range(1, math.isqrt(self.seeds) + 1) if self.seeds % d == 0)
         columns = self.seeds // rows
         return [(self.init_seed + a, self.order_seed + b) for a in range(rows) for b in range(columns)]
@@ -100,7 +99,7 @@ class ComparisonRequest(Request):
 
 @dataclass(frozen=True, eq=False)
 class ComparedTraining:
-    """One training, what is asked of it, and the truth."""
+    """One training, the windows asked for, and the truth."""
 
     run_id: str
     label: str
@@ -115,12 +114,12 @@ class ComparedTraining:
 
 
 def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -> str:
-    """Compare methods; returns what the terminal shows at the end.
+    """Compare methods; returns text for the terminal.
 
     A parent run holds the table ``comparison.json`` and the figure ``fidelity_against_cost.png``; with several seeds
-    also ``stability.json``, with damaged samples ``recall_curve.png`` of the first training. Below it stands a run for
-    each method and training, with the same metrics each. A method that fails is FAILED there, with the reason in the
-    tag ``dit.error`` and in the table, and stops nothing else.
+    also ``stability.json``, with damaged samples ``recall_curve.png`` of the first training. Each method and training
+    has a child run, all with the same metrics. A method that fails is FAILED there, with the reason in the tag
+    ``dit.error`` and in the table; the others go on.
 
     Raises:
         InputError: some part of the request cannot be used, or every method failed.
@@ -129,7 +128,11 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
     if request.seeds < 1:
         raise InputError(f"seeds={request.seeds}; expected 1 or more")
     effort = Effort(request.jobs, request.backend or None)
-    trainings = [_with_truth(request, training, effort) for training in _trained(request)]
+    trainings = []
+    for one in _trained(request):
+        checks = request.checks(one.workload)
+        truth = find_truth(one.trajectory, one.workload, one.windows, kind, checks, effort=effort)
+        trainings.append(replace(one, truth=truth))
     workload = trainings[0].workload
     tags = {KIND: COMPARISON, TRAINING_RUN: ",".join(training.run_id for training in trainings)}
     with project_run(project_run_id, f"compare {workload.title} {kind}", tags) as run:
@@ -196,17 +199,16 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
 
 
 def _trained(request: ComparisonRequest) -> list[ComparedTraining]:
-    """The trajectories to compare on: the one that is there, or one for each pair of seeds."""
+    """The trajectories to compare on: the one that the request names, or a new one for each pair of seeds."""
     if request.training_run:
         if request.seeds > 1:
             raise InputError(
                 f"seeds={request.seeds} are trainings, and training_run={request.training_run} is one; leave one out"
             )
-        trajectory = load_trajectory(request.training_run)
-        workload = recorded_workload(request, trajectory)
-        return [_compared_training(request, request.training_run, "", trajectory, workload)]
+        run_id, trajectory, workload, windows, _ = trained(request, request.checks)
+        return [ComparedTraining(run_id, "", trajectory, workload, windows)]
     workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
-    parse_windows(request.windows, workload.plan)
+    windows = parse_windows(request.windows, workload.plan)
     request.checks(workload)
     for init, order in request.grid:
         check_seeds(init, order)
@@ -215,24 +217,12 @@ def _trained(request: ComparisonRequest) -> list[ComparedTraining]:
     for init, order in request.grid:
         run_id = run_training(workload, init, order)
         label = f" init {init} order {order}" if request.seeds > 1 else ""
-        found.append(_compared_training(request, run_id, label, load_trajectory(run_id), workload))
+        found.append(ComparedTraining(run_id, label, load_trajectory(run_id), workload, windows))
     return found
 
 
-def _compared_training(
-    request: Request, run_id: str, label: str, trajectory: Trajectory, workload: Workload
-) -> ComparedTraining:
-    return ComparedTraining(run_id, label, trajectory, workload, parse_windows(request.windows, trajectory))
-
-
-def _with_truth(request: ComparisonRequest, training: ComparedTraining, effort: Effort) -> ComparedTraining:
-    checks, kind = request.checks(training.workload), check_kind(request.kind)
-    truth = find_truth(training.trajectory, training.workload, training.windows, kind, checks, effort=effort)
-    return replace(training, truth=truth)
-
-
 def _child(request: Request, name: str, training: ComparedTraining) -> dict[str, object]:
-    """Run one method on one training, in a run of its own; its row of the table."""
+    """Run one method on one training in a run of its own; returns its row of the table."""
     row: dict[str, object] = {"method": name, "training_run": training.run_id, "measures": method(name).measures}
     tags = {KIND: "method", METHOD: name, TRAINING_RUN: training.run_id}
     try:
@@ -248,16 +238,9 @@ def _child(request: Request, name: str, training: ComparedTraining) -> dict[str,
 
 
 def _log_explained(request: Request, name: str, training: ComparedTraining) -> dict[str, float]:
-    """Explain by one method and log it on the active run; its figures of the whole run, without their groups."""
-    found = explain(
-        training.trajectory,
-        training.workload,
-        training.windows,
-        check_kind(request.kind),
-        method=name,
-        checks=Checks(),
-        truth=training.truth,
-    )
+    """Explain by one method and log it on the active run; returns figures of the whole run by their short names."""
+    asked = training.trajectory, training.workload, training.windows, check_kind(request.kind)
+    found = explain(*asked, method=name, checks=Checks(), truth=training.truth)
     mlflow.log_params({"method": name, "kind": found.influence.kind})
     log_influence(found.scores)
     log_metrics(found.whole.and_(found.cost))
@@ -268,7 +251,7 @@ def _log_explained(request: Request, name: str, training: ComparedTraining) -> d
 
 
 def _attainable(rows: Sequence[dict[str, object]], training: ComparedTraining) -> float | None:
-    """Spearman correlation of leave-one-out in the recorded precision with the truth, in float64."""
+    """Spearman correlation of leave-one-out in the recorded precision with the truth, which is in float64."""
     known = [row[SPEARMAN.leaf] for row in rows if row["method"] == "leave_one_out" and SPEARMAN.leaf in row]
     if known:
         return float(np.mean(known))  # type: ignore[arg-type]

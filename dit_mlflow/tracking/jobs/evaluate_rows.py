@@ -1,4 +1,4 @@
-"""What the evaluator logs: influence of every training sample on every row of the evaluation data."""
+"""The evaluator's job: influence of every training sample on every row of the evaluation data."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from dit_mlflow.plots import plot_top_samples
 from dit_mlflow.tracking.jobs.row_influence import RowQuestion
 from dit_mlflow.tracking.store.artifacts import log_influence
 from dit_mlflow.tracking.store.names import KIND, ROW_INFLUENCE, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import log_metrics
-from dit_mlflow.tracking.ui.log_plot import log_plot
+from dit_mlflow.tracking.store.run_log import log_metrics, log_plot
 from dit_mlflow.workload import Workload
 
 ROWS_TABLE, MEAN_TABLE = "influence_on_rows", "influence_on_mean"
@@ -37,7 +36,7 @@ TYPES: dict[str, tuple[Any, str]] = {
     "settings": (Mapping, "settings of the workload by name"),
     "batch": ((Callable, type(None)), "a function batch(features, targets)"),
 }
-"""Of the settings, and in words."""
+"""Type of each setting, and its description."""
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +91,9 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
 
     Logged: the tables ``influence_on_rows.json`` (most harmful and helpful training samples of each row and window) and
     ``influence_on_mean.json`` (of the mean loss); all scores as ``row_influence/``, which
-    ``load_influence(run_id, "row_influence")`` brings back. The metrics of the result, which are for the caller to log
-    since only it knows the model, are those of :func:`dit_mlflow.explanation.row_tables.rows_metrics`, of the whole
-    training, with ``dit/`` before their names.
+    ``load_influence(run_id, "row_influence")`` loads. The result's metrics are those of
+    :func:`dit_mlflow.explanation.row_tables.rows_metrics` over the whole training, prefixed with ``dit/``; the caller
+    logs them, since only it knows the model.
 
     Args:
         settings: of the evaluation.
@@ -112,10 +111,7 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
     shown = replace(shown, metadata={**shown.metadata, "training_run": settings.training_run})
     _tag(run_id, settings.training_run)
     log_influence(shown, run_id, ROW_INFLUENCE)
-    tables = {
-        ROWS_TABLE: rows_table(shown, answer.losses, top, gallery),
-        MEAN_TABLE: mean_table(shown, top, gallery),
-    }
+    tables = {ROWS_TABLE: rows_table(shown, answer.losses, top, gallery), MEAN_TABLE: mean_table(shown, top, gallery)}
     for name, table in tables.items():
         _log_table(run_id, table, f"{name}.json")
     if len(shown.windows) > 1:
@@ -130,7 +126,7 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
 
 
 def _tag(run_id: str, training_run: str) -> None:
-    """A run that is something else already stays that."""
+    """Tag the run as an evaluation, unless it has a kind already."""
     client = MlflowClient()
     if KIND not in client.get_run(run_id).data.tags:
         client.set_tag(run_id, KIND, "evaluation")
@@ -139,7 +135,7 @@ def _tag(run_id: str, training_run: str) -> None:
 
 def _log_table(run_id: str, table: pd.DataFrame, path: str) -> None:
     client = MlflowClient()
-    # To a table that is there, MLflow adds rows.
+    # MLflow would append rows to an existing table.
     if any(item.path == path for item in client.list_artifacts(run_id)):
         client.log_dict(run_id, table.to_dict(orient="split", index=False), path)
     else:

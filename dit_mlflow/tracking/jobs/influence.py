@@ -1,4 +1,4 @@
-"""The main job: check everything, train if there is no trajectory yet, explain, log, say what came out."""
+"""The main job: check everything, train if there is no trajectory yet, explain, log, summarise."""
 
 from __future__ import annotations
 
@@ -20,39 +20,24 @@ from dit_mlflow.evaluation.figures import (
     WINDOW_END,
     WINDOW_START,
 )
-from dit_mlflow.explanation import (
-    Checks,
-    Explanation,
-    answer_sentences,
-    explain,
-    paragraph,
-    terminal_table,
-    windows_table,
-)
+from dit_mlflow.explanation import Checks, Explanation, explain, paragraph, terminal_table, windows_table
 from dit_mlflow.explanation.tables import OF_WINDOWS
-from dit_mlflow.influence import Influence, Kind, Window, check_kind, parse_windows
-from dit_mlflow.influence.rehearsal import rehearse
+from dit_mlflow.influence import Influence, Kind, Window, check_kind
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, SWEEP_DTYPES, Request, recorded_workload
-from dit_mlflow.tracking.jobs.train import run_training, seeds_title, workload_params
-from dit_mlflow.tracking.store.artifacts import load_trajectory
+from dit_mlflow.tracking.jobs.request import SWEEP_DTYPES, Request, trained
+from dit_mlflow.tracking.jobs.train import seeds_title, workload_params
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.explanations import log_answer, log_part
 from dit_mlflow.tracking.store.names import KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import project_run
 from dit_mlflow.tracking.ui.links import where_to_look
-from dit_mlflow.workload import Workload, load_workload
+from dit_mlflow.workload import Workload
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An explanation, and the run that it is logged on.
-
-    Attributes:
-        run: the parent run.
-        explanation: what was found.
-    """
+    """An explanation and the run that holds it, the parent of the windows' runs."""
 
     run: ActiveRun
     explanation: Explanation
@@ -71,9 +56,9 @@ class Answer:
 
 
 def main_job(request: Request, project_run_id: str | None = None) -> str:
-    """Run the main job; returns what the terminal shows at the end.
+    """Run the main job; returns text for the terminal.
 
-    All of the request is checked, and two steps are rehearsed, before anything is trained for long or logged.
+    The whole request is checked, and two steps are rehearsed, before anything is trained or logged.
 
     Raises:
         DitError: some part of the request cannot be used, or training or replay fail.
@@ -82,19 +67,7 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
     if request.dtype not in SWEEP_DTYPES:
         raise InputError(f"dtype={request.dtype!r}; expected one of {', '.join(SWEEP_DTYPES)}")
     memory_budget = request.memory_budget
-    if request.training_run:
-        trajectory = load_trajectory(request.training_run)
-        workload = recorded_workload(request, trajectory)
-        windows = parse_windows(request.windows, trajectory)
-        checks = request.checks(workload)
-        training_run = request.training_run
-    else:
-        workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
-        windows = parse_windows(request.windows, workload.plan)
-        checks = request.checks(workload)
-        rehearse(workload, memory_budget)
-        training_run = run_training(workload, request.init_seed, request.order_seed)
-        trajectory = load_trajectory(training_run)
+    training_run, trajectory, workload, windows, checks = trained(request, request.checks)
     dtype = SWEEP_DTYPES[request.dtype]
     answer = run_influence(
         training_run, trajectory, workload, windows, kind, checks, dtype, memory_budget, project_run_id
@@ -118,7 +91,7 @@ def run_influence(
     Args:
         training_run_id: the run that recorded ``trajectory``.
         trajectory, workload, windows, kind, dtype, memory_budget: see :func:`dit_mlflow.track`.
-        checks: exact retrainings to hold the scores against.
+        checks: exact retrainings to compare the scores with.
         project_run_id: the run that ``mlflow run`` made for this job; ``None`` = start one.
     """
     tags = {KIND: "influence", METHOD: "dit", TRAINING_RUN: training_run_id}
@@ -143,7 +116,7 @@ def run_influence(
 
 
 def summary(answer: Answer, training_run: str) -> str:
-    """A table with a row per window and one for the whole run, and where to look further."""
+    """A table with a row per window, figures of the whole run, the answer, and where to look further."""
     agreement = SPEARMAN if SPEARMAN.name in answer.whole.values else TRUST_SPEARMAN
     figures = [figure for figure in OF_WINDOWS if figure is agreement or figure not in FIDELITY]
     headings = {
@@ -167,12 +140,8 @@ def summary(answer: Answer, training_run: str) -> str:
     known = [figure for figure in figures if figure.name in answer.whole.values]
     whole = ", ".join(f"{figure.heading} {answer.whole.values[figure.name]:.3f}" for figure in known)
     lines += [f"Whole run: {whole}"] if whole else []
-    lines += [*_trusted(answer.whole), "", *(paragraph(text) for text in answer_sentences(answer.explanation)), ""]
-    lines += [
-        f"training run   {training_run}",
-        f"influence run  {answer.run.info.run_id}",
-        where_to_look(answer.run),
-    ]
+    lines += [*_trusted(answer.whole), "", *map(paragraph, answer.explanation.sentences), ""]
+    lines += [f"training run   {training_run}", f"influence run  {answer.run.info.run_id}", where_to_look(answer.run)]
     return "\n".join(lines)
 
 

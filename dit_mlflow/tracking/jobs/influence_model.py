@@ -28,18 +28,17 @@ from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.tracking.store.found_models import versions_of
 from dit_mlflow.tracking.store.names import KIND, TRAINING_RUN
 from dit_mlflow.workload import Workload
-from dit_mlflow.workload.projects import WorkloadReference
 
 SCRIPT = Path(__file__).with_name("influence_model_script.py")
 CONFIG = "dit.influence_model"
-"""Tag with the checksum of a model's configuration, by which one that is there already is known."""
+"""Tag with the checksum of a model's configuration, to recognise an existing model."""
 
 
 class InfluenceModel(PythonModel):
-    """Reads the trajectory of ``model_config["training_run"]`` when loaded, and sweeps it for each call.
+    """Reads the trajectory of ``model_config["training_run"]`` when loaded, and sweeps it in each call.
 
-    It holds no state of its own: the store that has the training run must be the tracking URI where it is loaded, and
-    the workload's code must be importable there.
+    It holds no state of its own: where it is loaded, the tracking URI must be that of the store with the training run,
+    and the workload's code must be importable.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -57,13 +56,13 @@ class InfluenceModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """A table: for each row and window, the training samples that hurt and helped it most.
+        """A table of the training samples that hurt and helped each row most, per window.
 
         Args:
             context: MLflow's.
             model_input: a DataFrame, one column per value of the model's input (or one column of arrays), and the
                 target's.
-            params: none are known.
+            params: unused.
 
         Returns:
             See :func:`dit_mlflow.explanation.row_tables.rows_table`; rows are numbered from 0 in the order given.
@@ -71,7 +70,7 @@ class InfluenceModel(PythonModel):
         Raises:
             DitError: rows that do not fit what was trained.
         """
-        # Whatever its annotation, MLflow hands over what the caller gave.
+        # Whatever the annotation, MLflow passes what the caller gave.
         columns = list(model_input.columns) if isinstance(model_input, pd.DataFrame) else []
         if self._target not in columns:
             shown = f"one with {columns[:5]}" if columns else f"a {type(model_input).__name__}"
@@ -83,12 +82,7 @@ class InfluenceModel(PythonModel):
 
 @dataclass(frozen=True)
 class LoggedInfluenceModel:
-    """An influence model in MLflow.
-
-    Attributes:
-        model_id: of the LoggedModel.
-        version: of the registered model; ``None`` if it was not registered.
-    """
+    """The id of an influence model's LoggedModel, and the registered version; ``None`` if it was not registered."""
 
     model_id: str
     version: str | None = None
@@ -112,8 +106,8 @@ def log_influence_model(
     Args:
         training_run: a run with a trajectory, recorded with a workload by reference or with ``workload`` given.
         windows, kind: see :func:`dit_mlflow.track`; ``"1"`` = the whole training.
-        name: of the registered model that gets it as a version, if it has none of this configuration; empty = do
-            not register.
+        name: of the registered model to add it to, unless that has a version of this configuration; empty = do not
+            register.
         top: samples per row, window and side.
         target: the column of the rows' targets.
         workload, settings: reference of a workload where none was recorded.
@@ -130,8 +124,8 @@ def log_influence_model(
         "training_run": training_run,
         "windows": ",".join(f"{window.start}:{window.end}" for window in question.windows),
         "kind": question.kind,
-        # Given again it is checked against the record, which alone decides.
-        "workload": _reference(recorded, workload),
+        # Checked against the record when the model is loaded; the record decides.
+        "workload": workload if recorded is None else recorded.reference,
         "settings": {} if recorded is not None else dict(settings or {}),
         "top": top,
         "target": target,
@@ -154,7 +148,7 @@ def log_influence_model(
         )
     if not name:
         return LoggedInfluenceModel(str(logged.model_id))
-    # It tells of success there, which is for the caller to say.
+    # MLflow prints its success there; that is for the caller to say.
     with redirect_stderr(io.StringIO()):
         version = mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, CONFIG: checksum})
     return LoggedInfluenceModel(str(logged.model_id), str(version.version))
@@ -173,7 +167,7 @@ def check_influence_model(training_run: str, workload: str = "", settings: dict[
 
 
 def _signature(workload: Workload) -> ModelSignature:
-    """Of the output alone: rows may come as columns of numbers, or as one column of arrays."""
+    """A signature of the output alone, since rows may come as columns of numbers or as one column of arrays."""
     integers = dict.fromkeys(("row", "window_start", "window_end", "rank", "sample_index"), DataType.long)
     types = {**integers, "loss": DataType.double, "side": DataType.string, "score": DataType.double}
     types |= {"sample": DataType.string} if workload.describe is not None else {}
@@ -186,10 +180,6 @@ def _example(workload: Workload, target: str) -> pd.DataFrame:
     features, value = sample_as_row(workload)
     row_losses(workload, features[None], value[None])
     return pd.DataFrame({"features": [features.tolist()], target: [value.tolist()]})
-
-
-def _reference(recorded: WorkloadReference | None, given: str) -> str:
-    return recorded.reference if recorded is not None else given
 
 
 def _registered(name: str, checksum: str) -> LoggedInfluenceModel | None:

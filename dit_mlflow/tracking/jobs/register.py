@@ -1,4 +1,4 @@
-"""The registration job: keep influence with its model, and say where."""
+"""The registration job: store influence with its model, and say where."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class RegistrationRequest:
 
 
 def register_job(request: RegistrationRequest, project_run_id: str | None = None) -> str:
-    """Register, and return what the terminal shows at the end.
+    """Register; returns text for the terminal.
 
-    The run that ``mlflow run`` made for this job says what was registered; without one, no run is made.
+    The run that ``mlflow run`` made for this job gets tags of what was registered; without it, no run is made.
 
     Raises:
         DitError: before anything is changed: some part of the request cannot be used.
@@ -53,39 +53,30 @@ def register_job(request: RegistrationRequest, project_run_id: str | None = None
         reference = ""
         settings: dict[str, str] = {}
         if request.influence_model:
-            asked, trained = asked_and_trained(request.influence_run)
-            reference, settings = _workload_of(asked, trained.info.run_id)
-            check_influence_model(trained.info.run_id, reference, settings)
+            influence, training = asked_and_trained(request.influence_run)
+            reference, settings = _workload_of(influence, training.info.run_id)
+            check_influence_model(training.info.run_id, reference, settings)
         done = register_influence(request.influence_run, request.model_name, request.model)
         if project_run_id is not None:
             mlflow.set_tags({INFLUENCE_RUN: done.influence_run, TRAINING_RUN: done.training_run})
         lines = _summary(done)
         if request.influence_model:
             windows = ",".join(f"{window.start}:{window.end}" for window in done.influence.windows)
-            answering = log_influence_model(
-                done.training_run,
-                windows,
-                _kind(done.influence.kind),
-                request.influence_model,
-                workload=reference,
-                settings=settings,
-            )
+            asked = done.training_run, windows, _kind(done.influence.kind), request.influence_model
+            answering = log_influence_model(*asked, workload=reference, settings=settings)
             lines.append(f"answers rows   models:/{request.influence_model}/{answering.version}")
     return "\n".join(["", *lines, where_is(version_link(done.version))])
 
 
 def _workload_of(influence: Run, training_run: str) -> tuple[str, dict[str, str]]:
-    """Reference and settings of the workload that influence was asked with; empty if training recorded one.
-
-    Empty too if neither knows any.
-    """
+    """Reference and settings of the influence run's workload; empty if the training recorded one, or none is known."""
     trajectory = load_trajectory(training_run)
     params = influence.data.params
     reference = params.get("resolved.workload", "None")
     if trajectory.manifest.workload is not None or reference == "None":
         return "", {}
     settings = {name.removeprefix("workload."): value for name, value in params.items() if name.startswith("workload.")}
-    # A run's word is worth no more than a trajectory's.
+    # A run's parameters are trusted no more than a trajectory is.
     load_recorded(WorkloadReference(reference=reference, settings=settings), trajectory.directory)
     return reference, settings
 
@@ -105,5 +96,5 @@ def _summary(done: Registration) -> list[str]:
 
 
 def _kind(kind: str) -> str:
-    """Scores by methods without a kind are of the whole training; there all kinds are the same."""
+    """Methods without a kind score the whole training, for which all kinds are the same."""
     return "local" if kind == "none" else kind

@@ -1,4 +1,4 @@
-"""Keep influence with the model: on its LoggedModel, and in the description and tags of a registered version."""
+"""Stores influence with the model: on its LoggedModel, and in the description and tags of a registered version."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from dit_mlflow.tracking.ui.card import card_facts
 from dit_mlflow.tracking.ui.model_metrics import log_model_metrics, window_series
 
 INFLUENCE_MODEL = "influence_model"
-"""Of the tag ``dit.kind`` on models that answer influence queries; they are not what a run trained."""
+"""Value of the tag ``dit.kind`` on models that answer influence queries, which are not models that a run trained."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Registration:
-    """What was registered.
+    """The result of a registration.
 
     Attributes:
         version: of the registered model.
-        created: whether it was made now; otherwise it was there, and its influence is up to date now.
+        created: whether the version is new; an existing one now has this influence.
         model_id: of the LoggedModel.
-        influence: what is kept.
+        influence: the stored scores.
         influence_run, training_run: their ids.
-        replaced: the influence run whose influence the model had before, if it was another one.
+        replaced: another influence run, whose influence the model had before; ``None`` = there was none.
     """
 
     version: ModelVersion
@@ -65,12 +65,12 @@ class Registration:
 
 
 def register_influence(influence_run: str, model_name: str, model: str = "") -> Registration:
-    """Keep an influence run's results with the model that its training run logged.
+    """Store an influence run's results with the model that its training run logged.
 
     - The run's ``influence/`` becomes ``influence/`` on the model's Artifacts tab.
     - ``ground_truth/…``, ``detection/…``, ``trust/…`` and ``mean_over_windows/…`` become metrics of the model.
-    - The registered model gets a version made from it, unless it has one; a part of the version's description says what
-      harmed and helped, and tags say where the influence is.
+    - The registered model gets a version of that model, unless it has one; a part of the version's description says
+      which samples harmed and helped, and tags say where the influence is.
 
     Registering again changes nothing. A model holds the influence of one run: registering another run of the same model
     replaces artifacts, tags and our part of the description, on every version made from the model that had it; the
@@ -98,12 +98,12 @@ def register_influence(influence_run: str, model_name: str, model: str = "") -> 
 
 
 def check_name(name: str) -> None:
-    """Raises :class:`InputError` for what MLflow does not take as the name of a registered model."""
+    """Raises :class:`InputError` for a name that MLflow does not accept for a registered model."""
     try:
         MlflowClient().get_registered_model(name)
     except MlflowException as error:
         if error.error_code != "INVALID_PARAMETER_VALUE":
-            return  # There is none of the name yet, or the store cannot tell: it will say so when one is made.
+            return  # No model has this name, or the store cannot tell: then creating one will fail.
         raise InputError(f"model_name={name!r} cannot be the name of a registered model: {error.message}") from error
 
 
@@ -121,8 +121,8 @@ def asked_and_trained(influence_run: str) -> tuple[Run, Run]:
         raise InputError(f"{shown} has no artifact {INFLUENCE}/ with scores; expected an influence run{hint}")
     if run.info.status != "FINISHED":
         raise InputError(
-            f"{shown} is {run.info.status}; only the influence of a run that is FINISHED is kept with a model, since "
-            "what others hold it against may be missing"
+            f"{shown} is {run.info.status}; only the influence of a run that is FINISHED is kept with a model: of "
+            "others, the comparison with exact retraining may be missing"
         )
     training_run = run.data.tags.get(TRAINING_RUN)
     if not training_run:
@@ -169,7 +169,7 @@ def _check_trajectory(influence: Influence, training: Run) -> None:
     try:
         recorded = load_trajectory(training.info.run_id).manifest.digest()
     except TrajectoryError:
-        return  # It may have been deleted to save space; the scores stand without it.
+        return  # It may have been deleted to save space; the scores are valid without it.
     if computed_from not in (None, recorded):
         raise InputError(
             f"this influence was computed from trajectory {computed_from[:12]}…, but run {training.info.run_id} "
@@ -195,7 +195,7 @@ def _register(
         METHOD: influence.method,
         "dit.query": ", ".join(influence.queries)[:500],
         "dit.windows": str(len(influence.windows)),
-        "dit.fidelity": fidelity(run.data.metrics) or "not held against exact retraining",
+        "dit.fidelity": fidelity(run.data.metrics) or "not compared with exact retraining",
     }
     facts = card_facts(run, training, model, influence, folder, by_window)
     for one in _versions(model, training, name, version):
@@ -215,7 +215,7 @@ def _register(
 
 
 def _attach(model: LoggedModel, folder: Path) -> None:
-    """Make ``influence/`` of the model what ``folder`` holds."""
+    """Replace ``influence/`` of the model by the contents of ``folder``."""
     # MlflowClient.log_model_artifacts takes no folder to put them in, before 3.17 at least.
     store = artifact_store(model.artifact_location)
     store.log_artifacts(str(folder), INFLUENCE)
@@ -224,7 +224,7 @@ def _attach(model: LoggedModel, folder: Path) -> None:
     for path in left:
         try:
             store.delete_artifacts(path)
-        except Exception as error:  # Of whatever kind: stores raise what their libraries do, and some cannot delete.
+        except Exception as error:  # Any kind: stores raise what their libraries raise, and some cannot delete.
             logger.warning("%s of model %s, of another run, cannot be deleted: %s", path, model.model_id, error)
 
 
@@ -236,20 +236,20 @@ def _files(model_id: str, folder: str) -> list[str]:
 
 
 def _version(chosen: FoundModel, training: Run, name: str) -> tuple[ModelVersion, bool]:
-    """The version of ``name`` that is made from the model, the latest if there are several; and whether it is new."""
+    """The (latest) version of ``name`` that is made from the model, and whether it is new."""
     if chosen.version is not None and chosen.version.name == name:
         return chosen.version, False
     model_id = chosen.model.model_id
     versions = [version for version in _made_from(model_id, training) if version.name == name]
     if versions:
         return max(versions, key=lambda version: int(version.version)), False
-    # It tells of success there, which is ours to say.
+    # MLflow prints its success there; our own message says it.
     with redirect_stderr(io.StringIO()):
         return mlflow.register_model(f"models:/{model_id}", name), True
 
 
 def _versions(model: LoggedModel, training: Run, name: str, version: ModelVersion) -> list[ModelVersion]:
-    """The versions that describe the model's influence: the one asked for, and those that did before."""
+    """The versions that describe the model's influence: the one asked for, and those that have done so before."""
     others = [
         other
         for other in _made_from(model.model_id, training)

@@ -1,17 +1,24 @@
-"""What a user asks of a job, as text and numbers from the command line."""
+"""What a user asks of a job, as given on the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from dit_mlflow.command import option
 from dit_mlflow.errors import InputError, WorkloadError
 from dit_mlflow.explanation import Checks
+from dit_mlflow.influence import Window, parse_windows
+from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.tracking.jobs.train import run_training
+from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.workload import Workload, load_recorded, load_workload
+
+Checked = TypeVar("Checked")
 
 DEFAULT_WORKLOAD = "projects/mnist"
 
@@ -33,7 +40,7 @@ class Request:
         kind: ``local``, ``final`` or ``cumulative``.
         ground_truth: ``all``, ``none`` or a number of samples.
         trust: random samples left out exactly where the ground truth does not, see :func:`dit_mlflow.evaluation.trust`;
-            0 = do without.
+            0 = none.
         confirm: samples of largest score to leave out exactly in each window; 0 = none.
         dtype: of the sweep, a key of :data:`SWEEP_DTYPES`.
         memory_mb: MiB for the states that the sweep holds, and as much for its adjoints; 0 = the default of
@@ -63,12 +70,12 @@ class Request:
         return self.memory_mb * 2**20 or None
 
     def checks(self, workload: Workload) -> Checks:
-        """The exact retrainings asked for; raises :class:`InputError` for what cannot be used."""
+        """The exact retrainings asked for; raises :class:`InputError` for values that cannot be used."""
         return Checks.parse(self.ground_truth, workload.num_samples, self.trust, self.confirm)
 
 
 def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:
-    """The workload that a trajectory was recorded with, or the one the request names.
+    """The workload that a trajectory was recorded with, or, without one, the workload that the request names.
 
     Raises:
         WorkloadError: none is known, or the request contradicts the record.
@@ -76,8 +83,8 @@ def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:
     for name in ("init_seed", "order_seed"):
         if getattr(request, name):
             raise InputError(
-                f"{name}={getattr(request, name)} belongs to training, which training_run={request.training_run} "
-                "has behind it; leave one of the two out"
+                f"{name}={getattr(request, name)} belongs to training, and training_run={request.training_run} is "
+                "trained already; leave one of the two out"
             )
     recorded = trajectory.manifest.workload
     if recorded is None:
@@ -102,3 +109,28 @@ def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:
                 "needs a new training: leave training_run out"
             )
     return workload
+
+
+def trained(
+    request: Request, check: Callable[[Workload], Checked]
+) -> tuple[str, Trajectory, Workload, list[Window], Checked]:
+    """The training that the request is about, which is made first if it names none, and what ``check`` returns.
+
+    The windows and ``check`` are asked, and two steps are rehearsed, before anything is trained.
+
+    Returns:
+        Id of the training run, trajectory, workload, windows, and ``check(workload)``.
+
+    Raises:
+        DitError: some part of the request cannot be used, or training fails.
+    """
+    if request.training_run:
+        trajectory = load_trajectory(request.training_run)
+        workload = recorded_workload(request, trajectory)
+        windows = parse_windows(request.windows, trajectory)
+        return request.training_run, trajectory, workload, windows, check(workload)
+    workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
+    windows, checked = parse_windows(request.windows, workload.plan), check(workload)
+    rehearse(workload, request.memory_budget)
+    run_id = run_training(workload, request.init_seed, request.order_seed)
+    return run_id, load_trajectory(run_id), workload, windows, checked

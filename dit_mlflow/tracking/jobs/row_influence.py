@@ -1,4 +1,4 @@
-"""Which training samples helped or hurt on given rows: what the evaluator and the influence model both answer."""
+"""Which training samples helped or hurt on given rows, for the evaluator and the influence model."""
 
 from __future__ import annotations
 
@@ -35,13 +35,7 @@ class RowAnswer:
 
 @dataclass(frozen=True, eq=False)
 class RowQuestion:
-    """A recorded training that is asked about rows, as often as one likes.
-
-    Attributes:
-        training_run: the run that recorded it.
-        trajectory, workload: what was recorded.
-        windows, kind: see :func:`dit_mlflow.track`.
-    """
+    """A recorded training that answers questions about rows, any number of times; made by :meth:`of`."""
 
     training_run: str
     trajectory: Trajectory
@@ -68,7 +62,7 @@ class RowQuestion:
             settings: of a workload given by reference.
 
         Raises:
-            DitError: a part of that cannot be found or used.
+            DitError: one of these cannot be found or used.
         """
         checked = check_kind(kind)
         trajectory = load_trajectory(training_run)
@@ -98,24 +92,16 @@ class RowQuestion:
         Cost: as :func:`dit_mlflow.track` with one query for each row.
         """
         queries = row_losses(self.workload, features, targets, batch)
-        # First, since it tells in one step whether the model takes these rows.
+        # First, since one step shows whether the model takes these rows.
         losses = self._final_losses(queries)
         if not np.isfinite(losses).all():
             row = int(np.argmin(np.isfinite(losses)))
             raise InputError(
-                f"the loss of row {row} is {losses[row]}, of which there is no influence; look for values far "
+                f"the loss of row {row} is {losses[row]}, for which influence is undefined; look for values far "
                 "from those that the model was trained on"
             )
-        found = explain(
-            self.trajectory,
-            self.workload,
-            self.windows,
-            self.kind,
-            queries,
-            checks=Checks(),
-            whole_run=whole_run,
-        )
-        return RowAnswer(found, losses)
+        asked = self.trajectory, self.workload, self.windows, self.kind, queries
+        return RowAnswer(explain(*asked, checks=Checks(), whole_run=whole_run), losses)
 
     def _final_losses(self, queries: Sequence[Query]) -> np.ndarray:
         with preserved_random_state():
@@ -127,7 +113,7 @@ class RowQuestion:
                     return np.array([query(model).item() for query in queries])
             except DitError:
                 raise
-            except Exception as error:  # Of whatever kind: the model and the loss are the user's.
+            except Exception as error:  # Any kind: the model and the loss are the user's.
                 raise InputError(
                     f"the model of run {self.training_run} or its loss cannot take these rows: {type(error).__name__}: "
                     f"{error}; rows are given as its training samples were"

@@ -1,4 +1,4 @@
-"""Signals that end a job: as exceptions, where they leave the store as it should be. Imports nothing heavy."""
+"""Turns signals that end a job into exceptions, at points where the store stays intact. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from types import FrameType
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 PATIENCE = 10.0
-"""Seconds for which a signal waits for a safe place, and in which further ones are taken for the same request."""
+"""Longest wait for a safe point, in seconds; further signals within it count as the same request."""
 
 _RETRY = 0.02
 
 _UNSAFE = ("sqlalchemy", "mlflow.store", "weakref", "_weakrefset", "importlib")
-"""Modules in which an exception from outside does harm: a transaction would keep its lock, a callback swallow it."""
+"""Modules in which an exception would do harm: a transaction would keep its lock, a callback swallow the exception."""
 
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
     """Inside, the first SIGINT, SIGTERM or SIGHUP is an exception, which passes through the runs' context managers.
 
-    ``KeyboardInterrupt``, or ``SystemExit`` with 128 + the signal's number. It is raised where the main thread is not
-    in the middle of something that must be finished, after :data:`PATIENCE` seconds at the latest, and once more if it
-    was lost there. What arrives within that time of it is ignored: ``mlflow run`` sends SIGTERM to a process that the
-    terminal has sent SIGINT, and a run takes a moment to end. Signals that are ignored on entering (``nohup``) stay so.
+    The exception is ``KeyboardInterrupt``, or ``SystemExit`` with 128 + the signal's number. It is raised when the main
+    thread is outside of code that must not be interrupted, after :data:`PATIENCE` seconds at the latest, and once more
+    if it was swallowed. Signals within that time after the first are ignored: ``mlflow run`` sends SIGTERM to a process
+    that got SIGINT from the terminal, and a run takes a moment to end. Signals ignored before (``nohup``) stay ignored.
     """
     endings = _Endings()
     found = {number: signal.getsignal(number) for number in SIGNALS}
@@ -53,19 +53,19 @@ class _Endings:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            # A fork of the process, which has no runs to end.
+            # A fork of the process has no runs to end.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         now = time.monotonic()
         if self._asked is not None and now - self._since < PATIENCE:
             return
-        # Asked once more, it also breaks off what the first request is being handled by.
+        # A new request also interrupts the handling of the first.
         self._asked, self._since, self._raised = number, now, None
         self._raise_or_wait(frame)
 
     def stop_waiting(self) -> None:
-        """Give the timer back to whoever used it."""
+        """Restore the timer's former handler."""
         if self._waiting is not None:
             handler, delay, interval = self._waiting
             self._waiting = None
@@ -83,7 +83,7 @@ class _Endings:
             return
         self._raised = KeyboardInterrupt() if self._asked == signal.SIGINT else SystemExit(128 + self._asked)
         if unsafe:
-            # A callback may swallow it: then the wait begins again.
+            # A callback may swallow it; then wait again.
             self._since = now
             self._look_again()
         else:

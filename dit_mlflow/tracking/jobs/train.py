@@ -63,7 +63,7 @@ def run_training(
         try:
             model = train_recorded(workload, recording, init_seed, order_seed).eval()
         except BaseException:
-            # Whatever ended it, a termination too: the losses until then are worth keeping.
+            # Whatever ended it, even a signal: keep the losses until then.
             with suppress(Exception):
                 _log_losses(run_id)
             raise
@@ -77,7 +77,7 @@ def run_training(
 
 
 def seeds_title(init_seed: int | str, order_seed: int | str) -> str:
-    """What tells trainings apart by name: nothing for the default seeds."""
+    """The seeds as a part of a run's name; empty for the default seeds."""
     return "" if int(init_seed) == int(order_seed) == 0 else f" init {init_seed} order {order_seed}"
 
 

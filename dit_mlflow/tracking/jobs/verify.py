@@ -1,4 +1,4 @@
-"""Is a trajectory what was recorded? The command ``dit-mlflow verify``."""
+"""Checks that a trajectory is whole and replays: the command ``dit-mlflow verify``."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from dit_mlflow.trajectory.manifest import FILE_NAME, Manifest, library_versions
 from dit_mlflow.workload import Workload, load_recorded, load_workload
 
 SEGMENTS = 20
-"""Listed one by one; of more, those that drift most."""
+"""Most segments that are listed; of more, those that drift most."""
 
 Say = Callable[[str], object]
 
 
 def verify_target(target: str, reference: str, settings: Mapping[str, str], say: Say) -> str:
-    """Check a trajectory, from what is quickly known to the replay.
+    """Check a trajectory, quick checks first, the replay last.
 
     Args:
-        target: a run, or a folder with a trajectory in it.
+        target: a run's id, or a folder with a trajectory.
         reference: of the workload; empty = the record's own.
         settings: of the workload, over the recorded ones.
-        say: told what has been found to hold, line by line.
+        say: called with a line for each check that has passed.
 
     Returns:
         The verdict, if nothing is wrong.
@@ -78,7 +78,7 @@ def open_target(target: str) -> Trajectory:
 
 
 def workload_of(trajectory: Trajectory, reference: str, settings: Mapping[str, str]) -> Workload:
-    """The workload that a user names, or else that of the record.
+    """The workload that the user names, else the recorded one.
 
     Raises:
         WorkloadError: none is known, or it cannot be built.
@@ -99,7 +99,7 @@ def workload_of(trajectory: Trajectory, reference: str, settings: Mapping[str, s
 
 
 def _other_versions(manifest: Manifest) -> str:
-    """What may keep a replay from being bit for bit."""
+    """Versions and thread counts that differ, so that a replay may not be bit for bit."""
     recorded = {**manifest.versions, "threads": manifest.threads}
     ours = {**library_versions(), "threads": torch.get_num_threads()}
     differ = [
@@ -111,7 +111,7 @@ def _other_versions(manifest: Manifest) -> str:
 
 
 def _segments(trajectory: Trajectory, found: Verification) -> list[str]:
-    """A table: how far the replay of each segment missed the checkpoint at its end."""
+    """A table of how far the replay of each segment missed the checkpoint at its end."""
     segments = list(pairwise(trajectory.checkpoint_steps))
     listed = segments
     if len(segments) > SEGMENTS:

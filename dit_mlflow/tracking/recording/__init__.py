@@ -1,1 +1,1 @@
-"""Trainings that are recorded into runs."""
+"""Records trainings into runs."""

@@ -1,4 +1,4 @@
-"""Measure with which factor each sample's loss enters a step of the Hugging Face Trainer."""
+"""Measures the factor of each sample's loss in a step of the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IGNORED = -100
 
 @dataclass
 class _Forward:
-    """One training forward pass: samples, labels in it, labels in the step, loss, and ``d objective / d loss``."""
+    """One training forward pass: samples, their labels, labels in the step, loss, and ``d objective / d loss``."""
 
     size: int
     count: int
@@ -35,18 +35,18 @@ class _Forward:
 class LossShare:
     """Watches a model's training forward passes for ``c_i``, the factor of sample ``i``'s loss in the step.
 
-    The sample's loss is meant as the *sum* over its labels that are not -100. Which factor the step has depends on
-    trainer and model, and differs between versions, so it is measured:
+    A sample's loss is the *sum* over its labels that are not -100. The factor depends on the trainer, the model and
+    their versions, so it is measured:
 
-    - ``f``, by which the trainer multiplies the model's loss, is the gradient that reaches it;
-    - whether the model divides by ``num_items_in_batch`` (labels in all micro-batches of the step) or by the labels of
-      the micro-batch is seen by one more forward pass with twice that number, once per training.
+    - ``f``, by which the trainer multiplies the model's loss, is the gradient of the objective by that loss;
+    - one more forward pass with twice ``num_items_in_batch`` (labels in all micro-batches of the step), once per
+      training, tells whether the model divides by that number or by the labels of the micro-batch.
 
-    Then ``c_i = f / items`` or ``c_i = f / labels of the micro-batch``. Nothing is known, and :meth:`take` gives
-    ``None``, where the model does not see the labels (label smoothing, ``compute_loss_func``), several labels per
+    Then ``c_i = f / items`` or ``c_i = f / labels of the micro-batch``. :meth:`take` returns ``None`` where the factor
+    cannot be known: the model does not see the labels (label smoothing, ``compute_loss_func``), several labels per
     sample are not class numbers, or a micro-batch takes several forward passes.
 
-    Cost: a Python call per micro-batch, and that one forward pass.
+    Cost: a Python call per micro-batch, and one forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,7 +66,7 @@ class LossShare:
         self._forwards = []
 
     def take(self, num_batches: int) -> tuple[list[np.ndarray] | None, float | None]:
-        """``c_i`` of the step's micro-batches, and its objective, as far as they are known; the next step begins."""
+        """``c_i`` of the step's micro-batches and its objective, where known; ends the step."""
         forwards, self._forwards = self._forwards, []
         factors = [forward.factor for forward in forwards if forward.factor is not None]
         if len(forwards) != num_batches or len(factors) != num_batches:
@@ -82,7 +82,7 @@ class LossShare:
         if forward.factor is None or forward.count == 0:
             return None
         if forward.items is None:
-            # How many of several labels the model has averaged over cannot be seen.
+            # Of several labels, it cannot be seen over how many the model averaged.
             return forward.factor / forward.count if forward.shifted_count is None else None
         for counts in ([part.count for part in step], [part.shifted_count for part in step]):
             if None not in counts and sum(counts) == forward.items:  # type: ignore[arg-type]
@@ -114,16 +114,16 @@ class LossShare:
         self._forwards.append(forward)
 
     def _try(self, args: Any, kwargs: Mapping[str, Any], forward: _Forward) -> None:
-        """Whether the loss halves when the number of items doubles."""
+        """Test whether the loss halves when the number of items doubles."""
         if not (first := forward.loss.item()):
             return
         assert self._before is not None
         doubled = {**kwargs, "num_items_in_batch": 2 * kwargs["num_items_in_batch"]}
-        # Copies: the pending backward pass allows no change to the real buffers, not even back.
+        # Copies: the pending backward pass allows no in-place change of the buffers, even if undone.
         buffers = {name: value.clone() for name, value in self._model.named_buffers()}
         with preserved_random_state(), torch.no_grad():
             self._before.restore()
-            # forward, not a call: the model's own hooks, these among them, see what the trainer does and no more.
+            # forward, not a call: the model's hooks, ours among them, must see only the trainer's calls.
             output = Substitution(self._model)(
                 dict(self._model.named_parameters()), buffers, lambda model: model.forward(*args, **doubled)
             )
@@ -134,7 +134,7 @@ class LossShare:
                 return
         self._given_up = True
         logger.warning(
-            "how %s makes one loss of its samples' losses was not recognised; give Workload.coefficients",
+            "how %s combines its samples' losses into one was not recognised; give Workload.coefficients",
             type(self._model).__name__,
         )
 

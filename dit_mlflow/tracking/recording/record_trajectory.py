@@ -39,24 +39,24 @@ def record_trajectory(
     resume: bool = False,
     **options: Any,
 ) -> Iterator[TrajectoryRecorder]:
-    """Record what happens in the ``with`` block as ``trajectory/`` of a run, segment by segment as it happens.
+    """Record the training in the ``with`` block as ``trajectory/`` of a run, segment by segment.
 
-    In a store on this machine the trajectory is written where it belongs; to any other, finished segments are uploaded
-    in the background, so that a lost machine loses one segment. The training set is logged as the run's dataset. A
-    store or a disk that fails does not stop training: it is logged once, and what could not be uploaded stays in a
-    folder that the message names, for :func:`dit_mlflow.tracking.log_trajectory`.
+    A local store is written in place; to any other store, finished segments are uploaded in the background, so that a
+    lost machine loses one segment. The training set is logged as the run's dataset. A failing store or disk does not
+    stop training: it is logged once, and files that could not be uploaded stay in a folder that the message names, for
+    :func:`dit_mlflow.tracking.log_trajectory`.
 
     Args:
         model, optimizer, workload: see :class:`dit_mlflow.TrajectoryRecorder`.
         run_id: the run; default: the active one, or a new one.
-        resume: go on with the run's trajectory, if it has one, from where the model is; see
-            :class:`dit_mlflow.TrajectoryRecorder`. The run is given by ``run_id``, or resumed before
+        resume: continue the run's trajectory, if it has one, from the model's present state; see
+            :class:`dit_mlflow.TrajectoryRecorder`. The run is ``run_id``, or one resumed before
             (``mlflow.start_run(run_id=...)``).
         options: further arguments of :class:`dit_mlflow.TrajectoryRecorder`.
 
     Raises:
         InputError: no such run.
-        TrajectoryError: the run has a trajectory already, and ``resume`` is not set; otherwise see
+        TrajectoryError: the run has a trajectory and ``resume`` is not set; or see
             :class:`dit_mlflow.TrajectoryRecorder`.
     """
     if run_id is None and mlflow.active_run() is None:
@@ -97,14 +97,14 @@ def _tag(run: Run) -> None:
 
 
 def _place(run: Run) -> tuple[Path, Upload | None]:
-    """Where to write: where the run's artifacts are, if that is a folder here; else one whose files are uploaded."""
+    """The folder to write to: that of the run's artifacts, if it is local; else a temporary one that is uploaded."""
     artifacts = artifact_folder(run.info.artifact_uri)
     if artifacts is not None:
         try:
             (artifacts / TRAJECTORY).mkdir(parents=True, exist_ok=True)
             return artifacts / TRAJECTORY, None
         except OSError:
-            pass  # The upload will fail as well, and say so, but training has a folder to record to.
+            pass  # The upload will fail too, and say so, but training has a folder to record to.
     folder = Path(mkdtemp(prefix="dit-mlflow-")) / TRAJECTORY
     folder.mkdir()
     return folder, Upload(folder, run.info.run_id)
@@ -124,16 +124,16 @@ def _finish(upload: Upload) -> None:
 
 def _note(run: Run, recorder: TrajectoryRecorder, upload: Upload | None, begun: Trajectory | None) -> None:
     if upload is not None and upload.failure is not None:
-        return  # A store that is lost answers late, or never.
+        return  # A lost store answers late or never.
     try:
         trajectory = Trajectory.open(recorder.directory)
-    except TrajectoryError:  # Nothing was recorded; what went wrong is said elsewhere.
+    except TrajectoryError:  # Nothing was recorded, which is reported elsewhere.
         return
     note_training(run.info.run_id, trajectory, begun)
 
 
 def _log_training_set(run: Run, recorder: TrajectoryRecorder, workload: Workload | None) -> None:
-    """A failure is logged, since training is over and its result counts."""
+    """A failure is only logged: training is over, and its result must not be lost."""
     if recorder.dataset is None:
         return
     source = workload_source(workload) if workload is not None else {}
@@ -141,5 +141,5 @@ def _log_training_set(run: Run, recorder: TrajectoryRecorder, workload: Workload
     size = len(recorder.dataset)  # type: ignore[arg-type]
     try:
         log_dataset(run.info.run_id, SampleSet(name, recorder.dataset_digest, size, source), "training")
-    except Exception as error:  # Of whatever kind: stores raise what their libraries do.
+    except Exception as error:  # Any kind: stores raise what their libraries raise.
         logger.error("the dataset of run %s could not be logged: %s", run.info.run_id, error)

@@ -1,4 +1,4 @@
-"""One training inside a trainer, recorded into an MLflow run: what the callbacks have in common."""
+"""Records one training of a trainer into an MLflow run: the common part of the callbacks."""
 
 from __future__ import annotations
 
@@ -26,21 +26,25 @@ logger = logging.getLogger(__name__)
 class RecordedTraining:
     """Follows a trainer by the calls of its callback, from the first batch to the end.
 
-    In this order: :meth:`watch` before the loader is iterated, :meth:`begin` before the first gradient, then for each
-    micro-batch :meth:`next_batch` before its forward pass and :meth:`used` once its gradient is being computed;
-    :meth:`close` in the end, or when training has failed.
+    Call :meth:`watch` before the loader is iterated and :meth:`begin` before the first gradient; then, for each
+    micro-batch, :meth:`next_batch` before its forward pass and :meth:`used` when its gradient is computed; finally, or
+    when training has failed, :meth:`close`.
 
     Args:
-        workload: what the trainer does, if at hand.
+        workload: describes the training; optional.
         run_id: the run; default: the active one, or a new one that ends with the training.
         options: further arguments of :class:`dit_mlflow.TrajectoryRecorder`.
+
+    Attributes:
+        patch: the loader that is watched.
+        closed: whether the recorder has been left.
     """
 
     def __init__(self, workload: Workload | None, run_id: str | None, options: Mapping[str, Any]) -> None:
         self._workload, self._run_id, self._options = workload, run_id, options
         self._stack = ExitStack()
         self._recorder: TrajectoryRecorder | None = None
-        self._patch: LoaderPatch | None = None
+        self.patch: LoaderPatch | None = None
         self._unused = False
         self._loss: Tensor | None = None
         self.closed = False
@@ -51,22 +55,17 @@ class RecordedTraining:
     def begun(self) -> bool:
         return self._recorder is not None
 
-    @property
-    def patch(self) -> LoaderPatch | None:
-        """The loader that is watched."""
-        return self._patch
-
     def watch(self, loader: DataLoader[Any]) -> None:
-        """Know the samples of the batches that ``loader`` hands out from now on; ends the watch on another loader.
+        """Note the samples of the batches that ``loader`` hands out from now on, and stop watching any other loader.
 
         Raises:
             InputError: ``loader`` does not know its samples by index.
         """
-        if self._patch is not None and self._patch.loader is loader:
+        if self.patch is not None and self.patch.loader is loader:
             return
-        if self._patch is not None:
-            self._patch.remove()
-        self._patch = LoaderPatch(loader, self._gone)
+        if self.patch is not None:
+            self.patch.remove()
+        self.patch = LoaderPatch(loader, self._gone)
 
     def begin(self, model: nn.Module, optimizer: Optimizer, run_id: str | None = None) -> None:
         """Enter the recorder. ``run_id``: the run to use if none was given and none is active."""
@@ -80,37 +79,37 @@ class RecordedTraining:
         self._stack.callback(function)
 
     def next_batch(self, handed: Handed | None = None) -> None:
-        """The trainer turns to the next batch (``handed``, or the first in the queue).
+        """The trainer begins the next batch (``handed``, or the first in the queue).
 
         Raises:
-            TrajectoryError: there is none.
+            TrajectoryError: there is no such batch.
         """
-        assert self._recorder is not None and self._patch is not None
+        assert self._recorder is not None and self.patch is not None
         self.settle()
-        handed = handed or self._patch.take()
+        handed = handed or self.patch.take()
         if handed is None:
             raise TrajectoryError(
-                "the trainer uses a batch that did not come from the training loader it was watched on; batches taken "
-                "inside training_step (dataloader_iter), or from a loader of one's own, cannot be recorded"
+                "the trainer uses a batch that did not come from the watched training loader; batches taken inside "
+                "training_step (dataloader_iter), or from another loader, cannot be recorded"
             )
-        self._recorder.receive(self._patch.loader, handed)
+        self._recorder.receive(self.patch.loader, handed)
         self._pass = handed.iteration
         self._unused = True
 
     def used(self, loss: Tensor | None = None) -> None:
-        """The gradient of the batch at hand is being computed; ``loss``: its part of the step's objective."""
+        """The gradient of the current batch is being computed; ``loss``: its part of the step's objective."""
         self._unused = False
         if loss is not None:
             self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
     def settle(self) -> None:
-        """A batch that was not used by now will not be."""
+        """Take back the current batch if it has not been used: it will not be."""
         if self._unused and self._recorder is not None:
             self._recorder.take_back()
         self._unused = False
 
     def before_step(self, coefficients: list[np.ndarray] | None = None, loss: float | None = None) -> None:
-        """The trainer is about to step the optimizer; ``c_i`` per micro-batch and the objective, if they are known."""
+        """The trainer is about to step the optimizer; ``c_i`` per micro-batch and the objective, if known."""
         assert self._recorder is not None
         self.settle()
         if coefficients is not None:
@@ -121,7 +120,7 @@ class RecordedTraining:
         self._loss = None
 
     def checkpoint(self) -> None:
-        """Store the present state, unless something else than the optimizer has changed it."""
+        """Store the present state, unless something other than the optimizer has changed it."""
         if self._recorder is None:
             return
         try:
@@ -130,11 +129,11 @@ class RecordedTraining:
             logger.warning("no state of the trajectory was stored here: %s", error)
 
     def end_epoch(self) -> None:
-        """The pass over the loader is over, as it should be."""
+        """The pass over the loader has ended normally."""
         self._pass = None
 
     def _gone(self, number: int) -> None:
-        """A loader's iterator is gone, with the frames that held it; before the epoch's end, training has failed."""
+        """A loader's iterator was freed; if that is before the epoch's end, training has failed."""
         if number == self._pass:
             self.abandon()
 
@@ -143,8 +142,8 @@ class RecordedTraining:
         if self.closed:
             return
         self.closed = True
-        if self._patch is not None:
-            self._patch.remove()
+        if self.patch is not None:
+            self.patch.remove()
         if self._recorder is None:
             return
         if error is None:
@@ -155,15 +154,15 @@ class RecordedTraining:
                 error = changed
         recorder, self._recorder = self._recorder, None
         del recorder
-        # Passed on, not raised: contexts of ours let it through, and who called knows of it.
+        # Passed to the contexts, not raised: the caller knows of it.
         self._stack.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
 
     def abandon(self) -> None:
-        """Close what no callback has closed: training has failed, and nobody is left to be told."""
+        """Close what no callback has closed, after training has failed."""
         if self.closed:
             return
         if threading.current_thread() is not self._thread:
-            # Garbage is collected in any thread, also in one that closing has to wait for.
+            # Garbage is collected in any thread, even in one for which closing has to wait.
             try:
                 threading.Thread(target=self._close_unfinished, name="dit-mlflow-close").start()
                 return
@@ -174,5 +173,5 @@ class RecordedTraining:
     def _close_unfinished(self) -> None:
         try:
             self.close(TrajectoryError("training was broken off"))
-        except Exception as error:  # Of whatever kind: there is nobody to handle it.
+        except Exception as error:  # Any kind: nobody is left to handle it.
             logger.warning("the trajectory of a training that was broken off could not be saved: %r", error)

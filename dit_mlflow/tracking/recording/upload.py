@@ -1,4 +1,4 @@
-"""Send what a recorder writes to the artifact store of a run, beside the training."""
+"""Uploads what a recorder writes to the artifact store of a run, in the background."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dit_mlflow.tracking.store.names import TRAJECTORY
 from dit_mlflow.trajectory.manifest import FILE_NAME
 
 RETRY_SECONDS = 30.0
-"""After a failure, a store is tried again so much later, and once more at the end."""
+"""Wait before the next try after a failure; there is one more try at the end."""
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 class Upload:
     """Uploads files in the order in which they are written, a manifest after the files that it lists.
 
-    At any moment the store holds a trajectory that opens, or none. Only names are kept in memory; the files stay in
-    their folder until all are uploaded. A store that cannot be reached is logged once and tried again.
+    At any moment the store holds a trajectory that can be opened, or none. Only names are kept in memory; the files
+    stay in their folder until all are uploaded. An unreachable store is logged once and tried again.
 
     Args:
-        folder: where the files are.
-        run_id: the run whose ``trajectory/`` they become.
+        folder: of the files.
+        run_id: the run that gets them as ``trajectory/``.
 
     Attributes:
-        failure: why the last attempt failed; ``None`` if it did not.
+        failure: the error of the last attempt; ``None`` if it succeeded.
     """
 
     def __init__(self, folder: Path, run_id: str) -> None:
@@ -48,14 +48,14 @@ class Upload:
         self._thread.start()
 
     def __call__(self, written: Written) -> None:
-        """Take note of new files; does not wait."""
+        """Queue new files; returns at once."""
         with self._lock:
             self._names += written.names
             self._manifest = written.manifest
         self._wake.set()
 
     def finish(self) -> None:
-        """Wait until everything is uploaded, or has failed once more."""
+        """Wait until everything is uploaded or has failed once more."""
         self._ending.set()
         self._wake.set()
         self._thread.join()
@@ -79,7 +79,7 @@ class Upload:
                 names.pop(0)
             if manifest is not None:
                 self._send(manifest)
-        except Exception as error:  # Of whatever kind: stores raise what their libraries do.
+        except Exception as error:  # Any kind: stores raise what their libraries raise.
             self._keep(names, manifest, error)
             return False
         if self.failure is not None:

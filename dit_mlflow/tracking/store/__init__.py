@@ -1,1 +1,1 @@
-"""What is kept in MLflow and read back: trajectories, influence, models, runs."""
+"""Stored in MLflow and read back: trajectories, influence, models, runs."""

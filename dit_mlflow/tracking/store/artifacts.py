@@ -29,7 +29,7 @@ def log_trajectory(trajectory: Trajectory | str | Path, run_id: str | None = Non
         trajectory = Trajectory.open(trajectory)
     run_id = run_id or active_run_id()
     with trajectory.folder() as folder:
-        # The manifest last: until it is there, the store has no trajectory, or the one before.
+        # The manifest comes last: until then the store holds no trajectory, or the earlier one.
         for name in (*trajectory.manifest.files, FILE_NAME):
             mlflow.log_artifact(str(folder / name), TRAJECTORY, run_id=run_id)
     MlflowClient().set_tag(run_id, RECORDING, "true")
@@ -39,11 +39,11 @@ def log_trajectory(trajectory: Trajectory | str | Path, run_id: str | None = Non
 def load_trajectory(run_id: str) -> Trajectory:
     """The trajectory that a training run recorded.
 
-    Read in place from a local artifact store. From a remote one, only the manifest is downloaded now; every other file
-    is when it is first needed, into a cache by checksum (see :mod:`dit_mlflow.tracking.store.cache`).
+    It is read in place from a local artifact store. From a remote one, only the manifest is downloaded now; any other
+    file is downloaded when first needed, into a cache by checksum (see :mod:`dit_mlflow.tracking.store.cache`).
 
     Raises:
-        InputError: no such run, or its store cannot be read. From a remote store, also where the trajectory is used.
+        InputError: no such run, or its store cannot be read (with a remote store also later, while it is used).
         TrajectoryError: the run has no trajectory, or it is damaged.
     """
     run = find_run(run_id)
@@ -68,12 +68,12 @@ def log_influence(influence: Influence, run_id: str | None = None, folder: str =
 
 
 def load_influence(source: str, folder: str = INFLUENCE) -> Influence:
-    """The influence that a run logged, or that is kept with a model.
+    """The influence that a run logged or a model holds.
 
     Args:
         source: a run's id, ``runs:/<id>`` or ``runs:/<id>/<folder>``; or a model, as ``models:/<name>/<version>``,
             ``models:/<name>@<alias>`` or ``models:/m-<id>``.
-        folder: of its artifacts.
+        folder: the artifact folder.
 
     Raises:
         InputError: no such run or model, or it has no influence.
@@ -104,11 +104,11 @@ def active_run_id() -> str:
 
 
 def find_run(run_id: str) -> Run:
-    """The run, or an :class:`InputError` that says where it was looked for, or that it is deleted."""
+    """The run; an :class:`InputError` says where it was searched, or that it is deleted."""
     store = f"the tracking URI {without_password(mlflow.get_tracking_uri())}"
     try:
         run = MlflowClient().get_run(run_id)
-    except Exception as error:  # Besides MLflow's own: those of the database's driver, if it is there at all.
+    except Exception as error:  # MLflow's own, or one of a database driver, which may be missing.
         if isinstance(error, MlflowException) and error.error_code in (
             "RESOURCE_DOES_NOT_EXIST",
             "INVALID_PARAMETER_VALUE",
@@ -126,7 +126,7 @@ def find_run(run_id: str) -> Run:
 
 
 def artifact_folder(uri: str) -> Path | None:
-    """The folder that an artifact URI means on this machine, if it is one."""
+    """The local folder that an artifact URI names, if it names one."""
     parsed = urlparse(uri)
     if parsed.scheme == "file":
         return Path(url2pathname(parsed.path))

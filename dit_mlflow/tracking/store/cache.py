@@ -1,4 +1,4 @@
-"""A cache of downloaded files, shared by the processes of one user: a file's name is its SHA-256."""
+"""A cache of downloaded files, shared by a user's processes; a file's name is its SHA-256."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.trajectory.atomic_file import sha256 as digest_of
 
 FOLDER = "DIT_MLFLOW_CACHE"
-"""Environment variable: the folder in which the cache is, as ``dit-mlflow``. Default: the user's cache folder."""
+"""Environment variable: the folder that holds the cache, ``dit-mlflow``. Default: the user's cache folder."""
 LIMIT = "DIT_MLFLOW_CACHE_GB"
-"""Environment variable: the size that the cache is cut back to after a download, in GB of 10^9 bytes."""
+"""Environment variable: the size to which the cache is cut after a download, in GB (10^9 bytes)."""
 DEFAULT_GB = 10.0
 
 IN_USE_SECONDS = 60.0
-"""A file used less long ago is not removed: another process may be about to open it."""
+"""A file used more recently is not removed: another process may be about to open it."""
 ABANDONED_SECONDS = 24 * 3600.0
-"""A download older than this has lost its process."""
+"""The process of a download older than this is taken to be gone."""
 _PART = "part-"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -32,14 +32,14 @@ _logger = logging.getLogger(__name__)
 
 
 class FileCache:
-    """Downloaded files by checksum, the least recently used removed first.
+    """Downloaded files by checksum; the least recently used are removed first.
 
-    Safe for several processes: a file appears under its name in one step and complete. Two that want the same
+    Safe for several processes: a file appears under its name in one step, complete. Two processes that need the same
     file at the same moment both download it.
 
     Attributes:
-        folder: where the files are; made when needed, readable by this user only.
-        limit: bytes to cut back to after a download. Files used within the last minute are kept beyond it.
+        folder: of the files; made when needed, readable by this user only.
+        limit: bytes to which the cache is cut after a download. Files used within the last minute are kept anyway.
     """
 
     def __init__(self, folder: Path, limit: float) -> None:
@@ -69,15 +69,15 @@ class FileCache:
         Args:
             sha256: 64 lower-case hexadecimal digits.
             size: bytes.
-            download: puts the file somewhere below the empty folder that it is given, and returns where.
+            download: puts the file below the given empty folder and returns its path.
 
         Raises:
             InputError: the cache folder cannot be used (no permission, no space).
-            TrajectoryError: what was downloaded has another size or checksum, or ``sha256`` is not one.
+            TrajectoryError: the download has another size or checksum, or ``sha256`` is not a SHA-256.
 
-        Cost: reads the file once to check it, beside the download.
+        Cost: beside the download, one read of the file to check it.
         """
-        # It names a file, and comes from a manifest that anyone may have written.
+        # It becomes a file name, and comes from a manifest that anyone may have written.
         if not _SHA256.fullmatch(sha256):
             raise TrajectoryError(f"{sha256[:80]!r} is not a SHA-256; record again")
         path = self.folder / sha256
@@ -99,7 +99,7 @@ class FileCache:
         return path
 
     def touch(self, path: Path) -> bool:
-        """Note that a file of the cache is in use; whether it is still there."""
+        """Mark a file of the cache as used; returns whether it is still there."""
         try:
             os.utime(path)
         except FileNotFoundError:
@@ -107,7 +107,7 @@ class FileCache:
         return True
 
     def _cut_back(self) -> None:
-        """Remove the files not used for longest until the rest fits, and downloads that lost their process."""
+        """Remove the least recently used files until the rest fits, and abandoned downloads."""
         now = time.time()
         kept: list[tuple[float, int, Path]] = []
         for path in self.folder.iterdir():

@@ -1,4 +1,4 @@
-"""Data sets as MLflow shows them beside runs: name, digest, size, context; never their contents."""
+"""Data sets as inputs of runs: name, digest, size and context, never their contents."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dit_mlflow.tracking.store.names import DATASET_CONTEXT
 from dit_mlflow.workload import Workload
 
 DIGEST_CHARACTERS = 32
-"""Of the SHA-256 in hexadecimal that trajectories record; MLflow takes up to 36."""
+"""Characters kept of a trajectory's SHA-256 in hexadecimal; MLflow takes up to 36."""
 
 
 class SampleSet(Dataset):
-    """A PyTorch data set by what is known of it.
+    """The description of a PyTorch data set.
 
     Args:
         name: shown in the UI.
         digest: of :func:`dit_mlflow.workload.dataset_digest.dataset_digest`; ``None`` = it varies.
         num_samples: its length.
-        source: what it was made by, for example the workload's reference and settings.
+        source: how it was made, for example the workload's reference and settings.
     """
 
     def __init__(self, name: str, digest: str | None, num_samples: int, source: dict[str, str]) -> None:
@@ -61,7 +61,7 @@ def log_datasets_of(training_run_id: str, run_id: str) -> None:
 
 
 def workload_source(workload: Workload) -> dict[str, str]:
-    """What a workload's data sets were made by."""
+    """How a workload's data sets were made: its reference and settings."""
     if workload.reference is None:
         return {}
     return {"workload": workload.reference, **{name: str(value) for name, value in workload.settings.items()}}

@@ -1,4 +1,4 @@
-"""An explanation as an influence run, with a nested child run for each window."""
+"""Logs an explanation as an influence run with a nested child run for each window."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ from dit_mlflow.tracking.store.names import (
     WHOLE_RUN,
     WHOLE_RUN_EXACT,
 )
-from dit_mlflow.tracking.store.run_log import log_metrics, log_series, peak_memory_mb
+from dit_mlflow.tracking.store.run_log import log_metrics, log_plot, log_series, peak_memory_mb
 from dit_mlflow.tracking.ui.links import run_link
-from dit_mlflow.tracking.ui.log_plot import log_plot
 from dit_mlflow.tracking.ui.notes import influence_links, set_note
 
 FOLDERS: dict[Part, str] = {
@@ -55,11 +54,11 @@ FOLDERS: dict[Part, str] = {
     "confirmed": CONFIRMED,
     "named": WHOLE_RUN_EXACT,
 }
-"""Where the parts of an explanation are kept."""
+"""The artifact folder of each part of an explanation."""
 
 
 def log_part(part: Part, found: Influence) -> None:
-    """Log scores on the active run, in the folder of their own."""
+    """Log scores on the active run, in their own folder."""
     log_influence(found, folder=FOLDERS[part])
 
 
@@ -83,9 +82,9 @@ def log_explanation(explanation: Explanation, training_run_id: str) -> None:
 
 
 def log_answer(explanation: Explanation, training_run_id: str) -> None:
-    """The same, where :func:`log_part` has logged the scores as they were computed.
+    """Like :func:`log_explanation`, for scores that :func:`log_part` has logged already.
 
-    The run gets the figures of the whole run ``[0, T)`` and ``by_window/…`` series; each child those of its window.
+    The run gets the figures of the whole run ``[0, T)`` and ``by_window/…`` series, each child those of its window.
     """
     run = mlflow.active_run()
     assert run is not None
@@ -94,19 +93,9 @@ def log_answer(explanation: Explanation, training_run_id: str) -> None:
     samples = _log_tables(explanation)
     for name, figure in _plots(explanation).items():
         log_plot(figure, f"{INFLUENCE}/{name}.png")
-    mlflow.log_text(
-        influence_page(
-            explanation.scores,
-            explanation.exact,
-            explanation.gallery,
-            explanation.windows,
-            explanation.measured,
-            explanation.title,
-            explanation.sentences,
-        ),
-        f"{INFLUENCE}/report.html",
-    )
-    # The UI lists the newest first: the last window is logged first, so that they stand in order.
+    scores = explanation.scores, explanation.exact, explanation.gallery, explanation.windows, explanation.measured
+    mlflow.log_text(influence_page(*scores, explanation.title, explanation.sentences), f"{INFLUENCE}/report.html")
+    # The UI lists the newest run first, so the last window is logged first.
     positions = progress_over(range(len(explanation.windows))[::-1], "logging windows", "window")
     runs = [_log_window(explanation, k, samples, run, training_run_id) for k in positions][::-1]
     set_note(run.info.run_id, influence_note(explanation, influence_links(run, training_run_id, runs)))
@@ -115,7 +104,7 @@ def log_answer(explanation: Explanation, training_run_id: str) -> None:
 def log_window_series(explanation: Explanation) -> None:
     """The figures of the windows as series on the active run, step = window index.
 
-    Bounds and levels of chance stand on the window's own run; as charts they would only be in the way.
+    Interval bounds and levels of chance are left to the windows' own runs: they would clutter the charts.
     """
     names = dict.fromkeys(name for metrics in explanation.per_window for name in metrics.values)
     for name in names:
@@ -124,15 +113,13 @@ def log_window_series(explanation: Explanation) -> None:
 
 
 def window_run_name(window: Window, index: int, count: int) -> str:
-    """``w03 240-320``: names of ``count`` windows sort as the windows do."""
+    """``w03 240-320``; the names of ``count`` windows sort in the order of the windows."""
     return f"w{index:0{max(2, len(str(count - 1)))}d} {window}"
 
 
 def _log_figures(explanation: Explanation, training: Run) -> None:
-    known = {
-        TRAINING_SECONDS.name: training.data.metrics.get(TRAINING_SECONDS.name),
-        PEAK_MEMORY.name: peak_memory_mb(),
-    }
+    seconds = training.data.metrics.get(TRAINING_SECONDS.name)
+    known = {TRAINING_SECONDS.name: seconds, PEAK_MEMORY.name: peak_memory_mb()}
     costs = Metrics({name: value for name, value in known.items() if value is not None})
     log_metrics(explanation.whole)
     log_metrics(explanation.cost.and_(costs))
@@ -146,10 +133,7 @@ def _log_tables(explanation: Explanation) -> pd.DataFrame:
     truth = explanation.truth.leave_one_out
     exact = explanation.confirmed if truth is None else truth.select(list(found.windows))
     samples = top_samples_table(found, exact, gallery)
-    tables = {
-        "windows": windows_table(found, explanation.per_window),
-        "top_samples": samples,
-    }
+    tables = {"windows": windows_table(found, explanation.per_window), "top_samples": samples}
     if explanation.whole_run is not None:
         tables["whole_run"] = whole_run_table(explanation.whole_run, explanation.exact, gallery)
     if len(found.windows) > 1:
@@ -191,7 +175,7 @@ def _log_window(
         bounds = {"window_index": index, "window_start": window.start, "window_end": window.end}
         mlflow.log_params({"method": found.method, "kind": found.kind, **bounds})
         log_metrics(explanation.per_window[index])
-        # After the others: the page that compares runs begins with the metric that was logged first.
+        # Last, since the page that compares runs begins with the metric that was logged first.
         mlflow.log_metrics({WINDOW_START.name: window.start, WINDOW_END.name: window.end})
         known = None if exact is None else exact.of(window)
         log_plot(plot_window_samples(found, index, explanation.gallery, known), "top_samples.png")

@@ -1,19 +1,21 @@
-"""The end of a run whose job was broken off: imports nothing heavy before, since that may be what was interrupted."""
+"""How a run says that it failed. Imports nothing heavy: that import may be what was interrupted."""
 
 from __future__ import annotations
 
 import logging
 
-from dit_mlflow.tracking.store.error_text import storable
 from dit_mlflow.tracking.store.names import ERROR, KIND
+
+TAG_CHARACTERS = 5000
+"""Most characters of a tag that MLflow's databases take."""
 
 _log = logging.getLogger(__name__)
 
 
 def fail_project_run(run_id: str | None, kind: str, message: str) -> None:
-    """Leave the reason on the run that ``mlflow run`` made, and end it as FAILED, unless it has come to its end.
+    """End the run that ``mlflow run`` made as FAILED, with the reason as a tag, unless it is FINISHED.
 
-    A store that does not let us is logged: what broke the job off is what people must be told.
+    If the store refuses, that is only logged: the user must see the error that ended the job.
     """
     if run_id is None:
         return
@@ -25,9 +27,19 @@ def fail_project_run(run_id: str | None, kind: str, message: str) -> None:
         client = MlflowClient()
         if client.get_run(run_id).info.status == "FINISHED":
             return
-        # First, since more may not come through.
+        # First, since later requests may fail.
         client.set_terminated(run_id, "FAILED")
         for name, value in {**DitRunContext().tags(), KIND: kind, ERROR: storable(message)}.items():
             client.set_tag(run_id, name, value)
-    except Exception as error:  # Of whatever kind: stores raise what their libraries do.
+    except Exception as error:  # Any kind: stores raise what their libraries raise.
         _log.warning("run %s cannot be ended as FAILED: %s: %s", run_id, type(error).__name__, error)
+
+
+def error_text(error: BaseException) -> str:
+    """Kind and message of ``error``, see :func:`storable`."""
+    return storable(f"{type(error).__name__}: {error}")
+
+
+def storable(message: str) -> str:
+    """``message``, cut to the length of a tag, without the lone surrogates that file names may contain."""
+    return message[:TAG_CHARACTERS].encode("utf-8", "replace").decode()

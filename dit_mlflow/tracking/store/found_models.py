@@ -1,4 +1,4 @@
-"""LoggedModels by the names that people give them: a model's id, a registered version, an alias."""
+"""Finds LoggedModels by id, registered version or alias."""
 
 from __future__ import annotations
 
@@ -24,18 +24,13 @@ Answer = TypeVar("Answer")
 
 SCHEME = "models:/"
 COPIES = 8
-"""Versions that are copies of versions are followed so far."""
+"""Most copies of copies of a version that are followed."""
 FORMS = "models:/<name>/<version>, models:/<name>@<alias> or models:/m-<id>"
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A LoggedModel, and the registered version that led to it, if one did.
-
-    Attributes:
-        model: itself.
-        version: as asked for, before copies were followed.
-    """
+    """A LoggedModel, and the registered version asked for, if any, before copies were followed."""
 
     model: LoggedModel
     version: ModelVersion | None = None
@@ -46,7 +41,7 @@ class FoundModel:
 
 
 def find_model(reference: str) -> FoundModel:
-    """The LoggedModel that ``models:/…``, or a bare ``m-…``, means.
+    """The LoggedModel that ``models:/…`` or a bare ``m-…`` names.
 
     Raises:
         InputError: there is no such model, version or alias, or the version was not made from a LoggedModel.
@@ -72,7 +67,7 @@ def find_model(reference: str) -> FoundModel:
 
 
 def load_model_influence(reference: str, folder: str = INFLUENCE) -> Influence:
-    """The influence that is kept with a model.
+    """The influence that a model holds.
 
     Raises:
         InputError: see :func:`find_model`; or the model has none.
@@ -84,7 +79,7 @@ def load_model_influence(reference: str, folder: str = INFLUENCE) -> Influence:
             missing = not MlflowClient().list_logged_model_artifacts(model_id, folder)
             location = f"{found.model.artifact_location.rstrip('/')}/{folder}"
             path = "" if missing else download_artifacts(artifact_uri=location, dst_path=temporary)
-        except Exception as error:  # Each store has its own: of requests, botocore, a missing library …
+        except Exception as error:  # Each store raises its own: of requests, botocore, a missing library …
             raise InputError(
                 f"cannot read {folder}/ of model {found}: {type(error).__name__}: {error}; check that its artifact "
                 "store can be reached from here, and that your credentials may read there"
@@ -98,7 +93,7 @@ def load_model_influence(reference: str, folder: str = INFLUENCE) -> Influence:
 
 
 def versions_of(name: str) -> list[ModelVersion]:
-    """The versions of a registered model, in the order of their numbers; none if there is no such model."""
+    """The versions of a registered model by number; empty if there is no such model."""
     quote = '"' if "'" in name else "'"
     found = MlflowClient().search_model_versions(f"name = {quote}{name}{quote}")
     return sorted(found, key=lambda version: int(version.version))
@@ -119,7 +114,7 @@ def _version(reference: str, rest: str) -> ModelVersion:
 
 
 def _asked(reference: str, question: Callable[[MlflowClient], Answer]) -> Answer:
-    """What the store answers, or an :class:`InputError` that says what was asked for where."""
+    """The store's answer; an :class:`InputError` says what was asked for, and where."""
     try:
         return question(MlflowClient())
     except MlflowException as error:

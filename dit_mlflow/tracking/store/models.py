@@ -1,4 +1,4 @@
-"""The trained model as MLflow's LoggedModel."""
+"""Logs the trained model as a LoggedModel."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def log_model(model: nn.Module, workload: Workload) -> str | None:
-    """Log a trained model in the active run, as an exported graph that is loaded without pickle.
+    """Log a trained model in the active run, as an exported graph, which loads without pickle.
 
     Returns:
-        The model's id; ``None`` if it cannot be exported. That is logged; the trajectory holds its weights anyway.
+        The model's id; ``None`` if it cannot be exported, with a warning: the trajectory holds the weights anyway.
 
     Cost: one export, some seconds.
     """
@@ -39,17 +39,17 @@ def log_model(model: nn.Module, workload: Workload) -> str | None:
                 serialization_format="pt2",
                 pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
             )
-    except Exception as error:  # Of whatever kind: what a graph cannot hold has many names.
+    except Exception as error:  # Any kind: export fails in many ways.
         logger.warning("the model is not logged: it cannot be exported (%s: %s)", type(error).__name__, error)
         return None
     return str(logged.model_id)
 
 
 def _inputs(model: nn.Module, workload: Workload) -> Any:
-    """What the workload's loss calls the model with, for two samples; ``None`` if that is not tensors alone."""
+    """The arguments with which the workload's loss calls the model, for two samples; ``None`` unless only tensors."""
     seen: list[tuple[Any, Any]] = []
     hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    # Not one: an export takes a size of 1 for a constant.
+    # Two samples: an export treats a size of 1 as a constant.
     indices = range(min(2, workload.num_samples))
     batch = to_like(workload.collate(workload.train_set, indices), next(model.parameters()).device, None)
     try:

@@ -1,4 +1,4 @@
-"""A trajectory in a remote artifact store: its manifest at once, every other file when it is first needed."""
+"""A trajectory in a remote artifact store: the manifest is downloaded at once, other files when first needed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def open_remote(run: Run) -> Trajectory | None:
     """The trajectory of a run, read through the user's file cache; ``None`` if the run has none.
 
     Raises:
-        InputError: the store cannot be read, or the cache folder not be used.
-        TrajectoryError: the manifest or a file it names is missing in the store, or has another size there.
+        InputError: the store cannot be read, or the cache folder cannot be used.
+        TrajectoryError: the manifest, or a file that it names, is missing in the store or has another size there.
     """
     files = RemoteFiles(run, FileCache.of_user())
     if not files.sizes:
@@ -51,7 +51,7 @@ class RemoteFiles:
     """Fetches the files of a run's trajectory, through a cache.
 
     Attributes:
-        sizes: what the store lists, in bytes; ``None`` where it does not say.
+        sizes: bytes by file name, as the store lists them; ``None`` where it does not say.
     """
 
     def __init__(self, run: Run, cache: FileCache) -> None:
@@ -59,16 +59,16 @@ class RemoteFiles:
         self._cache = cache
         self._held: dict[str, Path] = {}
         with reading(run, f"{TRAJECTORY}/"):
-            # Made once, with the tracking URI of now: later calls must not read another store.
+            # Made once, with the current tracking URI: later calls must not read another store.
             self._store = artifact_store(_uri(run))
         self.sizes = self._listing()
 
     def __call__(self, name: str, entry: FileEntry) -> Path:
-        """Where the file is on this machine; its size and SHA-256 are those of ``entry``.
+        """The local path of the file, whose size and SHA-256 are those of ``entry``.
 
         Raises:
-            InputError: the store cannot be read, or the cache folder not be used.
-            TrajectoryError: the store has something else under this name.
+            InputError: the store cannot be read, or the cache folder cannot be used.
+            TrajectoryError: the file in the store has another size or checksum.
         """
         held = self._held.get(name)
         if held is None or not self._cache.touch(held):
@@ -78,7 +78,7 @@ class RemoteFiles:
         return held
 
     def fetch_manifest(self, folder: Path) -> None:
-        """Put ``manifest.json`` into ``folder``; it alone has no checksum to be cached by."""
+        """Download ``manifest.json`` into ``folder``; it is not cached, since no checksum of it is known."""
         with self.named(FILE_NAME):
             if FILE_NAME not in self.sizes:
                 raise TrajectoryError("missing; expected a training run of dit-mlflow")
@@ -87,20 +87,20 @@ class RemoteFiles:
             self._download(FILE_NAME, folder)
 
     def compare(self, files: dict[str, FileEntry]) -> None:
-        """Hold names and sizes in a manifest against the store, without a download."""
-        # Listed again: a training that still runs may have added files before it replaced the manifest.
+        """Compare the names and sizes in a manifest with the store, without a download."""
+        # Listed again, since a running training may have added files before it replaced the manifest.
         self.sizes = self._listing()
         for name, entry in files.items():
             with self.named(name):
                 if name not in self.sizes:
                     raise TrajectoryError("missing; log the trajectory again")
-                # Now, and not after the download, which may be of any length.
+                # Checked before the download, which may be of any length.
                 if self.sizes[name] not in (entry.size, None):
                     raise TrajectoryError(f"{self.sizes[name]} bytes, recorded {entry.size}; log the trajectory again")
 
     @contextmanager
     def named(self, name: str) -> Iterator[None]:
-        """Say in errors which file of which run they are about."""
+        """Name the file and the run in errors."""
         try:
             yield
         except TrajectoryError as error:
@@ -120,10 +120,10 @@ class RemoteFiles:
 
 @contextmanager
 def reading(run: Run, what: str) -> Iterator[None]:
-    """Whatever an artifact store raises, as an :class:`InputError` that names run, file and store."""
+    """Turn any error of an artifact store into an :class:`InputError` that names run, file and store."""
     try:
         yield
-    except Exception as error:  # Each store has its own: of requests, botocore, a missing library …
+    except Exception as error:  # Each store raises its own: of requests, botocore, a missing library …
         cause = f"{type(error).__name__}: {error}".rstrip(".")
         raise InputError(
             f"cannot read {what} of {_described(run)}: {cause}; check that the store can be reached "
@@ -132,7 +132,7 @@ def reading(run: Run, what: str) -> Iterator[None]:
 
 
 def without_password(uri: str) -> str:
-    """A URI that can be shown: the password of a database or an FTP server is not."""
+    """The URI with the password, of a database or an FTP server, replaced by ``***``."""
     password = urlsplit(uri).password
     return uri.replace(f":{password}@", ":***@") if password else uri
 

@@ -1,4 +1,4 @@
-"""Runs and what is written on them."""
+"""Starts runs and logs metrics and plots on them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import mlflow
 from mlflow import ActiveRun, MlflowClient
@@ -18,13 +20,16 @@ from dit_mlflow.evaluation import Metrics
 from dit_mlflow.tracking.plugin import DitRunContext
 from dit_mlflow.tracking.store.names import RUN_NAME, UNDEFINED
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BATCH = 1000
-"""Metrics per request, the most that MLflow takes."""
+"""Most metrics that MLflow takes per request."""
 
 
 @contextmanager
 def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Iterator[ActiveRun]:
-    """A run at top level: the one ``mlflow run`` made, or a new one. FAILED if the body raises."""
+    """A top-level run: the one that ``mlflow run`` made, or a new one. FAILED if the body raises."""
     if run_id is None:
         with mlflow.start_run(run_name=name, tags=dict(tags)) as run:
             yield run
@@ -40,7 +45,7 @@ def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Itera
 def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset | None = None) -> None:
     """Log the values of ``metrics`` on the active run; a missing or infinite value becomes a tag that says why.
 
-    ``model_id``, ``dataset``: what they are of, so that MLflow shows them there too.
+    ``model_id``, ``dataset``: the model and data set that they belong to, where MLflow shows them too.
     """
     finite = {name: value for name, value in metrics.values.items() if math.isfinite(value)}
     reasons = dict(metrics.undefined)
@@ -73,8 +78,15 @@ def log_points(points: Iterable[tuple[str, int, float | None]]) -> None:
         MlflowClient().log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
 
 
+def log_plot(figure: Figure, path: str) -> None:
+    """Log a figure on the active run. A character that the font lacks is drawn as a box, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        mlflow.log_figure(figure, path)
+
+
 def peak_memory_mb() -> float | None:
-    """Largest resident memory of this process so far, in MiB; ``None`` where the system does not tell."""
+    """Peak resident memory of this process, in MiB; ``None`` where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,1 +1,1 @@
-"""How people find their way in the MLflow UI: notes, links, views, cards."""
+"""Notes, links, views and cards, by which users find their way in the MLflow UI."""

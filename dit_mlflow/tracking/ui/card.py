@@ -1,4 +1,4 @@
-"""What a run knows that the description of a model's version tells beside the scores."""
+"""The facts of an influence run that the description of a model version tells."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def card_facts(
 
 
 def _exact(run_id: str) -> Influence | None:
-    """Exact scores of the whole run, if the run has some."""
+    """Exact scores of the whole run, if the run has any."""
     folders = {item.path for item in MlflowClient().list_artifacts(run_id, GROUND_TRUTH)}
     return load_influence(run_id, WHOLE_RUN_EXACT) if WHOLE_RUN_EXACT in folders else None
 
 
 def _known_samples(folder: Path) -> dict[int, str]:
-    """What the run's tables of samples say of each."""
+    """Descriptions of samples, from the run's tables."""
     found = {}
     for name in ("top_samples.json", f"{Path(WHOLE_RUN).name}.json"):
         try:
@@ -64,7 +64,7 @@ def _known_samples(folder: Path) -> dict[int, str]:
                     text += f"{', ' if text else ''}corrupted"
                 found[int(row[at["sample_index"]])] = text
         except (OSError, ValueError, KeyError, TypeError, IndexError):
-            continue  # A run of someone's own, which logged scores alone.
+            continue  # A run of the user's own, which logged only scores.
     return found
 
 

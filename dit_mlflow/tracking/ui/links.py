@@ -1,4 +1,4 @@
-"""Links into the MLflow UI that open where the answer is."""
+"""Links to pages of the MLflow UI."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ COMPARED: dict[str, tuple[str, Callable[[Run], View]]] = {
     "comparison": ("methods", methods_view),
     "cleansing": ("strategies", strategies_view),
 }
-"""For each kind of run with children: what these are, and the view that compares them."""
+"""For each kind of run with children: what the children are, and the view that compares them."""
 
 
 def run_link(run: Run, tab: str = "") -> str:
-    """The page of a run, or a tab of it (``/model-metrics``), from ``#`` on: as notes link to it, within the UI."""
+    """The page of a run, or a tab of it (``/model-metrics``), from ``#`` on, as notes link to it."""
     return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{tab}?{MODE}"
 
 
@@ -55,15 +55,15 @@ def version_link(version: ModelVersion) -> str:
 
 def view_link(experiment_id: str, view: View) -> str:
     """The run list with the charts of a view saved by :func:`~dit_mlflow.tracking.ui.views.save_views`; from ``#``."""
-    # No filter and no order here: with either, the UI leaves the view alone.
+    # No filter and no order: with either, the UI ignores the view.
     return f"#/experiments/{experiment_id}/runs?viewStateShareKey={view.key}&compareRunsMode=CHART&{MODE}"
 
 
 def save_comparisons(run_id: str) -> dict[str, str]:
-    """Save the views that compare what a run of :data:`COMPARED` found; returns the links to them, by name.
+    """Save the views that compare the children of a run (see :data:`COMPARED`); returns links to them by name.
 
-    To be called once the run's own metrics are logged; the links start with ``#``. Empty for runs of other kinds, and
-    where the store does not keep views.
+    Call it when the run's own metrics are logged. The links start with ``#``. Empty for runs of other kinds, and if the
+    store does not keep views.
     """
     run = MlflowClient().get_run(run_id)
     kind = run.data.tags.get(KIND, "")
@@ -78,7 +78,7 @@ def save_comparisons(run_id: str) -> dict[str, str]:
 
 
 def where_is(link: str) -> str:
-    """How to open a page of the UI; for a store without a server, how to start one first."""
+    """How to open a page of the UI, and, for a store without a server, how to start one first."""
     uri = without_password(mlflow.get_tracking_uri())
     if uri.startswith("http"):
         return f"{'open':15}{uri.rstrip('/')}/{link}"
@@ -87,9 +87,9 @@ def where_is(link: str) -> str:
 
 
 def where_to_look(run: ActiveRun) -> str:
-    """Where the MLflow UI shows the run and compares what it found.
+    """Where the MLflow UI shows the run and compares its children.
 
-    The run must have ended: the views for comparing are saved here.
+    Call it when the run has ended: it saves the views that compare.
     """
     uri = without_password(mlflow.get_tracking_uri())
     server = uri.rstrip("/") if uri.startswith("http") else LOCAL
@@ -99,10 +99,10 @@ def where_to_look(run: ActiveRun) -> str:
 
 
 def _apart(run_id: str) -> list[str]:
-    """A line if the run is in another experiment than its training, so that the UI's list shows one of them only."""
+    """A line if the run and its training are in different experiments, whose runs the UI lists separately."""
     client = MlflowClient()
     run = client.get_run(run_id)
-    # Of a comparison, the first of several.
+    # A comparison names several; the first stands for all.
     training = run.data.tags.get(TRAINING_RUN, "").partition(",")[0]
     if not training or (other := client.get_run(training).info.experiment_id) == run.info.experiment_id:
         return []

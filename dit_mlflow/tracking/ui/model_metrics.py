@@ -1,4 +1,4 @@
-"""Aggregates of an influence run as metrics of the model, beside the data set that they are about."""
+"""Copies aggregates of an influence run to the model, as metrics linked to the data set that they are about."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dit_mlflow.tracking.store.names import DATASET_CONTEXT
 from dit_mlflow.tracking.store.run_log import BATCH
 
 GROUPS = (TRUTH, DETECTION, TRUST)
-"""Of the whole training; all of these are copied to the model."""
+"""Prefixes of figures of the whole training; all of them are copied to the model."""
 DEFAULT_QUERY = "mean_validation_loss"
 
 
 def window_series(run: Run, count: int) -> dict[str, list[float | None]]:
-    """The values of :data:`OF_WINDOWS` in each of ``count`` windows, as far as the run has them; last logged wins.
+    """The values of :data:`OF_WINDOWS` in each of ``count`` windows, where the run has them; the last logged counts.
 
-    Of these, the mean over windows goes to the model as well.
+    Their means over windows go to the model too.
     """
     found: dict[str, list[float | None]] = {}
     for figure in OF_WINDOWS:
@@ -36,14 +36,14 @@ def window_series(run: Run, count: int) -> dict[str, list[float | None]]:
 def log_model_metrics(
     run: Run, model_id: str, query: str, training: Run, by_window: Mapping[str, Sequence[float | None]]
 ) -> None:
-    """Copy an influence run's aggregates to a model, each with its first time and the run as its source.
+    """Copy an influence run's aggregates to a model, each with its original time and the run as its source.
 
-    Logging the same again changes nothing: MLflow tells metrics of a model apart by name, time, step and run.
+    Logging the same again changes nothing: MLflow identifies a model's metrics by name, time, step and run.
 
     Args:
         run: the influence run.
         model_id: of the model.
-        query: what influence was asked on; the default one is a matter of the validation set.
+        query: of the influence run; the default one is about the validation set.
         training: the training run, whose inputs are the data sets.
         by_window: from :func:`window_series`.
     """
@@ -65,7 +65,7 @@ def log_model_metrics(
 
 
 def _about(name: str, query: str, datasets: Mapping[str, Dataset]) -> Dataset | None:
-    """Detection is about the training set, agreement about the set that the query is on."""
+    """The data set of a metric: the training set for detection, else the set that the query is about."""
     if name.startswith(DETECTION):
         return datasets.get("training")
     return datasets.get("validation") if query == DEFAULT_QUERY else None
@@ -77,7 +77,7 @@ def _linked(metric: Metric, model_id: str, dataset: Dataset | None) -> Metric:
 
 
 def _history(run: Run, name: str) -> list[Metric]:
-    """A metric's values in the order of time; none if the run has no such metric."""
+    """A metric's values by time; empty if the run has no such metric."""
     if name not in run.data.metrics:
         return []
     return sorted(MlflowClient().get_metric_history(run.info.run_id, name), key=lambda metric: metric.timestamp)

@@ -1,4 +1,4 @@
-"""Notes on runs, and the links in them."""
+"""Notes on runs and the links in them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _log = logging.getLogger(__name__)
 
 
 def set_note(run_id: str, note: str, former: str | None = None) -> None:
-    """Make ``note`` (Markdown) the description of a run that has none, or ``former``; a user's own stays."""
+    """Set the description of a run to ``note`` (Markdown) if it is empty or ``former``; a user's own is kept."""
     client = MlflowClient()
     if client.get_run(run_id).data.tags.get(NOTE, "").strip() in ("", former):
         client.set_tag(run_id, NOTE, note)
 
 
 def influence_links(run: Run, training_run_id: str, windows: list[Run]) -> Links:
-    """Where the note of the influence run ``run`` leads, whose windows have the runs ``windows``."""
+    """The links in the note of the influence run ``run``; ``windows``: the runs of its windows."""
     client = MlflowClient()
     training = client.get_run(training_run_id)
     names = [item.path.rpartition("/")[2] for item in client.list_artifacts(run.info.run_id, INFLUENCE)]
@@ -38,12 +38,12 @@ def influence_links(run: Run, training_run_id: str, windows: list[Run]) -> Links
 
 
 def note_training(run_id: str, trajectory: Trajectory, begun: Trajectory | None = None) -> None:
-    """Leave the note of a training run, in place of that on ``begun``, which ``trajectory`` goes on from.
+    """Set the note of a training run; ``begun``: the trajectory that it continues, whose note is replaced.
 
-    It is not worth a failure, nor a warning: training is over and counts.
+    An error is only logged, below a warning: training is over, and a missing note must not alarm.
     """
     try:
         former = None if begun is None else training_note(run_id, begun)
         set_note(run_id, training_note(run_id, trajectory), former)
-    except Exception as error:  # Of whatever kind: stores raise what their libraries do.
+    except Exception as error:  # Any kind: stores raise what their libraries raise.
         _log.info("the note of run %s could not be written: %s", run_id, error)

@@ -1,7 +1,7 @@
-"""Saved views of MLflow's run list: the right runs, columns and charts, opened by a link or from its menu *Views*.
+"""Saved views of MLflow's run list (runs, columns and charts), opened by a link or from the menu *Views*.
 
-A view is a tag of the experiment, in the form in which the UI keeps the views that people save in it. MLflow before
-3.17 reads another form, which stands beside it.
+A view is a tag of the experiment, in the form in which the UI saves views. MLflow before 3.17 reads another form, which
+the same tag holds too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from dit_mlflow.tracking.store.names import INFLUENCE, KIND, PARENT_RUN
 
 PREFIX = "dit-"
 KEPT = 50
-"""Views of single runs that an experiment keeps; the UI reads all of its tags with every page."""
+"""Most views of single runs that an experiment keeps: the UI reads all its tags for every page."""
 
 Chart = dict[str, Any]
 
@@ -54,12 +54,12 @@ class View:
     """One view.
 
     Attributes:
-        key: what names it in a link.
-        name: in the menu, and above its charts.
+        key: its name in a link.
+        name: its title in the menu and above its charts.
         runs: filter of the runs, in MLflow's search language.
-        charts: see :func:`bars`, :func:`lines`, :func:`parallel`, :func:`scatter`; those without data are not shown.
+        charts: from :func:`bar_chart`, :func:`line_chart`, :func:`parallel`, :func:`scatter`; hidden without data.
         columns: metrics and parameters that the table shows, such as ``metrics.validation/loss``.
-        order: the column to sort by. By start time, the UI would fold children under their parents.
+        order: the column to sort by. Sorted by start time, the UI would fold children under their parents.
         ascending: smallest first.
     """
 
@@ -68,12 +68,12 @@ class View:
     runs: str
     charts: tuple[Chart, ...]
     columns: tuple[str, ...]
-    order: str
-    ascending: bool
+    order: str = "attributes.start_time"
+    ascending: bool = True
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the UI restores."""
+        """The state that the UI restores."""
         section = "dit"
         return {
             "searchFilter": self.runs,
@@ -86,7 +86,7 @@ class View:
                 for place, chart in enumerate(self.charts)
             ],
             "compareRunSections": [{"uuid": section, "name": self.name, "display": True, "isReordered": True}],
-            # In the order given; the UI would sort ours in among the sections that it makes itself.
+            # Keeps the given order; the UI would sort our section in among its own.
             "isAccordionReordered": True,
         }
 
@@ -118,7 +118,7 @@ def scatter(title: str, x: str, y: str) -> Chart:
 
 
 def parallel(params: Sequence[str], metrics: Sequence[str]) -> Chart:
-    """Parallel coordinates: a line for each run, coloured by the last metric. Three axes have room for their names."""
+    """Parallel coordinates: a line for each run, coloured by the last metric. More than three axis names overlap."""
     return _chart("PARALLEL", selectedParams=list(params), selectedMetrics=list(metrics), showAllRuns=False)
 
 
@@ -126,33 +126,36 @@ def _chart(kind: str, **settings: Any) -> Chart:
     return {"type": kind, "runsCountToCompare": 100, **settings}
 
 
+def _children_view(run: Run, title: str, also: str = "", **shown: Any) -> View:
+    """A view of a run's child runs; ``also``: a further condition on them."""
+    parent = f"tags.`{PARENT_RUN}` = '{run.info.run_id}'"
+    return View(PREFIX + run.info.run_id, f"{title} of {run.info.run_name}", parent + also, **shown)
+
+
 def _metrics(*names: str) -> tuple[str, ...]:
     return tuple(f"metrics.{name}" for name in names)
 
 
 def windows_view(run: Run) -> View:
-    """The windows of an influence run beside each other."""
+    """The windows of an influence run side by side."""
     agreement = SPEARMAN if SPEARMAN.name in run.data.metrics else TRUST_SPEARMAN
     found = [figure.name for figure in (agreement, AUROC, RECALL_AT_K) if figure.name in run.data.metrics]
-    return View(
-        key=PREFIX + run.info.run_id,
-        name=f"Windows of {run.info.run_name}",
-        runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}'",
+    return _children_view(
+        run,
+        "Windows",
         charts=(*map(bar_chart, found), parallel([], [WINDOW_START.name, *found[:2]])),
         columns=_metrics(WINDOW_START.name, WINDOW_END.name, *found),
         order=f"metrics.{WINDOW_START.name}",
-        ascending=True,
     )
 
 
 def methods_view(run: Run) -> View:
-    """The methods of a comparison beside each other, the best first: over windows, and against cost."""
+    """The methods of a comparison side by side, the best first: over windows, and against cost."""
     whole = [figure.name for figure in (SPEARMAN, PEARSON, LDS, AUROC)]
     cost = INFLUENCE_SECONDS.name
-    return View(
-        key=PREFIX + run.info.run_id,
-        name=f"Methods of {run.info.run_name}",
-        runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}'",
+    return _children_view(
+        run,
+        "Methods",
         charts=(
             line_chart(SPEARMAN.by_window),
             line_chart(AUROC.by_window),
@@ -167,16 +170,15 @@ def methods_view(run: Run) -> View:
 
 
 def strategies_view(run: Run) -> View:
-    """The strategies of a cleansing beside each other, over the number of samples that each took."""
+    """The strategies of a cleansing side by side, over the number of samples cleaned."""
     measured = [data + metric for metric in (ACCURACY, LOSS) for data in (VALIDATION, TEST)]
-    return View(
-        key=PREFIX + run.info.run_id,
-        name=f"Strategies of {run.info.run_name}",
-        runs=f"tags.`{PARENT_RUN}` = '{run.info.run_id}' and tags.`{KIND}` = 'strategy'",
+    return _children_view(
+        run,
+        "Strategies",
+        f" and tags.`{KIND}` = 'strategy'",
         charts=tuple(line_chart(BY_FRACTION + name) for name in measured),
         columns=("params.strategy", "params.chosen.fraction", *_metrics(*measured)),
         order="params.strategy",
-        ascending=True,
     )
 
 
@@ -198,8 +200,6 @@ TRAININGS = View(
         "params.workload.lr",
         *_metrics(VALIDATION_LOSS.name, VALIDATION + ACCURACY, TEST + ACCURACY),
     ),
-    order="attributes.start_time",
-    ascending=True,
 )
 """All training runs of an experiment."""
 
@@ -217,19 +217,17 @@ INFLUENCES = View(
         "params.resolved.training_run",
         *_metrics(SPEARMAN.name, TRUST_SPEARMAN.name, AUROC.name),
     ),
-    order="attributes.start_time",
-    ascending=True,
 )
-"""All influence runs of an experiment: kinds and trainings over each other, window by window."""
+"""All influence runs of an experiment, window by window."""
 
 
 def save_views(experiment_id: str, *views: View) -> list[View]:
-    """Keep ``views``, :data:`TRAININGS` and :data:`INFLUENCES` in an experiment, in place of older ones of their keys.
+    """Save ``views``, :data:`TRAININGS` and :data:`INFLUENCES` in an experiment, replacing views of the same keys.
 
-    Of the views of single runs only the newest :data:`KEPT` stay.
+    Of the views of single runs, only the newest :data:`KEPT` are kept.
 
     Returns:
-        Those of ``views`` that are kept: none if the store does not let us, which is logged and stops nothing.
+        ``views``, or nothing if the store refuses, which is only logged.
     """
     client = MlflowClient()
     try:

@@ -26,7 +26,7 @@ from dit_mlflow.explanation import cleansing
 from dit_mlflow.explanation.cleansing import CleansingTask
 from dit_mlflow.recording.loop import train_unrecorded
 from dit_mlflow.tracking import load_influence, load_trajectory, record_trajectory
-from dit_mlflow.tracking.jobs import cleanse as job
+from dit_mlflow.tracking.jobs import request as job
 from dit_mlflow.workload import Workload
 
 QUICK = {**SMALL, "repeats": "2", "draws": "2", "drop": "0.1,0.2"}
@@ -348,7 +348,7 @@ def test_a_loop_of_ones_own_needs_a_workload_that_can_be_trained(own_loop: str) 
     assert finished.exit_code == 0, finished.output
     (parent,) = runs("cleansing")
     assert parent.data.params["resolved.metric"] == "loss"
-    assert "does not tell its seeds" in parent.data.tags["mlflow.note.content"]
+    assert "seeds of the recorded training are not known" in parent.data.tags["mlflow.note.content"]
     assert "need" in parent.data.tags["dit.undefined.test/loss_low"]
 
 

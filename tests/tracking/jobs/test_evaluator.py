@@ -314,5 +314,5 @@ def test_rows_whose_loss_is_no_number_are_refused(tmp_path: Path) -> None:
     question = RowQuestion("run", trajectory, workload, (Window(0, 3),), "local")
     inputs, targets = (tensor[:3].numpy().copy() for tensor in datasets()[1].tensors)
     inputs[1] = 10
-    with pytest.raises(InputError, match="the loss of row 1 is inf, of which there is no influence"):
+    with pytest.raises(InputError, match="the loss of row 1 is inf, for which influence is undefined"):
         question.answer(inputs, targets)

@@ -119,7 +119,7 @@ def test_training_that_fails_leaves_what_was_recorded(store: str) -> None:
     trajectory = load_trajectory(run.info.run_id)
     assert (trajectory.num_steps, trajectory.complete) == (5, False)
     assert "5 steps" in note(run)
-    assert "Training was broken off" in note(run)
+    assert "Training was interrupted" in note(run)
     assert len(run.inputs.dataset_inputs) == 1
 
 
