@@ -148,6 +148,21 @@ LDS = Figure(
     "linear datamodeling score: agreement of summed scores with training on random halves of the data, by rank",
 )
 
+REMOVAL_LDS = Figure(
+    "removal/lds",
+    "LDS of removals",
+    "",
+    True,
+    "agreement of summed scores with retraining without random shares of the samples that did not fit them, by rank",
+)
+REMOVAL_SLOPE = Figure(
+    "removal/slope",
+    "slope of removals",
+    "",
+    None,
+    "real change over the foretold one, over retrainings without random shares of the samples; 1 is the right size",
+)
+
 TRUST_SPEARMAN = Figure(
     "trust/spearman",
     "Spearman",
@@ -288,7 +303,7 @@ WINDOW_END = Figure("window_end", "to step", "steps", None, "the step before whi
 FIGURES: Mapping[str, Figure] = {found.name: found for found in globals().values() if isinstance(found, Figure)}
 """All of the above by name, in their order. A workload's own metrics are not among them."""
 
-FIDELITY = (SPEARMAN, TRUST_SPEARMAN)
+FIDELITY = (SPEARMAN, REMOVAL_LDS, TRUST_SPEARMAN)
 """How well an estimate agrees with exact retraining: the first that is known tells it."""
 
 

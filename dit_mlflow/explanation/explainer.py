@@ -21,9 +21,13 @@ from dit_mlflow.evaluation import (
 from dit_mlflow.evaluation.figures import (
     CPU_SECONDS,
     DETECTION,
+    HIGH,
     INFLUENCE_SECONDS,
+    LOW,
     MAX_DRIFT,
     PEARSON,
+    REMOVAL_LDS,
+    REMOVAL_SLOPE,
     SPEARMAN,
     TRUST,
     TRUTH,
@@ -149,6 +153,7 @@ def _figures(explanation: Explanation, window: Window) -> Metrics:
     """Figures of one window; the subsets are of the whole run, and so is the score that they give."""
     scores, truth = explanation.scores.of(window), explanation.truth
     figures = detection(scores, sorted(explanation.gallery.corrupted)).prefixed(DETECTION)
+    figures = _of_removals(explanation.scores, window).and_(figures)
     if truth.subsets is not None and window in truth.subsets.windows:
         figures = datamodeling_score(scores, truth.subsets, window).prefixed(TRUTH).and_(figures)
     if truth.leave_one_out is None:
@@ -158,6 +163,20 @@ def _figures(explanation: Explanation, window: Window) -> Metrics:
         correlations_with_intervals(scores, exact, (SPEARMAN.leaf, PEARSON.leaf))
     )
     return agreement.prefixed(TRUTH).and_(figures)
+
+
+def _of_removals(found: Influence, window: Window) -> Metrics:
+    """How well the scores foretell removals, as the bank that chose them says of those that it left aside."""
+    if found.removed is None:
+        return Metrics()
+    judged, values = found.metadata["bank"][str(window)][0], {}
+    for figure, key in ((REMOVAL_LDS, "order"), (REMOVAL_SLOPE, "size")):
+        if judged[key] is not None:
+            low, high = judged[f"{key}_interval"]
+            values |= {figure.name: judged[key], figure.name + LOW: low, figure.name + HIGH: high}
+    if not values:
+        return Metrics(undefined={REMOVAL_LDS.name: "the retrainings without a share of the samples all end the same"})
+    return Metrics(values)
 
 
 def _with_figures(explanation: Explanation, more: Sequence[Metrics], prefix: str = "") -> Explanation:
@@ -194,7 +213,8 @@ class _Retraining:
 
     def trust(self, explanation: Explanation, checks: Checks) -> Explanation:
         """Add how far the estimate can be trusted, from a few random samples."""
-        if not checks.trust:
+        # What removals of many do is not held against that of one.
+        if not checks.trust or explanation.influence.removed is not None:
             return explanation
         exact = explanation.truth.leave_one_out
         judged, scores = None if exact is None else _first_query(exact), _first_query(explanation.scores)

@@ -32,6 +32,11 @@ def cell(of: Figure, value: float) -> str:
     return f"{100 * value:.0f} %" if of.unit == SHARE else decimals(value)
 
 
+def share(value: float) -> str:
+    """``0.1`` is ``10 %``."""
+    return f"{figure(100 * value)} %"
+
+
 def span(low: float, high: float) -> str:
     """``0.10 to 0.20``, or one number if both read the same."""
     first, last = decimals(low), decimals(high)

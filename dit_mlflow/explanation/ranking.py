@@ -24,11 +24,11 @@ def ranking_scores(influence: Influence, whole: Influence | None = None) -> np.n
 def best_known(estimate: Influence, exact: Influence | None) -> Influence:
     """Scores of one window that rank the samples: for the first query, exact ones where ``exact`` has them.
 
-    Most of the largest estimates are too large, since training is not linear that far. Scores in a method's own units
-    stay as they are: exact ones cannot be ranked among them.
+    Most of the largest estimates are too large, since training is not linear that far. Scores in a method's own units,
+    and those of removals of many, stay as they are: exact ones of one sample cannot be ranked among them.
     """
     (window,) = estimate.windows
-    if exact is None or window not in exact.windows or estimate.measures != "query":
+    if exact is None or window not in exact.windows or estimate.measures != "query" or estimate.removed is not None:
         return estimate
     scores, known = estimate.scores.copy(), exact.of(window)
     scores[0, 0] = np.where(np.isfinite(known), known, scores[0, 0])

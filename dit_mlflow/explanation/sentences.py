@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dit_mlflow.evaluation import Metrics
-from dit_mlflow.evaluation.figures import HIGH, LOW, RECALL_AT_K, SPEARMAN, TRUST_SAMPLES, TRUST_SPEARMAN
+from dit_mlflow.evaluation.figures import (
+    HIGH,
+    LOW,
+    RECALL_AT_K,
+    REMOVAL_LDS,
+    REMOVAL_SLOPE,
+    SPEARMAN,
+    TRUST_SAMPLES,
+    TRUST_SPEARMAN,
+)
 from dit_mlflow.evaluation.patterns import PATTERNS, patterns
-from dit_mlflow.explanation.numbers import decimals, figure, span
+from dit_mlflow.explanation.numbers import decimals, figure, share, span
 from dit_mlflow.explanation.ranking import extreme_samples, ranking_scores
 from dit_mlflow.influence import Influence, Window
 
@@ -21,6 +30,9 @@ if TYPE_CHECKING:
 
 AGREEMENT = ((0.9, "very high"), (0.7, "high"), (0.5, "moderate"), (0.3, "low"))
 """The least Spearman correlation with exact leave-one-out for each word; below the last it is very low."""
+
+SIZE_RIGHT = (2 / 3, 3 / 2)
+"""Slopes of real on foretold changes between which agreement may be called high."""
 
 TURNED = 0.5
 """A second window is mentioned if the sample's effect there has the other sign and at least this share of the size."""
@@ -99,6 +111,8 @@ def _one(
         removal = "exact removal" if np.isfinite(exactly[sample]) else "removal"
         doubt = " by the estimate" if np.isfinite(exactly).any() and removal == "removal" else ""
     said = f"{removal} {change} {quantity} by {figure(abs(told.scores[0, 0, sample]))}{over}{doubt}"
+    if told.removed is not None:
+        said = _one_of_many(found, told, sample, change, quantity, over)
     if found.influence.measures == "ranking":
         said = f"as {found.influence.method} ranks them{over}"
     if len(windows) == 1 or not sign * scores[place] > 0:
@@ -108,6 +122,21 @@ def _one(
     if sign * scores[other] < -TURNED * sign * scores[place]:
         text += f", but {'helped' if verb == 'hurt' else 'hurt'} in steps {windows[other]}"
     return text
+
+
+def _one_of_many(found: Explanation, told: Influence, sample: int, change: str, quantity: str, over: str) -> str:
+    """What the removal of one sample does when others go too, with its interval; and alone, where that is known."""
+    assert told.removed is not None
+    low, high = (end[0, 0, sample] for end in told.interval())
+    ends = " to ".join(figure(abs(end)) for end in sorted((low, high), key=abs))
+    said = (
+        f"where {share(told.removed)} of the samples go, its removal {change} {quantity} by "
+        f"{figure(abs(told.scores[0, 0, sample]))}{over}, 95 % interval {ends}"
+    )
+    exact = _exactly(found, told.windows[0])[sample]
+    if not np.isfinite(exact):
+        return said
+    return f"{said}; alone, by exact retraining, it {'raises' if exact > 0 else 'lowers'} it by {figure(abs(exact))}"
 
 
 def _doubt(found: Explanation, told: Influence, sample: int) -> str:
@@ -128,6 +157,8 @@ def _how_sure(found: Explanation) -> str:
     every = (found.whole, *found.per_window)
     total = len(found.influence.samples)
     count = found.checked
+    if found.influence.removed is not None:
+        return _how_sure_of_removals(found)
     if not any(key in metrics.values for metrics in every):
         reason = next((metrics.undefined[key] for metrics in every if key in metrics.undefined), None)
         if any(TRUST_SPEARMAN.name in metrics.values for metrics in every):
@@ -148,6 +179,30 @@ def _how_sure(found: Explanation) -> str:
     return _capitalised(agreement) if over else f"As far as {count} random samples tell, {agreement}"
 
 
+def _how_sure_of_removals(found: Explanation) -> str:
+    """Rank and size of removals, foretold and real."""
+    removed = found.influence.removed
+    assert removed is not None
+    rank, size = REMOVAL_LDS.name, REMOVAL_SLOPE.name
+    by_window = [metrics for metrics in found.per_window if rank in metrics.values]
+    groups = [(by_window, " in the windows" if len(found.per_window) > 1 else "")] if by_window else []
+    if rank in found.whole.values and (len(found.per_window) > 1 or not by_window):
+        groups.append(([found.whole], " over the whole run" if groups else ""))
+    if not groups:
+        return f"Retrainings without {share(removed)} of the samples all end the same: removal changes nothing."
+    told = []
+    for metrics, where in groups:
+        slopes = [values.values[size] for values in metrics]
+        told.append(
+            f"{_agreement(metrics, rank, '', where)}, real changes being {span(min(slopes), max(slopes))} times the "
+            "foretold ones"
+        )
+    return (
+        f"Held against retrainings without a random {share(removed)} of the samples, agreement of foretold and real "
+        f"changes is {' and '.join(told)}."
+    )
+
+
 def _agreement(metrics: Sequence[Metrics], key: str, over: str, where: str) -> str:
     """``high in the windows (Spearman 0.72 to 0.88 over …)``; if not over all samples, with an interval.
 
@@ -161,10 +216,22 @@ def _agreement(metrics: Sequence[Metrics], key: str, over: str, where: str) -> s
         return f"{_words(min(points), max(points))}{where} ({figures}, too few samples for an interval)"
     low = min(found.values[key + LOW] for found in metrics)
     high = max(found.values[key + HIGH] for found in metrics)
-    words = _words(min(points), max(points))
+    words = _words(*_judged(metrics, key))
     interval = f"95 % interval{'s' * (len(metrics) > 1)} {span(low, high)}"
     doubt = "" if (least := agreement_word(low)) == agreement_word(min(points)) else f", so it may be {least}"
     return f"{words}{where} ({figures}, {interval}{doubt})"
+
+
+def _judged(metrics: Sequence[Metrics], key: str) -> tuple[float, float]:
+    """Least and largest agreement, for the words: at most moderate where the size of the changes is not right."""
+    moderate = 0.69
+    capped = [
+        found.values[key]
+        if SIZE_RIGHT[0] <= found.values.get(REMOVAL_SLOPE.name, 1.0) <= SIZE_RIGHT[1]
+        else min(found.values[key], moderate)
+        for found in metrics
+    ]
+    return min(capped), max(capped)
 
 
 def _words(low: float, high: float) -> str:

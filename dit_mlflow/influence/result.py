@@ -76,6 +76,12 @@ class Influence:
         return str(self.metadata.get("measures", "query"))
 
     @property
+    def removed(self) -> float | None:
+        """The share of the samples whose removal the scores are of (``removal_influence``); ``None`` = of one alone."""
+        share = self.metadata.get("removed")
+        return None if share is None else float(share)
+
+    @property
     def unclear(self) -> np.ndarray:
         """Which scores have a 95 % interval that holds 0, bool, like ``scores``: neither helpful nor harmful."""
         if self.standard_error is None:

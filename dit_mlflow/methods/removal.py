@@ -57,9 +57,10 @@ def removal_influence(
     .. math:: s = \sum_k c_k s^{(k)}, \qquad
               c = \arg\min_{c \ge 0, a} \sum_S \Big( f(1 - 1_S) - f(1) - a - \sum_{j \in S} s_j \Big)^2
 
-    with ``S`` the sets that were left out, and ``s^(k)``: the derivative at 1, its means over weights ``U(0, 1)`` and ``Beta(2, 1)``, and leave-one-out where
-    the budget holds a training for each sample. The constant ``a``, what all removals of that share have in common, is
-    no sample's. The blend is calibrated: a sum of its scores foretells size as well as order.
+    with ``S`` the sets that were left out, and ``s^(k)``: the derivative at 1, its means over weights ``U(0, 1)`` and
+    ``Beta(2, 1)``, and leave-one-out where the budget holds a training for each sample. The constant ``a``, what all
+    removals of that share have in common, is no sample's. The blend is calibrated: a sum of its scores foretells size
+    as well as order.
 
     The bank is that of datamodels (Ilyas et al. 2022, arXiv 2202.00622), which fit all scores to it; a few dozen
     retrainings are far too few for that, and enough for a handful of coefficients.
@@ -77,9 +78,9 @@ def removal_influence(
         removing the sample, when a share ``removed`` goes; for a loss, positive = helpful, negative = harmful.
         ``standard_error``: of drawing weights (pooled over samples: Smyth 2004, doi 10.2202/1544-6115.1027) and of the
         coefficients (bootstrap over the bank); that a set's effect is not the sum of its members' is not in it.
-        ``metadata["bank"]`` says, for each window and query, how well the blend foretells retrainings that did not
-        choose it: ``lds`` (Spearman) and ``slope`` (of real on foretold change; 1 = the right size), each with its
-        interval of 95 %, and the coefficients.
+        ``metadata["bank"]`` says, for each window (by its name) and query, how well the blend foretells retrainings
+        that did not choose it: ``order`` (LDS: Spearman), ``size`` (slope of real on foretold change; 1 is right),
+        their intervals of 95 %, and the coefficients.
 
     Raises:
         InputError: a share or a budget that cannot be used, and what :func:`dit_mlflow.track` refuses.
@@ -101,7 +102,7 @@ def removal_influence(
     bank = train_on_subsets(*given, subsets=2 * trainings, share=1 - removed, seed=seed, dtype=dtype, effort=effort)
     scores, errors = np.zeros(question.shape), np.zeros(question.shape)
     freedom = np.zeros(question.shape[:2])
-    judged: list[list[dict[str, Any]]] = [[{} for _ in question.queries] for _ in question.windows]
+    judged: dict[str, list[dict[str, Any]]] = {str(window): [] for window in question.windows}
     for window, query in np.ndindex(*question.shape[:2]):
         blend = Blend.fitted(
             {name: part.scores[window, query] for name, part in parts.items()},
@@ -111,7 +112,8 @@ def removal_influence(
             seed,
         )
         scores[window, query], errors[window, query] = blend.scores, blend.errors
-        freedom[window, query], judged[window][query] = blend.freedom, blend.judged
+        freedom[window, query] = blend.freedom
+        judged[str(question.windows[window])].append(blend.judged)
     return question.answer(
         scores,
         "removal",
@@ -134,7 +136,7 @@ class Blend:
     Attributes:
         scores, errors: ``[samples]``.
         freedom: degrees of freedom of the errors.
-        judged: JSON values: ``lds``, ``slope``, their intervals, ``coefficients``.
+        judged: JSON values: ``order``, ``size``, their intervals, ``coefficients``.
     """
 
     scores: np.ndarray
@@ -211,8 +213,8 @@ def _judged(foretold: np.ndarray, changes: np.ndarray, drawn: np.ndarray) -> dic
     x, y = foretold[rows], changes[rows]
     known = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0)
     if not known[0]:
-        return dict.fromkeys(("lds", "lds_interval", "slope", "slope_interval"))
-    figures = {"lds": _slopes(_standardised(x[known]), _standardised(y[known])), "slope": _slopes(x[known], y[known])}
+        return dict.fromkeys(("order", "order_interval", "size", "size_interval"))
+    figures = {"order": _slopes(_standardised(x[known]), _standardised(y[known])), "size": _slopes(x[known], y[known])}
     return {
         key: value
         for name, found in figures.items()

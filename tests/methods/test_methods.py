@@ -409,7 +409,7 @@ def test_every_method_answers_alike(name: str, workload: Workload, trajectory: T
 
 
 def test_a_method_that_is_not_there_is_refused() -> None:
-    with pytest.raises(InputError, match="no method 'dlt'; there are dit, expected, dit_confirmed"):
+    with pytest.raises(InputError, match="no method 'dlt'; there are dit, expected, removal, dit_confirmed"):
         method("dlt")
 
 

@@ -47,8 +47,8 @@ def test_the_blend_finds_the_parts_that_made_the_changes() -> None:
     s, t, gone = random.normal(size=60), random.normal(size=60), subsets(32, 60, 12)
     found = blended({"s": s, "t": t, "nothing": random.normal(size=60)}, gone, gone @ (2 * s + 0.5 * t) + 7)
     np.testing.assert_allclose(found.scores, 2 * s + 0.5 * t, atol=1e-12)
-    assert found.judged["lds"] == pytest.approx(1)
-    assert found.judged["slope"] == pytest.approx(1)
+    assert found.judged["order"] == pytest.approx(1)
+    assert found.judged["size"] == pytest.approx(1)
     assert found.judged["coefficients"] == pytest.approx({"s": 2, "t": 0.5, "nothing": 0}, abs=1e-12)
     assert found.errors.max() < 1e-12
 
@@ -58,14 +58,14 @@ def test_no_part_counts_against_itself() -> None:
     s, gone = np.random.default_rng(0).normal(size=60), subsets(32, 60, 12)
     found = blended({"s": s}, gone, -(gone @ s))
     assert not found.scores.any()
-    assert found.judged["slope"] is None or found.judged["slope"] < 0.5
+    assert found.judged["size"] is None or found.judged["size"] < 0.5
 
 
 def test_removals_that_change_nothing_have_no_score() -> None:
     s, gone = np.random.default_rng(0).normal(size=60), subsets(32, 60, 12)
     found = blended({"s": s}, gone, np.zeros(32))
     assert not found.scores.any()
-    assert found.judged["lds"] is None
+    assert found.judged["order"] is None
 
 
 def test_trainings_that_broke_are_left_out_and_too_many_refused() -> None:
@@ -160,7 +160,7 @@ def test_where_nothing_foretells_it_says_so(tmp_path: Path) -> None:
     found = removal_influence(trajectory, workload, windows, removed=0.05)
     others = train_on_subsets(trajectory, workload, windows, subsets=150, share=0.95, seed=99)
     real = datamodeling_score(found.of(0), others).values["lds"]
-    (low, high) = found.metadata["bank"][0][0]["lds_interval"]
+    (low, high) = found.metadata["bank"][str(windows[0])][0]["order_interval"]
     assert real < 0.5
     assert low < 0.2
     assert high < 0.6
@@ -176,8 +176,8 @@ def test_the_same_seed_gives_the_same_and_a_large_budget_takes_leave_one_out(
     assert not np.array_equal(one.scores, other.scores)
     assert one.metadata["spent"] == {"sweeps": 9, "retrainings": 32}
     large = removal_influence(trajectory, workload, windows, trainings=workload.num_samples)
-    assert "leave_one_out" in large.metadata["bank"][0][0]["coefficients"]
-    assert "leave_one_out" not in one.metadata["bank"][0][0]["coefficients"]
+    assert "leave_one_out" in large.metadata["bank"]["0-4"][0]["coefficients"]
+    assert "leave_one_out" not in one.metadata["bank"]["0-4"][0]["coefficients"]
 
 
 @pytest.mark.parametrize(
