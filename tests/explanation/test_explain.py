@@ -9,8 +9,11 @@ import torch
 from workloads import digits_workload
 
 from dit_mlflow import Checks, InputError, Query, Trajectory, Window, Workload, explain, leave_one_out, track, train
-from dit_mlflow.evaluation import correlations, datamodeling_score, detection, trust
+from dit_mlflow.evaluation import Metrics, correlations, datamodeling_score, detection, trust
 from dit_mlflow.explanation import find_truth
+from dit_mlflow.explanation.numbers import figure
+from dit_mlflow.explanation.ranking import extreme_samples
+from dit_mlflow.methods.removal import Removal
 
 WINDOWS = [Window(0, 4), Window(4, 9)]
 WHOLE = Window(0, 9)
@@ -177,3 +180,41 @@ def test_a_sample_that_may_do_either_is_not_named(trajectory: Trajectory, worklo
     assert doubted.sentences[0].startswith(f"Sample {order[1]} ")
     assert f"sample {order[-2]} (" in doubted.sentences[0]
     assert not set(order[[0, -1]]) & set(doubted.top(24)["sample_index"])
+
+
+def test_removal_of_a_share_is_told_with_its_interval_and_held_against_the_bank(
+    trajectory: Trajectory, workload: Workload
+) -> None:
+    method = Removal(removed=0.25)
+    found = explain(trajectory, workload, WINDOWS, method=method, checks=Checks(ground_truth=6, trust=5))
+    direct = method(trajectory, workload, [*WINDOWS, WHOLE])
+    np.testing.assert_array_equal(found.scores.scores, direct.scores)
+    for window in (*WINDOWS, WHOLE):
+        (judged,) = direct.metadata["bank"][str(window)]
+        figures = found.measured[window].values
+        assert figures["removal/lds"] == judged["order"]
+        assert (figures["removal/lds_low"], figures["removal/lds_high"]) == tuple(judged["order_interval"])
+        assert figures["removal/slope"] == judged["size"]
+    # Exact leave-one-out stands beside, and does not rank.
+    assert found.ranking is found.whole_run
+    who, sure, _ = found.sentences
+    harmful, helpful = extreme_samples(direct.select([WHOLE]), 1)
+    for sample in (*harmful, *helpful):
+        low, high = (abs(end[2, 0, sample]) for end in direct.interval())
+        assert f"Sample {sample} " in who or f"sample {sample} " in who
+        assert f"{figure(min(low, high))} to {figure(max(low, high))}" in who
+    assert "where 25 % of the samples go, its removal" in who
+    assert "alone, by exact retraining, it" in who
+    assert sure.startswith("Held against retrainings without a random 25 % of the samples, agreement")
+    assert "trust/spearman" not in found.whole.values
+
+
+@pytest.mark.parametrize(("size", "word"), [(1.0, "very high"), (0.3, "moderate"), (1.6, "moderate")])
+def test_agreement_in_order_alone_is_not_called_high(
+    size: float, word: str, trajectory: Trajectory, workload: Workload
+) -> None:
+    found = explain(trajectory, workload, WINDOWS, method=Removal(removed=0.25), checks=Checks(trust=0))
+    figures = {"removal/lds": 0.95, "removal/lds_low": 0.91, "removal/lds_high": 0.99, "removal/slope": size}
+    alike = replace(found, whole=Metrics(figures), per_window=(Metrics(figures),) * 2)
+    assert f"changes is {word} in the windows (Spearman 0.95" in alike.sentences[1]
+    assert f"real changes being {size:.2f} times the foretold ones" in alike.sentences[1]
