@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -34,8 +33,8 @@ class ConfidentLearning(Method):
         UnsupportedError: the workload is no classification, or no class has ``folds`` samples.
     """
 
-    name: ClassVar[str] = "confident_learning"
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "suspicion"
+    name = "confident_learning"
+    measures = "suspicion"
 
     folds: int = 5
     seed: int = 0

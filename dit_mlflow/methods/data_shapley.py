@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence.question import Question
-from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.retraining.effort import Effort
+from dit_mlflow.methods.method import Estimate, RetrainingMethod
 from dit_mlflow.retraining.random_subsets import met, outcomes
 
 ROUNDS = 16
@@ -20,7 +17,7 @@ ROUNDS = 16
 
 
 @dataclass(frozen=True)
-class DataShapley(Method):
+class DataShapley(RetrainingMethod):
     """Truncated Monte Carlo Data Shapley (Ghorbani and Zou 2019, arXiv 1904.02868, algorithm 1).
 
     ::
@@ -51,18 +48,12 @@ class DataShapley(Method):
         UnsupportedError: training on some subsets diverges.
     """
 
-    name: ClassVar[str] = "data_shapley"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
-    retrains: ClassVar[bool] = True
+    name = "data_shapley"
 
     retrainings: int = 2560
     tolerance: float = 0.01
     patience: int = 5
     seed: int = 0
-    dtype: torch.dtype | None = None
-    effort: Effort = field(default_factory=Effort)
 
     def __post_init__(self) -> None:
         if not self.tolerance >= 0 or self.patience < 1 or self.seed < 0:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence.question import Question
-from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.retraining.effort import Effort
+from dit_mlflow.methods.method import Estimate, RetrainingMethod
 from dit_mlflow.retraining.random_subsets import met, outcomes, random_subsets
 
 _log = logging.getLogger(__name__)
@@ -22,7 +20,7 @@ PENALTY_FOLDS = 4
 
 
 @dataclass(frozen=True)
-class Datamodel(Method):
+class Datamodel(RetrainingMethod):
     """Coefficients of a regression of the query on the samples of random subsets (Ilyas et al. 2022, arXiv 2202.00622).
 
     ::
@@ -51,19 +49,13 @@ class Datamodel(Method):
         UnsupportedError: training on some subsets diverges.
     """
 
-    name: ClassVar[str] = "datamodel"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
-    retrains: ClassVar[bool] = True
+    name = "datamodel"
 
     subsets: int = 1024
     share: float = 0.9
     regression: Literal["lasso", "ridge"] = "lasso"
     penalty: float | None = None
     seed: int = 0
-    dtype: torch.dtype | None = None
-    effort: Effort = field(default_factory=Effort)
 
     def __post_init__(self) -> None:
         if self.regression not in ("lasso", "ridge"):

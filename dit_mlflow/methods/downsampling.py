@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from dit_mlflow.influence.question import Question
-from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.retraining.effort import Effort
+from dit_mlflow.methods.method import Estimate, RetrainingMethod
 from dit_mlflow.retraining.random_subsets import met, outcomes, random_subsets
 
 
 @dataclass(frozen=True)
-class Downsampling(Method):
+class Downsampling(RetrainingMethod):
     """Mean query of trainings without a sample minus that of those with it (Feldman and Zhang 2020, arXiv 2008.03703).
 
     ::
@@ -45,17 +42,11 @@ class Downsampling(Method):
         UnsupportedError: training on some subsets diverges.
     """
 
-    name: ClassVar[str] = "downsampling"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
-    retrains: ClassVar[bool] = True
+    name = "downsampling"
 
     subsets: int = 1024
     share: float = 0.9
     seed: int = 0
-    dtype: torch.dtype | None = None
-    effort: Effort = field(default_factory=Effort)
 
     def estimate(self, question: Question) -> Estimate:
         kept = random_subsets(question.workload.num_samples, self.subsets, self.share, self.seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import in_parts
-from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.method import Estimate, WindowMethod
 from dit_mlflow.methods.objective import refuse_ascent
 from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.dynamics import MicroBatch
@@ -24,7 +23,7 @@ from dit_mlflow.trajectory.step_record import StepRecord
 
 
 @dataclass(frozen=True)
-class Dvemb(Method):
+class Dvemb(WindowMethod):
     r"""Trajectory-specific leave-one-out by data value embeddings (Wang et al. 2025, arXiv 2412.09538).
 
     A sample met at step ``t`` has the embedding
@@ -51,10 +50,7 @@ class Dvemb(Method):
     gradients say little of curvature: squared losses, wrong labels, early training.
     """
 
-    name: ClassVar[str] = "dvemb"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
+    name = "dvemb"
 
     dtype: torch.dtype | None = None
     memory_budget: int | None = None

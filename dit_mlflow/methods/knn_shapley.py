@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -53,8 +53,8 @@ class KnnShapley(Method):
     ``F`` features. Equal distances are taken in the order of the training set.
     """
 
-    name: ClassVar[str] = "knn_shapley"
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "suspicion"
+    name = "knn_shapley"
+    measures = "suspicion"
 
     k: int = 5
     features: Literal["penultimate", "inputs"] = "penultimate"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -43,8 +42,8 @@ class MirroredInfluence(Method):
     back.
     """
 
-    name: ClassVar[str] = "mirrored_influence"
-    per_window: ClassVar[bool] = True
+    name = "mirrored_influence"
+    per_window = True
 
     steps: int = 1
     lr: float | None = None

@@ -1,4 +1,4 @@
-"""What a training made small, as methods that look at states of it need to know."""
+"""What a training minimised, as methods that look at single states of it need to know."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import numpy as np
 
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.window import Window
-from dit_mlflow.methods.method import Method
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory.step_record import StepRecord
-from dit_mlflow.workload import Workload
 
 
 def refuse_ascent(step: StepRecord) -> None:
@@ -18,15 +16,6 @@ def refuse_ascent(step: StepRecord) -> None:
         raise UnsupportedError(
             "the training climbed (maximize=True), and this method follows the descent of a loss. Use dit, or train on "
             "the loss with its sign turned"
-        )
-
-
-def refuse_regularizer(method: Method, workload: Workload) -> None:
-    """Raise :class:`UnsupportedError` for a method that takes the samples' gradients for all curvature there is."""
-    if workload.regularizer is not None:
-        raise UnsupportedError(
-            f"{method.name} takes the samples' gradients for the curvature, and the workload's regularizer is of no "
-            "sample. Use influence_function, or add the term to each sample's loss"
         )
 
 

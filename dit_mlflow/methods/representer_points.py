@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class RepresenterPoints(Method):
     layer puts into the model's class.
     """
 
-    name: ClassVar[str] = "representer_points"
+    name = "representer_points"
 
     l2: float = 0.003
     targets: Literal["labels", "model"] = "labels"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.window import Window
 from dit_mlflow.methods.hessian import by_parameter, flattened, hessian_product
 from dit_mlflow.methods.krylov import krylov_spaces
-from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.method import Estimate, WindowMethod
 from dit_mlflow.methods.objective import mean_coefficients, refuse_ascent
 from dit_mlflow.methods.snapshot import Snapshot, snapshots
 from dit_mlflow.replay.replay import Replay
@@ -23,7 +22,7 @@ from dit_mlflow.trajectory.step_record import StepRecord
 
 
 @dataclass(frozen=True)
-class Source(Method):
+class Source(WindowMethod):
     r"""Approximate unrolled differentiation (Bae et al. 2024, arXiv 2405.12186), with Hessian-vector products.
 
     Training is cut into segments, in which Hessian ``H``, samples' gradients ``g_j`` and their coefficients ``c_j`` are
@@ -57,10 +56,7 @@ class Source(Method):
     where learning rates are so large that steps are no flow.
     """
 
-    name: ClassVar[str] = "source"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
+    name = "source"
 
     segments: int = 3
     states: int = 2

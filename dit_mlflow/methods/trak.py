@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +16,6 @@ from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import training_labels
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.objective import shares
-from dit_mlflow.methods.random_projection import RandomProjection
 from dit_mlflow.methods.sample_gradients import Output, sample_gradients
 from dit_mlflow.methods.snapshot import Snapshot, snapshot_at
 from dit_mlflow.replay.dynamics import Dynamics
@@ -25,6 +25,9 @@ from dit_mlflow.workload.workload import Batch
 
 LARGEST_PROJECTION = 2048
 """Projected dimensions that are taken without being asked for."""
+
+BLOCK = 2**24
+"""Elements of the matrix that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Trak(Method):
     linear in its parameters over the removal.
     """
 
-    name: ClassVar[str] = "trak"
+    name = "trak"
 
     dim: int | None = None
     checkpoints: int = 3
@@ -126,6 +129,34 @@ class Trak(Method):
             if self.output == "margin":
                 raise
             return None
+
+
+@dataclass(frozen=True)
+class RandomProjection:
+    """Multiplication by ``R``, ``[P, k]``, of independent ``+-1 / sqrt(k)``: inner products survive on average.
+
+    Attributes:
+        size: ``P``.
+        dim: ``k``; where it is ``P`` or more, vectors stay as they are.
+        seed: numbers that choose ``R``; the same on every device.
+    """
+
+    size: int
+    dim: int
+    seed: Sequence[int]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``[B, P] -> [B, min(k, P)]``, float64. Cost: ``B P k``, and ``P k`` random signs for each call."""
+        if self.dim >= self.size:
+            return rows.double()
+        total = rows.new_zeros(len(rows), self.dim, dtype=torch.float64)
+        columns = max(1, BLOCK // self.dim)
+        for block, part in enumerate(rows.split(columns, dim=1)):
+            (seed,) = np.random.SeedSequence([*self.seed, block]).generate_state(1)
+            generator = torch.Generator().manual_seed(int(seed))
+            signs = torch.randint(0, 2, (part.shape[1], self.dim), generator=generator, dtype=torch.int8)
+            total += (part @ (2 * signs - 1).to(part)).double()
+        return total / self.dim**0.5
 
 
 def _log_odds(workload: Workload, model: nn.Module, batch: Batch, labels: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow import sample_losses as sample_losses_of
-from dit_mlflow.methods import NAMES, grad_cos, last_layer, method, sample_gradients
+from dit_mlflow.methods import NAMES, at_window_end, last_layer, method, sample_gradients
 from dit_mlflow.methods.confident_learning import ConfidentLearning, out_of_sample
-from dit_mlflow.methods.dit_confirmed import DitConfirmed
-from dit_mlflow.methods.influence_function import InfluenceFunction
+from dit_mlflow.methods.exact import DitConfirmed
+from dit_mlflow.methods.newton_step import InfluenceFunction
 from dit_mlflow.methods.sample_gradients import norms
 from dit_mlflow.methods.snapshot import Snapshot
 from dit_mlflow.retraining import confirm, confirmation
@@ -136,7 +136,7 @@ def test_an_angle_that_cannot_be_had_is_not_a_right_angle(
         found[[3, 5]] = 0, np.nan
         return found
 
-    monkeypatch.setattr(grad_cos, "norms", lengths)
+    monkeypatch.setattr(at_window_end, "norms", lengths)
     np.testing.assert_array_equal(method("grad_cos")(trajectory, workload).of(0), expected)
 
 

@@ -1,26 +1,44 @@
-"""Screen with DIT, then retrain exactly without the samples that stand out."""
+"""Exact retraining as methods among others: without every sample, or without those that stand out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
-
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.dit import Dit
-from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.method import Estimate, RetrainingMethod
+from dit_mlflow.retraining import leave_one_out
 from dit_mlflow.retraining.confirmation import exact_scores
-from dit_mlflow.retraining.effort import Effort
 
 
 @dataclass(frozen=True)
-class DitConfirmed(Method):
+class LeaveOneOut(RetrainingMethod):
+    """:func:`dit_mlflow.leave_one_out` as one method among others.
+
+    Attributes:
+        samples, dtype, effort: see there. In the recorded dtype (the default), its agreement with a float64 ground
+            truth is the most that rounding lets any estimate reach.
+    """
+
+    name = "leave_one_out"
+
+    samples: Sequence[int] | int | None = None
+
+    def estimate(self, question: Question) -> Estimate:
+        asked = question.trajectory, question.workload, question.windows, question.kind, question.queries
+        found = leave_one_out(*asked, self.samples, self.dtype, effort=self.effort)
+        details = {name: found.metadata[name] for name in ("num_removed", "max_drift")}
+        return Estimate(found.scores, found.metadata["dtype"], details)
+
+
+@dataclass(frozen=True)
+class DitConfirmed(RetrainingMethod):
     """``dit``, with the largest scores of each window and query replaced by exact leave-one-out.
 
-    A retraining tells the change of every query, so that a sample which stands out for one of several queries has its
-    exact score for all of them. The result's metadata hold the number of such samples, ``confirmed``, for each window.
+    One retraining gives the change of every query, so a sample that stands out for one query has exact scores for all.
+    The result's metadata hold the number of such samples in each window, ``confirmed``.
 
     Attributes:
         share: of the samples to confirm in each window for each query, at least one.
@@ -31,18 +49,12 @@ class DitConfirmed(Method):
 
     Cost: ``dit``, and for each window ``share * n`` retrainings for one query; for several, one for each sample that
     stands out for any of them, ``n`` at most. It corrects what was found, and finds nothing new: a sample that the
-    estimate holds for harmless stays so.
+    estimate takes for harmless stays so.
     """
 
-    name: ClassVar[str] = "dit_confirmed"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
-    retrains: ClassVar[bool] = True
+    name = "dit_confirmed"
 
     share: float = 0.1
-    dtype: torch.dtype | None = None
-    effort: Effort = field(default_factory=Effort)
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
