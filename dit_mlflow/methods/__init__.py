@@ -1,4 +1,4 @@
-"""Estimators of influence behind one interface, ours and other distributions'; each is loaded when it is asked for."""
+"""Estimators of influence behind one interface, ours and other distributions'; each is loaded on first use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dit_mlflow.methods.third_party import load_method, owner, registered
 
 if TYPE_CHECKING:
     NAMES: tuple[str, ...]
-    """Of all methods: ours, in the order that tables show, then those that other distributions register now."""
+    """Names of all methods: ours, in the order of tables, then those that other distributions register."""
 
 _HOMES = {
     "dit": "dit:Dit",

@@ -45,7 +45,7 @@ class Expected(WindowMethod):
         draws, seed, dtype, memory_budget: see there.
 
     Cost: ``draws`` times that of ``dit``. For the removal of many samples; for a few, ``dit`` is often nearer. It
-    foretells little of Adam's first steps and of early ``final`` windows.
+    predicts little of Adam's first steps and of early ``final`` windows.
     """
 
     name = "expected"

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dit_mlflow.errors import InputError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.method import Estimate, RetrainingMethod
 from dit_mlflow.retraining import leave_one_out
-from dit_mlflow.retraining.confirmation import exact_scores
+from dit_mlflow.retraining.leave_one_out import exact_scores
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ class DitConfirmed(RetrainingMethod):
     share: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise InputError(f"share={self.share}; expected the part of the samples to confirm, above 0 and at most 1")
+        self._expect("the part of the samples to confirm, above 0 and at most 1", 0 < self.share <= 1, "share")
 
     def estimate(self, question: Question) -> Estimate:
         screened = Dit().estimate(question)

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_mlflow.errors import InputError, UnsupportedError
+from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.kronecker import Captured, divided, eigen_factors, squares_one_by_one
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.methods.objective import shares
 from dit_mlflow.methods.sample_gradients import squares as squares_of
-from dit_mlflow.methods.snapshot import Snapshot, Vectors, snapshots
+from dit_mlflow.methods.snapshot import Snapshot, Vectors, shares, snapshots
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class FisherStep(Method):
     damping: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise InputError(f"damping={self.damping}; expected a positive share: there are eigenvalues of 0")
+        self._expect("a positive share: there are eigenvalues of 0", self.damping > 0, "damping")
 
     @abstractmethod
     def _solved(self, snapshot: Snapshot, weights: np.ndarray, gradients: Vectors) -> tuple[Vectors, dict[str, Any]]:

@@ -27,44 +27,35 @@ class Curvature:
     weights: np.ndarray
 
     def product(self, vector: np.ndarray) -> np.ndarray:
-        """``H v``, ``[P]``; see :func:`hessian_product`."""
-        return hessian_product(self.snapshot, self.weights, vector)
+        """``H v``, ``[P]``, float64. Samples with weight 0 cost nothing.
+
+        Raises:
+            UnsupportedError: it is not finite.
+        """
+        dynamics = self.snapshot.dynamics
+        direction = by_parameter(self.snapshot, vector[None])
+        inputs = list(self.snapshot.trained.values())
+        total = [torch.zeros_like(value) for value in inputs]
+        with sdpa_kernel(SDPBackend.MATH):
+            for indices, losses in self.snapshot.batches(np.flatnonzero(self.weights)):
+                _add_product(total, losses @ torch.from_numpy(self.weights[indices]).to(losses), inputs, direction)
+            if (regularizer := dynamics.workload.regularizer) is not None:
+                value = dynamics.evaluate(self.snapshot.parameters, self.snapshot.state.buffers, regularizer)
+                _add_product(total, value, inputs, direction)
+        found = torch.cat([part.flatten() for part in total]).double().cpu().numpy()
+        if not np.isfinite(found).all():
+            raise UnsupportedError(
+                "a product with the Hessian of the training loss is not finite: the loss has no second derivative at a "
+                "state that this method looks at, or training diverged. Use a method without Hessians (tracin, "
+                "grad_dot), or leave_one_out"
+            )
+        return found
 
     def residual(self, gradient: np.ndarray, solution: np.ndarray, damping: float) -> float:
         """``|(H + damping) x - gradient| / |gradient|``; 0 without a gradient."""
         norm = np.linalg.norm(gradient)
         left = self.product(solution) + damping * solution - gradient
         return float(np.linalg.norm(left) / norm) if norm else 0.0
-
-
-def hessian_product(snapshot: Snapshot, weights: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """``H v``, ``[P]``, float64, for ``sum_i weights_i l_i`` and the regularizer.
-
-    Args:
-        weights: ``[n]``. Samples with weight 0 cost nothing.
-        vector: ``v``, ``[P]``.
-
-    Raises:
-        UnsupportedError: it is not finite.
-    """
-    dynamics = snapshot.dynamics
-    direction = by_parameter(snapshot, vector[None])
-    inputs = list(snapshot.trained.values())
-    total = [torch.zeros_like(value) for value in inputs]
-    with sdpa_kernel(SDPBackend.MATH):
-        for indices, losses in snapshot.batches(np.flatnonzero(weights)):
-            _add_product(total, losses @ torch.from_numpy(weights[indices]).to(losses), inputs, direction)
-        if dynamics.workload.regularizer is not None:
-            value = dynamics.evaluate(snapshot.parameters, snapshot.state.buffers, dynamics.workload.regularizer)
-            _add_product(total, value, inputs, direction)
-    found = torch.cat([part.flatten() for part in total]).double().cpu().numpy()
-    if not np.isfinite(found).all():
-        raise UnsupportedError(
-            "a product with the Hessian of the training loss is not finite: the loss has no second derivative at a "
-            "state that this method looks at, or training diverged. Use a method without Hessians (tracin, grad_dot), "
-            "or leave_one_out"
-        )
-    return found
 
 
 def _add_product(total: list[Tensor], value: Tensor, inputs: list[Tensor], direction: Vectors) -> None:

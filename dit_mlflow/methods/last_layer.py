@@ -1,4 +1,4 @@
-"""A classifier as a linear layer on features of what came before."""
+"""A classifier as a linear layer on features."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from torch.utils.data import Dataset
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory import State
-from dit_mlflow.workload import to_like
-from dit_mlflow.workload.workload import Batch
+from dit_mlflow.workload import Batch, to_like
 
 FEATURES_PER_PASS = 256
 """Samples per forward pass."""
 
+Call = tuple[str, Tensor, Tensor]
+"""A layer's name, what it was given, what it gave."""
+
 
 @dataclass(frozen=True, eq=False)
 class LabelledFeatures:
-    """Samples as the last layer meets them: features ``[n, F]``, labels ``[n]``, logits ``[n, classes]``; float64."""
+    """Samples at the last layer: features ``[n, F]`` and logits ``[n, classes]``, float64, labels ``[n]``."""
 
     features: Tensor
     labels: Tensor
@@ -41,7 +43,7 @@ class LastLayer:
         state: the model's.
 
     Raises:
-        UnsupportedError: there is no linear layer, or it is not called with one row per sample.
+        UnsupportedError: there is none, or it is not called with one row per sample.
     """
 
     def __init__(self, dynamics: Dynamics, state: State) -> None:
@@ -75,11 +77,7 @@ class LastLayer:
         return self._own_name("bias") if computed or self.module.bias is not None else None
 
     def of(self, dataset: Dataset[Any]) -> LabelledFeatures:
-        """Every sample of ``dataset``.
-
-        Raises:
-            UnsupportedError: its labels are no classes, or the model's features not finite.
-        """
+        """All of ``dataset``; raises :class:`UnsupportedError` if labels are no classes, or features not finite."""
         size = len(dataset)  # type: ignore[arg-type]
         features, labels, logits = [], [], []
         for indices in np.array_split(np.arange(size), -(-size // FEATURES_PER_PASS)):
@@ -94,7 +92,7 @@ class LastLayer:
         return joined
 
     def check_linear(self) -> None:
-        """Raise :class:`UnsupportedError` unless the logits are the layer's output, and its weights nothing else's."""
+        """Raise :class:`UnsupportedError` unless the logits are the layer's output, and only it uses its weights."""
         _, features, _ = self._pass(self.state, self._batch, self._size)
         moved = State(dict(self.state.parameters), self.state.buffers)
         moved.parameters[self.weight] = 2 * moved.parameters[self.weight]
@@ -121,26 +119,29 @@ class LastLayer:
 
     def _pass(self, state: State, batch: Batch, size: int) -> tuple[str, Tensor, Tensor]:
         """The last linear layer called, what it was given, and the logits."""
-        with self._listening() as calls:
+        with listening(self._linear) as calls:
             logits = class_logits(self.dynamics, state, batch, size)
-        name, features = calls[-1] if calls else ("", torch.empty(0))
+        name, features, _ = calls[-1] if calls else ("", torch.empty(0), None)
         return name, features, logits
 
-    @contextmanager
-    def _listening(self) -> Iterator[list[tuple[str, Tensor]]]:
-        calls: list[tuple[str, Tensor]] = []
 
-        def keep(name: str, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
-            given = arguments[0] if arguments else named["input"]
-            calls.append((name, given.detach().clone()))  # what follows may work in place
+@contextmanager
+def listening(modules: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
+    """A list that every call of a module is added to."""
+    calls: list[Call] = []
 
-        with ExitStack() as hooks:
-            for name, module in self._linear.items():
-                hook = module.register_forward_pre_hook(
-                    lambda _, arguments, named, name=name: keep(name, arguments, named), with_kwargs=True
-                )
-                hooks.callback(hook.remove)
-            yield calls
+    def keep(name: str, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Tensor) -> Tensor:
+        given = arguments[0] if arguments else named["input"]
+        calls.append((name, given.detach().clone(), output))
+        return output.clone()  # what follows may work in place, on this as on the input
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hook = module.register_forward_hook(
+                lambda _, arguments, named, output, name=name: keep(name, arguments, named, output), with_kwargs=True
+            )
+            hooks.callback(hook.remove)
+        yield calls
 
 
 def class_logits(dynamics: Dynamics, state: State, batch: Batch, size: int) -> Tensor:
@@ -172,7 +173,7 @@ def first_samples(dynamics: Dynamics, state: State, size: int) -> Batch:
 
 
 def _training_batches(dynamics: Dynamics, state: State, samples: np.ndarray) -> Iterator[tuple[Batch, int]]:
-    """Parts of one forward pass each, and their sizes."""
+    """Batches for one forward pass each, and their sizes."""
     for indices in np.array_split(samples, -(-len(samples) // FEATURES_PER_PASS)):
         yield _training_batch(dynamics, state, indices), len(indices)
 
@@ -188,5 +189,5 @@ def _moved(state: State, batch: Batch) -> Batch:
 
 
 def as_logits(output: Tensor) -> Tensor:
-    """Logits ``[n, classes]`` of a last layer's output: a single one, ``z``, stands for ``(-z / 2, z / 2)``."""
+    """Logits ``[n, classes]`` of a last layer's output; a single output ``z`` becomes ``(-z / 2, z / 2)``."""
     return torch.cat([-output / 2, output / 2], dim=1) if output.shape[1] == 1 else output

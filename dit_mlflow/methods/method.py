@@ -62,6 +62,12 @@ class Method(ABC):
     measures: ClassVar[Measure] = "ranking"
     retrains: ClassVar[bool] = False
 
+    def _expect(self, expected: str, allowed: bool, *settings: str) -> None:
+        """Raise :class:`InputError` with the settings' values unless they are allowed."""
+        if not allowed:
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
+            raise InputError(f"{self.name} with {given}; expected {expected}")
+
     @abstractmethod
     def estimate(self, question: Question) -> Estimate:
         """Answer a question whose windows are those that :attr:`per_window` allows."""

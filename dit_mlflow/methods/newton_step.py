@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, cg
 
-from dit_mlflow.errors import InputError, UnsupportedError
+from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.window import Window
-from dit_mlflow.methods.hessian import Curvature, by_parameter, flattened, hessian_product
+from dit_mlflow.methods.hessian import Curvature, by_parameter, flattened
 from dit_mlflow.methods.krylov import krylov_space
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.methods.objective import mean_coefficients
-from dit_mlflow.methods.snapshot import snapshots
+from dit_mlflow.methods.snapshot import mean_coefficients, snapshots
 
 SPECTRUM_ITERATIONS = 40
 """Hessian-vector products to find the smallest and the largest eigenvalue with."""
@@ -41,7 +40,7 @@ class NewtonStep(Method):
 
     at the final model, in evaluation mode; ``H`` is the Hessian of ``sum_i c_i l_i`` (and the regularizer; not of an
     optimizer's weight decay), with the samples' mean coefficients over training: ``1 / n`` for a mean loss. Sign:
-    positive = removal raises the query. Where the system cannot be solved, or ``H + damping`` is not positive definite,
+    positive = removal raises the query. If the system cannot be solved, or ``H + damping`` is not positive definite,
     the damping is raised tenfold until it can; the result's metadata hold the damping, and the largest relative
     residual ``|(H + delta) x - grad q| / |grad q|``. It knows nothing of when a sample was met, and training rarely
     ends at a minimum.
@@ -61,15 +60,12 @@ class NewtonStep(Method):
     attempts: int = 6
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < np.inf or self.attempts < 1:
-            raise InputError(
-                f"{self.name} with damping={self.damping}, attempts={self.attempts}; expected a positive damping, and "
-                "1 attempt or more"
-            )
+        allowed = 0 < self.damping < np.inf and self.attempts >= 1
+        self._expect("a positive damping, and 1 attempt or more", allowed, "damping", "attempts")
 
     @abstractmethod
     def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:
-        """Of the systems with the right-hand sides ``rows``, ``[rows, P]``."""
+        """The solver for the right-hand sides ``rows``, ``[rows, P]``."""
 
     def estimate(self, question: Question) -> Estimate:
         replay, steps = question.trajectory.replay(question.workload), question.trajectory.num_steps
@@ -114,11 +110,8 @@ class InfluenceFunction(NewtonStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.tolerance > 0 or self.max_iterations < 1:
-            raise InputError(
-                f"{self.name} with tolerance={self.tolerance}, max_iterations={self.max_iterations}; expected a "
-                "positive tolerance, and 1 iteration or more"
-            )
+        allowed = self.tolerance > 0 and self.max_iterations >= 1
+        self._expect("a positive tolerance, and 1 iteration or more", allowed, "tolerance", "max_iterations")
 
     def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:
         def solve(gradient: np.ndarray, damping: float) -> np.ndarray:
@@ -145,12 +138,12 @@ class InfluenceFunctionLissa(NewtonStep):
     .. math:: I_j = c_j \langle x, \nabla l_j \rangle, \quad
               x \leftarrow x + \frac1s \left( \nabla q - (H_B + \delta) x \right)
 
-    with the Hessian ``H_B`` of a batch drawn anew each time; it tends to ``influence_function``. The damping is raised,
-    too, where the recursion diverges or ends too far off.
+    with the Hessian ``H_B`` of a batch drawn anew each time; it tends to ``influence_function``. The damping is
+    also raised if the recursion diverges or ends too far off.
 
     Attributes:
         damping, attempts: see there.
-        tolerance: of the residual, relative, where the batch is the whole training set; the recursion stops there.
+        tolerance: of the relative residual, if the batch is the whole training set; the recursion stops there.
         noise: relative residual, by the whole Hessian, that batches drawn may leave.
         depth: steps of the recursion.
         batch_size: training samples per step, without replacement; all, if there are no more.
@@ -176,16 +169,11 @@ class InfluenceFunctionLissa(NewtonStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.depth, self.batch_size, self.repeats) < 1 or self.seed < 0:
-            raise InputError(
-                f"{self.name} with depth={self.depth}, batch_size={self.batch_size}, repeats={self.repeats}, "
-                f"seed={self.seed}; expected 1 or more of the first three, and a seed of 0 or more"
-            )
-        if not (self.tolerance > 0 and self.noise > 0 and (self.scale is None or self.scale > 0)):
-            raise InputError(
-                f"{self.name} with tolerance={self.tolerance}, noise={self.noise}, scale={self.scale}; expected "
-                "positive numbers, or scale=None to have it found"
-            )
+        expected = "1 or more of the first three, and a seed of 0 or more"
+        allowed = min(self.depth, self.batch_size, self.repeats) >= 1 and self.seed >= 0
+        self._expect(expected, allowed, "depth", "batch_size", "repeats", "seed")
+        allowed = self.tolerance > 0 and self.noise > 0 and (self.scale is None or self.scale > 0)
+        self._expect("positive numbers, or scale=None to have it found", allowed, "tolerance", "noise", "scale")
 
     def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:
         random = np.random.default_rng(self.seed)
@@ -217,7 +205,7 @@ class InfluenceFunctionLissa(NewtonStep):
                 drawn = random.choice(size, self.batch_size, replace=False)
                 weights = np.zeros(size)
                 weights[drawn] = curvature.weights[drawn] * size / self.batch_size
-            left = gradient - hessian_product(curvature.snapshot, weights, found) - damping * found
+            left = gradient - Curvature(curvature.snapshot, weights).product(found) - damping * found
             length = np.linalg.norm(left)
             if not length <= DIVERGED * norm:
                 raise NoSolutionError
@@ -261,11 +249,8 @@ class InfluenceFunctionArnoldi(NewtonStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.iterations, self.rank) < 1 or self.seed < 0:
-            raise InputError(
-                f"{self.name} with iterations={self.iterations}, rank={self.rank}, seed={self.seed}; expected 1 or "
-                "more of the first two, and a seed of 0 or more"
-            )
+        expected = "1 or more of the first two, and a seed of 0 or more"
+        self._expect(expected, min(self.iterations, self.rank) >= 1 and self.seed >= 0, "iterations", "rank", "seed")
 
     def _solver(self, curvature: Curvature, rows: np.ndarray) -> Solver:
         start = np.random.default_rng(self.seed).standard_normal((rows.shape[1],))

@@ -1,4 +1,4 @@
-"""Methods that look at what the model said of a sample whenever it was trained on it."""
+"""Methods that look at the model's margin of a sample whenever it was trained on it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.replay.dynamics import Dynamics, MicroBatch, replaying
-from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.trajectory import State, StepRecord
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class Aum(Method):
     def estimate(self, question: Question) -> Estimate:
         sums = np.zeros((len(question.windows), question.workload.num_samples))
         counts = np.zeros_like(sums)
-        for shown in presentations(question):
+        for t, samples, margins in presentations(question):
             for k, window in enumerate(question.windows):
-                if shown.step in window:
-                    np.add.at(sums[k], shown.samples, shown.margins)
-                    np.add.at(counts[k], shown.samples, 1)
+                if t in window:
+                    np.add.at(sums[k], samples, margins)
+                    np.add.at(counts[k], samples, 1)
         means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
         return Estimate(np.broadcast_to(means[:, None], question.shape).copy())
 
@@ -57,38 +56,29 @@ class ForgettingEvents(Method):
         right = np.zeros(question.workload.num_samples, dtype=bool)
         learned = np.zeros_like(right)
         met = np.zeros(question.workload.num_samples)
-        for shown in presentations(question):
-            for sample, margin in zip(shown.samples, shown.margins, strict=True):
+        for t, samples, margins in presentations(question):
+            for sample, margin in zip(samples, margins, strict=True):
                 forgotten = right[sample] and margin <= 0
                 right[sample] = margin > 0
                 learned[sample] |= margin > 0
                 met[sample] += 1
                 for k, window in enumerate(question.windows):
-                    if shown.step in window:
+                    if t in window:
                         scores[k, sample] = np.nan_to_num(scores[k, sample]) - forgotten
             for k, window in enumerate(question.windows):
-                if shown.step == window.end - 1:
+                if t == window.end - 1:
                     never = ~learned & np.isfinite(scores[k])
                     scores[k, never] = -(met[never] + 1)
         return Estimate(np.broadcast_to(scores[:, None], question.shape).copy())
 
 
-@dataclass(frozen=True, eq=False)
-class Presentation:
-    """Step ``t``: its samples ``[B]`` in batch order, and their margins ``[B]``: own logit minus the largest other."""
-
-    step: int
-    samples: np.ndarray
-    margins: np.ndarray
-
-
-def presentations(question: Question) -> Iterator[Presentation]:
-    """The steps until the last window's end, with the recorded modes and random draws."""
+def presentations(question: Question) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Each step ``t`` until the last window's end, its samples ``[B]``, and their margins ``[B]`` when it was made."""
     replay = question.trajectory.replay(question.workload)
     for t, state in enumerate(replay.forward(0, max(window.end for window in question.windows) - 1)):
         step = question.trajectory.step(t)
         margins = [_margins(replay.dynamics, step, state, micro) for micro in replay.dynamics.load(step)]
-        yield Presentation(t, step.samples, np.concatenate(margins))
+        yield t, step.samples, np.concatenate(margins)
 
 
 def _margins(dynamics: Dynamics, step: StepRecord, state: State, micro: MicroBatch) -> np.ndarray:

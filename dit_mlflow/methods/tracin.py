@@ -13,9 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.window import Window
 from dit_mlflow.methods.method import Estimate, Measure, Method
-from dit_mlflow.methods.objective import mean_coefficients
 from dit_mlflow.methods.sample_gradients import GRADIENTS_IN_MEMORY
-from dit_mlflow.methods.snapshot import Snapshot, Vectors, snapshot_at
+from dit_mlflow.methods.snapshot import Snapshot, Vectors, mean_coefficients, snapshot_at
 from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory.step_record import StepRecord
@@ -30,7 +29,7 @@ class TracIn(Method):
     with the sample's gradient as recorded (batch, mode, random draws) and the learning rate of each param group. Sign:
     positive = its steps lowered the query, so removal raises it. Cost: a replay, and two backward passes per step and
     query. It leaves out what a step changes in all later steps (the Hessians), and all of the optimizer but its
-    learning rate: far off with momentum or Adam.
+    learning rate, so it is far off with momentum or Adam.
     """
 
     name = "tracin"
@@ -67,7 +66,7 @@ class TracIn(Method):
 
 @dataclass(frozen=True)
 class TracInCheckpoints(Method):
-    r"""TracInCP (Pruthi et al. 2020, arXiv 2002.08484, section 3.2): as if every checkpoint met the whole training set.
+    r"""TracInCP (Pruthi et al. 2020, arXiv 2002.08484, section 3.2): each checkpoint takes a step on all of the data.
 
     .. math:: I_j = \sum_{t \text{ stored}} \eta_t c_j \langle \nabla l_j(\theta_t), \nabla q(\theta_t) \rangle
 
@@ -107,13 +106,12 @@ class TracInRenormalized(TracIn):
         \left\langle \frac{\nabla l_j(\theta_t)}{|\nabla l_j(\theta_t)|}, \nabla q(\theta_t) \right\rangle
 
     with the sample's gradient as recorded: batch, mode, and the noise and timestep that a diffusion model drew for it.
-    The norm is over the parameters that training moves there; the learning rates are not part of it. A presentation
-    without gradient adds 0. The query's gradient keeps its length, which is the same for all samples.
+    The norm is over the parameters that training moves there, without the learning rates. A presentation without
+    gradient adds 0. The query's gradient keeps its length, which is the same for all samples.
 
-    Sign as ``tracin``; a ranking, since the length that is divided out is part of what a step does. Where one draw
-    gives a large gradient and another a small one (timesteps), a sample no longer ranks high for what it happened to
-    draw; where large gradients are a sample's own (a wrong label), that signal is lost as well, so agreement with
-    leave-one-out may well fall. What ``tracin`` leaves out, it leaves out too.
+    Sign as ``tracin``; a ranking, since the length that is divided out is part of a step's effect. If the length
+    depends on the draw (timesteps), a sample no longer ranks high by chance; if it is the sample's own (a wrong label),
+    that signal is lost as well, so agreement with leave-one-out may fall. It leaves out what ``tracin`` leaves out.
 
     Cost: that of ``tracin``, and a backward pass for each sample of each step, many at once (but one by one through
     convolutions); memory for as many gradients as fit into 256 MiB.

@@ -1,4 +1,4 @@
-"""TRAK: the model made linear, its gradients projected at random."""
+"""TRAK: a linearised model with randomly projected gradients."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dit_mlflow.errors import InputError, UnsupportedError, WorkloadError
+from dit_mlflow.errors import UnsupportedError, WorkloadError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import training_labels
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.methods.objective import shares
 from dit_mlflow.methods.sample_gradients import Output, sample_gradients
-from dit_mlflow.methods.snapshot import Snapshot, snapshot_at
+from dit_mlflow.methods.snapshot import Snapshot, shares, snapshot_at
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory import State
-from dit_mlflow.workload import Workload
-from dit_mlflow.workload.workload import Batch
+from dit_mlflow.workload import Batch, Workload
 
 LARGEST_PROJECTION = 2048
-"""Projected dimensions that are taken without being asked for."""
+"""Projected dimensions by default, at most."""
 
 BLOCK = 2**24
-"""Elements of the matrix that are held at once."""
+"""Elements of the projection matrix in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +37,21 @@ class Trak(Method):
 
     over ``M`` pairs of a stored checkpoint and a random projection ``R``, in evaluation mode; ``w_j`` are the samples'
     mean coefficients over training, 1 on average (and 1 each for a mean loss). For a classification
-    ``f_j = log(p / (1 - p))`` of the sample's own class and ``Q_j = 1 - p`` (section 3.2; without its last step, small
-    scores are not set to 0). For any other training ``f_j = -l_j`` and ``Q_j = 1``. Sign: positive = removal raises
+    ``f_j = log(p / (1 - p))`` of the sample's own class and ``Q_j = 1 - p`` (section 3.2; its last step, setting small
+    scores to 0, is left out). For any other training ``f_j = -l_j`` and ``Q_j = 1``. Sign: positive = removal raises
     the query, which may be any, not only the ``f`` of a sample. A ranking: projection and damping shrink the scores.
 
-    The paper averages over models trained anew on halves of the data; the checkpoints of one training stand in for them
-    here, and share what is peculiar to it. Ours rather than its authors' library (traker): that scores test *samples*
-    through a class written for each task, where a query here is any scalar of the model; it needs batches that
-    ``vmap`` takes, writes its features to disk, and gives each checkpoint's kernel a scale of its own. Without
-    projection and damping, both give the same numbers but for that scale.
+    The paper averages over models trained anew on halves of the data; here, checkpoints of one training take their
+    place, and share its peculiarities. The authors' library (traker) is not used: it scores test *samples* through a
+    class written for each task, where a query here is any scalar of the model, needs batches that ``vmap`` takes,
+    writes its features to disk, and scales each checkpoint's kernel separately. Without projection and damping, both
+    give the same numbers but for that scale.
 
     Attributes:
         dim: projected dimensions ``k``; default: a quarter of the training samples, 2048 at most, since the kernel of
-            ``n`` samples cannot be inverted in more than ``n`` dimensions without damping. Nothing is projected from as
-            many dimensions as there are parameters.
-        checkpoints: that are averaged over: the last ones stored, ``s_T`` among them.
+            ``n`` samples cannot be inverted in more than ``n`` dimensions without damping. There is no projection if
+            ``k`` is the number of parameters or more.
+        checkpoints: to average over: the last ones stored, ``s_T`` among them.
         projections: of each checkpoint.
         damping: ``delta``, as a share of the kernel's mean eigenvalue; with 0, the pseudoinverse is taken.
         output: ``f``: ``margin`` = the log-odds, ``loss``; default: ``margin`` where the labels are classes.
@@ -78,16 +76,11 @@ class Trak(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = {"dim": self.dim, "checkpoints": self.checkpoints, "projections": self.projections}
-        if any(value is not None and value < 1 for value in numbers.values()) or not self.damping >= 0:
-            raise InputError(
-                f"trak with {', '.join(f'{name}={value}' for name, value in numbers.items())}, damping={self.damping}; "
-                "expected 1 or more of each, and a damping of 0 or more"
-            )
-        if self.output not in (None, "margin", "loss"):
-            raise InputError(
-                f"trak with output={self.output!r}; expected 'margin', 'loss', or None to choose by labels"
-            )
+        counts = 1 if self.dim is None else self.dim, self.checkpoints, self.projections
+        expected = "1 or more of each, and a damping of 0 or more"
+        allowed = min(counts) >= 1 and self.damping >= 0
+        self._expect(expected, allowed, "dim", "checkpoints", "projections", "damping")
+        self._expect("'margin', 'loss', or None to choose by labels", self.output in (None, "margin", "loss"), "output")
 
     def estimate(self, question: Question) -> Estimate:
         trajectory = question.trajectory
@@ -137,7 +130,7 @@ class RandomProjection:
 
     Attributes:
         size: ``P``.
-        dim: ``k``; where it is ``P`` or more, vectors stay as they are.
+        dim: ``k``; if it is ``P`` or more, vectors stay as they are.
         seed: numbers that choose ``R``; the same on every device.
     """
 

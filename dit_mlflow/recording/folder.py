@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.trajectory.atomic_file import written_atomically
 from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile
 from dit_mlflow.trajectory.shards import SHARD_BYTES, Shard, StoredOnce, flatten, packed
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepFields
 from dit_mlflow.trajectory.steps_file import steps_tensors
-from dit_mlflow.trajectory.tensor_file import write_tensors
+from dit_mlflow.trajectory.tensor_file import write_tensors, written_atomically
 
 
 class Written(NamedTuple):
@@ -30,7 +29,7 @@ class Written(NamedTuple):
 
 @dataclass
 class Segment:
-    """What goes into the next files; ``nbytes`` is about what it takes in memory."""
+    """The content of the next files; ``nbytes`` is about its size in memory."""
 
     first_step: int
     rows: list[StepFields] = field(default_factory=list)
@@ -76,7 +75,7 @@ class TrajectoryFolder:
         """Go on with a trajectory from its checkpoint at ``step``."""
         for left_over in self.directory.glob("*.part"):
             left_over.unlink()
-        # Numbers go on: files of the old manifest stay as they are, at least until a new one is in place.
+        # Numbers go on, so that the old manifest's files stay until a new manifest is in place.
         numbers = (int(found[1]) for name in begun.files if (found := re.search(r"(\d+)\.", name)))
         self._number = 1 + max(numbers, default=-1)
         self.manifest = begun.until(step)
@@ -85,12 +84,12 @@ class TrajectoryFolder:
         """Write a segment's files, then the manifest that lists them.
 
         Args:
-            segment: what follows on the steps that are there.
-            facts: the manifest's other fields, as they are with the segment.
+            segment: what follows the steps that are there.
+            facts: the manifest's other fields after it.
 
         Raises:
             UnsupportedError: a tensor that cannot be stored.
-            OSError: the folder cannot be written; the trajectory in it is what it was.
+            OSError: the folder cannot be written; its trajectory is unchanged.
         """
         files: dict[str, FileEntry] = {}
         old = self.manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_mlflow.errors import InputError
 from dit_mlflow.recording.folder import Segment, TrajectoryFolder, Written
-from dit_mlflow.recording.training_set import TrainingSet
+from dit_mlflow.recording.recorded_model import RecordedModel, TrainingSet
 from dit_mlflow.trajectory.manifest import Manifest, ModelLayout, OptimizerLayout, library_versions
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepFields
 from dit_mlflow.workload.projects import WorkloadReference
 
 FLUSH_BYTES = 16 * 2**20
-"""Segments are held back until their checkpoints reach this size, so that files are few and large, …"""
+"""Size at which gathered segments are written, so that files are few and large, …"""
 FLUSH_SECONDS = 10.0
-"""… or until this long after the last file was written, so that a crash loses little."""
+"""… and time after the last write at which they are anyway, so that a crash loses little."""
 UNWRITTEN_BYTES = 256 * 2**20
-"""When a disk takes no more, so much is kept for it to come back, before recording stops."""
+"""Size that is kept in memory for a failing disk to recover, before recording stops."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,12 @@ class TrajectoryWriter:
     """Writes one trajectory; not for several processes at once.
 
     A segment is the steps between two checkpoints. Segments, and the steps of an unfinished one, are gathered into
-    checkpoint shards and one ``steps-NNNNN.safetensors``; the manifest is replaced after they are on disk, so that at
-    any moment the folder holds a trajectory that opens. Files are written in a thread of their own, one gathering after
-    the other: training waits only where the disk is slower than it is.
+    checkpoint shards and one ``steps-NNNNN.safetensors``. The manifest is replaced after they are on disk, so that the
+    folder holds a trajectory that opens at any time. A thread writes one gathering after the other: training waits only
+    if the disk is slower.
 
-    A disk that fails does not stop training: the loss is logged once, what was gathered is tried again with what comes
-    after, and when that exceeds :data:`UNWRITTEN_BYTES`, recording stops.
+    A failing disk does not stop training: the failure is logged once, what was gathered is tried again with what
+    follows, and when that exceeds :data:`UNWRITTEN_BYTES`, recording stops.
 
     Attributes:
         failure: why the last attempt to write failed; ``None`` if it did not.
@@ -84,7 +86,7 @@ class TrajectoryWriter:
         self._last_flush = time.monotonic()
 
     def begin(self, initial: State) -> None:
-        """Write ``s_0``: what cannot be stored is known before training, and a killed run leaves its start.
+        """Write ``s_0``, so that what cannot be stored is refused before training, and a killed run leaves its start.
 
         Raises:
             UnsupportedError: a tensor that cannot be stored.
@@ -106,7 +108,7 @@ class TrajectoryWriter:
         self._gathered = Segment(step)
 
     def add_step(self, step: StepFields, batches: Sequence[Sequence[Tensor]] = ()) -> None:
-        """Keep the record of the next step, and the tensors of its micro-batches if they are to be stored."""
+        """Keep the record of the next step, and the tensors of its micro-batches if they are stored."""
         if self.stopped:
             return
         gathered = self._gathered
@@ -123,7 +125,7 @@ class TrajectoryWriter:
         self._flush_if_due()
 
     def add_checkpoint(self, step: int, state: State) -> None:
-        """Keep ``s_step`` (the caller gives it away); written when what is held back is large or old."""
+        """Keep ``s_step``, which the caller must not change; written when what is held back is large or old."""
         if self.stopped:
             return
         self._gathered.states[step] = state
@@ -146,7 +148,7 @@ class TrajectoryWriter:
             self._hand_over(complete=False)
 
     def _hand_over(self, complete: bool) -> None:
-        """Have the thread write what is held back; waits for what it was given before."""
+        """Have the thread write what is held back, after waiting for the last write."""
         self._await()
         self._last_flush = time.monotonic()
         if self.stopped:
@@ -157,7 +159,7 @@ class TrajectoryWriter:
     def _start(self, segment: Segment, facts: Mapping[str, Any]) -> Future[None]:
         try:
             return self._thread.submit(self._write, segment, facts)
-        except RuntimeError:  # The interpreter ends, and begins nothing in threads any more.
+        except RuntimeError:  # The interpreter is shutting down, and starts no work in threads.
             done: Future[None] = Future()
             try:
                 self._write(segment, facts)
@@ -182,21 +184,14 @@ class TrajectoryWriter:
             logger.error(
                 "the trajectory in %s holds %d step%s and could not be written further: %s: %s. Training goes on; what "
                 "it does is kept in memory for later attempts, up to %d MiB, and then recording stops",
-                *(
-                    self.directory,
-                    steps,
-                    "s" * (steps != 1),
-                    type(error).__name__,
-                    error,
-                    UNWRITTEN_BYTES // 2**20,
-                ),
+                *(self.directory, steps, "s" * (steps != 1), type(error).__name__, error, UNWRITTEN_BYTES // 2**20),
             )
         self.failure = error
         if self._gathered.nbytes > UNWRITTEN_BYTES or not isinstance(error, OSError):
             self.stopped, self._gathered = True, Segment(self._num_steps)
 
     def _facts(self, complete: bool) -> dict[str, Any]:
-        """What the manifest says when all that is held back is written."""
+        """The manifest's fields once all that is held back is written."""
         return {
             "complete": complete,
             "num_steps": self._num_steps,
@@ -213,6 +208,56 @@ class TrajectoryWriter:
 
 
 def _row_bytes(step: StepFields) -> int:
-    """About what a row takes in memory: indices, and the generators' states where they are kept."""
+    """About the size of a row in memory: indices, and the generators' states if they are kept."""
     states = sum(state is not None for state in step["random_states"])
     return 1000 + 40 * sum(map(len, step["indices"])) + 8000 * states
+
+
+class StatesToStore:
+    """Takes states, and hands each to the writer when the step that led to it is complete.
+
+    Attributes:
+        latest: the step of the last state taken, ``s_latest``.
+    """
+
+    def __init__(
+        self, is_checkpoint: Callable[[int], bool], recorded_model: RecordedModel, writer: TrajectoryWriter
+    ) -> None:
+        self.latest = 0
+        self._is_checkpoint = is_checkpoint
+        self._recorded_model = recorded_model
+        self._writer = writer
+        self._taken: State | None = None
+
+    def take_if_due(self, step: int) -> State | None:
+        """Take ``s_step``, the present state, if it is to be stored; returns the state that waits to be written."""
+        if self._is_checkpoint(step):
+            self.take(step)
+        return self._taken
+
+    def take(self, step: int) -> None:
+        """Take ``s_step``, the present state, unless it is taken already or recording has stopped."""
+        if self.latest < step and not self._writer.stopped:
+            self._taken, self.latest = self._recorded_model.snapshot(), step
+
+    def write(self) -> None:
+        """Hand the state taken last to the writer, once."""
+        if self._taken is not None:
+            self._writer.add_checkpoint(self.latest, self._taken)
+            self._taken = None
+
+
+def checkpoint_rule(every: str | int) -> Callable[[int], bool]:
+    """Whether ``s_t`` is to be stored, as a function of ``t``.
+
+    Args:
+        every: ``"sqrt"`` for square numbers, ``n > 0`` for every ``n``-th, ``0`` for none but the ends.
+
+    Raises:
+        InputError: ``every`` is none of these.
+    """
+    if every == "sqrt":
+        return lambda step: math.isqrt(step) ** 2 == step
+    if isinstance(every, int) and every >= 0:
+        return lambda step: every > 0 and step % every == 0
+    raise InputError(f"checkpoint_every is {every!r}; expected 'sqrt', or a number of steps (0: only the ends)")

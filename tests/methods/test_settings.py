@@ -17,7 +17,7 @@ from dit_mlflow.methods.newton_step import InfluenceFunction, InfluenceFunctionA
 from dit_mlflow.methods.source import Source
 from dit_mlflow.methods.trak import Trak
 from dit_mlflow.retraining import Effort
-from dit_mlflow.retraining.random_subsets import random_subsets
+from dit_mlflow.retraining.subsets import random_subsets
 
 NAN = float("nan")
 NEWTON_STEP: dict[str, list[Any]] = {"damping": [0, -0.1, NAN, np.inf], "attempts": [0]}
