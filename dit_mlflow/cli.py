@@ -31,7 +31,7 @@ _QUESTION = (
 
 
 def _asks(job: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that jobs on a trajectory share."""
+    """Adds the options that influence and compare share."""
     for option in reversed(_QUESTION):
         job = option(job)
     return job
@@ -126,7 +126,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
 @click.option("--order-seed", default=0, help="As for train.")
 @click.pass_context
 def cleanse(context: click.Context, /, **options: Any) -> None:
-    """Drop (or relabel) the samples of lowest influence and train again, beside at random and by loss.
+    """Drop (or relabel) the samples of lowest influence and train again; compare with random ones and highest losses.
 
     The validation split chooses how many, the test split judges. Further options are settings of the workload, if it is
     to be trained first.
@@ -148,7 +148,7 @@ def verify(context: click.Context, target: str, workload: str) -> None:
     """Check that a trajectory is whole and replays: TARGET is a run's id or a folder.
 
     Checksums of all files, steps without a gap, the dataset's digest, and the replay of every segment against the next
-    checkpoint. Exit code 0: all of it holds (or, without a workload, all but the replay, as the output says), 1: not.
+    checkpoint. Exit code 0: all of it holds (without a workload: all but the replay, which is reported), 1: not.
 
     Further options are settings of the workload, in place of the recorded ones.
     """
@@ -193,7 +193,7 @@ def parse_settings(arguments: Sequence[str]) -> dict[str, str]:
 def run_job(kind: str, job: Callable[[str | None], str]) -> None:
     """Run a job and print what it says; if it fails, exit code 1, a clear message and no run left RUNNING."""
     with ending_on_signals():
-        # ``mlflow run`` made this run for us; removed, so that later runs do not attach to it by accident.
+        # Made by ``mlflow run`` for this process; taken away, so that later runs do not attach to it by accident.
         project_run_id = os.environ.pop("MLFLOW_RUN_ID", None)
         try:
             click.echo(job(project_run_id))
@@ -206,13 +206,13 @@ def run_job(kind: str, job: Callable[[str | None], str]) -> None:
 
 
 def _told(error: BaseException) -> str | None:
-    """The message to print in place of a traceback; ``None`` if the error is a bug of ours."""
+    """The message for an error instead of a traceback; ``None`` where the fault may be ours."""
     if isinstance(error, DitError):
         return str(error)
-    # Not imported here: the import itself may have been interrupted.
+    # Not imported here: what was interrupted may be that import.
     exceptions = sys.modules.get("mlflow.exceptions")
     if exceptions is not None and isinstance(error, exceptions.MlflowException):
-        # Without what SQLAlchemy adds to the database's own message.
+        # Drops what SQLAlchemy adds to the database's message.
         said, *more = re.split(r"\n\[SQL:|\n+\(Background on this error at", str(error), maxsplit=1)
         return f"{said}\nThe tracking store failed; it may still show runs as RUNNING" if more else said
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
@@ -224,12 +224,12 @@ def prepare_environment() -> None:
     """Settings of the environment that must be made before torch and MLflow are loaded."""
     # Read when torch is loaded. Spinning threads make small models ten times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # MLflow shows one for every file that it downloads; our own bars show the progress of the job.
+    # MLflow's bars for every downloaded file; our own bars show the progress of the work.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow prints the creation of a database, and a link for every run that ends; we print ours once, at the end.
+    # MLflow's messages on a new database, and its link for every run that ends; ours are printed once, at the end.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # The tracebacks of database errors; the errors reach us as exceptions too.
+    # Tracebacks of failing databases; the exceptions reach us too.
     logging.getLogger(DATABASE_LOGGER).addFilter(lambda record: not record.exc_info)
 
 

@@ -1,4 +1,4 @@
-"""Commands that people are told to run next, in the form in which this process was called."""
+"""Commands that messages suggest, in the form in which this process was called, so that they work there."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 CALLED_AS = "DIT_CALLED_AS"
-"""Environment variable in which run.py tells its children how it was called."""
+"""Set by run.py to the command by which it was called."""
 
 
 def command(job: str, **options: str) -> str:
-    """A job (``influence``, ``register``, …) with its options: ``python3 run.py job``, ``mlflow run … -e job`` or
-    ``dit-mlflow job``, as this process was called.
+    """A job (``influence``, ``register``, …) with its options, in the form of :func:`option`.
+
+    From run.py: ``python3 run.py job``; from ``mlflow run``: the same with this project, whatever the shell's folder;
+    from anything else: the console script ``dit-mlflow``.
     """
     if called := os.environ.get(CALLED_AS):
         start = f"{called} {job}"
@@ -32,11 +34,11 @@ def option(name: str, value: str) -> str:
 
 
 def ui_command() -> str:
-    """The command that starts the MLflow UI; it works without run.py's environment being active."""
+    """The command that starts the MLflow UI; with run.py, no environment need be active."""
     called = os.environ.get(CALLED_AS)
     return f"{called} ui" if called else "mlflow ui"
 
 
 def _of_project() -> bool:
-    """Whether MLproject called: it runs the module's file in the project's folder."""
+    """Whether MLproject called: it does so by the module's name, in the project's folder."""
     return Path(sys.argv[0]).parts[-2:] == ("dit_mlflow", "cli.py") and Path("MLproject").is_file()
