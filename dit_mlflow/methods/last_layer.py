@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory import State
-from dit_mlflow.workload import Batch, to_like
+from dit_mlflow.workload import Batch, Workload, to_like
 
 FEATURES_PER_PASS = 256
 """Samples per forward pass."""
@@ -78,11 +78,10 @@ class LastLayer:
 
     def of(self, dataset: Dataset[Any]) -> LabelledFeatures:
         """All of ``dataset``; raises :class:`UnsupportedError` if labels are no classes, or features not finite."""
-        size = len(dataset)  # type: ignore[arg-type]
+        samples = np.arange(len(dataset))  # type: ignore[arg-type]
         features, labels, logits = [], [], []
-        for indices in np.array_split(np.arange(size), -(-size // FEATURES_PER_PASS)):
-            batch = _moved(self.state, self.dynamics.workload.unvarying(dataset, indices))
-            _, rows, found = self._pass(self.state, batch, len(indices))
+        for batch, size in _batches(self.dynamics.workload, self.state, dataset, samples):
+            _, rows, found = self._pass(self.state, batch, size)
             features.append(rows.double())
             labels.append(self.dynamics.workload.class_labels(batch, found.shape[1]).to(found.device))
             logits.append(found.double())
@@ -154,38 +153,30 @@ def class_logits(dynamics: Dynamics, state: State, batch: Batch, size: int) -> T
 
 def training_labels(dynamics: Dynamics, state: State) -> Tensor:
     """Class of every training sample, ``[n]``; raises :class:`UnsupportedError` if the labels are no classes."""
-    labels = []
-    for batch, size in _training_batches(dynamics, state, np.arange(dynamics.workload.num_samples)):
-        _, classes = class_logits(dynamics, state, batch, size).shape
-        labels.append(dynamics.workload.class_labels(batch, classes))
+    workload, labels = dynamics.workload, []
+    for batch, size in _batches(workload, state, workload.train_set, np.arange(workload.num_samples)):
+        labels.append(workload.class_labels(batch, class_logits(dynamics, state, batch, size).shape[1]))
     return torch.cat(labels)
 
 
 def training_logits(dynamics: Dynamics, state: State, samples: np.ndarray) -> Tensor:
     """Logits ``[R, classes]`` of the training samples ``[R]`` of the model at ``state``, in evaluation mode."""
-    batches = _training_batches(dynamics, state, samples)
+    batches = _batches(dynamics.workload, state, dynamics.workload.train_set, samples)
     return torch.cat([class_logits(dynamics, state, batch, size) for batch, size in batches])
 
 
 def first_samples(dynamics: Dynamics, state: State, size: int) -> Batch:
     """The first training samples, on the device and in the dtype of ``state``."""
-    return _training_batch(dynamics, state, np.arange(size))
+    return next(_batches(dynamics.workload, state, dynamics.workload.train_set, np.arange(size)))[0]
 
 
-def _training_batches(dynamics: Dynamics, state: State, samples: np.ndarray) -> Iterator[tuple[Batch, int]]:
-    """Batches for one forward pass each, and their sizes."""
-    for indices in np.array_split(samples, -(-len(samples) // FEATURES_PER_PASS)):
-        yield _training_batch(dynamics, state, indices), len(indices)
-
-
-def _training_batch(dynamics: Dynamics, state: State, indices: np.ndarray) -> Batch:
-    workload = dynamics.workload
-    return _moved(state, workload.unvarying(workload.train_set, indices))
-
-
-def _moved(state: State, batch: Batch) -> Batch:
+def _batches(
+    workload: Workload, state: State, dataset: Dataset[Any], samples: np.ndarray
+) -> Iterator[tuple[Batch, int]]:
+    """Batches for one forward pass each, on the device and in the dtype of ``state``, and their sizes."""
     like = next(iter(state.parameters.values()))
-    return to_like(batch, like.device, like.dtype)
+    for indices in np.array_split(samples, -(-len(samples) // FEATURES_PER_PASS)):
+        yield to_like(workload.unvarying(dataset, indices), like.device, like.dtype), len(indices)
 
 
 def as_logits(output: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile
-from dit_mlflow.trajectory.shards import SHARD_BYTES, Shard, StoredOnce, flatten, packed
+from dit_mlflow.trajectory.shards import Shard, StoredOnce, flatten, packed
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepFields
 from dit_mlflow.trajectory.steps_file import steps_tensors
@@ -131,10 +131,10 @@ class TrajectoryFolder:
                     stored[f"{step}/{key}"] = value
                 else:
                     unchanged[step].setdefault(home, []).append(key)
-        for shard in packed(stored):
+        for keys in packed({key: value.nbytes for key, value in stored.items()}):
             name = self._name(files, "checkpoints-{:05d}.safetensors")
-            files[name] = write_tensors(self.directory / name, shard)
-            for step in dict.fromkeys(int(key.partition("/")[0]) for key in shard):
+            files[name] = write_tensors(self.directory / name, {key: stored[key] for key in keys})
+            for step in dict.fromkeys(int(key.partition("/")[0]) for key in keys):
                 held_by[step].append(name)
         return [
             CheckpointEntry(
@@ -148,7 +148,8 @@ class TrajectoryFolder:
 
     def _write_batches(self, segment: Segment, files: dict[str, FileEntry]) -> list[StepsFile]:
         parts = []
-        for group in _grouped(segment.batches):
+        sizes = {step: sum(x.nbytes for batch in batches for x in batch) for step, batches in segment.batches.items()}
+        for group in packed(sizes):
             name = self._name(files, "batches-{:05d}.safetensors")
             tensors = {
                 f"{step}/{position}/{place}": tensor
@@ -157,7 +158,7 @@ class TrajectoryFolder:
                 for place, tensor in enumerate(batch)
             }
             files[name] = write_tensors(self.directory / name, tensors)
-            parts.append(StepsFile(file=name, start=group.start, stop=group.stop))
+            parts.append(StepsFile(file=name, start=group[0], stop=group[-1] + 1))
         return parts
 
     def _write_steps(self, segment: Segment, files: dict[str, FileEntry]) -> list[StepsFile]:
@@ -176,16 +177,3 @@ class TrajectoryFolder:
         entry = next(entry for entry in reversed(self.manifest.checkpoints) if entry.step == step)
         shards = [self._open_shard(self.directory / name) for name in entry.files]
         return next(shard.tensor(step, key) for shard in shards if shard.holds(step, key))
-
-
-def _grouped(batches: dict[int, Sequence[Sequence[Tensor]]]) -> Iterator[range]:
-    """Steps, in order, in groups whose tensors take at most :data:`SHARD_BYTES`; a step is never divided."""
-    start, size, stop = None, 0, 0
-    for step, parts in batches.items():
-        nbytes = sum(tensor.nbytes for batch in parts for tensor in batch)
-        if start is not None and size + nbytes > SHARD_BYTES:
-            yield range(start, step)
-            start, size = None, 0
-        start, size, stop = step if start is None else start, size + nbytes, step + 1
-    if start is not None:
-        yield range(start, stop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -105,30 +105,6 @@ def check_scaler() -> None:
                 "the optimizer is stepped by a GradScaler, which skips steps and belongs to training in low precision, "
                 f"where second derivatives are noise. Train in float32 without it, {_INSIST}"
             )
-
-
-def missing_gradients(parameters: Mapping[str, Tensor], held: Set[str]) -> tuple[list[str], list[str]]:
-    """Names of the parameters without a gradient, and of the frozen ones whose gradient is 0.
-
-    Args:
-        parameters: the model's, by name, at a step.
-        held: those that the optimizer steps.
-
-    Raises:
-        UnsupportedError: a frozen parameter would be stepped by a gradient of earlier batches.
-    """
-    absent, frozen = [], []
-    for name, parameter in parameters.items():
-        if parameter.grad is None:
-            absent.append(name)
-        elif not parameter.requires_grad:
-            frozen.append(name)
-            if name in held and parameter.grad.any():
-                raise UnsupportedError(
-                    f"parameter {name!r} is frozen (requires_grad=False), but the optimizer still steps it by an old "
-                    "gradient, which belongs to no sample of this step; call optimizer.zero_grad() after freezing"
-                )
-    return absent, frozen
 
 
 class Groups:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from dit_mlflow.errors import InputError, TrajectoryError, UnsupportedError
-from dit_mlflow.recording.guards import missing_gradients, same
+from dit_mlflow.recording.guards import same
 from dit_mlflow.replay.optimizers import describe_optimizer, optimizer_state
 from dit_mlflow.trajectory import Record, State
 from dit_mlflow.trajectory.manifest import ModelLayout, OptimizerLayout, TensorLayout
@@ -65,8 +65,24 @@ class RecordedModel:
         return [name for name, module in self._modules.items() if not module.training]
 
     def missing_gradients(self) -> tuple[list[str], list[str]]:
-        """See :func:`dit_mlflow.recording.guards.missing_gradients`."""
-        return missing_gradients(self.parameters, self._held)
+        """Names of the parameters without a gradient, and of the frozen ones with one.
+
+        Raises:
+            UnsupportedError: the optimizer would step a frozen parameter by a gradient of earlier batches.
+        """
+        absent, frozen = [], []
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                absent.append(name)
+            elif not parameter.requires_grad:
+                frozen.append(name)
+                if name in self._held and parameter.grad.any():
+                    raise UnsupportedError(
+                        f"parameter {name!r} is frozen (requires_grad=False), but the optimizer still steps it by an "
+                        "old gradient, which belongs to no sample of this step; call optimizer.zero_grad() after "
+                        "freezing"
+                    )
+        return absent, frozen
 
     def _buffers(self) -> dict[str, Tensor]:
         return {plain_name(name): value for name, value in self.model.named_buffers()}

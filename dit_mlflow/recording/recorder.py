@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from dit_mlflow.recording.loader_patch import Handed
 from dit_mlflow.recording.pending_step import PendingStep
 from dit_mlflow.recording.recorded_model import RecordedModel, TrainingSet, resuming_step
 from dit_mlflow.recording.watched_loader import Drawn, WatchedLoader
-from dit_mlflow.recording.writer import StatesToStore, TrajectoryWriter, checkpoint_rule
+from dit_mlflow.recording.writer import TrajectoryWriter
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.torch_internals import found_infinite
 from dit_mlflow.trajectory import Hyperparameters, State
@@ -125,7 +126,9 @@ class TrajectoryRecorder:
         self._changes = ChangeCheck(self._recorded_model.parameters)
         self._step = PendingStep(store_batches, workload)
         self._num_steps = 0
-        self._states = StatesToStore(is_checkpoint, self._recorded_model, self._writer)
+        self._is_checkpoint = is_checkpoint
+        self._latest = 0
+        self._taken: State | None = None
         self._epoch = -1
         self._received_from: DataLoader[Any] | None = None
         self._iteration: int | None = None
@@ -237,9 +240,9 @@ class TrajectoryRecorder:
 
         Call it where a loop saves itself to be resumed later, between two steps and after :meth:`log`.
         """
-        if self._states.latest < self._num_steps:
+        if self._latest < self._num_steps:
             self._changes.check(self._num_steps)
-        self._states.take(self._num_steps)
+        self._take_state()
         self._step.settle(RandomState.capture())
         self._commit()
         self._writer.flush()
@@ -267,7 +270,7 @@ class TrajectoryRecorder:
             )
         self._epoch = begun.step(step - 1).epoch if step > 0 else -1
         self._writer.resume(begun.manifest, step, self._epoch if step > 0 else None)
-        self._num_steps = self._states.latest = step
+        self._num_steps = self._latest = step
 
     def _begin_epoch(self) -> int:
         self._epoch += 1
@@ -306,19 +309,27 @@ class TrajectoryRecorder:
             self._recorded_model.check_buffers()
         while self._autocast_hooks:
             self._autocast_hooks.pop().remove()
-        taken = self._states.take_if_due(self._num_steps)
-        self._changes.note(None if taken is None else taken.parameters)
+        if self._is_checkpoint(self._num_steps):
+            self._take_state()
+        self._changes.note(None if self._taken is None else self._taken.parameters)
+
+    def _take_state(self) -> None:
+        """Take the present state, unless it is taken already or recording has stopped."""
+        if self._latest < self._num_steps and not self._writer.stopped:
+            self._taken, self._latest = self._recorded_model.snapshot(), self._num_steps
 
     def _commit(self) -> None:
         """Hand the last step, whose loss is final, and the state after it to the writer."""
         made = self._step.take()
         if made is not None:
             self._writer.add_step(made.row, made.tensors)
-        self._states.write()
+        if self._taken is not None:
+            self._writer.add_checkpoint(self._latest, self._taken)
+            self._taken = None
 
     def _store_last_state(self) -> None:
         """Take the last state, unless the parameters changed after the last step."""
-        if self._states.latest < self._num_steps:
+        if self._latest < self._num_steps:
             try:
                 self._changes.check(self._num_steps)
             except TrajectoryError:
@@ -326,7 +337,23 @@ class TrajectoryRecorder:
                     "the parameters changed after the last step (%d), inside the recorder's with block: weights "
                     "loaded back (the best epoch's, averaged ones)? They are not part of the trajectory, whose last "
                     "state is not stored and will be replayed from step %d. Load such weights after the block",
-                    *(self._num_steps - 1, self._states.latest),
+                    *(self._num_steps - 1, self._latest),
                 )
                 return
-        self._states.take(self._num_steps)
+        self._take_state()
+
+
+def checkpoint_rule(every: str | int) -> Callable[[int], bool]:
+    """Whether ``s_t`` is to be stored, as a function of ``t``.
+
+    Args:
+        every: ``"sqrt"`` for square numbers, ``n > 0`` for every ``n``-th, ``0`` for none but the ends.
+
+    Raises:
+        InputError: ``every`` is none of these.
+    """
+    if every == "sqrt":
+        return lambda step: math.isqrt(step) ** 2 == step
+    if isinstance(every, int) and every >= 0:
+        return lambda step: every > 0 and step % every == 0
+    raise InputError(f"checkpoint_every is {every!r}; expected 'sqrt', or a number of steps (0: only the ends)")

@@ -32,7 +32,7 @@ class Counterfactuals(ABC):
     """Trainings that differ from the recorded one by the weights of samples, numbered ``0 … R - 1``.
 
     Attributes:
-        rows: ``[R, …]``, what says how each differs.
+        rows: ``[R, …]``, one for each, as the subclass says.
     """
 
     rows: np.ndarray
@@ -46,7 +46,7 @@ class Counterfactuals(ABC):
 
     @abstractmethod
     def changed_by(self, samples: np.ndarray) -> np.ndarray:
-        """Which of them, ``[R]``, differ from a training that meets only ``samples``."""
+        """Which of them, ``[R]``, differ from the recorded training if that meets only ``samples``."""
 
     def part(self, chosen: np.ndarray) -> Counterfactuals:
         """The counterfactuals numbered ``chosen``."""
@@ -58,7 +58,7 @@ class Counterfactuals(ABC):
 
 
 class LeftOut(Counterfactuals):
-    """Each without one sample: ``samples [R]``."""
+    """Each without one sample: ``rows [R]`` are their indices."""
 
     def at(self, samples: np.ndarray) -> np.ndarray:
         return (self.rows[:, None] != samples[None, :]).astype(np.float64)
@@ -68,7 +68,7 @@ class LeftOut(Counterfactuals):
 
 
 class Reweighted(Counterfactuals):
-    """Each with weights of its own: ``weights [R, n]``."""
+    """Each with weights of its own: ``rows [R, n]``."""
 
     def at(self, samples: np.ndarray) -> np.ndarray:
         return self.rows[:, samples].astype(np.float64)

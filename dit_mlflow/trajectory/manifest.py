@@ -220,16 +220,13 @@ class Manifest(_Part):
         need(self._used() <= set(self.files), "a file is used but not listed")
 
     def _check_steps(self, need: Need) -> None:
-        covered = 0
-        for part in self.steps:
-            need(part.start == covered < part.stop, f"steps {part.start} … {part.stop} after step {covered}")
-            covered = part.stop
-        need(covered == self.num_steps, f"{covered} steps are stored, {self.num_steps} announced")
-        stored = 0
-        for part in self.batches or ():
-            need(part.start == stored < part.stop, f"batches {part.start} … {part.stop} after step {stored}")
-            stored = part.stop
-        need(self.batches is None or stored == self.num_steps, f"batches of {stored} steps are stored")
+        for what, parts in (("steps", self.steps), ("batches", self.batches)):
+            stop = 0
+            for part in parts or ():
+                need(part.start == stop < part.stop, f"{what} {part.start} … {part.stop} after step {stop}")
+                stop = part.stop
+            complete = parts is None or stop == self.num_steps
+            need(complete, f"{what} until step {stop} are stored, {self.num_steps} are announced")
         ends = (0, *self.epoch_ends)
         need(all(a < b for a, b in pairwise(ends)), "epoch_ends do not increase")
         need(ends[-1] == self.num_steps, f"the last epoch ends at step {ends[-1]} of {self.num_steps}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.manifest import TensorLayout
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.tensor_file import TensorFile
+
+Key = TypeVar("Key")
 
 SHARD_BYTES = 256 * 2**20
 """Bytes of tensors in one file at most, unless a single tensor is larger."""
@@ -61,16 +63,16 @@ class Shard:
         return self._file.tensor(f"{step}/{key}")
 
 
-def packed(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The tensors, in order, in groups of at most :data:`SHARD_BYTES`."""
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if group and size + tensor.nbytes > SHARD_BYTES:
+def packed(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
+    """The keys, in order, in groups whose sizes sum to at most :data:`SHARD_BYTES`, or of one."""
+    group: list[Key] = []
+    total = 0
+    for key, size in sizes.items():
+        if group and total + size > SHARD_BYTES:
             yield group
-            group, size = {}, 0
-        group[name] = tensor
-        size += tensor.nbytes
+            group, total = [], 0
+        group.append(key)
+        total += size
     if group:
         yield group
 
