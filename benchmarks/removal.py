@@ -18,7 +18,7 @@ from dit_mlflow import load_workload, parse_windows, train
 from dit_mlflow.evaluation import datamodeling_score
 from dit_mlflow.evaluation.figures import LDS
 from dit_mlflow.methods import Method, method
-from dit_mlflow.methods.expected import Expected
+from dit_mlflow.methods.dit import Expected
 from dit_mlflow.retraining import train_on_subsets
 
 METHODS: dict[str, Method] = {

@@ -34,38 +34,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "dit_mlflow.errors": (
-        "DitError",
-        "InputError",
-        "TrainingError",
-        "TrajectoryError",
-        "UnsupportedError",
-        "WorkloadError",
-    ),
-    "dit_mlflow.workload": ("Workload", "load_workload"),
-    "dit_mlflow.recording": ("TrajectoryRecorder", "train"),
-    "dit_mlflow.replay": ("Trajectory",),
-    "dit_mlflow.influence": (
-        "Influence",
-        "Query",
-        "Window",
-        "expected_influence",
-        "logits",
-        "margins",
-        "mean_validation_loss",
-        "parameter_value",
-        "parse_windows",
-        "probabilities",
-        "sample_losses",
-        "self_influence",
-        "track",
-    ),
-    "dit_mlflow.retraining": ("Effort", "leave_one_out"),
-    "dit_mlflow.methods.removal": ("removal_influence",),
-    "dit_mlflow.explanation": ("Checks", "Explanation", "explain"),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_HOMES = ("errors", "workload", "recording", "replay", "influence", "retraining", "methods.removal", "explanation")
+"""Modules of the names, from the bottom up: none imports a later one."""
 
 __all__ = [  # noqa: RUF022  (in the order a reader meets them)
     "Workload",
@@ -102,9 +72,12 @@ __all__ = [  # noqa: RUF022  (in the order a reader meets them)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f"{__name__}.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

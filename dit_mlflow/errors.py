@@ -22,9 +22,9 @@ class TrainingError(DitError):
 
 
 class UnsupportedError(DitError):
-    """The training does something that influence cannot be computed through, and why."""
+    """The training does something through which influence cannot be computed."""
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message: torch's go on with stacks and links."""
+    """The first line of its message; torch's go on with stacks and links."""
     return str(error).strip().partition("\n")[0]

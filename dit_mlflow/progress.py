@@ -1,4 +1,4 @@
-"""Progress bars: on what takes a while, in a terminal only, gone when it is done."""
+"""Progress bars: for long work, in a terminal only, removed when it is done."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 DELAY = 1.0
-"""Seconds before a bar is shown: what is done by then needs none."""
+"""Seconds before a bar is shown."""
 
 Item = TypeVar("Item")
 

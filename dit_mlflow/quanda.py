@@ -34,14 +34,14 @@ class MethodExplainer(Explainer):  # type: ignore[misc]
     Metrics that make explainers themselves take ``explainer_cls=MethodExplainer, expl_kwargs=how``.
 
     **Sign**: the query is the workload's loss of a test sample with its target, and a score is its change when the
-    training sample is removed. Positive = the sample lowers the loss, for which quanda says proponent: no turning.
+    training sample is removed. Positive = the sample lowers the loss, which quanda calls a proponent.
 
-    Whatever ``model`` differs from the recorded end of training by is added to the parameters wherever the query is
-    asked: by nothing for the recorded model, so that scores are those of the method; by the randomisation in quanda's
-    ``ModelRandomizationMetric``. Training itself stays the recorded one, and so do buffers.
+    The difference between ``model`` and the recorded final parameters is added wherever the query is evaluated. It is 0
+    for the recorded model, so that scores are the method's; quanda's ``ModelRandomizationMetric`` makes it the
+    randomisation. Training and buffers stay as recorded.
 
     Args:
-        model: with the recorded parameters, by name; quanda wants logits of two or more classes from it.
+        model: with the recorded parameters, by name; quanda needs logits of two or more classes from it.
         train_dataset: as recorded: ``workload.train_set``, or one with as many samples and the same targets.
         checkpoints, checkpoints_load_func: quanda's; the last checkpoint is loaded into ``model``.
         trajectory, workload: of the training.
@@ -119,14 +119,12 @@ class MethodExplainer(Explainer):  # type: ignore[misc]
     def self_influence(self, batch_size: int = 32) -> Tensor:
         """Change of each training sample's own loss when it is removed, ``[training samples]``, up to a factor.
 
-        Of a method that measures suspicion: how suspicious each is. High = memorised, or wrong.
-
-        The factor makes the largest a thousand times the number of samples: quanda breaks ties by adding 0.0001 times
-        the index, which would decide over losses that change by thousandths.
+        For a method that measures suspicion, how suspicious each is. High = memorised, or wrong. The factor makes the
+        largest a thousand times the number of samples: quanda breaks ties by adding 0.0001 times the index, which would
+        outweigh changes of a loss by thousandths.
 
         Args:
-            batch_size: queries per call of the method; a method that retrains is called once, for all of them, since
-                every call is all its trainings again.
+            batch_size: queries per call; a method that retrains is called once, since each call repeats its trainings.
         """
         if self._self_influence is None:
             n = self.workload.num_samples
@@ -160,14 +158,14 @@ def _pair_like(train_set: Any) -> Callable[[Tensor, Tensor], Any]:
     if not (isinstance(first, (tuple, list)) and len(first) == 2):
         raise InputError(
             f"the training set gives samples of type {type(first).__name__}, quanda pairs of input and target; give "
-            "sample=function(input, target) that makes such a sample of them"
+            "sample=function(input, target) that makes such a sample"
         )
     like = torch.as_tensor(first[1])
     return lambda x, y: (x, y.to(like.dtype).reshape(like.shape))
 
 
 def _check_targets(train_dataset: Any, workload: Workload) -> None:
-    """One pass over both data sets: flipped labels are what detection is about, so those trained on must be given."""
+    """Compare the targets of both data sets: mislabeling detection needs the labels that were trained on."""
     recorded = workload.train_set
     if len(train_dataset) != workload.num_samples:
         raise InputError(
@@ -188,7 +186,7 @@ def _check_targets(train_dataset: Any, workload: Workload) -> None:
 
 
 def _difference(model: nn.Module, trajectory: Trajectory) -> dict[str, Tensor]:
-    """What the model's parameters have more than the recorded last ones; empty for the recorded model."""
+    """The model's parameters minus the recorded final ones, without those that are equal."""
     recorded = trajectory.checkpoint(trajectory.num_steps).parameters
     given = {name: value.detach().cpu() for name, value in model.named_parameters()}
     if given.keys() != recorded.keys() or any(given[name].shape != value.shape for name, value in recorded.items()):

@@ -1,7 +1,7 @@
-"""What of torch is used without being documented, each name here and nowhere else.
+"""Undocumented names of torch, each used here and nowhere else.
 
-All were seen in torch 2.6.0, 2.13.0, 2.14.1 and 2.15.0. ``tests/test_torch_internals.py`` fails when one goes; in use,
-that is an ``AttributeError`` unless it says otherwise.
+All exist in torch 2.6.0, 2.13.0, 2.14.1 and 2.15.0. ``tests/test_torch_internals.py`` fails when one goes; users then
+meet an ``AttributeError`` unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 version: Callable[[Tensor], int] = attrgetter("_version")
-"""How often a tensor was changed in place (``Tensor._version``): nothing public tells without comparing values."""
+"""How often a tensor was changed in place (``Tensor._version``); publicly, only a comparison of values tells."""
 
 COMPILED_MODULE = "_orig_mod"
-"""Where the wrapper of ``torch.compile`` keeps its module: importing the wrapper's class would load the compiler. If it
-goes, the compiled module is taken for the model, and its parameters' names, or its second derivative, are refused."""
+"""Where the wrapper of ``torch.compile`` keeps its module (importing the wrapper's class would load the compiler). If
+it goes, the compiled module is taken for the model, and refused for its parameters' names or its second derivative."""
 
 _COMPILED_FUNCTION = "_torchdynamo_orig_callable"
 
 MISSING_DERIVATIVE = ("derivative for", "differentiate twice", "double backward")
-"""Of these, one is in the message of every error that torch raises where there is no second derivative. If another
-comes, the error is torch's own in place of ours."""
+"""Every error that torch raises for want of a second derivative has one of these in its message. If torch words it
+otherwise, users see its error in place of ours."""
 
 REFUSING_NODE = "torch::autograd::Error"
 """Name of the node that stands in a graph where ``once_differentiable`` cut it: ``torch.autograd.grad`` with
@@ -35,7 +35,7 @@ REFUSING_NODE = "torch::autograd::Error"
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """What ``torch.compile`` was given, if it made ``function`` (``_torchdynamo_orig_callable``).
+    """The function that ``torch.compile`` was given, if it made ``function`` (``_torchdynamo_orig_callable``).
 
     If the name goes, the function stays compiled, and its second derivative is refused.
     """
@@ -72,7 +72,7 @@ def forward_pre_hooks(module: nn.Module) -> Iterable[Callable[..., Any]]:
 
 
 def weight_norm_kernel() -> Callable[..., Tensor]:
-    """``torch._weight_norm``, which ``torch.nn.utils.parametrizations.weight_norm`` calls: it is to be replaced."""
+    """``torch._weight_norm``, which ``torch.nn.utils.parametrizations.weight_norm`` calls, to be replaced."""
     return torch._weight_norm
 
 
@@ -84,8 +84,8 @@ def sampling_kernels() -> set[Callable[..., Tensor]]:
 def set_sampler(loader: DataLoader[Any], name: Literal["sampler", "batch_sampler"], sampler: Any) -> None:
     """Give a loader another sampler, which ``DataLoader.__setattr__`` refuses.
 
-    ``DataLoader._iterator``, the iterator that persistent workers go on with, would know the former one. If that name
-    goes, the sampler tells nothing, and the first batch is refused.
+    ``DataLoader._iterator``, the iterator of persistent workers, is reset, since it holds the former sampler. If that
+    name goes, the new sampler is not asked, and the first batch is refused.
     """
     vars(loader).update({name: sampler, "_iterator": None})
 
@@ -93,7 +93,7 @@ def set_sampler(loader: DataLoader[Any], name: Literal["sampler", "batch_sampler
 def found_infinite(optimizer: Optimizer) -> bool:
     """Whether a ``GradScaler`` has told a fused optimizer of infinite gradients, so that its step will do nothing.
 
-    It does so by the attribute ``found_inf``. If that goes, such a step is recorded, and its replay misses.
+    It sets the attribute ``found_inf``. If that goes, such a step is recorded, and its replay differs.
     """
     found: Tensor | None = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)

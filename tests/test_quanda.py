@@ -19,9 +19,8 @@ from dit_mlflow import InputError, Trajectory, UnsupportedError, Window, Workloa
 from dit_mlflow.methods import NAMES, Method, method
 from dit_mlflow.methods.data_shapley import DataShapley
 from dit_mlflow.methods.datamodel import Datamodel
-from dit_mlflow.methods.dit_confirmed import DitConfirmed
 from dit_mlflow.methods.downsampling import Downsampling
-from dit_mlflow.methods.leave_one_out import LeaveOneOut
+from dit_mlflow.methods.exact import DitConfirmed, LeaveOneOut
 
 pytest.importorskip("quanda", reason="quanda is not installed: pip install 'dit-mlflow[quanda]'")
 

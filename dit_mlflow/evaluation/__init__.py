@@ -1,15 +1,17 @@
-"""Correlation and detection."""
+"""Figures: how well scores agree with ground truth, find damaged samples, and hold over seeds."""
 
-from dit_mlflow.evaluation.attainable import attainable
-from dit_mlflow.evaluation.correlation import correlation_intervals, correlations, correlations_with_intervals
-from dit_mlflow.evaluation.datamodeling_score import datamodeling_score
+from dit_mlflow.evaluation.correlation import (
+    correlation_intervals,
+    correlations,
+    correlations_with_intervals,
+    datamodeling_score,
+)
 from dit_mlflow.evaluation.detection import detection, recall_curve
-from dit_mlflow.evaluation.mean_interval import mean_interval
-from dit_mlflow.evaluation.mean_scores import mean_scores, sample_scores
-from dit_mlflow.evaluation.metrics import Metrics
+from dit_mlflow.evaluation.metrics import Metrics, mean_scores, sample_scores
 from dit_mlflow.evaluation.patterns import correlations_by_pattern, pattern_counts, patterns, window_correlations
 from dit_mlflow.evaluation.stability import stability
-from dit_mlflow.evaluation.trust import trust
+from dit_mlflow.evaluation.trials import mean_interval
+from dit_mlflow.evaluation.trust import attainable, trust
 
 __all__ = [
     "Metrics",

@@ -21,12 +21,12 @@ from dit_mlflow.workload.random_state import preserved_random_state
 def subset(workload: Workload, kept: Sequence[int] | np.ndarray) -> Workload:
     """``workload`` with only the training samples ``kept``, in that order; the others are not there at all.
 
-    This is not removal as influence means it (weight 0, all else as recorded). Batches are drawn anew from fewer
-    samples: they hold other samples for the same seed, each is divided by its own size, and there are fewer steps in an
-    epoch, which schedules by step feel. It is what training again without the samples does in practice.
+    This is not removal as influence means it (weight 0, all else as recorded), but what training again without the
+    samples does in practice: batches hold other samples for the same seed, each is divided by its own size, and an
+    epoch has fewer steps, which changes schedules by step.
 
     Sample ``j`` of the new workload is sample ``kept[j]`` of the old one, in ``describe``, ``show``, ``label`` and
-    ``corrupted`` too. It has no ``reference``, since nothing could build it again from one.
+    ``corrupted`` too. It has no ``reference``, since none could build it again.
 
     Raises:
         InputError: ``kept`` is empty, repeats a sample, or names one that is not there.
@@ -54,15 +54,15 @@ def subset(workload: Workload, kept: Sequence[int] | np.ndarray) -> Workload:
 def relabelled(
     workload: Workload, indices: Sequence[int] | np.ndarray, classes: Sequence[int] | np.ndarray
 ) -> Workload:
-    """``workload`` with the training samples ``indices`` labelled ``classes``, all else being as it was.
+    """``workload`` with the training samples ``indices`` labelled ``classes``, and nothing else changed.
 
-    Labels are where :func:`sample_classes` reads them: the second part of a sample, or its entry ``label``, ``labels``,
-    ``target`` or ``y``. ``describe`` still tells of the sample as it was; ``label`` tells the new one, as the samples
-    of that class are told. There is no ``reference``.
+    A label is the second part of a sample, or its entry ``label``, ``labels``, ``target`` or ``y``. ``describe`` still
+    describes the old sample; ``label`` gives the new class, in the words used for its other samples. There is no
+    ``reference``.
 
     Raises:
-        InputError: not one class for each of ``indices``, or an index that is not there.
-        UnsupportedError: the labels cannot be read as classes, or do not come out of ``collate_fn`` as they were set.
+        InputError: not one class for each of ``indices``, or an index out of range.
+        UnsupportedError: the labels cannot be read as classes, or ``collate_fn`` does not return them as they were set.
     """
     changed = np.asarray(indices, dtype=np.int64)
     new = np.asarray(classes, dtype=np.int64)
@@ -97,7 +97,7 @@ def relabelled(
 
 
 def sample_classes(workload: Workload) -> np.ndarray:
-    """The class ``[n]`` that each training sample is labelled with, as numbers from 0.
+    """The class of each training sample's label, ``[n]``, numbered from 0.
 
     Raises:
         UnsupportedError: labels, or outputs, are not those of a classification.
@@ -117,7 +117,7 @@ def sample_classes(workload: Workload) -> np.ndarray:
 
 
 def class_names(workload: Workload, classes: np.ndarray) -> dict[int, str]:
-    """How people read each class that occurs: the label of its first sample; ``classes``: :func:`sample_classes`."""
+    """The name of each class that occurs: its first sample's label; ``classes``: from :func:`sample_classes`."""
     return {int(found): _class_name(workload, classes, int(found)) for found in np.unique(classes)}
 
 

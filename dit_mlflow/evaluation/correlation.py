@@ -1,4 +1,4 @@
-"""How well an estimate agrees with ground truth."""
+"""How well an estimate agrees with ground truth, sample by sample and summed over groups."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from dit_mlflow.evaluation.figures import HIGH, JACCARD_30, JACCARD_BOTTOM_30, KENDALL, LOW, PEARSON, SPEARMAN
+from dit_mlflow.evaluation.detection import shares_of_lowest
+from dit_mlflow.evaluation.figures import HIGH, JACCARD_30, JACCARD_BOTTOM_30, KENDALL, LDS, LOW, PEARSON, SPEARMAN
 from dit_mlflow.evaluation.metrics import Metrics
-from dit_mlflow.evaluation.ties import shares_of_lowest
+from dit_mlflow.influence import Window
+from dit_mlflow.retraining.subsets import Subsets
 
 TOP_SHARE = 0.3
-"""Share of samples that the Jaccard index compares (the paper's 30 %)."""
+"""Share of samples whose Jaccard index is taken (the paper's 30 %)."""
 
 RESAMPLES = 200
 """Bootstrap samples behind an interval."""
 
 FEWEST = 8
-"""Samples without which there is no interval: of three points, resamples are mostly lines, and it would be [1, 1]."""
+"""Fewest samples with an interval; of three points, most resamples are lines, and it would be [1, 1]."""
 
 
 def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
@@ -28,12 +30,11 @@ def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
         estimate, truth: ``[samples]``; samples where either is NaN are left out.
 
     Returns:
-        Each in [-1, 1], Jaccard in [0, 1]: the overlap of the two sets of the 30 % highest (lowest) scores. Where the
-        bound of a set falls among equal scores, which of them belong to it is left to chance, independently for the two
-        vectors: of the expected number :math:`m` of shared samples among :math:`k` each, the index is
-        :math:`m / (2 k - m)`. So it does not depend on the order of the samples, and scores that tie there agree with
-        themselves by less than 1. Undefined, with the reason, for fewer than 2 samples, and for scores that
-        are constant, or are so but for rounding.
+        Each in [-1, 1], Jaccard in [0, 1]: the overlap of the two sets of the 30 % highest (lowest) scores. Equal
+        scores at a set's bound belong to it at random, independently in the two vectors: with the expected number
+        :math:`m` of shared samples among :math:`k` each, the index is :math:`m / (2 k - m)`. So it does not depend on
+        the order of the samples, and scores that tie there agree with themselves by less than 1. Undefined, with the
+        reason, for fewer than 2 samples, and for scores that are constant but for rounding.
     """
     known = np.isfinite(estimate) & np.isfinite(truth)
     estimate, truth = estimate[known], truth[known]
@@ -55,7 +56,7 @@ def correlation_intervals(
 
     Args:
         estimate, truth: as there.
-        confidence: that the interval holds.
+        confidence: of the interval.
         resamples, seed: of the bootstrap.
         names: of the correlations to give; default: all.
 
@@ -112,10 +113,7 @@ def _why_undefined(estimate: np.ndarray, truth: np.ndarray) -> str | None:
 
 
 def _constant(values: np.ndarray) -> np.ndarray:
-    """Of each row of ``[…, samples]``, whether it varies by no more than rounding, in the measure that SciPy warns by.
-
-    From there on the deviations from the mean, which a correlation is made of, are rounding themselves.
-    """
+    """Whether each row of ``[…, samples]`` varies by no more than rounding, by the measure of SciPy's warning."""
     values = values.astype(np.result_type(values, np.float32), copy=False)
     mean = values.mean(axis=-1, keepdims=True)
     rounding = np.finfo(values.dtype).eps ** 0.75 * np.abs(mean[..., 0])
@@ -154,3 +152,34 @@ _MEASURES = {
 """Each of ``[rows, samples]`` twice, to ``[rows]``."""
 
 MEASURES = tuple(_MEASURES)
+
+
+def datamodeling_score(
+    scores: np.ndarray, subsets: Subsets, window: Window | int = 0, query: int = 0, resamples: int = 1000, seed: int = 0
+) -> Metrics:
+    """LDS of Park et al. 2023 (arXiv 2303.14186, definition 2.3): Spearman correlation over subsets.
+
+    It compares the predicted change of the query, the sum of the scores of the samples left out, with the change that
+    training on the subset made.
+
+    Args:
+        scores: ``[samples]``; NaN counts as 0.
+        subsets: from :func:`train_on_subsets`.
+        window, query: which of the changes.
+        resamples, seed: of the bootstrap over subsets.
+
+    Returns:
+        ``lds``, and ``lds_low``, ``lds_high``: a percentile interval of 95 %. Undefined, with the reason, if all
+        predicted or all true changes are equal.
+    """
+    position = subsets.windows.index(window) if isinstance(window, Window) else window
+    predicted, seen = ~subsets.kept @ np.nan_to_num(scores), subsets.changes[position, query]
+    if np.ptp(predicted) == 0 or np.ptp(seen) == 0:
+        reason = f"all {len(seen)} {'predicted' if np.ptp(predicted) == 0 else 'true'} changes are equal"
+        return Metrics(undefined={LDS.leaf: reason})
+    drawn = np.random.default_rng(seed).integers(len(seen), size=(resamples, len(seen)))
+    ranks = stats.rankdata(predicted[drawn], axis=1), stats.rankdata(seen[drawn], axis=1)
+    found = [np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True) if np.ptp(a) and np.ptp(b)]
+    low, high = np.quantile(found, [0.025, 0.975])
+    value = float(stats.spearmanr(predicted, seen).statistic)
+    return Metrics({LDS.leaf: value, LDS.leaf + LOW: low, LDS.leaf + HIGH: high})

@@ -1,4 +1,4 @@
-"""How well scores find samples that were deliberately damaged."""
+"""How well scores find deliberately damaged samples."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation.figures import AUROC, AVERAGE_PRECISION, CHANCE, DETECTION_ACCURACY, RECALL_AT_K
 from dit_mlflow.evaluation.metrics import Metrics
-from dit_mlflow.evaluation.ties import shares_of_lowest
 
 NAMES = (DETECTION_ACCURACY.leaf, RECALL_AT_K.leaf, AUROC.leaf, AVERAGE_PRECISION.leaf)
 
 
 def detection(scores: np.ndarray, corrupted: Sequence[int]) -> Metrics:
-    """Detection of corrupted samples by low (harmful) scores, and beside each figure what chance gives.
+    """Detection of corrupted samples by low (harmful) scores, each figure beside its value by chance.
 
-    The ``k`` lowest scores are flagged, ``k`` = number of corrupted samples with a score. Where the ``k``-th lowest is
-    one of several equal scores, accuracy and recall are those expected of random order among them, as on
-    :func:`recall_curve`; recall times ``k`` need not be a whole number then.
+    The ``k`` lowest scores are flagged, ``k`` = number of corrupted samples with a score. If several scores equal the
+    ``k``-th lowest, accuracy and recall are the expectations over random order among them, as on :func:`recall_curve`;
+    recall times ``k`` need not be a whole number then.
 
     Args:
         scores: ``[samples]``; samples with NaN are left out.
@@ -28,8 +27,8 @@ def detection(scores: np.ndarray, corrupted: Sequence[int]) -> Metrics:
 
     Returns:
         ``accuracy`` over all samples, ``recall_at_k``, ``auroc`` and ``average_precision``, each in [0, 1], and
-        ``accuracy_chance`` and so on: the exact expectation for scores in random order, see :func:`chance`. Undefined,
-        with the reason, if no sample or every sample is corrupted, or all scores are equal.
+        ``accuracy_chance`` and so on: the exact expectations for random order, see :func:`chance`. Undefined, with the
+        reason, if no sample or every sample is corrupted, or all scores are equal.
     """
     scores, damaged = _known(scores, corrupted)
     k = int(damaged.sum())
@@ -97,3 +96,20 @@ def _known(scores: np.ndarray, corrupted: Sequence[int]) -> tuple[np.ndarray, np
     damaged = np.zeros(len(scores), dtype=bool)
     damaged[list(corrupted)] = True
     return scores[known], damaged[known]
+
+
+def shares_of_lowest(scores: np.ndarray, k: int) -> np.ndarray:
+    """Probability that each sample is among the ``k`` lowest scores of its row, with equal scores in random order.
+
+    Args:
+        scores: ``[…, samples]``, finite.
+        k: at least 1, at most as many as there are samples.
+
+    Returns:
+        ``[…, samples]`` in [0, 1], ``k`` in sum: 1 below the ``k``-th lowest score and 0 above it; at it, the places
+        that are left, over the samples that share them.
+    """
+    cut = np.partition(scores, k - 1, axis=-1)[..., k - 1 : k]
+    below, tied = scores < cut, scores == cut
+    left = k - below.sum(axis=-1, keepdims=True)
+    return np.asarray(below + tied * (left / tied.sum(axis=-1, keepdims=True)))

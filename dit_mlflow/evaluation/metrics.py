@@ -1,19 +1,25 @@
-"""Metrics with reasons: a figure, or why there is none."""
+"""Metrics, each with a value or the reason why it has none; and those of a model on a data set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from dit_mlflow.evaluation.figures import LOSS
+from dit_mlflow.influence.query import CHUNK
+from dit_mlflow.workload import Workload, to_like
+from dit_mlflow.workload.random_state import fixed_draws
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Named figures, and for each figure that is undefined, the reason.
-
-    Attributes:
-        values: metric name -> value.
-        undefined: metric name -> why it has no value.
-    """
+    """Named figures: metric name -> value, and for those without one, metric name -> reason."""
 
     values: Mapping[str, float] = field(default_factory=dict)
     undefined: Mapping[str, str] = field(default_factory=dict)
@@ -26,12 +32,43 @@ class Metrics:
         )
 
     def and_(self, other: Metrics) -> Metrics:
-        """Both together; of a name in both, ``other``'s."""
+        """Both; ``other`` wins where a name is in both."""
         return Metrics({**self.values, **other.values}, {**self.undefined, **other.undefined})
 
     def only(self, *names: str) -> Metrics:
-        """Those of ``names`` that are there."""
+        """Only the metrics named ``names``, as far as they are there."""
         return Metrics(
             {name: value for name, value in self.values.items() if name in names},
             {name: reason for name, reason in self.undefined.items() if name in names},
         )
+
+
+def mean_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> Metrics:
+    """Means of :func:`sample_scores` over the samples."""
+    found = sample_scores(workload, model, dataset)
+    return Metrics({name: float(values.mean()) for name, values in found.items()})
+
+
+def sample_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -> dict[str, np.ndarray]:
+    """``loss``, and each of the workload's own metrics, of every sample of a data set, float64 ``[samples]``.
+
+    Args:
+        workload: its loss and metrics.
+        model: in the mode to evaluate it in.
+        dataset: of the workload's kind of samples.
+
+    Random draws from torch are the same every time. Cost: a forward pass for the loss and one for the metrics.
+    """
+    size = len(dataset)  # type: ignore[arg-type]
+    like = next(model.parameters())
+    parts: dict[str, list[np.ndarray]] = {}
+    with torch.no_grad(), fixed_draws(like.device):
+        for start in range(0, size, CHUNK):
+            indices = range(start, min(start + CHUNK, size))
+            batch = to_like(workload.unvarying(dataset, indices), like.device, None)
+            values = {LOSS: workload.sample_losses(model, batch, len(indices))}
+            if workload.metrics is not None:
+                values |= workload.metrics(model, batch)
+            for name, value in values.items():
+                parts.setdefault(name, []).append(value.double().cpu().numpy())
+    return {name: np.concatenate(found) for name, found in parts.items()}

@@ -1,4 +1,4 @@
-"""How a sample's influence runs over training: early, late, stable or fluctuating."""
+"""The pattern of a sample's influence over training: early, late, stable or fluctuating."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def patterns(
 ) -> np.ndarray:
     r"""The pattern of every sample, ``[samples]`` of names from :data:`PATTERNS`, or ``none``: all scores 0 or NaN.
 
-    Scores are first :func:`standardised`: else the first windows, in which the loss falls fastest, would make every
-    sample early. With :math:`p_k = |s_k| / \sum_k |s_k|` over windows:
+    Scores are first :func:`standardised_scores`; otherwise the first windows, in which the loss falls fastest, would
+    make every sample early. Of the sum of :math:`|s_k|` over windows:
 
-    - ``fluctuating``: the signs that are in the minority hold more than ``mixed`` of all :math:`|s_k|`;
-    - ``early``, ``late``: otherwise, and the first (last) half of the windows holds at least ``concentrated`` of it; a
-      window in the middle counts half to each;
+    - ``fluctuating``: scores of the minority's sign make up more than ``mixed``;
+    - ``early``, ``late``: otherwise, the first (last) half of the windows makes up at least ``concentrated``; a window
+      in the middle counts half to each;
     - ``stable``: otherwise.
 
     Args:
@@ -58,7 +58,7 @@ def patterns(
 def standardised_scores(influence: Influence, query: str | None = None) -> np.ndarray:
     """Scores ``[windows, samples]`` of one query, each window's divided by their root mean square over samples.
 
-    Scores that are missing or infinite count as 0, and a window in which all scores are 0 keeps them.
+    Missing and infinite scores count as 0; a window whose scores are all 0 stays so.
     """
     position = 0 if query is None else influence.queries.index(query)
     scores = np.nan_to_num(influence.scores[:, position], posinf=0.0, neginf=0.0)
@@ -72,7 +72,7 @@ def pattern_counts(names: np.ndarray) -> Metrics:
 
 
 def correlations_by_pattern(estimate: np.ndarray, truth: np.ndarray, names: np.ndarray) -> Metrics:
-    """Agreement with ground truth among the samples of each pattern: on which can the estimate be trusted?
+    """Agreement with ground truth among the samples of each pattern.
 
     Args:
         estimate, truth: ``[samples]``, as for :func:`dit_mlflow.evaluation.correlation.correlations`.

@@ -1,4 +1,4 @@
-"""Would another seed have told the same? Agreement between trainings, and what their differences come from."""
+"""Would another seed give the same scores? Agreement between trainings, and the sources of their differences."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ RUN_RESAMPLES = 1000
 def stability(scores: np.ndarray, resamples: int = RUN_RESAMPLES, confidence: float = 0.95, seed: int = 0) -> Metrics:
     """Agreement between runs, and shares of the variance between them.
 
-    Seeds of initialisation and of data order are separate because both contribute comparably to how results vary
-    (Dodge et al. 2020, arXiv 2002.06305).
+    Seeds of initialisation and of data order are separate, because both contribute comparably to the variance of
+    results (Dodge et al. 2020, arXiv 2002.06305).
 
     Args:
         scores: ``[init seeds, order seeds, samples]``; samples with NaN in any run are left out.

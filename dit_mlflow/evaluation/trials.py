@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from scipy import stats
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation.figures import (
@@ -23,25 +24,23 @@ from dit_mlflow.evaluation.figures import (
     VALIDATION,
     figure_of,
 )
-from dit_mlflow.evaluation.mean_interval import mean_interval
-from dit_mlflow.evaluation.mean_scores import sample_scores
-from dit_mlflow.evaluation.metrics import Metrics
+from dit_mlflow.evaluation.metrics import Metrics, sample_scores
 from dit_mlflow.recording.loop import train_unrecorded
 from dit_mlflow.workload import Workload
 
 NO_CLEANING = "no cleaning"
 RANDOM = "random"
-"""Strategies that are there for comparison; neither is a way to find samples."""
+"""Strategies for comparison; neither is a way to find samples."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """Samples to do something about, found in one way.
+    """Samples to drop or relabel, found by one strategy.
 
     Attributes:
         strategy: how they were found.
         fraction: share of the training samples that was asked for.
-        flagged: the samples, lowest score first, ``[draws, k]``; strategies without chance have one draw.
+        flagged: the samples, lowest score first, ``[draws, k]``; deterministic strategies have one draw.
         scores: of all training samples, low = harmful or suspicious, ``[draws, n]``.
     """
 
@@ -89,7 +88,7 @@ def trials(strategies: Mapping[str, np.ndarray], counts: Mapping[float, int]) ->
 
 
 def random_scores(draws: int, num_samples: int, seed: int = 0) -> np.ndarray:
-    """Scores ``[draws, n]`` in random order; of one draw, the samples of a larger fraction hold those of a smaller."""
+    """Scores ``[draws, n]`` in random order; in a draw, the samples of a larger fraction contain those of a smaller."""
     generator = np.random.default_rng(seed)
     return np.stack([generator.permutation(num_samples) for _ in range(draws)]).astype(np.float64)
 
@@ -108,7 +107,7 @@ def check_classes_stay(tried: Sequence[Trial], classes: np.ndarray) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What came of a trial.
+    """The result of a trial.
 
     Attributes:
         trial: the samples.
@@ -129,7 +128,7 @@ class Outcome:
         """Each figure's mean, and the interval (95 %) of the mean over pairs of seeds as ``…_low``, ``…_high``.
 
         With several draws also ``…_lowest_draw`` and ``…_highest_draw``, each a mean over the pairs of seeds. The
-        intervals tell of seeds alone, not of another validation or test set.
+        intervals account for other seeds, not for another validation or test set.
         """
         found = Metrics()
         for name, values in self.figures.items():
@@ -143,9 +142,9 @@ class Outcome:
     def gain(self, other: Outcome) -> Metrics:
         """How much better each figure is than ``other``'s: the mean over seeds, and its interval (95 %).
 
-        The interval tells of other seeds and of other samples in the split: the two half-widths, each by Student's t
-        over paired differences, are added as squares, as if independent. **Sign**: positive = better, which of a loss
-        means lower.
+        The interval accounts for other seeds and for other samples in the split: the two half-widths, each by Student's
+        t over paired differences, are added in quadrature, as if independent. **Sign**: positive = better, which of a
+        loss means lower.
         """
         found = Metrics()
         for name in self.figures:
@@ -175,7 +174,7 @@ def tried_out(
     trial: Trial,
     change: Callable[[np.ndarray], Workload],
     seeds: Sequence[tuple[int, int]],
-    told: Callable[[], object] = lambda: None,
+    trained: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Train on the changed data, for each draw and each pair of seeds.
 
@@ -183,7 +182,7 @@ def tried_out(
         trial: the samples.
         change: makes the workload to be trained from the flagged samples ``[k]``.
         seeds: ``(init_seed, order_seed)`` of each repeat.
-        told: called after each training.
+        trained: called after each training.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -199,16 +198,16 @@ def tried_out(
                 if dataset is not None:
                     for name, values in sample_scores(workload, model, dataset).items():
                         found.setdefault(data + name, []).append(values)
-            told()
+            trained()
     shape = (len(trial.flagged), len(seeds))
     figures = {name: np.array([values.mean() for values in rows]).reshape(shape) for name, rows in found.items()}
     return Outcome(trial, figures, {name: np.mean(rows, axis=0) for name, rows in found.items()})
 
 
 def rank(outcome: Outcome, metric: str) -> tuple[float, float, int]:
-    """Sorts outcomes, best on the validation split first; no figure of the test split is looked at.
+    """Sort key, best on the validation split first; then by validation loss, then fewer flagged samples.
 
-    Equally good ones are told apart by the validation loss, then by flagging fewer samples.
+    No figure of the test split enters.
     """
     figures = [-_sign(name) * outcome.mean(name) for name in (VALIDATION + metric, VALIDATION + LOSS)]
     first, second = (value if np.isfinite(value) else np.inf for value in figures)
@@ -251,7 +250,7 @@ class Cleansing:
 
     @cached_property
     def chosen(self) -> Outcome:
-        """What the validation split chooses; to leave the data as it is is a choice, to clean at random is none."""
+        """The best outcome on the validation split; no cleaning is a candidate, random cleaning is not."""
         return choose([outcome for outcome in self.outcomes if outcome.trial.strategy != RANDOM], self.metric)
 
     @property
@@ -269,11 +268,17 @@ class Cleansing:
     def helped(self) -> Verdict:
         """Whether cleaning helped, judged on the test split.
 
-        ``no``: nothing was to be cleaned, or the mean did not become better; ``yes``: the whole interval of the gain is
-        above 0; ``unclear``: the mean became better, by no more than seeds and test samples make it differ.
+        ``no``: no cleaning was chosen, or the mean did not improve; ``yes``: the whole interval of the gain is above 0;
+        ``unclear``: the mean improved, by no more than seeds and test samples make it vary.
         """
         name = TEST + self.metric
         gain = self.chosen.gain(self.before).values
         if self.chosen is self.before or not gain[name] > 0:
             return "no"
         return "yes" if gain.get(name + LOW, 0.0) > 0 else "unclear"
+
+
+def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the mean of independent values ``[2 or more]``, by Student's t."""
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * float(stats.sem(values))
+    return float(values.mean()) - half, float(values.mean()) + half

@@ -1,4 +1,4 @@
-"""How far an estimate can be trusted, from a few exact retrainings instead of one for every sample."""
+"""How far an estimate can be trusted, from a few exact retrainings; and how far the ground truth itself can."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.evaluation.correlation import correlations_with_intervals
+from dit_mlflow.evaluation.correlation import correlations, correlations_with_intervals
 from dit_mlflow.evaluation.figures import (
+    ATTAINABLE,
     SLOPE_RATIO,
     SMOOTHNESS,
     SPREAD_RATIO,
@@ -51,16 +52,16 @@ def trust(
     - ``spread_ratio``: standard deviation of the estimates over that of the truth, over the same samples; 1 is right,
       above 1 effects are exaggerated.
     - ``smoothness``, ``slope_ratio``: two retrainings with weights :math:`1 \pm d`, :math:`d = s / |s|` along the
-      scores :math:`s`, as large as one removal. Of the changes :math:`c_\pm` of the query, the odd part
-      :math:`o = (c_+ - c_-) / 2` is what a derivative can foretell, and the even part :math:`e = (c_+ + c_-) / 2` is
-      not: smoothness is :math:`|o| / (|o| + |e|)`, 1 for a training that is linear in the weights. The slope ratio is
-      :math:`o` over the foretold :math:`-s \cdot d = -|s|`: 1 where the derivative holds up to the size of a removal.
+      scores :math:`s`, as large as one removal. Of the changes :math:`c_\pm` of the query, a derivative can predict the
+      odd part :math:`o = (c_+ - c_-) / 2`, and not the even part :math:`e = (c_+ + c_-) / 2`: smoothness is
+      :math:`|o| / (|o| + |e|)`, 1 for a training that is linear in the weights. The slope ratio is :math:`o` over the
+      predicted :math:`-s \cdot d = -|s|`: 1 if the derivative holds up to the size of a removal.
 
     Args:
         estimate: scores of one query.
         trajectory, workload: that it was computed from.
         samples: how many are drawn by ``seed``, 3 or more; all, if there are fewer.
-        truth: exact leave-one-out for some windows of the estimate's, if it is known: its samples are used instead.
+        truth: exact leave-one-out for the estimate's windows, if it is known: its samples are used instead.
         dtype, effort, queries: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
         kind: of the retrainings, for an estimate without one (``none``); otherwise its own.
 
@@ -122,3 +123,39 @@ def _linearity(question: Question, scores: np.ndarray, dtype: torch.dtype | None
     if odd == even == 0:
         return Metrics(undefined=dict.fromkeys(names, "other weights on the samples changed nothing"))
     return Metrics({SMOOTHNESS.leaf: abs(odd) / (abs(odd) + abs(even)), SLOPE_RATIO.leaf: -odd / size})
+
+
+FLOOR_SAMPLES = 32
+"""Random samples that are left out once more."""
+
+
+def attainable(
+    truth: Influence,
+    trajectory: Trajectory,
+    workload: Workload,
+    samples: int = FLOOR_SAMPLES,
+    seed: int = 0,
+    effort: Effort | None = None,
+    queries: Sequence[Query] | None = None,
+) -> tuple[Metrics, ...]:
+    """Leave-one-out in the recorded precision against the truth in float64, window by window.
+
+    No estimate can agree better with the truth than the truth does with itself: read correlations against these.
+
+    Args:
+        truth: exact leave-one-out in float64, of all samples or some; the first query is judged.
+        trajectory, workload: that it was computed from.
+        samples: how many of its samples are left out again, drawn by ``seed``; all, if there are fewer.
+        effort, queries: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
+
+    Returns:
+        For each window of the truth what :func:`correlations` gives, its names with ``attainable_`` before. A run that
+        was recorded in float64 attains 1 by definition.
+
+    Cost: as many trainings as samples, in the recorded precision.
+    """
+    known = np.flatnonzero(np.isfinite(truth.scores).all(axis=(0, 1)))
+    chosen = sorted(np.random.default_rng(seed).permutation(known)[:samples].tolist())
+    kind = check_kind(truth.kind)
+    again = leave_one_out(trajectory, workload, truth.windows, kind, queries, chosen, dtype=None, effort=effort)
+    return tuple(correlations(again.of(k), truth.of(k)).prefixed(ATTAINABLE) for k in range(len(truth.windows)))

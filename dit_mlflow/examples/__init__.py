@@ -1,13 +1,11 @@
-"""What ready workloads are made of: file formats, splits and damage, small networks, the paper's settings."""
+"""Parts of ready workloads: file formats, splits and damage, small networks, the paper's settings."""
 
 from dit_mlflow.examples.classification import Captions, accuracy, classification, notes, sample_losses
 from dit_mlflow.examples.corruption import Corrupted, Damage, corrupt
-from dit_mlflow.examples.data_folder import download_folder, folder_of, torchvision
-from dit_mlflow.examples.idx import labelled_images, read_idx
+from dit_mlflow.examples.data_files import download_folder, folder_of, labelled_images, read_idx, torchvision
 from dit_mlflow.examples.images import Standardise, image_workload, standardised
-from dit_mlflow.examples.networks import NetworkName, network
+from dit_mlflow.examples.networks import NetworkName, network, resnet9
 from dit_mlflow.examples.recipe import Decay, OptimizerName, Preset, Recipe, build_optimizer, inverse_sqrt, recipe_for
-from dit_mlflow.examples.resnet9 import resnet9
 from dit_mlflow.examples.splits import Labelled, Splits, of_classes, split
 
 __all__ = [

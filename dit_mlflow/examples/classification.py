@@ -25,7 +25,7 @@ LOST_INPUT: Collection[Damage] = ("duplicate", "ood")
 
 @dataclass(frozen=True, eq=False)
 class Captions:
-    """What reports say of training samples.
+    """Texts on training samples for reports.
 
     Attributes:
         names: of the classes.
@@ -62,7 +62,7 @@ class Captions:
 
 
 def notes(thing: str, stranger: str) -> dict[Damage, str]:
-    """What to say of damaged samples whose input is a ``thing``, a foreign one being of ``stranger``."""
+    """Notes on damaged samples whose input is a ``thing``; a foreign one is of ``stranger``."""
     return {
         "flip": "flipped",
         "class_flip": "flipped",

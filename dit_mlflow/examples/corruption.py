@@ -40,11 +40,11 @@ def corrupt(
     foreign: np.ndarray | None = None,
     noise: float = NOISE,
 ) -> Corrupted:
-    """Damage exactly ``round(share * samples)`` samples; the arrays given are left alone.
+    """Damage exactly ``round(share * samples)`` samples of a copy.
 
     - ``flip``: the label becomes another class, all equally likely.
-    - ``class_flip``: label ``c`` becomes ``c + 1`` modulo ``classes``. Classes are taken in random order, the next one
-      once all samples of the last are flipped, so that a small share comes from one class alone.
+    - ``class_flip``: label ``c`` becomes ``c + 1`` modulo ``classes``, class by class in random order, so that a small
+      share comes from one class alone.
     - ``noise``: normal noise is added to the input, of standard deviation ``noise`` times that of all inputs.
     - ``duplicate``: the input becomes a copy of that of an undamaged sample of another class. The sample keeps its
       label, so the copy contradicts its original; a copy within the class would do little harm.
@@ -63,7 +63,7 @@ def corrupt(
         noise: see above.
 
     Raises:
-        InputError: an unknown kind, a share outside [0, 1], or data that the kind cannot be done to.
+        InputError: an unknown kind, a share outside [0, 1], or data that the kind does not apply to.
     """
     if kind not in get_args(Damage):
         raise InputError(f"corruption={kind!r}; expected one of {', '.join(get_args(Damage))}")

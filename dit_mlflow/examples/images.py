@@ -18,7 +18,7 @@ from dit_mlflow.workload import Workload
 Standardise = Literal["channel", "pixel", "image"]
 
 FOREIGN = 5000
-"""At most so many images of other classes are at hand to put in the place of damaged ones."""
+"""Images of other classes that may replace damaged ones, at most."""
 
 
 def image_workload(

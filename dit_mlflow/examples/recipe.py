@@ -1,4 +1,4 @@
-"""How a ready workload trains: the settings of a preset, the user's own in their place, and the optimizer from them."""
+"""How a ready workload trains: a preset's settings, the user's in place of them, and the optimizer."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Labelled:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """What is trained on, what chooses, and what only judges."""
+    """Samples to train on, to choose by, and to judge by."""
 
     train: Labelled
     validation: Labelled

@@ -1,4 +1,4 @@
-"""Estimators of influence behind one interface, ours and other distributions'; each is loaded when it is asked for."""
+"""Estimators of influence behind one interface, ours and other distributions'; each is loaded on first use."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from dit_mlflow.methods.third_party import load_method, owner, registered
 
 if TYPE_CHECKING:
     NAMES: tuple[str, ...]
-    """Of all methods: ours, in the order that tables show, then those that other distributions register now."""
+    """Names of all methods: ours, in the order of tables, then those that other distributions register."""
 
 _HOMES = {
     "dit": "dit:Dit",
-    "expected": "expected:Expected",
+    "expected": "dit:Expected",
     "removal": "removal:Removal",
-    "dit_confirmed": "dit_confirmed:DitConfirmed",
-    "leave_one_out": "leave_one_out:LeaveOneOut",
-    "sgd_influence": "sgd_influence:SgdInfluence",
+    "dit_confirmed": "exact:DitConfirmed",
+    "leave_one_out": "exact:LeaveOneOut",
+    "sgd_influence": "dit:SgdInfluence",
     "tracin": "tracin:TracIn",
-    "tracin_renormalized": "tracin_renormalized:TracInRenormalized",
-    "tracin_checkpoints": "tracin_checkpoints:TracInCheckpoints",
+    "tracin_renormalized": "tracin:TracInRenormalized",
+    "tracin_checkpoints": "tracin:TracInCheckpoints",
     "dvemb": "dvemb:Dvemb",
     "source": "source:Source",
-    "influence_function": "influence_function:InfluenceFunction",
-    "influence_function_lissa": "influence_function_lissa:InfluenceFunctionLissa",
-    "influence_function_arnoldi": "influence_function_arnoldi:InfluenceFunctionArnoldi",
-    "influence_function_datainf": "influence_function_datainf:InfluenceFunctionDatainf",
-    "influence_function_ekfac": "influence_function_ekfac:InfluenceFunctionEkfac",
-    "grad_dot": "grad_dot:GradDot",
-    "grad_cos": "grad_cos:GradCos",
+    "influence_function": "newton_step:InfluenceFunction",
+    "influence_function_lissa": "newton_step:InfluenceFunctionLissa",
+    "influence_function_arnoldi": "newton_step:InfluenceFunctionArnoldi",
+    "influence_function_datainf": "fisher:InfluenceFunctionDatainf",
+    "influence_function_ekfac": "fisher:InfluenceFunctionEkfac",
+    "grad_dot": "at_window_end:GradDot",
+    "grad_cos": "at_window_end:GradCos",
     "mirrored_influence": "mirrored_influence:MirroredInfluence",
     "representer_points": "representer_points:RepresenterPoints",
     "trak": "trak:Trak",
-    "self_influence": "self_influence:SelfInfluence",
-    "loss": "loss:Loss",
-    "grad_norm": "grad_norm:GradNorm",
-    "aum": "aum:Aum",
-    "forgetting_events": "forgetting_events:ForgettingEvents",
+    "self_influence": "dit:SelfInfluence",
+    "loss": "at_window_end:Loss",
+    "grad_norm": "at_window_end:GradNorm",
+    "aum": "presentations:Aum",
+    "forgetting_events": "presentations:ForgettingEvents",
     "downsampling": "downsampling:Downsampling",
     "datamodel": "datamodel:Datamodel",
     "data_shapley": "data_shapley:DataShapley",

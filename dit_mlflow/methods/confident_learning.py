@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,9 +20,9 @@ from dit_mlflow.replay.training_step import SampleWeights
 class ConfidentLearning(Method):
     """cleanlab's label quality from out-of-sample probabilities (Northcutt et al. 2021, arXiv 1911.00068).
 
-    For each of ``folds`` parts, training is run again as recorded with weight 0 on the part, and the model is asked for
-    it. Low = the label is likely wrong. Cost: ``folds`` trainings. Fails where a class is rare or the model is badly
-    calibrated.
+    For each of ``folds`` parts, training is run again as recorded with weight 0 on the part, whose classes the model
+    then predicts. Low = the label is likely wrong. Cost: ``folds`` trainings. Fails if a class is rare or the model is
+    badly calibrated.
 
     Attributes:
         folds: parts, with the classes in equal shares.
@@ -34,18 +33,15 @@ class ConfidentLearning(Method):
         UnsupportedError: the workload is no classification, or no class has ``folds`` samples.
     """
 
-    name: ClassVar[str] = "confident_learning"
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "suspicion"
+    name = "confident_learning"
+    measures = "suspicion"
 
     folds: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.folds < 2 or self.seed < 0:
-            raise InputError(
-                f"folds={self.folds}, seed={self.seed}; expected 2 parts or more, each left out in turn, and a seed of "
-                "0 or more"
-            )
+        expected = "2 parts or more, each left out in turn, and a seed of 0 or more"
+        self._expect(expected, self.folds >= 2 and self.seed >= 0, "folds", "seed")
 
     def estimate(self, question: Question) -> Estimate:
         try:

@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence.question import Question
-from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.retraining.effort import Effort
-from dit_mlflow.retraining.random_subsets import met, outcomes
+from dit_mlflow.methods.method import Estimate, RetrainingMethod
+from dit_mlflow.retraining.subsets import met, outcomes
 
 ROUNDS = 16
-"""An order is followed in so many parts: those that are truncated in one need no training in the next."""
+"""Parts in which orders are followed; an order truncated in one part needs no training in the next."""
 
 
 @dataclass(frozen=True)
-class DataShapley(Method):
+class DataShapley(RetrainingMethod):
     """Truncated Monte Carlo Data Shapley (Ghorbani and Zou 2019, arXiv 1904.02868, algorithm 1).
 
     ::
 
         score_j = mean over random orders of  q(samples before j) - q(samples before j, and j)
 
-    so that the scores sum to the change of the query when all samples are removed. The query ``q`` stands where the
-    paper has a performance, which is why the sign is turned: positive = removal raises the query. Removal is weight 0
-    in the recorded run. An order is left once the query has stayed within ``tolerance`` of the recorded one for
-    ``patience`` samples in a row, and scores what is left of it 0.
+    so that the scores sum to the change of the query when all samples are removed. ``q`` takes the place of the paper's
+    performance, with the opposite sign: positive = removal raises the query. Removal is weight 0 in the recorded run.
+    An order is truncated once the query has stayed within ``tolerance`` of the recorded one for ``patience`` samples in
+    a row; the samples left score 0.
 
-    Cost: ``retrainings`` at most (for each set of windows that ``leave_one_out`` needs a training for), fewer by what
-    is truncated. Fails by noise where few orders are drawn: ``standard_errors`` in the metadata is the root mean square
-    over samples for each window and query. It asks another question than leave-one-out: half of a sample's value is
-    what it adds to less than half of the data. On ``projects/mnist`` (256 samples, 10 orders) it finds nearly all
-    damaged samples, and agrees with leave-one-out by a Spearman correlation of 0.3 only.
+    Cost: up to ``retrainings`` (for each set of windows that ``leave_one_out`` needs a training for). Few orders make
+    noise: ``standard_errors`` in the metadata is the root mean square over samples for each window and query. The
+    question is not that of leave-one-out: half of a sample's value is what it adds to less than half of the data. On
+    ``projects/mnist`` (256 samples, 10 orders) it finds nearly all damaged samples, and its Spearman correlation with
+    leave-one-out is 0.3.
 
     Attributes:
         retrainings: the budget; there are ``retrainings // n`` orders of the ``n`` samples.
         tolerance: as a share of the change that removing all samples makes; 0: no truncation.
-        patience: samples in a row within the tolerance; 1 in the paper's algorithm, where a query that only passes by
-            the recorded value ends the order.
+        patience: samples in a row within the tolerance. With 1, as in the paper, a query that only passes the recorded
+            value ends the order.
         seed: of the orders.
         dtype, effort: of the retraining.
 
@@ -51,25 +48,16 @@ class DataShapley(Method):
         UnsupportedError: training on some subsets diverges.
     """
 
-    name: ClassVar[str] = "data_shapley"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
-    retrains: ClassVar[bool] = True
+    name = "data_shapley"
 
     retrainings: int = 2560
     tolerance: float = 0.01
     patience: int = 5
     seed: int = 0
-    dtype: torch.dtype | None = None
-    effort: Effort = field(default_factory=Effort)
 
     def __post_init__(self) -> None:
-        if not self.tolerance >= 0 or self.patience < 1 or self.seed < 0:
-            raise InputError(
-                f"tolerance={self.tolerance}, patience={self.patience}, seed={self.seed}; expected 0 or more, 1 "
-                "sample or more, and 0 or more"
-            )
+        allowed = self.tolerance >= 0 and self.patience >= 1 and self.seed >= 0
+        self._expect("0 or more, 1 sample or more, and 0 or more", allowed, "tolerance", "patience", "seed")
 
     def estimate(self, question: Question) -> Estimate:
         n = question.workload.num_samples
@@ -113,7 +101,7 @@ class ShapleyValues:
 def shapley_values(
     changes_of: Callable[[np.ndarray], np.ndarray], orders: np.ndarray, tolerance: float, patience: int
 ) -> ShapleyValues:
-    """Marginal changes along orders, each window and query truncated on its own.
+    """Marginal changes along orders; each window and query is truncated by itself.
 
     Args:
         changes_of: subsets as bool ``[R, samples]`` -> changes against all samples, ``[windows, queries, R]``.
@@ -127,7 +115,7 @@ def shapley_values(
     calm = np.zeros(before.shape, dtype=int)
     total, squares = (np.zeros((*nothing.shape[:2], n)) for _ in range(2))
     followed = np.zeros(nothing.shape[:2])
-    # The place of each sample in each order: it is there from this length on.
+    # The place of each sample in each order.
     place = np.argsort(orders, axis=1)
     length = -(-n // ROUNDS)
     for first in range(0, n, length):
@@ -147,7 +135,7 @@ def shapley_values(
             followed += running.sum(axis=2)
             before[:, :, going] = after
             within = np.abs(after) < near
-            # One that was left stays left.
+            # A truncated one stays truncated.
             calm[:, :, going] = np.where(running, np.where(within, calm[:, :, going] + 1, 0), patience)
     scores = total / count
     variance = np.maximum(squares / count - scores**2, 0) * count / (count - 1)

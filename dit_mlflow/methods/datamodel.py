@@ -1,28 +1,25 @@
-"""Datamodels: the query as a linear function of which samples are there."""
+"""Datamodels: the query as a linear function of the samples kept."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from dit_mlflow.errors import InputError
 from dit_mlflow.influence.question import Question
-from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.retraining.effort import Effort
-from dit_mlflow.retraining.random_subsets import met, outcomes, random_subsets
+from dit_mlflow.methods.method import Estimate, RetrainingMethod
+from dit_mlflow.retraining.subsets import met, outcomes, random_subsets
 
 _log = logging.getLogger(__name__)
 
 PENALTY_FOLDS = 4
-"""Of the cross-validation that chooses the penalty."""
+"""Folds of the cross-validation that chooses the penalty."""
 
 
 @dataclass(frozen=True)
-class Datamodel(Method):
+class Datamodel(RetrainingMethod):
     """Coefficients of a regression of the query on the samples of random subsets (Ilyas et al. 2022, arXiv 2202.00622).
 
     ::
@@ -33,14 +30,14 @@ class Datamodel(Method):
     which cross-validation chooses. Without a penalty and with all subsets it is the Banzhaf value. Removal is weight 0
     in the recorded run; samples are kept independently of each other (see :func:`random_subsets`).
 
-    Cost: ``subsets`` trainings and a fit, whatever the number of samples. Fails where few subsets make the penalty
-    large, which pulls scores to 0: ``explained`` in the metadata is the share of the query's variance over subsets that
-    is foretold for those left out of the fit, for each window and query. On ``projects/mnist`` (256 samples) 1024
-    subsets agree with leave-one-out by a Spearman correlation of about 0.7 with a share of 0.9, 0.5 with 0.5.
+    Cost: ``subsets`` trainings and a fit, whatever the number of samples. Few subsets make the penalty large, which
+    pulls scores to 0: ``explained`` in the metadata is the share of the query's variance over held-out subsets that the
+    fit predicts, for each window and query. On ``projects/mnist`` (256 samples) the Spearman correlation of 1024
+    subsets with leave-one-out is about 0.7 with a share of 0.9, 0.5 with 0.5.
 
     Attributes:
         subsets: the budget, in trainings.
-        share: of the samples that each keeps; the paper has 0.1 to 0.75. Nearer to 1, it is closer to leave-one-out.
+        share: of the samples that each keeps; the paper has 0.1 to 0.75. Near 1, it is close to leave-one-out.
         regression: ``lasso`` or ``ridge``.
         penalty: ``alpha`` of scikit-learn's ``Lasso`` or ``Ridge``; ``None`` = by cross-validation.
         seed: of the subsets.
@@ -51,29 +48,20 @@ class Datamodel(Method):
         UnsupportedError: training on some subsets diverges.
     """
 
-    name: ClassVar[str] = "datamodel"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
-    retrains: ClassVar[bool] = True
+    name = "datamodel"
 
     subsets: int = 1024
     share: float = 0.9
     regression: Literal["lasso", "ridge"] = "lasso"
     penalty: float | None = None
     seed: int = 0
-    dtype: torch.dtype | None = None
-    effort: Effort = field(default_factory=Effort)
 
     def __post_init__(self) -> None:
-        if self.regression not in ("lasso", "ridge"):
-            raise InputError(f"regression={self.regression!r}; expected lasso or ridge")
-        if self.penalty is not None and not self.penalty > 0:
-            raise InputError(f"penalty={self.penalty}; expected a number above 0, or None to choose it")
-        if self.subsets < 2 * PENALTY_FOLDS:
-            raise InputError(
-                f"subsets={self.subsets}; expected {2 * PENALTY_FOLDS} or more to fit and check a regression"
-            )
+        self._expect("lasso or ridge", self.regression in ("lasso", "ridge"), "regression")
+        allowed = self.penalty is None or self.penalty > 0
+        self._expect("a number above 0, or None to choose it", allowed, "penalty")
+        least = 2 * PENALTY_FOLDS
+        self._expect(f"{least} or more to fit and check a regression", self.subsets >= least, "subsets")
 
     def estimate(self, question: Question) -> Estimate:
         kept = random_subsets(question.workload.num_samples, self.subsets, self.share, self.seed)
@@ -99,9 +87,8 @@ class Datamodel(Method):
 def linear_fit(
     kept: np.ndarray, change: np.ndarray, regression: str = "lasso", penalty: float | None = None
 ) -> tuple[np.ndarray, float]:
-    """Coefficients ``[samples]`` of ``change [subsets]`` on ``kept [subsets, samples]``, with a constant.
-
-    And the share of the variance that is foretold by fits to the other folds.
+    """Coefficients ``[samples]`` of ``change [subsets]`` on ``kept [subsets, samples]``, with a constant; and the share
+    of the variance that fits to the other folds predict.
     """
     from sklearn.linear_model import Lasso, LassoCV, Ridge, RidgeCV
     from sklearn.model_selection import KFold, cross_val_predict
@@ -109,7 +96,7 @@ def linear_fit(
     scale = float(change.std())
     if scale == 0:
         return np.zeros(kept.shape[1]), 0.0
-    # In units of its spread: what the solver stops at is not relative to small changes.
+    # In units of its spread, because the solver's tolerance is absolute.
     masks, outcome = kept.astype(np.float64), (change - change.mean()) / scale
     folds = KFold(PENALTY_FOLDS, shuffle=True, random_state=0)
     if penalty is not None:
@@ -120,6 +107,6 @@ def linear_fit(
     else:
         penalty = float(RidgeCV(np.logspace(-3, 5, 25)).fit(masks, outcome).alpha_)
     model: Any = Lasso(penalty, max_iter=10_000) if regression == "lasso" else Ridge(penalty)
-    foretold = cross_val_predict(model, masks, outcome, cv=folds)
+    predicted = cross_val_predict(model, masks, outcome, cv=folds)
     coefficients = np.asarray(model.fit(masks, outcome).coef_) * scale
-    return coefficients, 1 - float(((outcome - foretold) ** 2).mean())
+    return coefficients, 1 - float(((outcome - predicted) ** 2).mean())

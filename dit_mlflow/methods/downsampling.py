@@ -1,21 +1,18 @@
-"""Influence from trainings on random subsets: with a sample against without it."""
+"""Influence from trainings on random subsets: those with a sample against those without."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from dit_mlflow.influence.question import Question
-from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.retraining.effort import Effort
-from dit_mlflow.retraining.random_subsets import met, outcomes, random_subsets
+from dit_mlflow.methods.method import Estimate, RetrainingMethod
+from dit_mlflow.retraining.subsets import met, outcomes, random_subsets
 
 
 @dataclass(frozen=True)
-class Downsampling(Method):
+class Downsampling(RetrainingMethod):
     """Mean query of trainings without a sample minus that of those with it (Feldman and Zhang 2020, arXiv 2008.03703).
 
     ::
@@ -24,19 +21,19 @@ class Downsampling(Method):
 
     an unbiased estimate of the change of the query when ``j`` is removed from a random part of the other samples. With
     ``share=0.5`` that is the Banzhaf value (Wang and Jia 2023, arXiv 2205.15466), with ``share`` towards 1
-    leave-one-out. Removal is weight 0 in the recorded run, as everywhere here; each sample is kept with probability
-    ``share`` independently, where the paper draws subsets of one size (see :func:`random_subsets`).
+    leave-one-out. Removal is weight 0 in the recorded run; each sample is kept with probability ``share``
+    independently, where the paper draws subsets of one size (see :func:`random_subsets`).
 
     Cost: ``subsets`` trainings, whatever the number of samples (for each set of windows that ``leave_one_out`` needs a
-    training for). Fails by noise: the standard error of a score, of which ``standard_errors`` in the metadata is the
-    root mean square over samples for each window and query, is ``std(q) / sqrt(subsets * share * (1 - share))``, and
-    ``std(q)`` holds the influence of all samples. On ``projects/mnist`` (256 samples) 1024 subsets agree with
-    leave-one-out by a Spearman correlation of about 0.5 with a share of 0.9, 0.3 with 0.5.
+    training for). Noise limits it: a score's standard error is ``std(q) / sqrt(subsets * share * (1 - share))``, where
+    ``std(q)`` contains the influence of all samples; ``standard_errors`` in the metadata is its root mean square over
+    samples for each window and query. On ``projects/mnist`` (256 samples) the Spearman correlation of 1024 subsets with
+    leave-one-out is about 0.5 with a share of 0.9, 0.3 with 0.5.
 
     Attributes:
         subsets: the budget, in trainings.
-        share: of the samples that each keeps; the paper has 0.7. Nearer to 1, less of the other samples is gone, and
-            fewer trainings are without a given one.
+        share: of the samples that each keeps; the paper has 0.7. Near 1, few other samples are gone, and few trainings
+            lack a given one.
         seed: of the subsets.
         dtype, effort: of the retraining; the changes are large, the recorded dtype will do.
 
@@ -45,17 +42,11 @@ class Downsampling(Method):
         UnsupportedError: training on some subsets diverges.
     """
 
-    name: ClassVar[str] = "downsampling"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
-    retrains: ClassVar[bool] = True
+    name = "downsampling"
 
     subsets: int = 1024
     share: float = 0.9
     seed: int = 0
-    dtype: torch.dtype | None = None
-    effort: Effort = field(default_factory=Effort)
 
     def estimate(self, question: Question) -> Estimate:
         kept = random_subsets(question.workload.num_samples, self.subsets, self.share, self.seed)

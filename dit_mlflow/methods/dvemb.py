@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,17 +13,16 @@ from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import in_parts
-from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.methods.objective import refuse_ascent
+from dit_mlflow.methods.method import Estimate, WindowMethod
+from dit_mlflow.methods.snapshot import refuse_ascent
 from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.dynamics import MicroBatch
 from dit_mlflow.replay.loss_step import LossStep, Objective
-from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.trajectory import State, StepRecord
 
 
 @dataclass(frozen=True)
-class Dvemb(Method):
+class Dvemb(WindowMethod):
     r"""Trajectory-specific leave-one-out by data value embeddings (Wang et al. 2025, arXiv 2412.09538).
 
     A sample met at step ``t`` has the embedding
@@ -33,11 +31,12 @@ class Dvemb(Method):
               G_s = \sum_i c_{s,i} \nabla l_i(\theta_s) \nabla l_i(\theta_s)^\top, \quad
               I_j = \sum_t \langle \nabla q, v_{t,j} \rangle.
 
-    The one approximation is ``G_s`` in place of the Hessian of the step's loss: equal in expectation for a
-    log-likelihood where the model is right, and exactly so for ``-log`` of what is linear in the parameters, where this
-    is the sweep (``dit``). Computed here from the right: an adjoint runs backwards and ``G_s`` acts on it, so that no
-    embeddings are stored and windows, kinds and optimizers are those of :func:`dit_mlflow.track` (the paper has plain
-    SGD and the end of training); a regularizer keeps its own Hessian. Sign: positive = removal raises the query.
+    The one approximation is ``G_s`` in place of the Hessian of the step's loss. The two are equal in expectation for a
+    log-likelihood if the model is right, and exactly for ``-log`` of what is linear in the parameters, where this is
+    the sweep (``dit``). The product is computed from the right: an adjoint runs backwards and ``G_s`` acts on it, so
+    that no embeddings are stored, and windows, kinds and optimizers are those of :func:`dit_mlflow.track` (the paper
+    has plain SGD and the end of training). A regularizer keeps its own Hessian. Sign: positive = removal raises the
+    query.
 
     Attributes:
         dtype: ``None`` = as recorded.
@@ -46,15 +45,13 @@ class Dvemb(Method):
     Raises:
         UnsupportedError: the embeddings overflow, training climbed (``maximize=True``), or as :func:`dit_mlflow.track`.
 
-    Cost: as ``dit``, and for each query a forward pass more per step; the paper's embeddings answer later queries for
-    an inner product each, at the price of a vector of the model's size for every sample of every step. It fails where
-    gradients say little of curvature: squared losses, wrong labels, early training.
+    Cost: as ``dit``, and for each query a forward pass more per step. The paper's embeddings answer later queries by an
+    inner product each, but take a vector of the model's size for every sample of every step. It fails where gradients
+    say little of curvature: squared losses, wrong labels, early training.
     """
 
-    name: ClassVar[str] = "dvemb"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
+    name = "dvemb"
+    follows_a_loss = True
 
     dtype: torch.dtype | None = None
     memory_budget: int | None = None
@@ -77,7 +74,7 @@ class _GradientsForHessians(LossStep):
         self, objective: Objective, state: State, record: StepRecord, batches: list[MicroBatch]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         by_weight, *by_moving = objective.derivatives([objective.weights, *objective.moving], batched=False)
-        # That is c_i <g_i, v>; G v, the sum of c_i <g_i, v> g_i, is the step's gradient with the weights <g_i, v>.
+        # by_weight is c_i <g_i, v>; G v = sum of c_i <g_i, v> g_i is the step's gradient with the weights <g_i, v>.
         coefficients = torch.cat([micro.coefficients for micro in batches]).to(by_weight)
         along = torch.where(coefficients == 0, 0.0, by_weight / coefficients)
         products = []

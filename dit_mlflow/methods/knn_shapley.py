@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.spatial.distance import cdist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dit_mlflow.errors import InputError, UnsupportedError
+from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import LastLayer, class_logits, first_samples
 from dit_mlflow.methods.method import Estimate, Method
@@ -19,31 +19,30 @@ from dit_mlflow.trajectory import State
 from dit_mlflow.workload.workload import tensors_of
 
 QUERIES_AT_ONCE = 256
-"""Validation samples whose distances are held at once."""
+"""Validation samples whose distances are in memory at once."""
 
 
 @dataclass(frozen=True)
 class KnnShapley(Method):
     r"""Exact Shapley value of a sample for a k-nearest-neighbour classifier (Jia et al. 2019, arXiv 1908.08619).
 
-    The game is the validation score of the classifier that the samples of a coalition make: for one validation sample,
-    the share of its ``k`` nearest whose label is its own (fewer than ``k`` count as the rest wrong). With the training
-    samples sorted by distance, nearest first, and ``1_i`` = 1 where the labels agree (theorem 1):
+    A coalition's worth for one validation sample is the share of its ``k`` nearest members that have its label (missing
+    members count as wrong). With the training samples sorted by distance, nearest first, and ``1_i`` = 1 where the
+    labels agree (theorem 1):
 
     .. math:: s_n = \frac{\min(k, n)}{k n} 1_n, \qquad s_i = s_{i+1} + \frac{1_i - 1_{i+1}}{k} \frac{\min(k, i)}{i}
 
-    averaged over the validation set. Low = suspicious: its label disagrees with those around it. It is negative where
-    removal makes the neighbours' vote better. It asks nothing of the trained model but its features, so that the query
-    makes no difference, and removal from *training* is not what it measures.
+    averaged over the validation set. Low = suspicious: its label disagrees with those around it. A negative score means
+    that removal improves the neighbours' vote. Only the trained model's features enter: the query makes no difference,
+    and removal from *training* is not measured.
 
     Attributes:
         k: neighbours.
-        features: where distances (Euclidean) are taken. ``penultimate`` = what the final model's last linear layer is
-            given, in evaluation mode: the model's own idea of likeness, there for texts and all else that it takes
-            (the paper has a network's features of images too). But samples whose wrong labels it has learned by heart
-            already stand nearer to that class there. ``inputs`` = the samples' first tensor, flattened, free of the
-            model: better where likeness shows in the numbers themselves (256 digits, a tenth of the labels flipped,
-            mean of four trainings: AUROC 0.98, against 0.86), meaningless for token numbers.
+        features: for Euclidean distances. ``penultimate`` = the input of the final model's last linear layer, in
+            evaluation mode: it works for texts and whatever else the model takes (the paper has a network's features of
+            images too), but samples whose wrong labels were memorised have moved towards that class. ``inputs`` = the
+            samples' first tensor, flattened: better if near numbers mean alike samples (256 digits, a tenth of the
+            labels flipped, mean of four trainings: AUROC 0.98, against 0.86), meaningless for token numbers.
 
     Raises:
         UnsupportedError: the labels are not classes, the model has no linear layer on one row per sample, or the inputs
@@ -53,18 +52,15 @@ class KnnShapley(Method):
     ``F`` features. Equal distances are taken in the order of the training set.
     """
 
-    name: ClassVar[str] = "knn_shapley"
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "suspicion"
+    name = "knn_shapley"
+    measures = "suspicion"
 
     k: int = 5
     features: Literal["penultimate", "inputs"] = "penultimate"
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.features not in ("penultimate", "inputs"):
-            raise InputError(
-                f"knn_shapley with k={self.k}, features={self.features!r}; expected k of 1 or more, and features "
-                "'penultimate' or 'inputs'"
-            )
+        expected = "k of 1 or more, and features 'penultimate' or 'inputs'"
+        self._expect(expected, self.k >= 1 and self.features in ("penultimate", "inputs"), "k", "features")
 
     def estimate(self, question: Question) -> Estimate:
         workload = question.workload

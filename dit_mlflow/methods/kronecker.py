@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dit_mlflow.methods.last_layer import Call, listening
 from dit_mlflow.methods.sample_gradients import GRADIENTS_IN_MEMORY
 from dit_mlflow.methods.snapshot import Snapshot, Vectors
 from dit_mlflow.replay.adjoint import grad_or_zeros
@@ -19,9 +19,6 @@ Pass = list[tuple[Tensor, Tensor]]
 """Inputs ``[B, P, I]`` and output gradients ``[B, P, O]`` of a layer, once per call; ``P`` = positions."""
 
 Key = TypeVar("Key")
-
-Call = tuple[str, Tensor, Tensor]
-"""A layer's name, what it was given, what it gave."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,22 +65,22 @@ class Layer:
 
 
 class Captured:
-    """What enters and leaves a snapshot's layers, over the training set.
+    """Inputs and output gradients of a snapshot's layers, over the training set.
 
     Args:
         snapshot: the state.
-        weights: of the samples, ``p``, ``[n]``: what leaves a layer is scaled by their roots.
+        weights: ``p``, ``[n]``; output gradients are scaled by their roots.
 
     Attributes:
-        layers: by module name; those whose rows are shown to give the gradients of single samples. Layers with tied
-            weights, or that do not see one row per sample, are not among them.
+        layers: by module name, if their rows were checked to give single samples' gradients; without layers that have
+            tied weights or do not see one row per sample.
     """
 
     def __init__(self, snapshot: Snapshot, weights: np.ndarray) -> None:
         self.snapshot = snapshot
         self.weights = weights
         candidates = _candidates(snapshot)
-        with _listening(candidates) as calls:
+        with listening({name: layer.module for name, layer in candidates.items()}) as calls:
             _, losses = next(snapshot.batches())
             passes = _passes(candidates, calls, losses, retain_graph=True)
         self.layers = {
@@ -92,7 +89,7 @@ class Captured:
 
     def __iter__(self) -> Iterator[dict[str, Pass]]:
         """For each part of the training set, the calls of each layer."""
-        with _listening(self.layers) as calls:
+        with listening({name: layer.module for name, layer in self.layers.items()}) as calls:
             for indices, losses in self.snapshot.batches():
                 roots = torch.from_numpy(np.sqrt(self.weights[indices])).to(losses)
                 yield _passes(self.layers, calls, losses * roots)
@@ -110,29 +107,10 @@ class Captured:
         return True
 
 
-@contextmanager
-def _listening(layers: Mapping[str, Layer]) -> Iterator[list[Call]]:
-    """A list that every call of a layer is added to."""
-    calls: list[Call] = []
-
-    def keep(name: str, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Tensor) -> Tensor:
-        given = arguments[0] if arguments else named["input"]
-        calls.append((name, given.detach(), output))
-        return output.clone()  # what follows may work in place
-
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hook = layer.module.register_forward_hook(
-                lambda _, arguments, named, output, name=name: keep(name, arguments, named, output), with_kwargs=True
-            )
-            hooks.callback(hook.remove)
-        yield calls
-
-
 def _passes(
     layers: Mapping[str, Layer], calls: Sequence[Call], losses: Tensor, retain_graph: bool = False
 ) -> dict[str, Pass]:
-    """The calls by layer; without layers that were not called with one row per sample."""
+    """The calls by layer, without layers that were not called with one row per sample."""
     if not calls:
         return {}
     found = grad_or_zeros(losses.sum(), [output for *_, output in calls], retain_graph=retain_graph)
@@ -188,8 +166,8 @@ def divided(vectors: Tensor, eigenvalues: Tensor, damping: float) -> Tensor:
 
 
 def eigen_factors(captured: Captured) -> dict[str, EigenFactors]:
-    """Of every layer, over the training set. Cost: two passes over it, and an
-    eigendecomposition of ``I x I`` and ``O x O`` for each layer."""
+    """The factors of every layer. Cost: two passes over the training set, and an eigendecomposition of ``I x I`` and
+    ``O x O`` for each layer."""
     moments: dict[tuple[str, int], Tensor] = {}
     for passes in captured:
         for name, calls in passes.items():

@@ -1,4 +1,4 @@
-"""Krylov spaces of a symmetric operator: its action on a few vectors says what functions of it do to the first."""
+"""Krylov spaces of a symmetric operator, which approximate functions of it applied to a vector."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Krylov:
 
     @cached_property
     def eigen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the projection: eigenvalues ``[m]``, ascending (Ritz values), and eigenvectors, ``[m, m]`` by column."""
+        """The projection's eigenvalues ``[m]``, ascending (Ritz values), and eigenvectors ``[m, m]``, by column."""
         if len(self.diagonal) == 1:
             return self.diagonal, np.ones((1, 1))
         return eigh_tridiagonal(self.diagonal, self.beside)
@@ -39,10 +39,10 @@ class Krylov:
 
 
 def krylov_spaces(product: Product, start: np.ndarray, most: int) -> Iterator[Krylov]:
-    """The spaces of 1, 2, … dimensions from ``start`` (not 0), until ``most`` or one that ``A`` does not lead out of.
+    """The spaces of 1, 2, … dimensions from ``start`` (not 0), up to ``most`` or to an invariant one.
 
-    Arnoldi's iteration; for a symmetric operator what it gives is Lanczos' tridiagonal matrix. Every vector is made
-    orthogonal to all before it, twice, so that rounding does not bring eigenvalues back.
+    Lanczos' iteration. Every vector is orthogonalised against all before it, twice, so that rounding does not repeat
+    eigenvalues.
 
     Cost: a product and ``4 m P`` operations for each dimension; ``m P`` float64 are held.
     """

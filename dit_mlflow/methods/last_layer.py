@@ -1,4 +1,4 @@
-"""A classifier as a linear layer on features of what came before."""
+"""A classifier as a linear layer on features."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from torch.utils.data import Dataset
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory import State
-from dit_mlflow.workload import to_like
-from dit_mlflow.workload.workload import Batch
+from dit_mlflow.workload import Batch, Workload, to_like
 
 FEATURES_PER_PASS = 256
 """Samples per forward pass."""
 
+Call = tuple[str, Tensor, Tensor]
+"""A layer's name, what it was given, what it gave."""
+
 
 @dataclass(frozen=True, eq=False)
 class LabelledFeatures:
-    """Samples as the last layer meets them: features ``[n, F]``, labels ``[n]``, logits ``[n, classes]``; float64."""
+    """Samples at the last layer: features ``[n, F]`` and logits ``[n, classes]``, float64, labels ``[n]``."""
 
     features: Tensor
     labels: Tensor
@@ -41,7 +43,7 @@ class LastLayer:
         state: the model's.
 
     Raises:
-        UnsupportedError: there is no linear layer, or it is not called with one row per sample.
+        UnsupportedError: there is none, or it is not called with one row per sample.
     """
 
     def __init__(self, dynamics: Dynamics, state: State) -> None:
@@ -75,16 +77,11 @@ class LastLayer:
         return self._own_name("bias") if computed or self.module.bias is not None else None
 
     def of(self, dataset: Dataset[Any]) -> LabelledFeatures:
-        """Every sample of ``dataset``.
-
-        Raises:
-            UnsupportedError: its labels are no classes, or the model's features not finite.
-        """
-        size = len(dataset)  # type: ignore[arg-type]
+        """All of ``dataset``; raises :class:`UnsupportedError` if labels are no classes, or features not finite."""
+        samples = np.arange(len(dataset))  # type: ignore[arg-type]
         features, labels, logits = [], [], []
-        for indices in np.array_split(np.arange(size), -(-size // FEATURES_PER_PASS)):
-            batch = _moved(self.state, self.dynamics.workload.unvarying(dataset, indices))
-            _, rows, found = self._pass(self.state, batch, len(indices))
+        for batch, size in _batches(self.dynamics.workload, self.state, dataset, samples):
+            _, rows, found = self._pass(self.state, batch, size)
             features.append(rows.double())
             labels.append(self.dynamics.workload.class_labels(batch, found.shape[1]).to(found.device))
             logits.append(found.double())
@@ -94,7 +91,7 @@ class LastLayer:
         return joined
 
     def check_linear(self) -> None:
-        """Raise :class:`UnsupportedError` unless the logits are the layer's output, and its weights nothing else's."""
+        """Raise :class:`UnsupportedError` unless the logits are the layer's output, and only it uses its weights."""
         _, features, _ = self._pass(self.state, self._batch, self._size)
         moved = State(dict(self.state.parameters), self.state.buffers)
         moved.parameters[self.weight] = 2 * moved.parameters[self.weight]
@@ -121,26 +118,29 @@ class LastLayer:
 
     def _pass(self, state: State, batch: Batch, size: int) -> tuple[str, Tensor, Tensor]:
         """The last linear layer called, what it was given, and the logits."""
-        with self._listening() as calls:
+        with listening(self._linear) as calls:
             logits = class_logits(self.dynamics, state, batch, size)
-        name, features = calls[-1] if calls else ("", torch.empty(0))
+        name, features, _ = calls[-1] if calls else ("", torch.empty(0), None)
         return name, features, logits
 
-    @contextmanager
-    def _listening(self) -> Iterator[list[tuple[str, Tensor]]]:
-        calls: list[tuple[str, Tensor]] = []
 
-        def keep(name: str, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
-            given = arguments[0] if arguments else named["input"]
-            calls.append((name, given.detach().clone()))  # what follows may work in place
+@contextmanager
+def listening(modules: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
+    """A list that every call of a module is added to."""
+    calls: list[Call] = []
 
-        with ExitStack() as hooks:
-            for name, module in self._linear.items():
-                hook = module.register_forward_pre_hook(
-                    lambda _, arguments, named, name=name: keep(name, arguments, named), with_kwargs=True
-                )
-                hooks.callback(hook.remove)
-            yield calls
+    def keep(name: str, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Tensor) -> Tensor:
+        given = arguments[0] if arguments else named["input"]
+        calls.append((name, given.detach().clone(), output))
+        return output.clone()  # what follows may work in place, on this as on the input
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hook = module.register_forward_hook(
+                lambda _, arguments, named, output, name=name: keep(name, arguments, named, output), with_kwargs=True
+            )
+            hooks.callback(hook.remove)
+        yield calls
 
 
 def class_logits(dynamics: Dynamics, state: State, batch: Batch, size: int) -> Tensor:
@@ -153,40 +153,32 @@ def class_logits(dynamics: Dynamics, state: State, batch: Batch, size: int) -> T
 
 def training_labels(dynamics: Dynamics, state: State) -> Tensor:
     """Class of every training sample, ``[n]``; raises :class:`UnsupportedError` if the labels are no classes."""
-    labels = []
-    for batch, size in _training_batches(dynamics, state, np.arange(dynamics.workload.num_samples)):
-        _, classes = class_logits(dynamics, state, batch, size).shape
-        labels.append(dynamics.workload.class_labels(batch, classes))
+    workload, labels = dynamics.workload, []
+    for batch, size in _batches(workload, state, workload.train_set, np.arange(workload.num_samples)):
+        labels.append(workload.class_labels(batch, class_logits(dynamics, state, batch, size).shape[1]))
     return torch.cat(labels)
 
 
 def training_logits(dynamics: Dynamics, state: State, samples: np.ndarray) -> Tensor:
     """Logits ``[R, classes]`` of the training samples ``[R]`` of the model at ``state``, in evaluation mode."""
-    batches = _training_batches(dynamics, state, samples)
+    batches = _batches(dynamics.workload, state, dynamics.workload.train_set, samples)
     return torch.cat([class_logits(dynamics, state, batch, size) for batch, size in batches])
 
 
 def first_samples(dynamics: Dynamics, state: State, size: int) -> Batch:
     """The first training samples, on the device and in the dtype of ``state``."""
-    return _training_batch(dynamics, state, np.arange(size))
+    return next(_batches(dynamics.workload, state, dynamics.workload.train_set, np.arange(size)))[0]
 
 
-def _training_batches(dynamics: Dynamics, state: State, samples: np.ndarray) -> Iterator[tuple[Batch, int]]:
-    """Parts of one forward pass each, and their sizes."""
-    for indices in np.array_split(samples, -(-len(samples) // FEATURES_PER_PASS)):
-        yield _training_batch(dynamics, state, indices), len(indices)
-
-
-def _training_batch(dynamics: Dynamics, state: State, indices: np.ndarray) -> Batch:
-    workload = dynamics.workload
-    return _moved(state, workload.unvarying(workload.train_set, indices))
-
-
-def _moved(state: State, batch: Batch) -> Batch:
+def _batches(
+    workload: Workload, state: State, dataset: Dataset[Any], samples: np.ndarray
+) -> Iterator[tuple[Batch, int]]:
+    """Batches for one forward pass each, on the device and in the dtype of ``state``, and their sizes."""
     like = next(iter(state.parameters.values()))
-    return to_like(batch, like.device, like.dtype)
+    for indices in np.array_split(samples, -(-len(samples) // FEATURES_PER_PASS)):
+        yield to_like(workload.unvarying(dataset, indices), like.device, like.dtype), len(indices)
 
 
 def as_logits(output: Tensor) -> Tensor:
-    """Logits ``[n, classes]`` of a last layer's output: a single one, ``z``, stands for ``(-z / 2, z / 2)``."""
+    """Logits ``[n, classes]`` of a last layer's output; a single output ``z`` becomes ``(-z / 2, z / 2)``."""
     return torch.cat([-output / 2, output / 2], dim=1) if output.shape[1] == 1 else output

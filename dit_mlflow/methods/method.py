@@ -1,4 +1,4 @@
-"""The interface of all estimators of influence."""
+"""The interface of all estimators of influence, and what groups of them have in common."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 
-from dit_mlflow.errors import InputError
+from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Influence, Query, Window
 from dit_mlflow.influence.question import Question
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.retraining import Effort
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
+
+Measure = Literal["query", "ranking", "suspicion"]
+"""What scores mean, see :class:`Method`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +29,7 @@ class Estimate:
     Attributes:
         scores: ``[windows, queries, samples]``, float64, for the question's windows; NaN = not computed.
         dtype: of the computation, ``recorded`` if it is the trajectory's.
-        details: JSON values that describe it further (damping, number of removals, drift).
+        details: JSON values for the result's metadata (damping, number of removals, drift).
         standard_error, degrees_of_freedom: of the scores, as in :class:`dit_mlflow.Influence`.
     """
 
@@ -38,24 +43,42 @@ class Estimate:
 class Method(ABC):
     """An estimator of influence: scores of every training sample, per window and query.
 
-    Subclasses are frozen dataclasses whose fields are the method's settings. They are called alike::
+    Subclasses are frozen dataclasses whose fields are the method's settings. All are called the same way::
 
         influence = TracIn()(trajectory, workload, windows)
 
     Attributes:
-        name: as in tables, tags and ``-P methods=``.
+        name: in tables, tags and ``-P methods=``.
         kinds: of window score that it can give; empty if the three kinds mean nothing to it (``kind=none``).
         per_window: whether it has scores for windows; otherwise it answers for ``[0, T)`` alone.
         measures: ``query`` = the change of the query when the sample is removed, in its units; ``ranking`` = the same
             sign and order, in units of its own; ``suspicion`` = low scores are suspicious, whatever the query.
-        retrains: whether it retrains without samples, as its yardstick does.
+        retrains: whether it retrains without samples, as the ground truth does.
+        follows_a_loss: whether it takes the gradients that training followed for those of a function. They are not
+            where something is detached, or a hook or an autograd function changes gradients.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]] = ()
     per_window: ClassVar[bool] = False
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "ranking"
+    measures: ClassVar[Measure] = "ranking"
     retrains: ClassVar[bool] = False
+    follows_a_loss: ClassVar[bool] = False
+
+    def _expect(self, expected: str, allowed: bool, *settings: str) -> None:
+        """Raise :class:`InputError` with the settings' values unless they are allowed."""
+        if not allowed:
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
+            raise InputError(f"{self.name} with {given}; expected {expected}")
+
+    def _refuse_what_follows_none(self, question: Question) -> None:
+        replay = question.trajectory.replay(question.workload)
+        if replay.swept_step is not replay.training_step:
+            raise UnsupportedError(
+                f"{self.name} is made for training that follows the gradient of a loss. This one's backward pass is not "
+                "the derivative of its forward pass: something is detached, or a hook or an autograd function changes "
+                "gradients. Use dit or leave_one_out, which take what training did"
+            )
 
     @abstractmethod
     def estimate(self, question: Question) -> Estimate:
@@ -93,6 +116,8 @@ class Method(ABC):
         if not self.per_window:
             question = Question.of(trajectory, workload, [whole], kind, queries)
         with preserved_random_state():
+            if self.follows_a_loss:
+                self._refuse_what_follows_none(question)
             found = self.estimate(question)
         return question.answer(
             found.scores,
@@ -104,3 +129,21 @@ class Method(ABC):
             measures=self.measures,
             **found.details,
         )
+
+
+class WindowMethod(Method):
+    """A method that estimates the change of the query for every kind of window score."""
+
+    kinds = ("local", "final", "cumulative")
+    per_window = True
+    measures: ClassVar[Measure] = "query"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainingMethod(WindowMethod):
+    """A method that trains again without samples; ``dtype`` (``None`` = as recorded) and ``effort`` say how."""
+
+    retrains = True
+
+    dtype: torch.dtype | None = None
+    effort: Effort = field(default_factory=Effort)

@@ -1,21 +1,19 @@
-"""Influence seen from the other side: what a step on the query does to the training samples."""
+"""Mirrored influence: what a step on the query does to the training samples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
-from dit_mlflow.errors import InputError, UnsupportedError
+from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence import Query, Window
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.snapshot import Snapshot, snapshot_at, snapshots
 from dit_mlflow.methods.tracin import learning_rates
 from dit_mlflow.replay.replay import Replay
-from dit_mlflow.trajectory import State
-from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.trajectory import State, StepRecord
 
 
 @dataclass(frozen=True)
@@ -24,10 +22,10 @@ class MirroredInfluence(Method):
 
     .. math:: I_j = l_j(\theta_b) - l_j(\theta'), \qquad \theta' = \theta_b - \eta \nabla q(\theta_b)
 
-    from the model at the window's end, in evaluation mode, with plain gradient steps on the query (``steps`` of them).
-    The hypothesis: a sample that training on the query helps is one whose removal raises the query, and by as much.
-    Sign: positive = removal raises the query. To first order in ``eta`` it is ``eta <grad l_j, grad q>``, which is
-    ``grad_dot``; it needs no gradient of a training sample.
+    from the model at the window's end, in evaluation mode, with ``steps`` plain gradient steps on the query. The
+    hypothesis: if training on the query lowers a sample's loss, the sample's removal raises the query, and by as much.
+    Sign: positive = removal raises the query. To first order it is ``eta <grad l_j, grad q>`` (``grad_dot``), but needs
+    no gradient of a training sample.
 
     Attributes:
         steps: on the query; more of them are the paper's short fine-tuning.
@@ -35,26 +33,24 @@ class MirroredInfluence(Method):
         ascent: step up the query instead (the paper's unlearning), and score the rise of the losses.
 
     Raises:
-        UnsupportedError: the window's learning rates are all 0, or the steps lead where losses are not finite.
+        UnsupportedError: the window's learning rates are all 0, or the steps make losses infinite or NaN.
 
     Cost: ``steps`` passes forward and backward over the query and one forward pass over the training set, for each
-    query; one forward pass more for each window. It fails where the steps are so long that the model breaks, or so
-    short that the change drowns in rounding; and, like all that look at one state, where what a sample did lies far
+    query; one forward pass more for each window. It fails if the steps are so long that the model breaks, or so short
+    that the change drowns in rounding; and, like all methods that look at one state, if a sample's effect lies far
     back.
     """
 
-    name: ClassVar[str] = "mirrored_influence"
-    per_window: ClassVar[bool] = True
+    name = "mirrored_influence"
+    per_window = True
 
     steps: int = 1
     lr: float | None = None
     ascent: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or (self.lr is not None and not self.lr > 0):
-            raise InputError(
-                f"mirrored_influence with steps={self.steps}, lr={self.lr}; expected 1 step or more, and a positive lr"
-            )
+        allowed = self.steps >= 1 and (self.lr is None or self.lr > 0)
+        self._expect("1 step or more, and a positive lr", allowed, "steps", "lr")
 
     def estimate(self, question: Question) -> Estimate:
         replay = question.trajectory.replay(question.workload)
@@ -92,7 +88,7 @@ class MirroredInfluence(Method):
         rates: dict[str, float],
         before: np.ndarray,
     ) -> np.ndarray:
-        """``l_j(theta) - l_j(theta')``, or the other way round after an ascent, ``[n]``."""
+        """``l_j(theta) - l_j(theta')``, ``[n]``; the opposite after an ascent."""
         direction = 1 if self.ascent else -1
         moved = snapshot
         for _ in range(self.steps):

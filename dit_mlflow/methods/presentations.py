@@ -1,4 +1,4 @@
-"""What the model said of samples at the moment it was trained on them."""
+"""Methods that look at the model's margin of a sample whenever it was trained on it."""
 
 from __future__ import annotations
 
@@ -8,28 +8,77 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dit_mlflow.influence.question import Question
+from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.replay.dynamics import Dynamics, MicroBatch, replaying
-from dit_mlflow.replay.replay import Replay
-from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.trajectory import State, StepRecord
 
 
-@dataclass(frozen=True, eq=False)
-class Presentation:
-    """Step ``t``: its samples ``[B]`` in batch order, and their margins ``[B]``: own logit minus the largest other."""
+@dataclass(frozen=True)
+class Aum(Method):
+    """Area under the margin: a sample's mean margin when it was trained on (Pleiss et al. 2020, arXiv 2001.10528).
 
-    step: int
-    samples: np.ndarray
-    margins: np.ndarray
+    Margin: the logit of its own label minus the largest other one. Low = suspicious: the rest of the data pulls
+    against its label. NaN for samples that the window never met. Cost: a replay and a forward pass of each step.
+    """
+
+    name = "aum"
+    per_window = True
+    measures = "suspicion"
+
+    def estimate(self, question: Question) -> Estimate:
+        sums = np.zeros((len(question.windows), question.workload.num_samples))
+        counts = np.zeros_like(sums)
+        for t, samples, margins in presentations(question):
+            for k, window in enumerate(question.windows):
+                if t in window:
+                    np.add.at(sums[k], samples, margins)
+                    np.add.at(counts[k], samples, 1)
+        means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+        return Estimate(np.broadcast_to(means[:, None], question.shape).copy())
 
 
-def presentations(replay: Replay, until: int) -> Iterator[Presentation]:
-    """The steps ``0 … until - 1``, with the recorded modes and random draws. Cost: a replay and a forward pass."""
-    for t, state in enumerate(replay.forward(0, until - 1)):
-        step = replay.trajectory.step(t)
-        batches = replay.dynamics.load(step)
-        margins = [_margins(replay.dynamics, step, state, micro) for micro in batches]
-        yield Presentation(t, step.samples, np.concatenate(margins))
+@dataclass(frozen=True)
+class ForgettingEvents(Method):
+    """Minus the times that a sample was wrong after it had been right (Toneva et al. 2019, arXiv 1812.05159).
+
+    Counted when the sample is trained on, in the window; right means a positive margin. A sample that was never right
+    until the window's end counts one more than its presentations until then. Low = suspicious. NaN for samples that
+    the window never met. Cost: a replay and a forward pass of each step. Few presentations make many ties.
+    """
+
+    name = "forgetting_events"
+    per_window = True
+    measures = "suspicion"
+
+    def estimate(self, question: Question) -> Estimate:
+        scores = np.full((len(question.windows), question.workload.num_samples), np.nan)
+        right = np.zeros(question.workload.num_samples, dtype=bool)
+        learned = np.zeros_like(right)
+        met = np.zeros(question.workload.num_samples)
+        for t, samples, margins in presentations(question):
+            for sample, margin in zip(samples, margins, strict=True):
+                forgotten = right[sample] and margin <= 0
+                right[sample] = margin > 0
+                learned[sample] |= margin > 0
+                met[sample] += 1
+                for k, window in enumerate(question.windows):
+                    if t in window:
+                        scores[k, sample] = np.nan_to_num(scores[k, sample]) - forgotten
+            for k, window in enumerate(question.windows):
+                if t == window.end - 1:
+                    never = ~learned & np.isfinite(scores[k])
+                    scores[k, never] = -(met[never] + 1)
+        return Estimate(np.broadcast_to(scores[:, None], question.shape).copy())
+
+
+def presentations(question: Question) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Each step ``t`` until the last window's end, its samples ``[B]``, and their margins ``[B]`` when it was made."""
+    replay = question.trajectory.replay(question.workload)
+    for t, state in enumerate(replay.forward(0, max(window.end for window in question.windows) - 1)):
+        step = question.trajectory.step(t)
+        margins = [_margins(replay.dynamics, step, state, micro) for micro in replay.dynamics.load(step)]
+        yield t, step.samples, np.concatenate(margins)
 
 
 def _margins(dynamics: Dynamics, step: StepRecord, state: State, micro: MicroBatch) -> np.ndarray:

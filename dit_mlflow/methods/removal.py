@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from scipy import optimize, special, stats
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Influence, Kind, Query, Window, expected_influence, track
 from dit_mlflow.influence.question import Question
-from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.methods.method import Estimate, RetrainingMethod
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, leave_one_out, train_on_subsets
 from dit_mlflow.workload import Workload
@@ -280,26 +280,20 @@ def _check(samples: int, removed: Any, trainings: Any, seed: Any) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Removal(Method):
+@dataclass(frozen=True, kw_only=True)
+class Removal(RetrainingMethod):
     """What taking a share of the samples away does: :func:`dit_mlflow.removal_influence`.
 
     Attributes:
         removed, trainings, seed, dtype, memory_budget, effort: see there.
     """
 
-    name: ClassVar[str] = "removal"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
-    retrains: ClassVar[bool] = True
+    name = "removal"
 
     removed: float = 0.1
     trainings: int = 16
     seed: int = 0
-    dtype: torch.dtype | None = None
     memory_budget: int | None = None
-    effort: Effort | None = None
 
     def estimate(self, question: Question) -> Estimate:
         found = removal_influence(

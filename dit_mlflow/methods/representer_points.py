@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.replay.adjoint import grad_or_zeros
 
 TOLERANCE = 1e-4
-"""The largest residual of the representer theorem that is taken."""
+"""Largest relative residual of the representer theorem."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RepresenterPoints(Method):
         \alpha_i = -\frac{1}{2 l_2 n} \frac{\partial CE_i}{\partial (W a_i)}
 
     Training hardly ends there, so a copy of the last layer is fine-tuned to it, as in the paper. A sample's score is
-    what taking its term away does to the query, to first order:
+    what removing its term does to the query, to first order:
 
     .. math:: I_j = - \langle \nabla_W q, \alpha_j a_j^T \rangle
 
@@ -41,32 +41,28 @@ class RepresenterPoints(Method):
     training without the sample would let the others' ``alpha`` change.
 
     Attributes:
-        l2: of the fine-tuned layer (the paper has 0.003 too). The smaller, the more the scores are of few samples.
-        targets: ``labels``, or ``model`` = the probabilities that the final model gives, so that the copy stays as near
-            to it as it can (the paper's for a given model; labels that the model has not learned then have no say).
+        l2: of the fine-tuned layer (the paper's 0.003). Small values concentrate the scores on few samples.
+        targets: ``labels``, or ``model`` = the final model's probabilities, so that the copy stays as near to it as it
+            can (the paper's choice for a given model; labels that the model has not learned then do not count).
 
     Raises:
         UnsupportedError: the workload is no classification, the model does not end in a linear layer, or no
             stationary point was found.
 
     Cost: two passes over the training set, a convex problem of the last layer's size (Newton steps by conjugate
-    gradients), a backward pass per query. It sees the last layer alone, and fails where features did the learning; the
-    workload's loss is taken for plain cross-entropy, its weights and smoothing do not count.
-    The result's metadata hold the residual, and ``agreement``: the share of training samples that the fine-tuned
-    layer puts into the model's class.
+    gradients), a backward pass per query. It sees only the last layer, and takes the workload's loss for plain
+    cross-entropy, without weights and smoothing. The metadata hold the residual, and ``agreement``: the share of
+    training samples that the fine-tuned layer puts into the model's class.
     """
 
-    name: ClassVar[str] = "representer_points"
+    name = "representer_points"
 
     l2: float = 0.003
     targets: Literal["labels", "model"] = "labels"
 
     def __post_init__(self) -> None:
-        if not self.l2 > 0 or self.targets not in ("labels", "model"):
-            raise InputError(
-                f"representer_points with l2={self.l2}, targets={self.targets!r}; expected a positive l2, and targets "
-                "'labels' or 'model'"
-            )
+        expected = "a positive l2, and targets 'labels' or 'model'"
+        self._expect(expected, self.l2 > 0 and self.targets in ("labels", "model"), "l2", "targets")
 
     def estimate(self, question: Question) -> Estimate:
         replay = question.trajectory.replay(question.workload)
@@ -119,12 +115,16 @@ class _LastLayerProblem:
 
     def solve(self) -> Tensor:
         """The minimum, ``[O, D]``, as near as rounding lets it come."""
-        start = np.zeros(self.outputs * self.features.shape[1])
+        gradient = torch.func.grad(self._value)
+
+        def product(w: np.ndarray, v: np.ndarray) -> Tensor:
+            return torch.func.jvp(gradient, (self._matrix(w),), (self._matrix(v),))[1]
+
         found = minimize(
-            lambda w: self._value(self._matrix(w)),
-            start,
-            jac=lambda w: self._gradient(self._matrix(w)).cpu().numpy().ravel(),
-            hessp=lambda w, v: self._hessian_product(self._matrix(w), self._matrix(v)).cpu().numpy().ravel(),
+            lambda w: float(self._value(self._matrix(w))),
+            np.zeros(self.outputs * self.features.shape[1]),
+            jac=lambda w: gradient(self._matrix(w)).cpu().numpy().ravel(),
+            hessp=lambda w, v: product(w, v).cpu().numpy().ravel(),
             method="trust-ncg",
             options={"gtol": 1e-9, "maxiter": 1000},
         )
@@ -132,31 +132,17 @@ class _LastLayerProblem:
 
     def slopes(self, weights: Tensor) -> Tensor:
         """``d CE_i / d (W a_i)``, ``[n, O]``."""
-        return self._to_outputs(self._probabilities(weights) - self.targets)
+        return torch.func.grad(self._losses)(self.features @ weights.T)
+
+    def _losses(self, outputs: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(as_logits(outputs), self.targets, reduction="sum")
+
+    def _value(self, weights: Tensor) -> Tensor:
+        outputs = self.features @ weights.T
+        return self._losses(outputs) / len(outputs) + self.l2 * weights.square().sum()
 
     def _matrix(self, flat: np.ndarray) -> Tensor:
         return torch.from_numpy(flat).to(self.features).reshape(self.outputs, -1)
-
-    def _probabilities(self, weights: Tensor) -> Tensor:
-        return as_logits(self.features @ weights.T).softmax(dim=1)
-
-    def _to_outputs(self, by_logit: Tensor) -> Tensor:
-        """Derivatives by the logits as those by the layer's outputs."""
-        return (by_logit[:, 1:] - by_logit[:, :1]) / 2 if self.outputs == 1 else by_logit
-
-    def _value(self, weights: Tensor) -> float:
-        log_probabilities = as_logits(self.features @ weights.T).log_softmax(dim=1)
-        loss = -(self.targets * log_probabilities).sum(dim=1).mean()
-        return float(loss + self.l2 * weights.square().sum())
-
-    def _gradient(self, weights: Tensor) -> Tensor:
-        return self.slopes(weights).T @ self.features / len(self.features) + 2 * self.l2 * weights
-
-    def _hessian_product(self, weights: Tensor, vector: Tensor) -> Tensor:
-        probabilities = self._probabilities(weights)
-        moved = probabilities * as_logits(self.features @ vector.T)
-        turned = self._to_outputs(moved - probabilities * moved.sum(dim=1, keepdim=True))
-        return turned.T @ self.features / len(self.features) + 2 * self.l2 * vector
 
 
 def _query_gradient(layer: LastLayer, weights: Tensor, query: Query) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_mlflow.methods.snapshot import LOSSES_PER_PASS, Snapshot
 from dit_mlflow.replay.adjoint import grad_or_zeros
@@ -15,7 +14,7 @@ from dit_mlflow.replay.dynamics import Parameters
 from dit_mlflow.workload.workload import Batch, tensors_of, with_tensors
 
 GRADIENTS_IN_MEMORY = 2**28
-"""Bytes of single samples' gradients that are held at once."""
+"""Bytes of single samples' gradients in memory at once."""
 
 Output = Callable[[nn.Module, Batch, Tensor], Tensor]
 """``(model, batch, labels [B]) -> [B]``: one scalar per sample."""
@@ -26,12 +25,11 @@ def sample_gradients(snapshot: Snapshot, output: Output, labels: Tensor) -> Iter
 
     Args:
         snapshot: the model, in evaluation mode.
-        output: of each sample; must not mix samples.
-        labels: given to ``output`` along with the samples, ``[n]``.
+        output: a scalar of each sample, which must not depend on other samples.
+        labels: passed to ``output`` with the samples, ``[n]``.
 
-    Cost: a forward and a backward pass for each sample, side by side under ``torch.func.vmap`` where model and batches
-    allow it, otherwise one after the other. Memory: :data:`GRADIENTS_IN_MEMORY` bytes of gradients, and what the passes
-    of as many samples take.
+    Cost: a forward and a backward pass for each sample, side by side under ``torch.func.vmap`` if model and batches
+    allow it, otherwise one after the other. Memory: :data:`GRADIENTS_IN_MEMORY` bytes of gradients, and the passes.
     """
     size = snapshot.dynamics.workload.num_samples
     one = sum(value.nbytes for value in snapshot.trained.values())
@@ -66,11 +64,11 @@ def _rows(snapshot: Snapshot, output: Output, indices: np.ndarray, labels: Tenso
     batch = snapshot.batch(indices)
     fixed = {name: value.detach() for name, value in snapshot.parameters.items()}
     with torch.no_grad():
-        expected = _evaluate(snapshot, fixed, output, batch, labels)
+        expected = snapshot.evaluate(lambda model: output(model, batch, labels), fixed)
 
     def value(moved: Parameters, label: Tensor, *sample: Tensor) -> Tensor:
         single = with_tensors(batch, [tensor.unsqueeze(0) for tensor in sample])
-        return _evaluate(snapshot, {**fixed, **moved}, output, single, label.unsqueeze(0))[0]
+        return snapshot.evaluate(lambda model: output(model, single, label.unsqueeze(0)), {**fixed, **moved})[0]
 
     trained = {name: fixed[name] for name in snapshot.trained}
     side_by_side = torch.func.vmap(
@@ -80,25 +78,16 @@ def _rows(snapshot: Snapshot, output: Output, indices: np.ndarray, labels: Tenso
         gradients, values = side_by_side(trained, labels, *tensors_of(batch))
     except (RuntimeError, ValueError, NotImplementedError):
         return expected, _one_by_one(snapshot, output, indices, labels)
-    # A batch may hold what is not one row per sample; its values then come out wrong.
+    # Values differ if a batch holds tensors that are not one row per sample.
     if values.shape != expected.shape or not torch.allclose(values, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
         return expected, _one_by_one(snapshot, output, indices, labels)
     return expected, torch.cat([part.flatten(1) for part in gradients.values()], dim=1)
 
 
 def _one_by_one(snapshot: Snapshot, output: Output, indices: np.ndarray, labels: Tensor) -> Tensor:
-    rows = []
-    for index, label in zip(indices, labels, strict=True):
-        (value,) = _evaluate(
-            snapshot, snapshot.parameters, output, snapshot.batch(np.array([index])), label.unsqueeze(0)
-        )
-        parts = grad_or_zeros(value, list(snapshot.trained.values()))
-        rows.append(torch.cat([part.flatten() for part in parts]))
-    return torch.stack(rows)
+    def row(index: int, label: Tensor) -> Tensor:
+        single = snapshot.batch(np.array([index]))
+        (value,) = snapshot.evaluate(lambda model: output(model, single, label.unsqueeze(0)), snapshot.parameters)
+        return torch.cat([part.flatten() for part in grad_or_zeros(value, list(snapshot.trained.values()))])
 
-
-def _evaluate(snapshot: Snapshot, parameters: Parameters, output: Output, batch: Batch, labels: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return snapshot.dynamics.evaluate(
-            parameters, snapshot.state.buffers, lambda model: output(model, batch, labels)
-        )
+    return torch.stack([row(index, label) for index, label in zip(indices, labels, strict=True)])

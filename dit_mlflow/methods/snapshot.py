@@ -1,27 +1,24 @@
-"""A model at one state of training, and the gradients of single samples there."""
+"""A model at one state of training, the gradients of single samples there, and the objective that was minimised."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_mlflow.errors import InputError
-from dit_mlflow.influence import Query
-from dit_mlflow.methods.objective import refuse_ascent
+from dit_mlflow.errors import InputError, UnsupportedError
+from dit_mlflow.influence import Query, Window
 from dit_mlflow.replay.adjoint import grad_or_zeros, vector_jacobian
 from dit_mlflow.replay.dynamics import Dynamics, Parameters
 from dit_mlflow.replay.replay import Replay
-from dit_mlflow.trajectory import State
+from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.trajectory.manifest import OptimizerLayout
-from dit_mlflow.trajectory.step_record import StepRecord
-from dit_mlflow.workload import to_like
-from dit_mlflow.workload.workload import Batch
+from dit_mlflow.workload import Batch, to_like
 
 LOSSES_PER_PASS = 256
 """Training samples per forward pass."""
@@ -33,8 +30,8 @@ Vectors = dict[str, Tensor]
 class Snapshot:
     """A recorded state in evaluation mode; gradients are those of the parameters that training moves there.
 
-    These are the parameters that the optimizer holds, without the frozen ones: layers that are not to be trained are
-    often handed to the optimizer all the same. (If all are frozen, all that it holds.)
+    These are the parameters that the optimizer holds, without the frozen ones, since optimizers are often given layers
+    that are not trained. (If all are frozen, all that it holds.)
 
     Args:
         dynamics: of the trajectory.
@@ -88,8 +85,8 @@ class Snapshot:
     def products(self, vectors: Vectors) -> np.ndarray:
         """``<grad l_i, v>`` for every row ``v`` and training sample, ``[rows, n]``; parameters left out count as 0.
 
-        No gradient of a single sample is formed: with ``g(u) = sum_i u_i grad l_i``, it is ``d <g, v> / d u_i``. Cost:
-        a forward and a backward pass of the training set, and one more backward pass for each row.
+        It is ``d <g, v> / d u_i`` of ``g(u) = sum_i u_i grad l_i``, so that no single gradient is formed. Cost: a
+        forward and a backward pass of the training set, and one more backward pass for each row.
         """
         inputs = [value for name, value in self.trained.items() if name in vectors]
         cotangents = [vectors[name] for name in self.trained if name in vectors]
@@ -123,18 +120,19 @@ class Snapshot:
         chosen = np.arange(self.dynamics.workload.num_samples) if samples is None else samples
         parts = -(-len(chosen) // LOSSES_PER_PASS)
         for indices in np.array_split(chosen, parts) if parts else ():
-            yield indices, self._losses(self.parameters, self.batch(indices), len(indices))
+            loss = partial(self.dynamics.workload.sample_losses, batch=self.batch(indices), size=len(indices))
+            yield indices, self.evaluate(loss, self.parameters)
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """Training samples as the model takes them, the same at every look."""
+        """Training samples as the model takes them, the same every time."""
         like = next(iter(self.parameters.values()))
         workload = self.dynamics.workload
         return to_like(workload.unvarying(workload.train_set, indices), like.device, like.dtype)
 
-    def _losses(self, parameters: Parameters, batch: Batch, size: int) -> Tensor:
-        loss = partial(self.dynamics.workload.sample_losses, batch=batch, size=size)
+    def evaluate(self, function: Callable[[nn.Module], Tensor], parameters: Parameters) -> Tensor:
+        """``function`` of the model with ``parameters``, by attention that can be differentiated twice."""
         with sdpa_kernel(SDPBackend.MATH):
-            return self.dynamics.evaluate(parameters, self.state.buffers, loss)
+            return self.dynamics.evaluate(parameters, self.state.buffers, function)
 
 
 def snapshots(replay: Replay, steps: Sequence[int]) -> Iterator[tuple[int, Snapshot]]:
@@ -146,9 +144,9 @@ def snapshots(replay: Replay, steps: Sequence[int]) -> Iterator[tuple[int, Snaps
 
 
 def snapshot_at(replay: Replay, state: State, step: StepRecord) -> Snapshot:
-    """With those parameters for frozen that no step of this one's epoch gave a gradient.
+    """The snapshot of a state; a parameter is frozen if no step of ``step``'s epoch gave it a gradient.
 
-    A parameter without one in a single step may only not have been called on (an expert, one head of several).
+    In a single step, it may only not have been used (an expert, one head of several).
     """
     trajectory = replay.trajectory
     ends = (0, *trajectory.epoch_ends)
@@ -165,3 +163,36 @@ def snapshot_at(replay: Replay, state: State, step: StepRecord) -> Snapshot:
 def inner(a: Vectors, b: Vectors) -> Tensor:
     """``<a, b>`` row by row, ``[rows]``."""
     return torch.stack([(a[name] * b[name]).flatten(1).sum(dim=1) for name in a]).sum(dim=0)
+
+
+def refuse_ascent(step: StepRecord) -> None:
+    """Raise :class:`UnsupportedError` for a step uphill."""
+    if any(settings.get("maximize") for settings in step.hyperparameters):
+        raise UnsupportedError(
+            "the training climbed (maximize=True), and this method follows the descent of a loss. Use dit, or train on "
+            "the loss with its sign turned"
+        )
+
+
+def mean_coefficients(replay: Replay, steps: Window) -> np.ndarray:
+    """Mean weights ``c_j`` of the samples in the objective over some steps, ``[n]``.
+
+    ``1 / n`` for the mean loss and whole epochs; class weights, sums and samplers change them.
+    """
+    found = [replay.dynamics.coefficients(replay.trajectory.step(t)) for t in range(steps.start, steps.end)]
+    return np.mean(found, axis=0)
+
+
+def shares(replay: Replay) -> np.ndarray:
+    """The mean coefficients over all of training, ``[n]``, scaled to a sum of 1, for rankings.
+
+    Raises:
+        UnsupportedError: some are negative, or all 0.
+    """
+    found = mean_coefficients(replay, Window(0, replay.trajectory.num_steps))
+    if found.min() < 0 or not found.any():
+        raise UnsupportedError(
+            f"the samples' coefficients in the loss are {found.min():g} to {found.max():g}; this method takes them for "
+            "weights, and needs them 0 or more. Use influence_function or dit"
+        )
+    return found / found.sum()

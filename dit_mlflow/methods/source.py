@@ -1,34 +1,32 @@
-"""SOURCE: training unrolled through a few segments, as if each were in steady course."""
+"""SOURCE: training unrolled through a few segments, each with constant gradients and Hessian."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar, Literal
 
 import numpy as np
 
-from dit_mlflow.errors import InputError, UnsupportedError
+from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.kind import Sweep, sweeps
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.window import Window
-from dit_mlflow.methods.hessian import by_parameter, flattened, hessian_product
+from dit_mlflow.methods.hessian import Curvature, by_parameter, flattened
 from dit_mlflow.methods.krylov import krylov_spaces
-from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.methods.objective import mean_coefficients, refuse_ascent
-from dit_mlflow.methods.snapshot import Snapshot, snapshots
+from dit_mlflow.methods.method import Estimate, WindowMethod
+from dit_mlflow.methods.snapshot import Snapshot, mean_coefficients, refuse_ascent, snapshots
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory.step_record import StepRecord
 
 
 @dataclass(frozen=True)
-class Source(Method):
+class Source(WindowMethod):
     r"""Approximate unrolled differentiation (Bae et al. 2024, arXiv 2405.12186), with Hessian-vector products.
 
-    Training is cut into segments, in which Hessian ``H``, samples' gradients ``g_j`` and their coefficients ``c_j`` are
-    taken for constant, and steps for a flow of duration ``tau``, the sum of the learning rates. With ``lambda`` the
-    query's gradient where the window's kind has it measured, segment by segment backwards (section 3 there):
+    Training is cut into segments with constant Hessian ``H``, samples' gradients ``g_j`` and coefficients ``c_j``, in
+    which steps become a flow of duration ``tau``, the sum of the learning rates. From ``lambda``, the query's gradient
+    where the window's kind measures it, segment by segment backwards (section 3 there):
 
     .. math:: w = \frac{1 - e^{-\tau H}}{H} \lambda, \quad
               I_j \mathrel{+}= c_j \langle w, g_j \rangle, \quad
@@ -36,13 +34,13 @@ class Source(Method):
 
     ``H`` and ``g_j`` are means over a few states of the segment, in evaluation mode, ``c_j`` the mean coefficient over
     its steps: ``1 / n`` for whole epochs, as in the paper. Functions of ``H`` act through Krylov spaces instead of the
-    paper's Kronecker factors, so that no damping and no model of curvature enters. A window counts the part of each
-    segment that it covers; within a segment, samples are not told apart by when they were met. Segments of one step,
-    with small rates, are the sweep (``dit``). Sign: positive = removal raises the query.
+    paper's Kronecker factors, without damping or a model of curvature. A window counts the part of each segment that it
+    covers; when a sample was met within a segment makes no difference. Segments of one step, with small rates, are the
+    sweep (``dit``). Sign: positive = removal raises the query.
 
     Attributes:
         segments: of equal numbers of steps; at most one per step.
-        states: of each segment that its means are taken over.
+        states: of each segment to take means over.
         tolerance: relative, of ``w``.
         iterations: dimension of a Krylov space, at most.
 
@@ -53,14 +51,12 @@ class Source(Method):
             be computed (too long, or negative curvature makes it overflow).
 
     Cost: a replay; per segment and query up to ``iterations`` Hessian-vector products over the training set for each of
-    its ``states``, usually about 10; per segment three passes. It fails where the course changes within a segment, and
-    where learning rates are so large that steps are no flow.
+    its ``states``, usually about 10; per segment three passes. It fails if the gradients change within a segment, or
+    learning rates are too large for a flow.
     """
 
-    name: ClassVar[str] = "source"
-    kinds: ClassVar[tuple[str, ...]] = ("local", "final", "cumulative")
-    per_window: ClassVar[bool] = True
-    measures: ClassVar[Literal["query", "ranking", "suspicion"]] = "query"
+    name = "source"
+    follows_a_loss = True
 
     segments: int = 3
     states: int = 2
@@ -68,11 +64,9 @@ class Source(Method):
     iterations: int = 200
 
     def __post_init__(self) -> None:
-        if self.segments < 1 or self.states < 1 or self.iterations < 1 or not self.tolerance > 0:
-            raise InputError(
-                f"segments={self.segments}, states={self.states}, iterations={self.iterations}, "
-                f"tolerance={self.tolerance}; expected at least 1 of each, and a positive tolerance"
-            )
+        expected = "at least 1 of each, and a positive tolerance"
+        allowed = min(self.segments, self.states, self.iterations) >= 1 and self.tolerance > 0
+        self._expect(expected, allowed, "segments", "states", "iterations", "tolerance")
 
     def estimate(self, question: Question) -> Estimate:
         replay = question.trajectory.replay(question.workload)
@@ -110,9 +104,8 @@ class Source(Method):
                     adjoint = adjoint - np.stack([segment.curvature(flow) for flow in flows])
 
     def _flow(self, segment: StretchOfTraining, times: np.ndarray, adjoint: np.ndarray) -> np.ndarray:
-        """``w``, for times ``[P]`` of each parameter: ``T phi(T H T) T lambda`` with ``T = sqrt(times)``.
-
-        It is symmetric like that whatever the rates; with ``phi(x) = (1 - exp(-x)) / x``.
+        """``w``, for times ``[P]`` of each parameter: ``T phi(T H T) T lambda`` with ``T = sqrt(times)``, which keeps
+        the operator symmetric, and ``phi(x) = (1 - exp(-x)) / x``.
         """
         root = np.sqrt(times)
         start = root * adjoint
@@ -123,7 +116,7 @@ class Source(Method):
         spaces = krylov_spaces(lambda vector: root * segment.curvature(root * vector), start, self.iterations)
         for space in spaces:
             found = space.first(_phi)
-            # The last coordinate is what the last dimension brought; one may be small by chance.
+            # The last coordinate is the last dimension's contribution; a single one may be small by chance.
             settled = settled + 1 if abs(found[-1]) <= self.tolerance * np.linalg.norm(found) else 0
             if settled == 2:
                 break
@@ -151,12 +144,12 @@ def _phi(values: np.ndarray) -> np.ndarray:
 
 @dataclass(eq=False)
 class StretchOfTraining:
-    """Steps in which training is taken to be in steady course.
+    """A segment of training.
 
     Attributes:
         steps: ``[a, b)``.
-        at: steps of the states that stand for it.
-        snapshots: these states, once they have been visited.
+        at: steps of the states whose means represent it.
+        snapshots: these states, once the replay has visited them.
         coefficients: mean ``c_j`` over its steps, ``[n]``.
         decay: weight decay of each parameter, ``[P]``.
     """
@@ -169,13 +162,13 @@ class StretchOfTraining:
 
     @classmethod
     def of(cls, steps: Window, states: int) -> StretchOfTraining:
-        """With up to ``states`` states, in the middle of as many equal parts."""
+        """Represented by up to ``states`` states, in the middle of as many equal parts."""
         length = steps.end - steps.start
         return cls(steps, tuple(sorted({steps.start + (2 * k + 1) * length // (2 * states) for k in range(states)})))
 
     def curvature(self, vector: np.ndarray) -> np.ndarray:
         """``(H + weight decay) v``, ``[P]``."""
-        products = [hessian_product(snapshot, self.coefficients, vector) for snapshot in self.snapshots]
+        products = [Curvature(snapshot, self.coefficients).product(vector) for snapshot in self.snapshots]
         return np.mean(products, axis=0) + self.decay * vector
 
     def products(self, rows: np.ndarray) -> np.ndarray:
@@ -184,7 +177,7 @@ class StretchOfTraining:
         return self.coefficients * np.mean(found, axis=0)
 
     def times(self, replay: Replay, part: Window) -> np.ndarray:
-        """How long each parameter flows in a part of it, ``[P]``: the sum of its rates."""
+        """The duration of each parameter's flow in a part of it, ``[P]``: the sum of its rates."""
         trained = self.snapshots[0].trained
         total = dict.fromkeys(trained, 0.0)
         for t in range(part.start, part.end):
@@ -198,7 +191,7 @@ class StretchOfTraining:
 def _visit(
     replay: Replay, segments: list[StretchOfTraining], starts: set[int], question: Question
 ) -> dict[int, np.ndarray]:
-    """Fill the segments in, in one replay; the queries' gradients ``[queries, P]`` at the steps ``starts``."""
+    """Fill the segments in one replay; returns the queries' gradients ``[queries, P]`` at the steps ``starts``."""
     by_step = {t: segment for segment in segments for t in segment.at}
     gradients = {}
     trained: list[str] | None = None
@@ -229,13 +222,13 @@ def _settings(replay: Replay, step: StepRecord) -> dict[str, Mapping[str, float]
 
 
 def _rate(settings: Mapping[str, float]) -> float:
-    """Learning rate, times what momentum makes of a steady gradient in the end."""
+    """Learning rate times the terminal velocity that momentum gives a constant gradient."""
     momentum = settings["momentum"]
     return settings["lr"] * (1 - settings["dampening"]) / (1 - momentum) if momentum else settings["lr"]
 
 
 def _repeated(snapshot: Snapshot, values: Mapping[str, float | np.floating]) -> np.ndarray:
-    """A value for each parameter to one for each of their elements, ``[P]``."""
+    """Each parameter's value, repeated for its elements, ``[P]``."""
     return np.concatenate([np.full(value.numel(), values[name]) for name, value in snapshot.trained.items()])
 
 

@@ -13,13 +13,13 @@ GROUP = "dit_mlflow.methods"
 
 
 def registered() -> dict[str, list[EntryPoint]]:
-    """What the installed distributions register, by name, in the order of the names; one for each, if all is well."""
+    """The entry points of installed distributions, sorted by name; a name with several is a conflict."""
     return _registered(tuple(sys.path))
 
 
 @lru_cache(maxsize=1)
 def _registered(path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
-    """Kept while ``path``, which is ``sys.path``, stays: to look at every distribution takes some 50 ms."""
+    """Cached by ``sys.path``, since searching all distributions takes some 50 ms."""
     found: dict[str, list[EntryPoint]] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, owner(entry))):
         found.setdefault(entry.name, []).append(entry)

@@ -1,30 +1,31 @@
-"""TRAK: the model made linear, its gradients projected at random."""
+"""TRAK: a linearised model with randomly projected gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dit_mlflow.errors import InputError, UnsupportedError, WorkloadError
+from dit_mlflow.errors import UnsupportedError, WorkloadError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import training_labels
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.methods.objective import shares
-from dit_mlflow.methods.random_projection import RandomProjection
 from dit_mlflow.methods.sample_gradients import Output, sample_gradients
-from dit_mlflow.methods.snapshot import Snapshot, snapshot_at
+from dit_mlflow.methods.snapshot import Snapshot, shares, snapshot_at
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory import State
-from dit_mlflow.workload import Workload
-from dit_mlflow.workload.workload import Batch
+from dit_mlflow.workload import Batch, Workload
 
 LARGEST_PROJECTION = 2048
-"""Projected dimensions that are taken without being asked for."""
+"""Projected dimensions by default, at most."""
+
+BLOCK = 2**24
+"""Elements of the projection matrix in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,21 @@ class Trak(Method):
 
     over ``M`` pairs of a stored checkpoint and a random projection ``R``, in evaluation mode; ``w_j`` are the samples'
     mean coefficients over training, 1 on average (and 1 each for a mean loss). For a classification
-    ``f_j = log(p / (1 - p))`` of the sample's own class and ``Q_j = 1 - p`` (section 3.2; without its last step, small
-    scores are not set to 0). For any other training ``f_j = -l_j`` and ``Q_j = 1``. Sign: positive = removal raises
+    ``f_j = log(p / (1 - p))`` of the sample's own class and ``Q_j = 1 - p`` (section 3.2; its last step, setting small
+    scores to 0, is left out). For any other training ``f_j = -l_j`` and ``Q_j = 1``. Sign: positive = removal raises
     the query, which may be any, not only the ``f`` of a sample. A ranking: projection and damping shrink the scores.
 
-    The paper averages over models trained anew on halves of the data; the checkpoints of one training stand in for them
-    here, and share what is peculiar to it. Ours rather than its authors' library (traker): that scores test *samples*
-    through a class written for each task, where a query here is any scalar of the model; it needs batches that
-    ``vmap`` takes, writes its features to disk, and gives each checkpoint's kernel a scale of its own. Without
-    projection and damping, both give the same numbers but for that scale.
+    The paper averages over models trained anew on halves of the data; here, checkpoints of one training take their
+    place, and share its peculiarities. The authors' library (traker) is not used: it scores test *samples* through a
+    class written for each task, where a query here is any scalar of the model, needs batches that ``vmap`` takes,
+    writes its features to disk, and scales each checkpoint's kernel separately. Without projection and damping, both
+    give the same numbers but for that scale.
 
     Attributes:
         dim: projected dimensions ``k``; default: a quarter of the training samples, 2048 at most, since the kernel of
-            ``n`` samples cannot be inverted in more than ``n`` dimensions without damping. Nothing is projected from as
-            many dimensions as there are parameters.
-        checkpoints: that are averaged over: the last ones stored, ``s_T`` among them.
+            ``n`` samples cannot be inverted in more than ``n`` dimensions without damping. There is no projection if
+            ``k`` is the number of parameters or more.
+        checkpoints: to average over: the last ones stored, ``s_T`` among them.
         projections: of each checkpoint.
         damping: ``delta``, as a share of the kernel's mean eigenvalue; with 0, the pseudoinverse is taken.
         output: ``f``: ``margin`` = the log-odds, ``loss``; default: ``margin`` where the labels are classes.
@@ -65,7 +66,7 @@ class Trak(Method):
     linear in its parameters over the removal.
     """
 
-    name: ClassVar[str] = "trak"
+    name = "trak"
 
     dim: int | None = None
     checkpoints: int = 3
@@ -75,16 +76,11 @@ class Trak(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = {"dim": self.dim, "checkpoints": self.checkpoints, "projections": self.projections}
-        if any(value is not None and value < 1 for value in numbers.values()) or not self.damping >= 0:
-            raise InputError(
-                f"trak with {', '.join(f'{name}={value}' for name, value in numbers.items())}, damping={self.damping}; "
-                "expected 1 or more of each, and a damping of 0 or more"
-            )
-        if self.output not in (None, "margin", "loss"):
-            raise InputError(
-                f"trak with output={self.output!r}; expected 'margin', 'loss', or None to choose by labels"
-            )
+        counts = 1 if self.dim is None else self.dim, self.checkpoints, self.projections
+        expected = "1 or more of each, and a damping of 0 or more"
+        allowed = min(counts) >= 1 and self.damping >= 0
+        self._expect(expected, allowed, "dim", "checkpoints", "projections", "damping")
+        self._expect("'margin', 'loss', or None to choose by labels", self.output in (None, "margin", "loss"), "output")
 
     def estimate(self, question: Question) -> Estimate:
         trajectory = question.trajectory
@@ -126,6 +122,34 @@ class Trak(Method):
             if self.output == "margin":
                 raise
             return None
+
+
+@dataclass(frozen=True)
+class RandomProjection:
+    """Multiplication by ``R``, ``[P, k]``, of independent ``+-1 / sqrt(k)``: inner products survive on average.
+
+    Attributes:
+        size: ``P``.
+        dim: ``k``; if it is ``P`` or more, vectors stay as they are.
+        seed: numbers that choose ``R``; the same on every device.
+    """
+
+    size: int
+    dim: int
+    seed: Sequence[int]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``[B, P] -> [B, min(k, P)]``, float64. Cost: ``B P k``, and ``P k`` random signs for each call."""
+        if self.dim >= self.size:
+            return rows.double()
+        total = rows.new_zeros(len(rows), self.dim, dtype=torch.float64)
+        columns = max(1, BLOCK // self.dim)
+        for block, part in enumerate(rows.split(columns, dim=1)):
+            (seed,) = np.random.SeedSequence([*self.seed, block]).generate_state(1)
+            generator = torch.Generator().manual_seed(int(seed))
+            signs = torch.randint(0, 2, (part.shape[1], self.dim), generator=generator, dtype=torch.int8)
+            total += (part @ (2 * signs - 1).to(part)).double()
+        return total / self.dim**0.5
 
 
 def _log_odds(workload: Workload, model: nn.Module, batch: Batch, labels: Tensor) -> Tensor:

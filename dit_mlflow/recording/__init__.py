@@ -3,7 +3,4 @@
 from dit_mlflow.recording.loop import train
 from dit_mlflow.recording.recorder import TrajectoryRecorder
 
-__all__ = [
-    "TrajectoryRecorder",
-    "train",
-]
+__all__ = ["TrajectoryRecorder", "train"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.trajectory.atomic_file import written_atomically
 from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile
-from dit_mlflow.trajectory.shards import SHARD_BYTES, Shard, StoredOnce, flatten, packed
+from dit_mlflow.trajectory.shards import Shard, StoredOnce, flatten, packed
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepFields
 from dit_mlflow.trajectory.steps_file import steps_tensors
-from dit_mlflow.trajectory.tensor_file import write_tensors
+from dit_mlflow.trajectory.tensor_file import write_tensors, written_atomically
 
 
 class Written(NamedTuple):
@@ -30,7 +29,7 @@ class Written(NamedTuple):
 
 @dataclass
 class Segment:
-    """What goes into the next files; ``nbytes`` is about what it takes in memory."""
+    """The content of the next files; ``nbytes`` is about its size in memory."""
 
     first_step: int
     rows: list[StepFields] = field(default_factory=list)
@@ -76,7 +75,7 @@ class TrajectoryFolder:
         """Go on with a trajectory from its checkpoint at ``step``."""
         for left_over in self.directory.glob("*.part"):
             left_over.unlink()
-        # Numbers go on: files of the old manifest stay as they are, at least until a new one is in place.
+        # Numbers go on, so that the old manifest's files stay until a new manifest is in place.
         numbers = (int(found[1]) for name in begun.files if (found := re.search(r"(\d+)\.", name)))
         self._number = 1 + max(numbers, default=-1)
         self.manifest = begun.until(step)
@@ -85,12 +84,12 @@ class TrajectoryFolder:
         """Write a segment's files, then the manifest that lists them.
 
         Args:
-            segment: what follows on the steps that are there.
-            facts: the manifest's other fields, as they are with the segment.
+            segment: what follows the steps that are there.
+            facts: the manifest's other fields after it.
 
         Raises:
             UnsupportedError: a tensor that cannot be stored.
-            OSError: the folder cannot be written; the trajectory in it is what it was.
+            OSError: the folder cannot be written; its trajectory is unchanged.
         """
         files: dict[str, FileEntry] = {}
         old = self.manifest
@@ -132,10 +131,10 @@ class TrajectoryFolder:
                     stored[f"{step}/{key}"] = value
                 else:
                     unchanged[step].setdefault(home, []).append(key)
-        for shard in packed(stored):
+        for keys in packed({key: value.nbytes for key, value in stored.items()}):
             name = self._name(files, "checkpoints-{:05d}.safetensors")
-            files[name] = write_tensors(self.directory / name, shard)
-            for step in dict.fromkeys(int(key.partition("/")[0]) for key in shard):
+            files[name] = write_tensors(self.directory / name, {key: stored[key] for key in keys})
+            for step in dict.fromkeys(int(key.partition("/")[0]) for key in keys):
                 held_by[step].append(name)
         return [
             CheckpointEntry(
@@ -149,7 +148,8 @@ class TrajectoryFolder:
 
     def _write_batches(self, segment: Segment, files: dict[str, FileEntry]) -> list[StepsFile]:
         parts = []
-        for group in _grouped(segment.batches):
+        sizes = {step: sum(x.nbytes for batch in batches for x in batch) for step, batches in segment.batches.items()}
+        for group in packed(sizes):
             name = self._name(files, "batches-{:05d}.safetensors")
             tensors = {
                 f"{step}/{position}/{place}": tensor
@@ -158,7 +158,7 @@ class TrajectoryFolder:
                 for place, tensor in enumerate(batch)
             }
             files[name] = write_tensors(self.directory / name, tensors)
-            parts.append(StepsFile(file=name, start=group.start, stop=group.stop))
+            parts.append(StepsFile(file=name, start=group[0], stop=group[-1] + 1))
         return parts
 
     def _write_steps(self, segment: Segment, files: dict[str, FileEntry]) -> list[StepsFile]:
@@ -177,16 +177,3 @@ class TrajectoryFolder:
         entry = next(entry for entry in reversed(self.manifest.checkpoints) if entry.step == step)
         shards = [self._open_shard(self.directory / name) for name in entry.files]
         return next(shard.tensor(step, key) for shard in shards if shard.holds(step, key))
-
-
-def _grouped(batches: dict[int, Sequence[Sequence[Tensor]]]) -> Iterator[range]:
-    """Steps, in order, in groups whose tensors take at most :data:`SHARD_BYTES`; a step is never divided."""
-    start, size, stop = None, 0, 0
-    for step, parts in batches.items():
-        nbytes = sum(tensor.nbytes for batch in parts for tensor in batch)
-        if start is not None and size + nbytes > SHARD_BYTES:
-            yield range(start, step)
-            start, size = None, 0
-        start, size, stop = step if start is None else start, size + nbytes, step + 1
-    if start is not None:
-        yield range(start, stop)

@@ -1,9 +1,9 @@
-"""Training that cannot be recorded truthfully is refused by name, as early as it can be known."""
+"""Refuse training that cannot be recorded truthfully, by name and as early as possible."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ _INSIST = (
 
 
 def check_model(model: nn.Module, low_precision: bool) -> None:
-    """Refuse what is known before training starts.
+    """Refuse models that cannot be recorded, before training starts.
 
     Raises:
         UnsupportedError: several processes train the model, its parameters are in low precision or have no shape, or
@@ -77,7 +77,7 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
 class AutocastCheck:
     """A forward pre-hook that refuses ``torch.autocast`` in training.
 
-    Knows nothing but a device type, since copies of the model that are made in the meantime take it along.
+    It holds nothing but a device type, since copies of the model copy it too.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -93,7 +93,7 @@ class AutocastCheck:
 
 
 def check_scaler() -> None:
-    """Refuse an optimizer step that a ``GradScaler`` makes; to be called from a hook of the step.
+    """Refuse an optimizer step made by a ``GradScaler``; to be called from a hook of the step.
 
     Raises:
         UnsupportedError: a ``GradScaler`` is among the callers.
@@ -107,32 +107,8 @@ def check_scaler() -> None:
             )
 
 
-def missing_gradients(parameters: Mapping[str, Tensor], held: Set[str]) -> tuple[list[str], list[str]]:
-    """Names of the parameters without a gradient, and of the frozen ones whose gradient is there and 0.
-
-    Args:
-        parameters: the model's, by name, at a step.
-        held: those that the optimizer steps.
-
-    Raises:
-        UnsupportedError: a frozen parameter would be stepped by a gradient of earlier batches.
-    """
-    absent, frozen = [], []
-    for name, parameter in parameters.items():
-        if parameter.grad is None:
-            absent.append(name)
-        elif not parameter.requires_grad:
-            frozen.append(name)
-            if name in held and parameter.grad.any():
-                raise UnsupportedError(
-                    f"parameter {name!r} is frozen (requires_grad=False), but the optimizer still steps it by an old "
-                    "gradient, which belongs to no sample of this step; call optimizer.zero_grad() after freezing"
-                )
-    return absent, frozen
-
-
 class Groups:
-    """An optimizer's parameter groups, whose settings may change in training, but not their parameters."""
+    """An optimizer's parameter groups; their settings may change in training, their parameters may not."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -142,7 +118,7 @@ class Groups:
         self._may_change_in_place = False
 
     def settings(self) -> tuple[Hyperparameters, ...]:
-        """The hyperparameters of each group: the same object as before if they are the same.
+        """The hyperparameters of each group; the same object as before while they are the same.
 
         Raises:
             UnsupportedError: groups have been added, or parameters to a group.
@@ -164,11 +140,11 @@ class Groups:
 class ChangeCheck:
     """Tells whether anything but the recorded optimizer changed parameters between two of its steps.
 
+    The tensors' version counters show changes in place, but not assignments through ``.data`` nor fused optimizers. At
+    the first two steps, values are compared too, which catches a loop that makes such changes at every step.
+
     Args:
         parameters: the model's, by name.
-
-    Changes in place are known by the tensors' version counters. These miss assignments through ``.data`` and fused
-    optimizers; a loop that makes such changes at every step is known by its first two, whose values are compared.
 
     Cost: 0.1 microseconds per parameter, twice a step.
     """
@@ -179,12 +155,12 @@ class ChangeCheck:
         self.note(None)
 
     def note(self, values: Mapping[str, Tensor] | None) -> None:
-        """Remember the parameters as they are now; ``values``: copies of them, if there are any."""
+        """Remember the parameters as they are now; ``values``: copies, if there are any."""
         self._values = values
         self._versions = list(map(version, self._tensors))
 
     def check(self, step: int) -> None:
-        """Raise :class:`TrajectoryError` if parameters are not as they were noted; ``step`` is about to be made."""
+        """Raise :class:`TrajectoryError` if parameters have changed since; ``step`` is about to be made."""
         now = list(map(version, self._tensors))
         if now == self._versions and step > 1:
             return

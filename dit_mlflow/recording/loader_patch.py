@@ -1,4 +1,4 @@
-"""Learn which samples a DataLoader hands out that a trainer iterates itself."""
+"""Learn which samples a DataLoader hands out when a trainer iterates it itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dit_mlflow.workload.random_state import RandomState
 
 
 class Handed(NamedTuple):
-    """One batch on its way from a loader to a trainer, which may ask for it earlier than it needs it.
+    """One batch on its way from a loader to a trainer, which may fetch it ahead of its use.
 
     Attributes:
         indices: sample indices.
@@ -24,7 +24,7 @@ class Handed(NamedTuple):
         batch: as the loader made it; ``None`` = not seen.
         before: the random state before it was drawn; ``None`` = drawn in a worker process, or not seen.
         after: the random state when it was handed out.
-        goes_on: the pass began before this training did, which is being resumed.
+        goes_on: the pass began before this training, which resumes an earlier one.
     """
 
     indices: Indices
@@ -36,21 +36,19 @@ class Handed(NamedTuple):
 
 
 class LoaderPatch:
-    """Queues what a loader hands out, in place: whoever iterates the loader sees no difference.
+    """Queues what a loader hands out; whoever iterates the loader sees no difference.
 
     The loader's (batch) sampler and class are replaced by ones that take notes, until :meth:`remove`. Samplers are
     asked in the same order and number as without, and no random number is drawn here.
 
     Args:
         loader: over a map-style dataset.
-        on_gone: called with the number of a pass when its iterator is thrown away, exhausted or not: by then, whoever
-            iterated has gone on or has failed.
+        on_gone: called with the number of a pass when its iterator is deleted, exhausted or not.
 
     Raises:
         InputError: ``loader`` does not know its samples by index.
 
-    Cost: two looks at the random generators per batch, and the batches that were handed out and not yet taken stay in
-    memory, which those in the trainer's hands do anyway.
+    Cost: two captures of the random state per batch; batches stay in memory until they are taken.
     """
 
     def __init__(self, loader: DataLoader[Any], on_gone: Callable[[int], None]) -> None:
@@ -67,21 +65,17 @@ class LoaderPatch:
         loader.__class__ = _patched(self._class, self)
 
     def remove(self) -> None:
-        """Leave the loader as it was found."""
+        """Restore the loader."""
         set_sampler(self.loader, self._name, self._original)
         self.loader.__class__ = self._class
         self._queue.clear()
 
     def take(self) -> Handed | None:
-        """The batch that was handed out first of those not taken; ``None`` if there is none."""
+        """The oldest batch handed out and not yet taken; ``None`` if there is none."""
         return self._queue.popleft() if self._queue else None
 
     def take_noted(self, skipped: int) -> Handed | None:
-        """The same where another loader was iterated over this one's samplers, and left its first batches out.
-
-        Args:
-            skipped: how many batches are left out of each iteration.
-        """
+        """As :meth:`take`, for another loader over this one's samplers that skips the first ``skipped`` batches."""
         notes = self.sampler.latest
         if notes is not self._skipped_in:
             self._skipped_in = notes
@@ -100,7 +94,7 @@ class LoaderPatch:
 
 
 class _Pass:
-    """An iterator that lives as long as somebody iterates; a generator's frame would end with its last batch."""
+    """An iterator that lives as long as somebody holds it; a generator's frame would end with its last batch."""
 
     def __init__(self, batches: Iterator[Any], notes: Notes, queue: deque[Handed], iteration: int) -> None:
         self._batches, self._notes, self._queue, self._iteration = batches, notes, queue, iteration
@@ -112,7 +106,7 @@ class _Pass:
         batch = next(self._batches)
         if not self._notes:
             raise TrajectoryError(
-                "the loader handed out a batch whose indices its sampler has not told; record with a plain "
+                "the loader handed out a batch whose indices its sampler did not yield; record with a plain "
                 "torch.utils.data.DataLoader"
             )
         indices, before = self._notes.popleft()
@@ -121,7 +115,7 @@ class _Pass:
 
 
 def _patched(cls: type[DataLoader[Any]], patch: LoaderPatch) -> type[DataLoader[Any]]:
-    """``cls`` whose iterations go through ``tap``."""
+    """``cls`` whose iterations go through ``patch``."""
 
     class Patched(cls):  # type: ignore[misc, valid-type]
         def __iter__(self) -> Iterator[Any]:

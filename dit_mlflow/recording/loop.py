@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -20,22 +19,8 @@ from dit_mlflow.replay.trajectory import Trajectory
 from dit_mlflow.workload.random_state import preserved_random_state
 from dit_mlflow.workload.workload import Batch, Workload, to_like
 
-
-class Witness(Protocol):
-    """What the loop tells of itself: the recorder, or nobody."""
-
-    @property
-    def num_steps(self) -> int:
-        """Steps made so far."""
-
-    def watch(self, loader: DataLoader[Batch]) -> Iterable[Batch]:
-        """The batches of ``loader``."""
-
-    def log(self, loss: float | Tensor) -> None:
-        """A step was made."""
-
-
-W = TypeVar("W", bound=Witness)
+Recording = Callable[[nn.Module, Optimizer], AbstractContextManager[TrajectoryRecorder]]
+"""Makes the recorder of a model and its optimizer."""
 
 
 def train(
@@ -54,7 +39,7 @@ def train(
         init_seed: seed of the weight initialisation.
         order_seed: seed of the batch order and of the random draws in training.
         checkpoint_every: see :class:`TrajectoryRecorder`.
-        max_steps: stop after so many; default: all that the workload plans.
+        max_steps: steps to stop after; default: all that the workload plans.
 
     Returns:
         The trajectory; it replays bit for bit on the same machine. Its last state is the trained model:
@@ -76,22 +61,18 @@ def train(
 
 
 def train_recorded(
-    workload: Workload,
-    recording: Callable[[nn.Module, Optimizer], AbstractContextManager[TrajectoryRecorder]],
-    init_seed: int = 0,
-    order_seed: int = 0,
-    max_steps: int | None = None,
+    workload: Workload, recording: Recording, init_seed: int = 0, order_seed: int = 0, max_steps: int | None = None
 ) -> nn.Module:
     """:func:`train` with a recorder of the caller's; returns the trained model.
 
     Raises:
-        TrajectoryError: the trajectory could not be written; the training was made to its end.
+        TrajectoryError: the trajectory could not be written; training ran to its end.
     """
     try:
         model, recorder = _train(workload, recording, init_seed, order_seed, max_steps)
     except TrainingError as error:
         raise TrainingError(f"{error}. The steps before it are recorded") from error
-    if recorder.failure is not None:
+    if recorder is not None and recorder.failure is not None:
         raise TrajectoryError(
             f"the trajectory could not be written to {recorder.directory}: {recorder.failure}; what is there ends "
             "earlier than training did"
@@ -113,31 +94,12 @@ def train_unrecorded(workload: Workload, init_seed: int = 0, order_seed: int = 0
         WorkloadError: the workload lacks what training needs.
         TrainingError: a loss is not finite.
     """
-    model, _ = _train(workload, lambda *_: nullcontext(_Nobody()), init_seed, order_seed, quiet=True)
-    return model
-
-
-class _Nobody:
-    """Counts steps, which is all that the loop needs of a witness."""
-
-    def __init__(self) -> None:
-        self.num_steps = 0
-
-    def watch(self, loader: DataLoader[Batch]) -> Iterable[Batch]:
-        return loader
-
-    def log(self, loss: float | Tensor) -> None:
-        self.num_steps += 1
+    return _train(workload, None, init_seed, order_seed)[0]
 
 
 def _train(
-    workload: Workload,
-    witnessing: Callable[[nn.Module, Optimizer], AbstractContextManager[W]],
-    init_seed: int,
-    order_seed: int,
-    max_steps: int | None = None,
-    quiet: bool = False,
-) -> tuple[nn.Module, W]:
+    workload: Workload, recording: Recording | None, init_seed: int, order_seed: int, max_steps: int | None = None
+) -> tuple[nn.Module, TrajectoryRecorder | None]:
     check_seeds(init_seed, order_seed)
     plan = workload.plan
     assert workload.optimizer is not None
@@ -157,36 +119,39 @@ def _train(
             generator=torch.Generator().manual_seed(order_seed),
         )
         torch.manual_seed(order_seed)
+        made = 0
         with (
-            witnessing(model, optimizer) as witness,
-            progress_bar(plan.num_steps, "training", shown=not quiet) as progress,
+            nullcontext() if recording is None else recording(model, optimizer) as recorder,
+            progress_bar(plan.num_steps, "training", shown=recording is not None) as progress,
         ):
             for epoch in range(len(plan.epoch_ends)):
-                if witness.num_steps == max_steps:
+                if made == max_steps:
                     break
                 last = len(loader) - 1
                 total = 0.0
-                for position, batch in enumerate(witness.watch(loader)):
+                for position, batch in enumerate(loader if recorder is None else recorder.watch(loader)):
                     total += _backward(workload, model, batch, position)
                     if (position + 1) % workload.accumulate and position != last:
                         continue
                     total += _finish_gradient(workload, model)
                     if not math.isfinite(total):
                         raise TrainingError(
-                            f"the loss is {total} at step {witness.num_steps} (epoch {epoch}); try a lower "
+                            f"the loss is {total} at step {made} (epoch {epoch}); try a lower "
                             "learning rate, or look for infinite inputs"
                         )
                     optimizer.step()
                     # The model's, not the optimizer's: clipping looks at every gradient.
                     model.zero_grad()
-                    witness.log(total)
+                    made += 1
+                    if recorder is not None:
+                        recorder.log(total)
                     if scheduler is not None:
                         scheduler.step()
                     total = 0.0
                     progress.update()
-                    if witness.num_steps == max_steps:
+                    if made == max_steps:
                         break
-    return model, witness
+    return model, recorder
 
 
 def _backward(workload: Workload, model: nn.Module, batch: Batch, position: int) -> float:

@@ -1,4 +1,4 @@
-"""The record of a step, from its first batch until nothing about it can change any more."""
+"""The record of a step, from its first batch until it is final."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class MadeStep(NamedTuple):
 
 
 class PendingStep:
-    """Gathers the batches of the step to come, and holds the last one made until its draws and its loss are known.
+    """Gathers the batches of the next step, and holds the last one made until its draws and its loss are known.
 
     Args:
         store_batches: keep the batches' tensors.
-        workload: knows ``c_i`` of the batches that come without; ``None`` = nothing does.
+        workload: gives ``c_i`` of the batches that come without, if there is one.
     """
 
     def __init__(self, store_batches: bool, workload: Workload | None) -> None:
@@ -49,10 +49,10 @@ class PendingStep:
         return bool(self._drawn)
 
     def add(self, drawn: Drawn) -> None:
-        """The loop is given a batch."""
+        """Add a batch that the loop is given."""
         self.settle(drawn.random_state)
         if self._store_batches:
-            # Now: the loop may work in place on its batch. It need not be drawn again, only what follows it.
+            # Now, since the loop may change its batch in place. Replay repeats only the draws that follow it.
             tensors = [tensor.detach().cpu().clone() for tensor in tensors_of(drawn.batch)]
             if not tensors:
                 raise InputError(
@@ -76,7 +76,7 @@ class PendingStep:
         self._loss = None
 
     def weigh(self, coefficients: list[np.ndarray]) -> None:
-        """Note the ``c_i`` of the batches, one array for each."""
+        """Note ``c_i``, one array for each batch."""
         self._drawn = [drawn._replace(coefficients=part) for drawn, part in zip(self._drawn, coefficients, strict=True)]
 
     def log(self, loss: float) -> None:
@@ -87,7 +87,7 @@ class PendingStep:
             self._made.row["loss"] = loss
 
     def make(self, index: int, settings: tuple[Hyperparameters, ...], recorded_model: RecordedModel) -> None:
-        """The optimizer has made its step with the batches at hand."""
+        """Make the record of the step that the optimizer has just made."""
         drawn = self._drawn
         if drawn[0].epoch != drawn[-1].epoch and not self._warned:
             self._warned = True
@@ -109,7 +109,7 @@ class PendingStep:
             "no_gradient": absent,
             "zero_gradient": zero,
         }
-        # Where the last batch's draws end is known when the next is drawn; one look at the generators does for both.
+        # The last batch's draws end where the next one's begin; one capture of the generators serves both.
         self._began = drawn[-1].random_state
         self._made = MadeStep(row, self._tensors)
         self._drawn, self._tensors, self._loss = [], [], None
@@ -121,7 +121,7 @@ class PendingStep:
             self._began = None
 
     def take(self) -> MadeStep | None:
-        """The last step made, once, when its loss can no longer change."""
+        """The last step made, once; to be called when its loss is final."""
         made, self._made = self._made, None
         return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -18,21 +19,16 @@ from dit_mlflow.recording.folder import Written, check_new
 from dit_mlflow.recording.guards import AutocastCheck, ChangeCheck, Groups, check_model, check_scaler
 from dit_mlflow.recording.loader_patch import Handed
 from dit_mlflow.recording.pending_step import PendingStep
-from dit_mlflow.recording.recorded_model import RecordedModel
-from dit_mlflow.recording.resuming import resuming_step
-from dit_mlflow.recording.states_to_store import StatesToStore, checkpoint_rule
-from dit_mlflow.recording.training_set import TrainingSet
+from dit_mlflow.recording.recorded_model import RecordedModel, TrainingSet, resuming_step
 from dit_mlflow.recording.watched_loader import Drawn, WatchedLoader
 from dit_mlflow.recording.writer import TrajectoryWriter
-from dit_mlflow.replay.trajectory import Trajectory
+from dit_mlflow.replay import Trajectory
 from dit_mlflow.torch_internals import found_infinite
+from dit_mlflow.trajectory import Hyperparameters, State
 from dit_mlflow.trajectory.manifest import FILE_NAME
-from dit_mlflow.trajectory.state import State
-from dit_mlflow.trajectory.step_record import Hyperparameters
+from dit_mlflow.workload import Workload, WorkloadReference
 from dit_mlflow.workload.dataset_digest import is_inert
-from dit_mlflow.workload.projects import WorkloadReference
 from dit_mlflow.workload.random_state import RandomState, preserved_random_state
-from dit_mlflow.workload.workload import Workload
 from dit_mlflow.workload.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -52,43 +48,43 @@ class TrajectoryRecorder:
                     optimizer.step()
                     recorder.log(loss=loss)                                     # 3, optional
 
-    Training comes out bit for bit as without it: parameters, random streams and batches are only read.
+    Training is bit for bit the same as without it: parameters, random streams and batches are only read.
 
     Args:
         model: the module in training. Compiled ones and those in ``DataParallel`` or (in one process)
             ``DistributedDataParallel`` are recorded as what they wrap.
         optimizer: one of the supported ``torch.optim`` classes, over parameters of ``model``.
         directory: a new folder, or with ``resume`` that of a trajectory.
-        workload: what the loop does, if at hand; its reference and coefficients are then recorded too, and the first
-            step is replayed from it before the second is made.
+        workload: what the loop does, if it is known: its reference and coefficients are then recorded too, and the
+            first step is replayed from it before the second is made.
         checkpoint_every: ``"sqrt"`` stores ``s_t`` at ``t = 0, 1, 4, 9, … k*k …`` and at the end, about
             ``sqrt(T)`` states without knowing ``T``; ``n > 0`` stores every ``n``-th; ``0`` first and last only.
         low_precision: record parameters in float16 or bfloat16, ``torch.autocast`` and ``GradScaler`` all the same.
             The workload's loss must then use autocast as the loop does, without scaling, and the loop must call
             :meth:`discard` when the scaler skips a step. Scores in the recorded precision carry its rounding: over 120
             steps of a small network, bfloat16 was off by 15 % of the largest score. ``track(dtype=torch.float64)`` is
-            exact, but for the training that float64 would have made from the same start on the same batches (autocast
-            leaves float64 alone); there it had departed from the recorded one by 0.4 % of the distance moved.
+            exact for the training that float64 makes from the same start on the same batches (autocast leaves float64
+            alone), which there departed from the recorded one by 0.4 % of the distance moved.
         store_batches: store every batch's tensors too, for data that cannot be drawn again: augmentation in worker
-            processes, a dataset with a generator of its own. They take as much space as the batches themselves (64
-            images of 28 x 28 in float32: 200 KB per step), once for every epoch. The dataset is still asked for one
-            batch of the same samples, whose containers are filled with the stored tensors.
-        resume: go on with the trajectory in ``directory``, if there is one (or with the one given, in a folder of its
-            own), from where model and optimizer are when the ``with`` block is entered: the last stored state that is
-            theirs bit for bit. What was recorded after that state is left out. Loops that save themselves to be resumed
-            call :meth:`checkpoint` beside.
-        on_written: told, from another thread, what has been written to the folder.
+            processes, a dataset with a generator of its own. They take the space of the batches (64 images of 28 x 28
+            in float32: 200 KB per step), in every epoch. Replay still asks the dataset for a batch of the same samples,
+            and fills its containers with the stored tensors.
+        resume: go on with the trajectory in ``directory``, if there is one, or with the one given, in a folder of its
+            own. It goes on from the last stored state that model and optimizer equal bit for bit when the ``with``
+            block is entered, and drops what was recorded after it. Loops that save themselves to be resumed call
+            :meth:`checkpoint` at the same time.
+        on_written: called from another thread with what has been written to the folder.
 
-    A folder that cannot be written any more (a full disk) does not stop training: it is logged once and kept in
+    A folder that can no longer be written (a full disk) does not stop training: the error is logged once and kept in
     :attr:`failure`, and the folder holds what could be saved.
 
     Raises:
         InputError: ``checkpoint_every`` is none of these.
         OSError: the folder cannot be written when the block is entered.
         TrajectoryError: the folder already holds a trajectory, the optimizer is over another model, or the trajectory
-            to be resumed is of another model or was never where the model is now. From a step in
-            training: its samples are not known, something else than the optimizer changed parameters, or the workload
-            does not replay the first step.
+            to be resumed is of another model or was never where the model is now. From a step in training: its samples
+            are not known, something other than the optimizer changed parameters, or the workload does not replay the
+            first step.
         UnsupportedError: the optimizer's step cannot be differentiated, several processes train, or, without
             ``low_precision``, training is in low precision (autocast and ``GradScaler`` are noticed at the first step).
 
@@ -130,7 +126,9 @@ class TrajectoryRecorder:
         self._changes = ChangeCheck(self._recorded_model.parameters)
         self._step = PendingStep(store_batches, workload)
         self._num_steps = 0
-        self._states = StatesToStore(is_checkpoint, self._recorded_model, self._writer)
+        self._is_checkpoint = is_checkpoint
+        self._latest = 0
+        self._taken: State | None = None
         self._epoch = -1
         self._received_from: DataLoader[Any] | None = None
         self._iteration: int | None = None
@@ -152,12 +150,12 @@ class TrajectoryRecorder:
 
     @property
     def dataset_digest(self) -> str | None:
-        """Its digest as recorded; known at the end of the block, for some data sets before."""
+        """The training set's digest; known at the end of the block, for some data sets before."""
         return self._training_set.digest
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the record could not be written when it was last tried; ``None`` if it could."""
+        """Why the last attempt to write the record failed; ``None`` if it did not."""
         return self._writer.failure
 
     def __enter__(self) -> TrajectoryRecorder:
@@ -221,7 +219,7 @@ class TrajectoryRecorder:
             if self._epoch < 0 or not handed.goes_on:
                 self._begin_epoch()
         now = RandomState.capture()
-        # Where other batches were drawn in between, the state before the draw does not lead to the forward pass.
+        # If other batches were drawn in between, the state before the draw does not lead to the forward pass.
         before = handed.before if handed.before is not None and handed.after == now else now
         self._step.add(Drawn(handed.indices, self._epoch, before, handed.batch, now))
 
@@ -230,21 +228,21 @@ class TrajectoryRecorder:
         self._step.take_back()
 
     def weigh(self, coefficients: list[np.ndarray]) -> None:
-        """Note the ``c_i`` of the batches of the step at hand, one array for each."""
+        """Note ``c_i`` of the batches since the last step, one array for each."""
         self._step.weigh(coefficients)
 
     def log(self, loss: float | Tensor) -> None:
-        """Note the loss of the step at hand: the one whose batch was drawn last. Optional."""
+        """Note the loss of the step whose batch was drawn last. Optional."""
         self._step.log(float(loss.detach() if isinstance(loss, Tensor) else loss))
 
     def checkpoint(self) -> None:
-        """Store the present state, and have all that is recorded on disk before this returns.
+        """Store the present state, and return when all that is recorded is on disk.
 
-        To be called where a loop saves itself to be resumed later, between two steps and after :meth:`log`.
+        Call it where a loop saves itself to be resumed later, between two steps and after :meth:`log`.
         """
-        if self._states.latest < self._num_steps:
+        if self._latest < self._num_steps:
             self._changes.check(self._num_steps)
-        self._states.take(self._num_steps)
+        self._take_state()
         self._step.settle(RandomState.capture())
         self._commit()
         self._writer.flush()
@@ -252,13 +250,13 @@ class TrajectoryRecorder:
     def discard(self) -> None:
         """Forget the batches drawn since the last step, which the loop will not use.
 
-        To be called where a loop goes on without ``optimizer.step()``: a batch left out by ``continue``, a step that a
-        ``GradScaler`` skipped. Gradients accumulated so far must be forgotten as well (``optimizer.zero_grad()``).
+        Call it where a loop goes on without ``optimizer.step()``: a batch left out by ``continue``, a step that a
+        ``GradScaler`` skipped. The loop must also drop the gradients accumulated so far (``optimizer.zero_grad()``).
         """
         self._step.discard()
 
     def _go_on_with(self, begun: Trajectory, now: State) -> None:
-        """Continue a trajectory from the last of its states that is the present one."""
+        """Continue a trajectory from its last state that equals the present one."""
         step = resuming_step(begun, now, self._recorded_model)
         stored = begun.manifest.batches is not None
         if step > 0 and stored != self._store_batches:
@@ -272,7 +270,7 @@ class TrajectoryRecorder:
             )
         self._epoch = begun.step(step - 1).epoch if step > 0 else -1
         self._writer.resume(begun.manifest, step, self._epoch if step > 0 else None)
-        self._num_steps = self._states.latest = step
+        self._num_steps = self._latest = step
 
     def _begin_epoch(self) -> int:
         self._epoch += 1
@@ -297,7 +295,7 @@ class TrajectoryRecorder:
     def _try_replay(self, workload: Workload) -> None:
         """Replay the first step now: a workload that is not what the loop does is refused before a long run."""
         if self._store_batches and not (self.dataset is not None and is_inert(self.dataset)):
-            return  # One more draw could change what a dataset of this kind draws next.
+            return  # Reading a sample again could change what the dataset draws next.
         self._writer.flush()
         with preserved_random_state():
             Trajectory.open(self.directory).replay(workload)
@@ -311,19 +309,27 @@ class TrajectoryRecorder:
             self._recorded_model.check_buffers()
         while self._autocast_hooks:
             self._autocast_hooks.pop().remove()
-        taken = self._states.take_if_due(self._num_steps)
-        self._changes.note(None if taken is None else taken.parameters)
+        if self._is_checkpoint(self._num_steps):
+            self._take_state()
+        self._changes.note(None if self._taken is None else self._taken.parameters)
+
+    def _take_state(self) -> None:
+        """Take the present state, unless it is taken already or recording has stopped."""
+        if self._latest < self._num_steps and not self._writer.stopped:
+            self._taken, self._latest = self._recorded_model.snapshot(), self._num_steps
 
     def _commit(self) -> None:
-        """Hand the last step (its loss can no longer change) and the state after it to the writer."""
+        """Hand the last step, whose loss is final, and the state after it to the writer."""
         made = self._step.take()
         if made is not None:
             self._writer.add_step(made.row, made.tensors)
-        self._states.write()
+        if self._taken is not None:
+            self._writer.add_checkpoint(self._latest, self._taken)
+            self._taken = None
 
     def _store_last_state(self) -> None:
-        """Take it, unless the model no longer is where the last step left it."""
-        if self._states.latest < self._num_steps:
+        """Take the last state, unless the parameters changed after the last step."""
+        if self._latest < self._num_steps:
             try:
                 self._changes.check(self._num_steps)
             except TrajectoryError:
@@ -331,7 +337,23 @@ class TrajectoryRecorder:
                     "the parameters changed after the last step (%d), inside the recorder's with block: weights "
                     "loaded back (the best epoch's, averaged ones)? They are not part of the trajectory, whose last "
                     "state is not stored and will be replayed from step %d. Load such weights after the block",
-                    *(self._num_steps - 1, self._states.latest),
+                    *(self._num_steps - 1, self._latest),
                 )
                 return
-        self._states.take(self._num_steps)
+        self._take_state()
+
+
+def checkpoint_rule(every: str | int) -> Callable[[int], bool]:
+    """Whether ``s_t`` is to be stored, as a function of ``t``.
+
+    Args:
+        every: ``"sqrt"`` for square numbers, ``n > 0`` for every ``n``-th, ``0`` for none but the ends.
+
+    Raises:
+        InputError: ``every`` is none of these.
+    """
+    if every == "sqrt":
+        return lambda step: math.isqrt(step) ** 2 == step
+    if isinstance(every, int) and every >= 0:
+        return lambda step: every > 0 and step % every == 0
+    raise InputError(f"checkpoint_every is {every!r}; expected 'sqrt', or a number of steps (0: only the ends)")

@@ -16,7 +16,7 @@ from dit_mlflow.workload.random_state import RandomState
 
 Indices = np.ndarray | tuple[int, ...]
 Notes = deque[tuple[Indices, RandomState | None]]
-"""Indices that a sampler has yielded and the loader has not handed out yet."""
+"""Indices that a sampler has yielded, and the loader has not yet handed out."""
 
 
 class Drawn(NamedTuple):
@@ -28,7 +28,7 @@ class Drawn(NamedTuple):
         random_state: that before it was drawn.
         batch: as the loader made it.
         drawn: the random state after it was drawn; ``None`` = the present one.
-        coefficients: ``c_i``, where they are known otherwise than from the workload.
+        coefficients: ``c_i``, if they do not come from the workload.
     """
 
     indices: Indices
@@ -42,10 +42,9 @@ class Drawn(NamedTuple):
 class WatchedLoader:
     """Iterates like the loader it was made from, and reports each batch before the loop gets it.
 
-    The batches come from a shallow copy of the loader whose (batch) sampler notes what it yields. Samplers are
-    asked in the same order and number as without watching, workers start as they would, and no random number
-    is drawn here. A loader in the main process fetches a batch after the random state is noted, so that
-    augmentation can be replayed; worker processes have random states of their own.
+    The batches come from a shallow copy of the loader whose (batch) sampler notes what it yields. Samplers are asked in
+    the same order and number as without watching, and no random number is drawn here. Without worker processes, the
+    random state is noted before a batch is fetched, so that augmentation can be replayed; workers have their own.
 
     Args:
         loader: over a map-style dataset.
@@ -130,7 +129,7 @@ def check_loader(loader: Any) -> None:
 
 
 def _indices(drawn: Any) -> Indices:
-    # What most samplers yield is copied ten times as fast as made an array.
+    # For what most samplers yield, a tuple is ten times as fast as an array.
     if type(drawn) is list and drawn and type(drawn[0]) is int:
         return tuple(drawn)
     return np.atleast_1d(np.asarray(drawn, dtype=np.int64))

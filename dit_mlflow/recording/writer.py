@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from dit_mlflow.recording.folder import Segment, TrajectoryFolder, Written
-from dit_mlflow.recording.training_set import TrainingSet
+from dit_mlflow.recording.recorded_model import TrainingSet
 from dit_mlflow.trajectory.manifest import Manifest, ModelLayout, OptimizerLayout, library_versions
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepFields
 from dit_mlflow.workload.projects import WorkloadReference
 
 FLUSH_BYTES = 16 * 2**20
-"""Segments are held back until their checkpoints reach this size, so that files are few and large, …"""
+"""Size at which gathered segments are written, so that files are few and large, …"""
 FLUSH_SECONDS = 10.0
-"""… or until this long after the last file was written, so that a crash loses little."""
+"""… and time after the last write at which they are anyway, so that a crash loses little."""
 UNWRITTEN_BYTES = 256 * 2**20
-"""When a disk takes no more, so much is kept for it to come back, before recording stops."""
+"""Size that is kept in memory for a failing disk to recover, before recording stops."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +33,12 @@ class TrajectoryWriter:
     """Writes one trajectory; not for several processes at once.
 
     A segment is the steps between two checkpoints. Segments, and the steps of an unfinished one, are gathered into
-    checkpoint shards and one ``steps-NNNNN.safetensors``; the manifest is replaced after they are on disk, so that at
-    any moment the folder holds a trajectory that opens. Files are written in a thread of their own, one gathering after
-    the other: training waits only where the disk is slower than it is.
+    checkpoint shards and one ``steps-NNNNN.safetensors``. The manifest is replaced after they are on disk, so that the
+    folder holds a trajectory that opens at any time. A thread writes one gathering after the other: training waits only
+    if the disk is slower.
 
-    A disk that fails does not stop training: the loss is logged once, what was gathered is tried again with what comes
-    after, and when that exceeds :data:`UNWRITTEN_BYTES`, recording stops.
+    A failing disk does not stop training: the failure is logged once, what was gathered is tried again with what
+    follows, and when that exceeds :data:`UNWRITTEN_BYTES`, recording stops.
 
     Attributes:
         failure: why the last attempt to write failed; ``None`` if it did not.
@@ -84,7 +84,7 @@ class TrajectoryWriter:
         self._last_flush = time.monotonic()
 
     def begin(self, initial: State) -> None:
-        """Write ``s_0``: what cannot be stored is known before training, and a killed run leaves its start.
+        """Write ``s_0``, so that what cannot be stored is refused before training, and a killed run leaves its start.
 
         Raises:
             UnsupportedError: a tensor that cannot be stored.
@@ -106,7 +106,7 @@ class TrajectoryWriter:
         self._gathered = Segment(step)
 
     def add_step(self, step: StepFields, batches: Sequence[Sequence[Tensor]] = ()) -> None:
-        """Keep the record of the next step, and the tensors of its micro-batches if they are to be stored."""
+        """Keep the record of the next step, and the tensors of its micro-batches if they are stored."""
         if self.stopped:
             return
         gathered = self._gathered
@@ -123,7 +123,7 @@ class TrajectoryWriter:
         self._flush_if_due()
 
     def add_checkpoint(self, step: int, state: State) -> None:
-        """Keep ``s_step`` (the caller gives it away); written when what is held back is large or old."""
+        """Keep ``s_step``, which the caller must not change; written when what is held back is large or old."""
         if self.stopped:
             return
         self._gathered.states[step] = state
@@ -146,7 +146,7 @@ class TrajectoryWriter:
             self._hand_over(complete=False)
 
     def _hand_over(self, complete: bool) -> None:
-        """Have the thread write what is held back; waits for what it was given before."""
+        """Have the thread write what is held back, after waiting for the last write."""
         self._await()
         self._last_flush = time.monotonic()
         if self.stopped:
@@ -157,7 +157,7 @@ class TrajectoryWriter:
     def _start(self, segment: Segment, facts: Mapping[str, Any]) -> Future[None]:
         try:
             return self._thread.submit(self._write, segment, facts)
-        except RuntimeError:  # The interpreter ends, and begins nothing in threads any more.
+        except RuntimeError:  # The interpreter is shutting down, and starts no work in threads.
             done: Future[None] = Future()
             try:
                 self._write(segment, facts)
@@ -182,21 +182,14 @@ class TrajectoryWriter:
             logger.error(
                 "the trajectory in %s holds %d step%s and could not be written further: %s: %s. Training goes on; what "
                 "it does is kept in memory for later attempts, up to %d MiB, and then recording stops",
-                *(
-                    self.directory,
-                    steps,
-                    "s" * (steps != 1),
-                    type(error).__name__,
-                    error,
-                    UNWRITTEN_BYTES // 2**20,
-                ),
+                *(self.directory, steps, "s" * (steps != 1), type(error).__name__, error, UNWRITTEN_BYTES // 2**20),
             )
         self.failure = error
         if self._gathered.nbytes > UNWRITTEN_BYTES or not isinstance(error, OSError):
             self.stopped, self._gathered = True, Segment(self._num_steps)
 
     def _facts(self, complete: bool) -> dict[str, Any]:
-        """What the manifest says when all that is held back is written."""
+        """The manifest's fields once all that is held back is written."""
         return {
             "complete": complete,
             "num_steps": self._num_steps,
@@ -213,6 +206,6 @@ class TrajectoryWriter:
 
 
 def _row_bytes(step: StepFields) -> int:
-    """About what a row takes in memory: indices, and the generators' states where they are kept."""
+    """About the size of a row in memory: indices, and the generators' states if they are kept."""
     states = sum(state is not None for state in step["random_states"])
     return 1000 + 40 * sum(map(len, step["indices"])) + 8000 * states

@@ -7,7 +7,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,102 +18,103 @@ from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course
 from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.training_step import TrainingStep
-from dit_mlflow.trajectory import State
+from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.trajectory.state import drifts
-from dit_mlflow.trajectory.step_record import StepRecord
 
 _log = logging.getLogger(__name__)
 
 CONTROL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""How far the control (all weights 1) of a batched retraining may be from the recorded run, relative to
-how far training moved."""
+"""Largest drift of the control (all weights 1) of a batched retraining, relative to how far training moved."""
 
 
+@dataclass(frozen=True, eq=False)
 class Counterfactuals(ABC):
-    """Trainings that differ from the recorded one by the weights of samples, numbered ``0 … R - 1``."""
+    """Trainings that differ from the recorded one by the weights of samples, numbered ``0 … R - 1``.
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    Attributes:
+        rows: ``[R, …]``, one for each, as the subclass says.
+    """
+
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @abstractmethod
     def at(self, samples: np.ndarray) -> np.ndarray:
         """Weights ``[R, B]``, float64, of ``samples [B]``."""
 
     @abstractmethod
-    def part(self, chosen: np.ndarray) -> Counterfactuals:
-        """Those numbered ``chosen``."""
-
-    @abstractmethod
     def changed_by(self, samples: np.ndarray) -> np.ndarray:
-        """Which of them, ``[R]``, differ from the recorded training if it meets ``samples`` alone."""
+        """Which of them, ``[R]``, differ from the recorded training if that meets only ``samples``."""
 
-    @abstractmethod
+    def part(self, chosen: np.ndarray) -> Counterfactuals:
+        """The counterfactuals numbered ``chosen``."""
+        return replace(self, rows=self.rows[chosen])
+
     def identity(self) -> bytes:
         """Equal for equal weights."""
+        return f"{type(self).__name__} {self.rows.dtype}".encode() + self.rows.tobytes()
 
 
-@dataclass(frozen=True, eq=False)
 class LeftOut(Counterfactuals):
-    """Each without one sample: ``samples [R]``."""
-
-    samples: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.samples)
+    """Each without one sample: ``rows [R]`` are their indices."""
 
     def at(self, samples: np.ndarray) -> np.ndarray:
-        return (self.samples[:, None] != samples[None, :]).astype(np.float64)
-
-    def part(self, chosen: np.ndarray) -> LeftOut:
-        return LeftOut(self.samples[chosen])
+        return (self.rows[:, None] != samples[None, :]).astype(np.float64)
 
     def changed_by(self, samples: np.ndarray) -> np.ndarray:
-        return np.isin(self.samples, samples)
-
-    def identity(self) -> bytes:
-        return b"without" + self.samples.astype(np.int64).tobytes()
+        return np.isin(self.rows, samples)
 
 
-@dataclass(frozen=True, eq=False)
 class Reweighted(Counterfactuals):
-    """Each with weights of its own: ``weights [R, n]``."""
-
-    weights: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.weights)
+    """Each with weights of its own: ``rows [R, n]``."""
 
     def at(self, samples: np.ndarray) -> np.ndarray:
-        return self.weights[:, samples].astype(np.float64)
-
-    def part(self, chosen: np.ndarray) -> Reweighted:
-        return Reweighted(self.weights[chosen])
+        return self.rows[:, samples].astype(np.float64)
 
     def changed_by(self, samples: np.ndarray) -> np.ndarray:
-        return (self.weights[:, samples] != 1).any(axis=1)
-
-    def identity(self) -> bytes:
-        return b"weights" + self.weights.astype(np.float64).tobytes()
+        return (self.rows[:, samples] != 1).any(axis=1)
 
 
 Changes = dict[int, np.ndarray]
 """Step of measurement -> change of each query ``[queries, R]``."""
 
 Advanced = Callable[[int], object]
-"""Told how many steps of retraining were made; fewer than none where some must be made again."""
+"""Called with the number of steps of retraining made; a negative one takes back steps that must be repeated."""
 
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """The recorded run along a course: where it starts, and its states and query values ``[queries]`` at measures."""
+    """The recorded run along a course: its start, and its states and query values ``[queries]`` at the measures."""
 
     start: State
     states: dict[int, State]
     values: dict[int, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One course, its recorded steps, and what is to be run along it."""
+
+    course: Course
+    steps: list[StepRecord]
+    baseline: Baseline
+    counterfactuals: Counterfactuals
+
+    def part(self, rows: np.ndarray) -> Job:
+        return replace(self, counterfactuals=self.counterfactuals.part(rows))
+
+    def weights(self, step: StepRecord) -> Tensor:
+        """``w`` of the step, ``[R, sum B]``: 1 outside of the course."""
+        weights = self.counterfactuals.at(step.samples)
+        if not self.course.start <= step.index < self.course.until:
+            weights[:] = 1
+        return torch.from_numpy(weights)
+
+
 class Retraining:
-    """Runs counterfactuals along a course, side by side or one after the other, whichever a timed step favours.
+    """Runs counterfactuals along a course, side by side or one after the other, whichever a timed step shows faster.
 
     Args:
         training_step: of the recorded training.
@@ -128,76 +129,53 @@ class Retraining:
         self._chunk: int | None = None
         self._side_by_side: bool | None = None
 
-    def run(
-        self,
-        course: Course,
-        steps: Sequence[StepRecord],
-        baseline: Baseline,
-        counterfactuals: Counterfactuals,
-        advanced: Advanced | None = None,
-    ) -> Changes:
-        """Changes of the queries at each measure of ``course``, whose recorded steps are ``steps``."""
-        advanced = advanced or (lambda count: None)
+    def run(self, job: Job, advanced: Advanced = lambda count: None) -> Changes:
+        """Changes of the queries at each measure of the course."""
         found = None
-        if self._prefer_side_by_side(baseline.start, steps[0], len(counterfactuals)):
-            found = self._side_by_side_changes(course, steps, baseline, counterfactuals, advanced)
+        if self._prefer_side_by_side(job.baseline.start, job.steps[0], len(job.counterfactuals)):
+            found = self._side_by_side_changes(job, advanced)
         if found is None:
             self._side_by_side = False
-            found = self._single_changes(course, steps, baseline, counterfactuals, advanced)
+            found = self._single_changes(job, advanced)
         return found
 
     def ask(self, state: State) -> Tensor:
         """Values of the queries, ``[queries]``."""
         return self._ask(state.parameters, state.buffers)
 
-    def _single_changes(
-        self,
-        course: Course,
-        steps: Sequence[StepRecord],
-        baseline: Baseline,
-        counterfactuals: Counterfactuals,
-        advanced: Advanced,
-    ) -> Changes:
+    def _single_changes(self, job: Job, advanced: Advanced) -> Changes:
         """One retraining after the other, each as the recorded one ran."""
-        changes = self._no_changes(baseline, counterfactuals)
-        for column in range(len(counterfactuals)):
-            one = counterfactuals.part(np.array([column]))
-            state, over = baseline.start, None
-            for step in steps:
-                state = over = self.training_step(state, step, _weights(step, course, one)[0], over)
+        changes = self._no_changes(job)
+        for column in range(len(job.counterfactuals)):
+            one = job.part(np.array([column]))
+            state, over = job.baseline.start, None
+            for step in job.steps:
+                state = over = self.training_step(state, step, one.weights(step)[0], over)
                 advanced(1)
-                if (before := baseline.values.get(step.index + 1)) is not None:
+                if (before := job.baseline.values.get(step.index + 1)) is not None:
                     after = self.ask(state)
                     changes[step.index + 1][:, column] = (after - before).cpu().numpy()
         return changes
 
-    def _side_by_side_changes(
-        self,
-        course: Course,
-        steps: Sequence[StepRecord],
-        baseline: Baseline,
-        counterfactuals: Counterfactuals,
-        advanced: Advanced,
-    ) -> Changes | None:
-        """Retrainings under one ``vmap``, in chunks; row 0 of each is the recorded training.
-
-        ``None`` if that row misses the recorded run.
-        """
-        size = self._chunk_size(baseline.start, steps[0])
-        changes = self._no_changes(baseline, counterfactuals)
+    def _side_by_side_changes(self, job: Job, advanced: Advanced) -> Changes | None:
+        """Retrainings under one ``vmap``, in chunks; ``None`` if row 0 of one, the control, misses the recorded run."""
+        start, count = job.baseline.start, len(job.counterfactuals)
+        size = self._chunk_size(start, job.steps[0])
+        changes = self._no_changes(job)
         made = 0
-        for first in range(0, len(counterfactuals), size):
+        for first in range(0, count, size):
             chunk = slice(first, first + size)
-            part = counterfactuals.part(np.arange(len(counterfactuals))[chunk])
-            states, over = baseline.start.side_by_side(1 + len(part)), None
-            for made_here, step in enumerate(steps, start=1):
-                weights = _weights(step, course, part)
+            part = job.part(np.arange(count)[chunk])
+            copies = len(part.counterfactuals)
+            states, over = start.side_by_side(1 + copies), None
+            for made_here, step in enumerate(job.steps, start=1):
+                weights = part.weights(step)
                 weights = torch.cat([torch.ones_like(weights[:1]), weights])
                 states = over = self.training_step(states, step, weights, over)
-                advanced(len(part))
-                made += len(part)
-                if (recorded := baseline.states.get(step.index + 1)) is not None:
-                    if not self._control_holds(states, recorded, baseline.start, steps[:made_here]):
+                advanced(copies)
+                made += copies
+                if (recorded := job.baseline.states.get(step.index + 1)) is not None:
+                    if not self._control_holds(states, recorded, start, job.steps[:made_here]):
                         advanced(-made)
                         return None
                     values = self._ask_all(states)
@@ -270,13 +248,5 @@ class Retraining:
         with torch.no_grad():
             return torch.func.vmap(self._ask, out_dims=1, randomness="same")(states.parameters, states.buffers)
 
-    def _no_changes(self, baseline: Baseline, counterfactuals: Counterfactuals) -> Changes:
-        return {step: np.zeros((len(self.queries), len(counterfactuals))) for step in baseline.values}
-
-
-def _weights(step: StepRecord, course: Course, counterfactuals: Counterfactuals) -> Tensor:
-    """``w`` of the step, ``[R, sum B]``: 1 where the course says as recorded."""
-    weights = counterfactuals.at(step.samples)
-    if not course.start <= step.index < course.until:
-        weights[:] = 1
-    return torch.from_numpy(weights)
+    def _no_changes(self, job: Job) -> Changes:
+        return {step: np.zeros((len(self.queries), len(job.counterfactuals))) for step in job.baseline.values}

@@ -1,4 +1,4 @@
-"""What retrainings may use: processes, machines, memory, and a folder to go on from."""
+"""What retrainings may use: processes, machines, memory, and a folder for finished parts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Effort:
         jobs: worker processes, one thread each; ``None`` = this process, or what ``joblib.parallel_config`` says.
         backend: of joblib: ``loky`` (processes here), ``dask`` or ``ray`` (machines; extras of that name); ``None`` =
             joblib's choice.
-        folder: where finished parts are kept, to go on from after a break; ``None`` = nowhere.
+        folder: keeps finished parts, so that work goes on after an interruption; ``None`` = nothing is kept.
         memory_budget: bytes for retrainings side by side, in each process.
 
-    ``dask`` uses the distributed client that is there, or the scheduler in ``DASK_SCHEDULER_ADDRESS``, or one of its
-    own with ``jobs`` processes (workers of a cluster of yours are faster without ``MALLOC_TRIM_THRESHOLD_``, which dask
-    sets); ``ray`` the cluster in ``RAY_ADDRESS``, or one of its own.
+    ``dask`` uses the present distributed client, or the scheduler in ``DASK_SCHEDULER_ADDRESS``, or starts ``jobs``
+    processes (your own cluster's workers are faster without ``MALLOC_TRIM_THRESHOLD_``, which dask sets); ``ray`` uses
+    the cluster in ``RAY_ADDRESS``, or starts one.
     """
 
     jobs: int | None = None
@@ -44,7 +44,7 @@ class Effort:
             raise InputError(f"memory_budget={self.memory_budget}; expected a positive number of bytes")
 
     def configured(self) -> AbstractContextManager[Any]:
-        """joblib's settings for the duration."""
+        """A context with joblib's settings."""
         if self.backend == "dask":
             return _dask(self.jobs or 1)
         if self.backend == "ray":
@@ -75,10 +75,10 @@ def _dask(jobs: int) -> Iterator[None]:
 
 
 def _own_dask(jobs: int) -> Any:
-    """A client of worker processes here.
+    """A client of worker processes here, without dask's ``MALLOC_TRIM_THRESHOLD_``.
 
-    Dask has workers hand memory back to the system at once (``MALLOC_TRIM_THRESHOLD_``). A retraining takes and
-    releases the same megabytes at every step, and would spend half of its time on page faults.
+    It returns memory to the system at once; a retraining, which takes and releases the same megabytes at every step,
+    would spend half of its time on page faults.
     """
     import dask
     from distributed import Client

@@ -1,4 +1,4 @@
-"""Retrainings for a question, spread over processes or machines, and taken up again where they were broken off."""
+"""Retrainings for a question, spread over processes or machines, and resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from dit_mlflow.influence.question import Question
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.replay import MakeStep, Replay
-from dit_mlflow.retraining.counterfactuals import Advanced, Baseline, Changes, Counterfactuals, Retraining
+from dit_mlflow.retraining.counterfactuals import Baseline, Changes, Counterfactuals, Job, Retraining
 from dit_mlflow.retraining.effort import Effort
 from dit_mlflow.trajectory import State
 from dit_mlflow.trajectory.manifest import Manifest
-from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
 
 RETRAININGS_PER_PART = 64
-"""Retrainings that are lost at the most, for each worker, when they are broken off."""
+"""Retrainings that an interruption loses at most, for each worker."""
 
 
 def retrain(
@@ -49,15 +48,15 @@ def retrain(
         effort: workers, memory, and where to keep finished parts.
 
     Returns:
-        Changes ``[windows, queries, R]``: query under the counterfactual minus query as recorded, as the kind of the
-        windows says; and the largest drift that the replay met.
+        Changes ``[windows, queries, R]``, by the windows' kind: query under the counterfactual minus query as recorded;
+        and the largest drift of the replay.
 
     Cost: one training from the window's start per counterfactual (``cumulative``: one for all windows), run side by
     side under ``torch.func.vmap`` where that is faster.
     """
     effort = effort or Effort()
     changes = np.zeros((len(question.windows), len(question.queries), len(counterfactuals)))
-    # One pool for all courses: ray's starts processes of its own each time.
+    # One pool for all courses: ray would start new processes for each.
     with preserved_random_state(), effort.configured(), joblib.Parallel(n_jobs=effort.jobs) as pool:
         replay = question.trajectory.replay(question.workload, dtype)
         shared = _Shared.of(question, replay, effort.memory_budget)
@@ -66,7 +65,7 @@ def retrain(
             steps = [question.trajectory.step(t) for t in range(course.start, course.stop)]
             met = np.unique(np.concatenate([step.samples for step in steps if step.index < course.until]))
             affected = np.flatnonzero(counterfactuals.changed_by(met))
-            job = _Job(course, steps, _baseline(replay, course, here), counterfactuals)
+            job = Job(course, steps, _baseline(replay, course, here), counterfactuals)
             for rows, found in _run(job, affected, shared, here, effort, pool):
                 for step, window, sign in course.measures:
                     changes[window][:, rows] += sign * found[step]
@@ -75,7 +74,7 @@ def retrain(
 
 @dataclass(frozen=True, eq=False)
 class _Shared:
-    """What every worker needs, and how to tell one from another."""
+    """What every worker needs."""
 
     workload: Workload
     manifest: Manifest
@@ -87,7 +86,7 @@ class _Shared:
 
     @classmethod
     def of(cls, question: Question, replay: Replay, memory_budget: int) -> _Shared:
-        # What only training and reports need may be hard to send.
+        # Without what only training and reports need, which may be hard to pickle.
         lean = replace(question.workload, optimizer=None, scheduler=None, test_set=None, metrics=None)
         lean = replace(lean, describe=None, show=None, label=None)
         manifest, stored = question.trajectory.manifest, question.trajectory.batches
@@ -97,22 +96,6 @@ class _Shared:
     def retraining(self) -> Retraining:
         step = self.make_step(Dynamics(self.workload, self.manifest, self.dtype, self.stored))
         return Retraining(step, self.queries, self.memory_budget)
-
-
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """One course, and what is to be run along it."""
-
-    course: Course
-    steps: list[StepRecord]
-    baseline: Baseline
-    counterfactuals: Counterfactuals
-
-    def part(self, rows: np.ndarray) -> _Job:
-        return replace(self, counterfactuals=self.counterfactuals.part(rows))
-
-    def run(self, retraining: Retraining, advanced: Advanced | None = None) -> Changes:
-        return retraining.run(self.course, self.steps, self.baseline, self.counterfactuals, advanced)
 
 
 def _baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
@@ -130,9 +113,9 @@ def _baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
 
 
 def _run(
-    job: _Job, affected: np.ndarray, shared: _Shared, here: Retraining, effort: Effort, pool: joblib.Parallel
+    job: Job, affected: np.ndarray, shared: _Shared, here: Retraining, effort: Effort, pool: joblib.Parallel
 ) -> Iterator[tuple[np.ndarray, Changes]]:
-    """Rows and what was found for them, part by part."""
+    """Rows and their changes, part by part."""
     workers = joblib.effective_n_jobs(effort.jobs)
     in_one = workers == 1 and effort.folder is None
     count = min(len(affected), 1 if in_one else max(workers, -(-len(affected) // RETRAININGS_PER_PART)))
@@ -151,7 +134,7 @@ def _run(
             yield rows, found
         if workers == 1:
             for rows in left:
-                found = job.part(rows).run(here, progress.update)
+                found = here.run(job.part(rows), progress.update)
                 kept.save(rows, found)
                 yield rows, found
         elif left:
@@ -166,7 +149,7 @@ def _run(
 
 
 def _packed(shared: _Shared) -> bytes:
-    """As bytes that a process without our project folders can read."""
+    """Bytes that a process without our project folders can read."""
     projects = [module for name, module in sys.modules.items() if name.startswith("dit_mlflow_project_")]
     for module in projects:
         cloudpickle.register_pickle_by_value(module)
@@ -179,19 +162,19 @@ def _packed(shared: _Shared) -> bytes:
 
 @lru_cache(maxsize=1)
 def _unpacked(shared: bytes, path: tuple[str, ...]) -> Retraining:
-    # Workers that ray starts do not look where this process does.
+    # ray's workers do not have this process's import path.
     sys.path += [folder for folder in path if folder not in sys.path]
     retraining: Retraining = cloudpickle.loads(shared).retraining()
     return retraining
 
 
 def _work(shared: bytes, path: tuple[str, ...], job: bytes, kept: _Kept, rows: np.ndarray) -> Changes:
-    """What a worker does."""
+    """A worker's task."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         retraining = _unpacked(shared, path)
-        found: Changes = cloudpickle.loads(job).run(retraining)
+        found = retraining.run(cloudpickle.loads(job))
     finally:
         torch.set_num_threads(threads)
     kept.save(rows, found)
@@ -199,12 +182,12 @@ def _work(shared: bytes, path: tuple[str, ...], job: bytes, kept: _Kept, rows: n
 
 
 class _Kept:
-    """Finished parts of a job, in files named after all that determines them.
+    """Finished parts of a job, in files whose names hash all that determines them.
 
-    The recorded values of the queries stand for the queries themselves, whose code has no name.
+    A query's recorded values stand in for its code.
     """
 
-    def __init__(self, folder: Path | None, shared: _Shared, job: _Job) -> None:
+    def __init__(self, folder: Path | None, shared: _Shared, job: Job) -> None:
         self.folder = folder
         self.key = b""
         if folder is None:

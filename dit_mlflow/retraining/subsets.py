@@ -1,14 +1,15 @@
-"""Trainings on random parts of the data, made once and held against any number of scores."""
+"""Trainings on random parts of the data: the truth of group effects, and what three methods read their scores from."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dit_mlflow.errors import InputError
+from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Kind, Query, Window
 from dit_mlflow.influence.question import Question
 from dit_mlflow.replay import Trajectory
@@ -47,8 +48,8 @@ def train_on_subsets(
 ) -> Subsets:
     """Train again as recorded with weight 0 on the samples outside of random parts.
 
-    As with leave-one-out, batches, their denominators and random draws stay; where the kind says a sample is
-    absent, all samples outside the part are.
+    As with leave-one-out, batches, their denominators and random draws stay, and the kind says in which steps the
+    samples outside the part are absent.
 
     Args:
         trajectory, workload, windows, kind, queries: as for :func:`dit_mlflow.track`.
@@ -74,3 +75,73 @@ def train_on_subsets(
     question = Question.of(trajectory, workload, windows, kind, queries)
     changes, _ = retrain(question, Reweighted(kept.astype(np.float64)), dtype, effort)
     return Subsets(kept, changes, tuple(windows))
+
+
+def random_subsets(samples: int, subsets: int, share: float, seed: int) -> np.ndarray:
+    """Which samples each subset keeps, bool ``[subsets, samples]``: each with probability ``share``, independently.
+
+    Subsets of one size, as in the papers, cannot distinguish a harm or help that all samples share from a constant:
+    scores from them sum to about 0, so that half of the samples always seem harmful. Varying sizes make the sign right.
+
+    Raises:
+        InputError: a number or share that cannot be used, or a sample that is in all subsets or in none.
+    """
+    if subsets < 2 or not 0 < share < 1 or seed < 0:
+        raise InputError(
+            f"{subsets} subsets, share={share}, seed={seed}; expected 2 or more, a share between 0 and 1, and a "
+            "seed of 0 or more"
+        )
+    kept = np.random.default_rng(seed).random((subsets, samples)) < share
+    times = kept.sum(axis=0)
+    mute = np.flatnonzero((times == 0) | (times == subsets))
+    if len(mute):
+        # So many that in 99 of 100 draws each sample is both in some subset and out of some.
+        enough = math.ceil(math.log(0.01 / samples) / math.log(max(share, 1 - share)))
+        raise InputError(
+            f"{len(mute)} of {samples} samples ({mute[:5].tolist()}{'…' if len(mute) > 5 else ''}) are in all of the "
+            f"{subsets} subsets or in none, which says nothing about them; take {enough} subsets or more, or a share "
+            f"nearer to 0.5 than {share}"
+        )
+    return kept
+
+
+def outcomes(
+    question: Question, kept: np.ndarray, dtype: torch.dtype | None, effort: Effort
+) -> tuple[np.ndarray, float]:
+    """Exact changes of the queries when only some samples are kept and the others have weight 0.
+
+    Args:
+        question: windows, kind and queries.
+        kept: bool ``[R, samples]``; equal rows are trained once, and a row that keeps all samples not at all.
+        dtype, effort: as for :func:`dit_mlflow.leave_one_out`.
+
+    Returns:
+        Changes ``[windows, queries, R]`` against the recorded training; and the largest drift of the replay.
+
+    Raises:
+        UnsupportedError: a query is not a finite number after some of these trainings.
+    """
+    rows, which = np.unique(kept, axis=0, return_inverse=True)
+    found, drift = retrain(question, Reweighted(rows.astype(np.float64)), dtype, effort)
+    broken = ~np.isfinite(found).all(axis=(0, 1))
+    if broken.any():
+        largest = int(rows[broken].sum(axis=1).max())
+        raise UnsupportedError(
+            f"{int(broken.sum())} of {len(rows)} trainings on parts of the data gave a query that is not a finite "
+            f"number (the largest part: {largest} of {rows.shape[1]} samples); leave_one_out stays closer to the "
+            "recorded run"
+        )
+    return found[:, :, which.reshape(-1)], drift
+
+
+def met(question: Question) -> np.ndarray:
+    """Samples that are met where they would be removed, bool ``[windows, samples]``; no other can have an effect.
+
+    Random subsets would show effects of 0 only up to noise.
+    """
+    first = [0 if question.kind == "cumulative" else window.start for window in question.windows]
+    found = np.zeros((len(question.windows), question.workload.num_samples), dtype=bool)
+    for row, start, window in zip(found, first, question.windows, strict=True):
+        for t in range(start, window.end):
+            row[question.trajectory.step(t).samples] = True
+    return found

@@ -1,4 +1,4 @@
-"""What a stored state must consist of, by its manifest: known before any of its tensors is read."""
+"""Check that a stored state has the tensors of its manifest, before any of them is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dit_mlflow.trajectory.state import COUNTERS
 def check_layouts(
     found: Mapping[str, tuple[Path, TensorLayout]], scalars: Mapping[str, Mapping[str, Any]], manifest: Manifest, t: int
 ) -> None:
-    """Check a state's tensors: parameters and buffers are those of the manifest, the optimizer's state belongs to them.
+    """Check that parameters and buffers are the manifest's, and that the optimizer's state belongs to them.
 
     Args:
         found: file and layout by path (``parameters/<name>``, ``buffers/<name>``, ``optimizer/<key>/<name>``).

@@ -23,20 +23,35 @@ from dit_mlflow.workload.projects import WorkloadReference
 FILE_NAME = "manifest.json"
 
 FORMAT: Literal[3] = 3
-"""Number of the format in docs/format.md: the only one that is written and read."""
+"""Number of the format in docs/format.md, the only one that is written and read."""
 
 LARGEST = 64 * 2**20
-"""Bytes of a manifest; one of a million steps takes a few of them."""
+"""Bytes of a manifest at most; one of a million steps takes a few MiB."""
 
-DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name)
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "complex64"),
-        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
-        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"),
-    )
+SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
-"""What a stored tensor can be, by the name in a manifest."""
+"""Names of dtypes in safetensors files, and in a manifest."""
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SAFETENSORS_DTYPES.values()}
+"""The dtypes of stored tensors, by the name in a manifest."""
 
 
 def _plain_name(name: str) -> str:
@@ -78,7 +93,7 @@ class ModelLayout(_Part):
 
 
 class StepsFile(_Part):
-    """Which file has the steps ``start … stop - 1``, or their batches."""
+    """The file of the steps ``start … stop - 1``, or of their batches."""
 
     file: FileName
     start: Count
@@ -88,8 +103,8 @@ class StepsFile(_Part):
 class CheckpointEntry(_Part):
     """Where ``s_step`` is stored.
 
-    ``files`` hold its tensors; ``unchanged`` names those that are stored with an earlier checkpoint, by its step;
-    ``scalars`` are the optimizer's plain numbers by parameter name.
+    ``files`` hold its tensors, but for those that ``unchanged`` names, by the step of the earlier checkpoint that holds
+    them; ``scalars`` are the optimizer's plain numbers by parameter name.
     """
 
     step: Count
@@ -165,7 +180,7 @@ class Manifest(_Part):
             ) from error
 
     def until(self, step: int) -> Manifest:
-        """What is left if training went on from the checkpoint at ``step``, and all that came after did not happen."""
+        """The manifest of the training up to the checkpoint at ``step``."""
 
         def cut(parts: tuple[StepsFile, ...]) -> tuple[StepsFile, ...]:
             kept = [part for part in parts if part.start < step]
@@ -205,16 +220,13 @@ class Manifest(_Part):
         need(self._used() <= set(self.files), "a file is used but not listed")
 
     def _check_steps(self, need: Need) -> None:
-        covered = 0
-        for part in self.steps:
-            need(part.start == covered < part.stop, f"steps {part.start} … {part.stop} after step {covered}")
-            covered = part.stop
-        need(covered == self.num_steps, f"{covered} steps are stored, {self.num_steps} announced")
-        stored = 0
-        for part in self.batches or ():
-            need(part.start == stored < part.stop, f"batches {part.start} … {part.stop} after step {stored}")
-            stored = part.stop
-        need(self.batches is None or stored == self.num_steps, f"batches of {stored} steps are stored")
+        for what, parts in (("steps", self.steps), ("batches", self.batches)):
+            stop = 0
+            for part in parts or ():
+                need(part.start == stop < part.stop, f"{what} {part.start} … {part.stop} after step {stop}")
+                stop = part.stop
+            complete = parts is None or stop == self.num_steps
+            need(complete, f"{what} until step {stop} are stored, {self.num_steps} are announced")
         ends = (0, *self.epoch_ends)
         need(all(a < b for a, b in pairwise(ends)), "epoch_ends do not increase")
         need(ends[-1] == self.num_steps, f"the last epoch ends at step {ends[-1]} of {self.num_steps}")
@@ -244,7 +256,7 @@ class Manifest(_Part):
 
 
 def _check_format(path: Path, content: Any) -> None:
-    """Raise :class:`TrajectoryError` for a manifest of another format than this version's, ValueError for none."""
+    """Raise :class:`TrajectoryError` for another format's manifest, :class:`ValueError` for what is none."""
     number = content.get("format") if isinstance(content, dict) else None
     if number == FORMAT:
         return
@@ -259,7 +271,7 @@ def _check_format(path: Path, content: Any) -> None:
 
 
 def parse_json(content: bytes) -> Any:
-    """What JSON in UTF-8 says. Raises :class:`ValueError` if it is none, or an object has a key twice."""
+    """Parse JSON in UTF-8; raises :class:`ValueError` if it is none, or an object has a key twice."""
     try:
         return json.loads(content.decode(), object_pairs_hook=_once_each)
     except RecursionError as error:
@@ -267,7 +279,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For JSON objects, whose keys readers disagree about if they come twice."""
+    """A JSON object; one with a repeated key is refused, because parsers read it differently."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -276,7 +288,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that decide whether a replay can be bit for bit."""
+    """The versions on which a bit-for-bit replay depends."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("dit-mlflow", "numpy", "safetensors"):
         try:

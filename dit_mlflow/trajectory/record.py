@@ -1,4 +1,4 @@
-"""Read what was recorded: steps, checkpoints, and stored batches."""
+"""Read a record: steps, checkpoints, and stored batches."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing_extensions import Self
 
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.progress import progress_over
-from dit_mlflow.trajectory.atomic_file import sha256
 from dit_mlflow.trajectory.checkpoint_layout import check_layouts
 from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile
 from dit_mlflow.trajectory.shards import Shard, unflatten
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.trajectory.steps_file import read_steps
+from dit_mlflow.trajectory.tensor_file import sha256
 
 Fetch = Callable[[str, FileEntry], Path]
-"""Gives the path of a file whose content has the size and the hash of its entry."""
+"""``(name, entry) -> path`` of a file with the entry's size and hash."""
 
 
 class Record:
@@ -61,8 +61,7 @@ class Record:
 
         Args:
             directory: the folder.
-            fetch: where the other files are, if the folder holds the manifest alone: asked with a file's name and
-                entry whenever it is about to be read, it returns the path of a file with that size and hash.
+            fetch: gets a file when it is about to be read, for a folder that holds the manifest alone.
 
         Raises:
             TrajectoryError: there is no trajectory, or it is damaged.
@@ -123,14 +122,14 @@ class Record:
         return unflatten({key: shard.tensor(home, key) for key, (shard, home) in places.items()}, entry.scalars)
 
     def _checked_places(self, entry: CheckpointEntry) -> dict[str, tuple[Shard, int]]:
-        """As :meth:`_places`; shapes and dtypes are known to be the manifest's."""
+        """:meth:`_places`, after a check that shapes and dtypes are the manifest's."""
         places = self._places(entry)
         found = {key: (shard.path, shard.layout(home, key)) for key, (shard, home) in places.items()}
         check_layouts(found, entry.scalars, self.manifest, entry.step)
         return places
 
     def _places(self, entry: CheckpointEntry) -> dict[str, tuple[Shard, int]]:
-        """For each tensor of a state, by path, the file that it is in, and the step that it is stored under."""
+        """The file of each tensor of a state, by path, and the step that it is stored under."""
         places: dict[str, tuple[Shard, int]] = {}
         for name in entry.files:
             shard = self._shard(name)
@@ -158,7 +157,7 @@ class Record:
         return [[shard.tensor(t, key) for key in keys] for keys in self._batch_keys(shard, t)]
 
     def _batch_keys(self, shard: Shard, t: int) -> list[list[str]]:
-        """For each micro-batch of a step, the paths of its tensors; their layouts are known to be readable."""
+        """The paths of the tensors of each micro-batch of a step, after a check that their layouts can be read."""
         found: list[list[str]] = []
         for position in range(len(self.step(t).indices)):
             keys: list[str] = []
@@ -182,10 +181,9 @@ class Record:
         return self._open_shard(self._checked(name))
 
     def check_record(self) -> None:
-        """Check every file's hash and all that can be known of them without a workload; off a terminal, in silence.
+        """Check every file's hash, and all that can be checked without a workload.
 
-        Steps follow each other in epochs that end where the manifest says, and checkpoints and batches hold the tensors
-        that belong to them.
+        Epochs must end where the manifest says, and checkpoints and batches must hold the tensors that belong to them.
 
         Raises:
             TrajectoryError: naming the first thing that does not hold.
@@ -209,7 +207,7 @@ class Record:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A folder that holds all files of the trajectory: its own, or a temporary one into which they are fetched."""
+        """A folder with all files of the trajectory: its own, or a temporary one into which they are fetched."""
         if self._fetch is None:
             yield self.directory
             return

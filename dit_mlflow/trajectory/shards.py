@@ -1,10 +1,10 @@
-"""Tensors of states and batches in safetensors files, each under the step it belongs to: ``step/path``."""
+"""Tensors of states and batches in safetensors files, named ``step/path``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from dit_mlflow.trajectory.manifest import TensorLayout
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.tensor_file import TensorFile
 
+Key = TypeVar("Key")
+
 SHARD_BYTES = 256 * 2**20
-"""Tensors of one file: it is no larger (but for its header), unless a single tensor is."""
+"""Bytes of tensors in one file at most, unless a single tensor is larger."""
 
 SHARED_BYTES = 4096
-"""Tensors smaller than this are stored at every checkpoint, changed or not."""
+"""Bytes; smaller tensors are stored at every checkpoint, changed or not."""
 
 _SAMPLED = 1024
 """Elements that are compared before a whole tensor is."""
@@ -28,7 +30,7 @@ class Shard:
     """A safetensors file whose tensors are named by step: ``step/path``.
 
     Raises:
-        TrajectoryError: it is none.
+        TrajectoryError: it is not such a file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,28 +63,28 @@ class Shard:
         return self._file.tensor(f"{step}/{key}")
 
 
-def packed(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The tensors, in order, in groups of at most :data:`SHARD_BYTES`."""
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if group and size + tensor.nbytes > SHARD_BYTES:
+def packed(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
+    """The keys, in order, in groups whose sizes sum to at most :data:`SHARD_BYTES`, or of one."""
+    group: list[Key] = []
+    total = 0
+    for key, size in sizes.items():
+        if group and total + size > SHARD_BYTES:
             yield group
-            group, size = {}, 0
-        group[name] = tensor
-        size += tensor.nbytes
+            group, total = [], 0
+        group.append(key)
+        total += size
     if group:
         yield group
 
 
 class StoredOnce:
-    """Knows which tensors of a state are the same as at an earlier checkpoint, and need not be stored again.
+    """Finds the tensors of a state that equal those of an earlier checkpoint, and need not be stored again.
+
+    All bytes must be equal. A sample of elements tells trained tensors apart; if it is equal, the stored tensor is read
+    back and compared, so that no copy of frozen ones stays in memory.
 
     Args:
-        load: brings back a tensor from a checkpoint that has been written.
-
-    A tensor is the same if all its bytes are. Trained ones are told apart by a few elements; others are read back and
-    compared, so that no copy of what is frozen stays in memory.
+        load: reads a tensor of a written checkpoint.
     """
 
     def __init__(self, load: Callable[[int, str], Tensor]) -> None:
@@ -108,12 +110,12 @@ class StoredOnce:
         return step
 
     def keep(self) -> None:
-        """What was said since the last call has been written."""
+        """Remember what :meth:`home` was asked since the last call: it has been written."""
         self._seen |= self._noted
         self._noted = {}
 
     def forget(self) -> None:
-        """What was said since the last call has not been written."""
+        """Forget what :meth:`home` was asked since the last call: it has not been written."""
         self._noted = {}
 
 
@@ -123,7 +125,7 @@ def _sample(value: Tensor) -> Tensor:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    # Bytes, so that NaN is equal to itself and 0 is not equal to -0.
+    # Bytes, so that NaN equals itself and 0 differs from -0.
     return (
         one.dtype == other.dtype
         and one.shape == other.shape

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
-"""Optimizer state that follows from the hyperparameters and the number of steps alone, one number per parameter:
-it carries no influence, keeps its dtype, and is the same for copies of a model side by side."""
+"""Optimizer state that depends on hyperparameters and step count alone, one number per parameter: it carries no
+influence, keeps its dtype, and is the same for copies of a model side by side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,22 +20,13 @@ class State:
 
     Attributes:
         parameters: every parameter of the model by name, whether or not the optimizer holds it.
-        buffers: every persistent or other buffer by name.
-        optimizer: the optimizer's state by parameter name: tensors and plain numbers by key; empty for a parameter that
-            was never stepped.
+        buffers: every buffer by name, persistent or not.
+        optimizer: tensors and numbers by key, by parameter name; empty for a parameter that was never stepped.
     """
 
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @classmethod
-    def of_model(cls, model: nn.Module) -> State:
-        """Detached copies of a model's parameters and buffers."""
-        return cls(
-            {name: value.detach().clone() for name, value in model.named_parameters()},
-            {name: value.detach().clone() for name, value in model.named_buffers()},
-        )
 
     def map(self, function: Callable[[Tensor], Tensor], counters: bool = True) -> State:
         """Apply ``function`` to every tensor, or to all but the :data:`COUNTERS`."""
@@ -67,8 +58,8 @@ class State:
         """The same values in tensors of its own.
 
         Args:
-            over: a state of the same training that nobody needs any more; its tensors are written over and used. It
-                may share tensors with this state, or be it: those are taken as they are.
+            over: a state of the same training that is no longer needed; its tensors are overwritten and reused, except
+                those that it shares with this state, which stay.
         """
 
         def copied(value: Any, spare: Any) -> Any:
@@ -112,11 +103,10 @@ def drifts(replayed: State, recorded: State, origin: State) -> dict[str, float]:
     """How far a replay missed each tensor of a recorded state, relative to how far training moved it.
 
     ``max |replayed - recorded| / max |recorded - origin|`` of every parameter and buffer; 0 means bit for bit,
-    1 that the replay is as wrong as standing still. Each tensor has a scale of its own, since learning rates differ
-    and running statistics can move a thousand times as far as weights. But two kinds of rounding are not to be refused:
-    the denominator is at least :data:`LEAST_WAY` times the longest way of any parameter (gradients that are 0 but for
-    rounding), and the size at which 8 units in the last place of the tensor reach :data:`REPLAY_TOLERANCE`.
-    What is not a number in both is the same.
+    1 that the replay is as wrong as standing still. Each tensor has its own scale, since learning rates differ
+    and running statistics can move a thousand times as far as weights. To tolerate rounding, the denominator is at
+    least :data:`LEAST_WAY` times the longest way of any parameter (for gradients that are 0 but for rounding), and at
+    least the size at which 8 units in the last place reach :data:`REPLAY_TOLERANCE`. NaN equals NaN.
     """
     ways = {name: _distance(value, origin.parameters[name]) for name, value in recorded.parameters.items()}
     longest = max((way for name, way in ways.items() if _floats(recorded.parameters[name])), default=0.0)
@@ -133,10 +123,10 @@ def drifts(replayed: State, recorded: State, origin: State) -> dict[str, float]:
 
 
 def other_optimizer_state(replayed: State, recorded: State) -> str | None:
-    """What differs between the optimizers' states, ``None`` if nothing does or the replay did not keep them.
+    """What differs between the optimizers' states; ``None`` if nothing does, or the replay did not keep them.
 
-    Differences count from :data:`REPLAY_TOLERANCE` times the largest value that any parameter has of the same kind:
-    gradients that are 0 but for rounding (a bias before a softmax) come out otherwise on every machine.
+    Differences count from :data:`REPLAY_TOLERANCE` times the largest value under the same key of any parameter:
+    gradients that are 0 but for rounding (a bias before a softmax) differ between machines.
     """
     found, expected = ({n: entry for n, entry in s.optimizer.items() if entry} for s in (replayed, recorded))
     scales: dict[str, float] = {}
@@ -162,7 +152,7 @@ float32; a wrong loss, coefficient or batch gives 1e-2 to 1."""
 
 
 LEAST_WAY = 1e-3
-"""Of the longest way of any parameter: what a parameter moved less is held against this."""
+"""Share of the longest way of any parameter that is the least scale of another's drift."""
 
 
 def _floats(value: Tensor) -> bool:
@@ -170,7 +160,7 @@ def _floats(value: Tensor) -> bool:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Largest difference of any element; infinite if there is no saying."""
+    """Largest difference of any element; infinite if shapes differ."""
     if one.shape != other.shape:
         return float("inf")
     if torch.equal(one, other):

@@ -14,7 +14,7 @@ Hyperparameters = Mapping[str, Any]
 
 
 class StepFields(TypedDict):
-    """The fields of a :class:`StepRecord`, as plain as they come: to build values takes time from training."""
+    """The fields of a :class:`StepRecord` as plain values, which are faster to build during training."""
 
     index: int
     epoch: int
@@ -39,12 +39,12 @@ class StepRecord:
         coefficients: ``c_i`` per micro-batch; ``None`` = the workload's.
         hyperparameters: per parameter group, everything but ``params``.
         loss: what the loop logged, if anything.
-        random_states: per micro-batch, the generators that moved until the next batch was drawn, as they were before
-            this one was; ``None`` where none moved.
+        random_states: per micro-batch, the state before it was drawn of the generators that moved until the next one
+            was; ``None`` where none moved.
         evaluation_mode: names of the modules that were in evaluation mode (``""`` is the whole model).
-        no_gradient: names of the parameters whose gradient was ``None``: the optimizer leaves them alone.
-        zero_gradient: names of the frozen parameters (``requires_grad=False``) whose gradient was there, and counts as
-            0: the optimizer steps them by momentum and weight decay.
+        no_gradient: names of the parameters whose gradient was ``None``: the optimizer does not step them.
+        zero_gradient: names of the frozen parameters (``requires_grad=False``) with a gradient, which counts as 0: the
+            optimizer steps them by momentum and weight decay.
     """
 
     index: int

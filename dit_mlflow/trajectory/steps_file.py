@@ -42,7 +42,7 @@ DTYPES = {
 
 
 def steps_tensors(steps: Sequence[StepFields]) -> dict[str, Tensor]:
-    """What a file of these steps holds."""
+    """The tensors of a file of these steps."""
     dictionary: dict[bytes, int] = {}
 
     def number(content: bytes) -> int:
@@ -91,12 +91,12 @@ def _offsets(lengths: Iterable[int]) -> list[int]:
 
 
 def read_steps(path: Path, part: StepsFile, manifest: Manifest) -> list[StepRecord]:
-    """The steps ``part.start … part.stop - 1``. What the file says of steps after them is not looked at.
+    """The steps ``part.start … part.stop - 1``, the first ones of the file; later ones are ignored.
 
     Args:
         path: of the file.
-        part: which of its steps belong to the trajectory: the first ones.
-        manifest: sample indices, parameter names, parameter groups and their settings must be possible by it.
+        part: the steps that belong to the trajectory.
+        manifest: that sample indices, parameter names, parameter groups and their settings must agree with.
 
     Raises:
         TrajectoryError: it is not a record of these steps.
@@ -114,7 +114,7 @@ def read_steps(path: Path, part: StepsFile, manifest: Manifest) -> list[StepReco
 
 
 def _arrays(file: TensorFile) -> dict[str, np.ndarray]:
-    """All tensors of a file; their dtypes, their lengths and the offsets between them are as they must be."""
+    """All tensors of a file, after a check of their dtypes, lengths and offsets."""
     lacking, unknown = sorted(DTYPES.keys() - {*file.names}), sorted({*file.names} - DTYPES.keys())
     if lacking or unknown:
         raise ValueError(f"it lacks the tensors {lacking}, or has others, {unknown[:9]}")
@@ -146,13 +146,13 @@ def _arrays(file: TensorFile) -> dict[str, np.ndarray]:
 def _check_offsets(name: str, arrays: dict[str, np.ndarray], parts: int, total: int) -> None:
     offsets = arrays[name]
     ends = len(offsets) == parts + 1 > 0 and offsets[0] == 0 and offsets[-1] == total
-    # Compared, not subtracted: the difference of two of them may be beyond 64 bits.
+    # Compared, not subtracted: their difference may exceed 64 bits.
     if not ends or (offsets[1:] < offsets[:-1]).any():
         raise ValueError(f"{name} does not lead from 0 to {total} in {parts} parts")
 
 
 class _Reader:
-    """Takes the first steps of a file apart, array by array; ``numbers`` are theirs."""
+    """Reads the first steps of a file, which have ``numbers``, array by array."""
 
     def __init__(self, arrays: dict[str, np.ndarray], numbers: range, manifest: Manifest) -> None:
         self._arrays = arrays
@@ -221,7 +221,7 @@ class _Reader:
         places = self._arrays["random_micro_batch"]
         places = places[places < self._micro_batches]
         fields = [
-            self._decoded(name, self._arrays[name][: len(places)], partial(RandomState.decode_field, field), least=-1)
+            self._decoded(name, self._arrays[name][: len(places)], partial(RandomState.decode, field), least=-1)
             for name, field in _GENERATORS.items()
         ]
         found: list[RandomState | None] = [None] * self._micro_batches
@@ -244,7 +244,7 @@ class _Reader:
         return self._decoded(name, self._column(name), decode)
 
     def _groups(self, content: bytes) -> tuple[Hyperparameters, ...]:
-        """One object per parameter group, with all that the optimizer knows, and no more than numbers and the like."""
+        """One object per parameter group, with every setting of the optimizer; values are numbers or lists of them."""
         groups = self._json("hyperparameters", content)
         layout = self._manifest.optimizer
         self._need(
@@ -272,7 +272,7 @@ class _Reader:
             raise ValueError(f"{name} is not JSON: {error}") from error
 
     def _decoded(self, name: str, numbers: np.ndarray, decode: Callable[[bytes], Value], least: int = 0) -> list[Value]:
-        """``decode`` of the dictionary's entries, made once for each that is different; ``None`` for -1."""
+        """``decode`` of the dictionary's entries, called once for each distinct one; ``None`` for -1."""
         bounds = self._arrays["dictionary_offsets"]
         known = len(bounds) - 1
         outside = numbers[(numbers < least) | (numbers >= known)]

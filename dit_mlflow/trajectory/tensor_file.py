@@ -1,8 +1,11 @@
-"""Safetensors files: written whole or not at all, read tensor by tensor."""
+"""Files written whole or not at all, and safetensors files read tensor by tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,69 +14,76 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
-from dit_mlflow.trajectory.atomic_file import sha256, written_atomically
-from dit_mlflow.trajectory.manifest import FileEntry, TensorLayout
+from dit_mlflow.trajectory.manifest import SAFETENSORS_DTYPES, FileEntry, TensorLayout
 
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "BOOL": "bool",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-}
-"""Names of dtypes in safetensors files, and ours."""
+_READ_BYTES = 2**20
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; it replaces ``path``, synced and in one step, when the body ends without error."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        # safetensors writes files that nobody but the user can read.
+        temporary.chmod(mode)
+        _put_in_place(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    if os.name != "nt":
+        # The name is synced as well, so that a power cut does not leave a manifest of files that are not there.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     """Write a safetensors file, whole or not at all.
 
     Raises:
-        UnsupportedError: a dtype that has no place in such a file.
+        UnsupportedError: a dtype that safetensors cannot hold.
         OSError: it could not be written.
     """
     with written_atomically(path) as temporary:
-        _save(temporary, tensors)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        except (SafetensorError, KeyError) as error:
+            for name, tensor in tensors.items():
+                if str(tensor.dtype).removeprefix("torch.") in str(error):
+                    # Only a state's tensors can have any dtype; their names begin with its step.
+                    raise UnsupportedError(
+                        f"{name.partition('/')[2]} has dtype {tensor.dtype}, which safetensors cannot hold; record a "
+                        "model without it"
+                    ) from error
+            if isinstance(error, KeyError):
+                raise
+            raise OSError(str(error)) from error  # a full disk, for example
         digest, size = sha256(temporary), temporary.stat().st_size
     return FileEntry(sha256=digest, size=size)
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        # A disk that is full comes out as one of these as well.
-        _raise_if_dtype(error, tensors)
-        raise OSError(str(error)) from error
-    except KeyError as error:
-        _raise_if_dtype(error, tensors)
-        raise
-
-
-def _raise_if_dtype(error: Exception, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if str(tensor.dtype).removeprefix("torch.") in str(error):
-            # Only a state's tensors can be of any dtype; their names begin with its step.
-            raise UnsupportedError(
-                f"{name.partition('/')[2]} has dtype {tensor.dtype}, which safetensors cannot hold; record a model "
-                "without it"
-            ) from error
-
-
 class TensorFile:
-    """A safetensors file, opened. Its header is read, and no tensor before it is asked for.
+    """An open safetensors file. The header is read at once, a tensor when it is asked for.
 
     Attributes:
         path: of the file.
@@ -95,14 +105,14 @@ class TensorFile:
         """Shape and dtype of one tensor, by the header alone."""
         try:
             piece = self._file.get_slice(name)
-            return TensorLayout(shape=tuple(piece.get_shape()), dtype=_DTYPES[piece.get_dtype()])
+            return TensorLayout(shape=tuple(piece.get_shape()), dtype=SAFETENSORS_DTYPES[piece.get_dtype()])
         except (SafetensorError, KeyError) as error:
             raise TrajectoryError(f"{self.path}: {name!r} cannot be read: {error}") from error
 
     def tensor(self, name: str) -> Tensor:
         """A copy of one tensor."""
         try:
-            # What an open file hands out twice is the same memory.
+            # An open file returns the same memory twice.
             return self._file.get_tensor(name).clone()
         except (SafetensorError, RuntimeError) as error:
             raise TrajectoryError(f"{self.path}: {name!r} cannot be read: {error}") from error

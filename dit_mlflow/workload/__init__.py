@@ -3,12 +3,4 @@
 from dit_mlflow.workload.projects import WorkloadReference, load_recorded, load_workload
 from dit_mlflow.workload.workload import Batch, Plan, Workload, to_like
 
-__all__ = [
-    "Batch",
-    "Plan",
-    "Workload",
-    "WorkloadReference",
-    "load_recorded",
-    "load_workload",
-    "to_like",
-]
+__all__ = ["Batch", "Plan", "Workload", "WorkloadReference", "load_recorded", "load_workload", "to_like"]

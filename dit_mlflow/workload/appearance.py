@@ -15,17 +15,17 @@ SMALLEST_IMAGE = 4
 """Pixels on a side; smaller arrays are not taken for images."""
 
 LONGEST_ROW = 64
-"""Values; longer vectors say nothing to people."""
+"""Values; longer vectors are not shown."""
 
 INPUTS = ("image", "pixel_values", "text", "sentence", "inputs", "input", "x", "input_ids")
 LABELS = ("label", "labels", "target", "y")
 
 
 def appearance_of(sample: Any) -> Appearance | None:
-    """What a data set's sample looks like, as far as it can be guessed; ``None`` if not.
+    """Guess what a data set's sample looks like; ``None`` = no guess.
 
-    Of tuples, the first part; of mappings, the first entry with a usual name, or all of it if its values are scalars.
-    Vectors of numbers are rows ``x0, x1, …``; of whole numbers (tokens), a text of them. Arrays shaped like images are
+    Tuples show their first part; mappings the first entry with a usual name, or all of it if its values are scalars.
+    Vectors of floats become rows ``x0, x1, …``, vectors of whole numbers (tokens) a text. Arrays shaped like images are
     stretched to their own range, since they may have been standardised.
     """
     if isinstance(sample, (tuple, list)) and sample:

@@ -1,4 +1,4 @@
-"""Tell whether a training set is the recorded one, without storing it."""
+"""Recognise the recorded training set without storing it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.workload.random_state import preserved_random_state
 
 DIGEST_SAMPLES = 256
-"""At most so many samples, evenly spread, enter the digest of a dataset that is not a TensorDataset."""
+"""Samples, evenly spread, that enter the digest of a dataset that is not a TensorDataset."""
 
 
 def dataset_digest(dataset: Dataset[Any]) -> str | None:
-    """SHA-256 over a dataset's length and contents, for comparison with a later run's.
+    """SHA-256 over a dataset's length and contents.
 
-    All of a ``TensorDataset``; :data:`DIGEST_SAMPLES`, drawn under a fixed random state, of any other. ``None`` if the
-    same sample comes out differently when drawn twice: such a dataset has a generator of its own.
+    It covers all of a ``TensorDataset``; of any other, :data:`DIGEST_SAMPLES` drawn under a fixed random state.
+    ``None`` if a sample differs when it is drawn twice: such a dataset has a generator of its own.
     """
     size = len(dataset)  # type: ignore[arg-type]
     if is_inert(dataset):
@@ -37,7 +37,7 @@ def dataset_digest(dataset: Dataset[Any]) -> str | None:
 
 
 def is_inert(dataset: Dataset[Any]) -> bool:
-    """Whether reading samples surely changes nothing, so that it may happen while training goes on."""
+    """Whether reading samples certainly changes nothing, so that they may be read during training."""
     return type(dataset) is TensorDataset
 
 
@@ -85,7 +85,7 @@ def _update(digest: Any, value: Any) -> None:
         digest.update(repr(value).encode())
     else:
         digest.update(type(value).__qualname__.encode())
-        # Pictures, for one, are arrays to whoever asks.
+        # PIL images, for example, convert to arrays.
         array = np.asarray(value)
         if array.dtype != object:
             _update(digest, array)

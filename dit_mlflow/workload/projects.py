@@ -21,7 +21,7 @@ WorkloadFactory = Callable[..., Workload]
 
 
 class WorkloadReference(BaseModel):
-    """How a workload is found again: what names it, and its settings, as JSON holds them."""
+    """How a workload is found again: its reference and its settings, as JSON holds them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
@@ -60,9 +60,9 @@ def load_workload(reference: str, **settings: Any) -> Workload:
 def load_recorded(recorded: WorkloadReference, directory: Path) -> Workload:
     """Build the workload that a trajectory says it was recorded with.
 
-    What a record names is not run like what a user names: it must be a function that is annotated to return a
-    :class:`Workload`, and lie outside of the record. Its module is imported, however; a record from elsewhere that
-    names a module of yours runs that module.
+    A record is trusted less than a user: the function it names must be annotated to return a :class:`Workload`, and
+    must lie outside the record. Its module is imported all the same, so a record from elsewhere can name, and thereby
+    run, a module of yours.
 
     Args:
         recorded: reference and settings.
@@ -174,7 +174,7 @@ def _module_name(reference: str) -> str:
 
 
 def _places(reference: str) -> list[Path]:
-    """Where the code is that a reference names, found without running it."""
+    """Paths of the code that a reference names, found without running it."""
     if ":" not in reference:
         return [_project_folder(reference)]
     package, *parts = _module_name(reference).split(".")
@@ -192,7 +192,7 @@ def _import_folder(folder: Path) -> ModuleType:
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(source):
         return loaded
-    # Of another folder of that name, whose modules would be found in place of this one's.
+    # Submodules of another folder of that name would be found in place of this one's.
     for stale in [module for module in sys.modules if module.startswith(f"{name}.")]:
         del sys.modules[stale]
     spec = importlib.util.spec_from_file_location(name, source, submodule_search_locations=[str(folder)])

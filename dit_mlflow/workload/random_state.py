@@ -1,11 +1,11 @@
-"""The random generators a training step can draw from: capture, restore, and leave as found."""
+"""The random generators a training step can draw from: capture and restore them."""
 
 from __future__ import annotations
 
 import math
 import random
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -54,7 +54,8 @@ class RandomState(NamedTuple):
         if self.cuda is not None:
             if not torch.cuda.is_available():
                 raise UnsupportedError(
-                    "the recorded step drew random numbers on a GPU, and there is none here; replay it where there is"
+                    "the recorded step drew random numbers on a GPU, and there is none here; replay it on a machine "
+                    "that has one"
                 )
             torch.cuda.set_rng_state(_byte_tensor(self.cuda))
         if self.python is not None:
@@ -64,7 +65,7 @@ class RandomState(NamedTuple):
             np.random.set_state((name, np.frombuffer(key, np.uint32), *rest))  # noqa: NPY002
 
     def encode(self) -> dict[str, bytes | None]:
-        """As few plain bytes by field, for storage; little-endian, as docs/format.md says."""
+        """Compact bytes by field, for storage; little-endian, as docs/format.md says."""
         return {
             "torch": None if self.torch is None else _torch_bytes(self.torch),
             "cuda": self.cuda,
@@ -72,15 +73,9 @@ class RandomState(NamedTuple):
             "numpy": None if self.numpy is None else _numpy_bytes(*self.numpy),
         }
 
-    @classmethod
-    def decode(cls, stored: Mapping[str, bytes | None]) -> RandomState:
-        """The inverse of :meth:`encode`; raises :class:`TrajectoryError` for bytes that are no state."""
-        fields = ((name, stored[name]) for name in cls._fields)
-        return cls(*(None if value is None else cls.decode_field(name, value) for name, value in fields))
-
     @staticmethod
-    def decode_field(name: str, stored: bytes) -> Any:
-        """One generator's state from what :meth:`encode` made of it; raises :class:`TrajectoryError` if it is none."""
+    def decode(name: str, stored: bytes) -> Any:
+        """One generator's state from what :meth:`encode` made of it; raises :class:`TrajectoryError` otherwise."""
         try:
             return _DECODERS[name](stored)
         except (ValueError, RuntimeError, struct.error) as error:
@@ -100,7 +95,7 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def fixed_draws(device: torch.device) -> Iterator[None]:
-    """Inside, torch draws the same numbers every time; its generators of the CPU and of ``device`` stay as found."""
+    """Make torch draw the same numbers every time inside; its CPU and ``device`` generators are put back."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(0)
         if device.type == "cuda":
@@ -119,9 +114,9 @@ def seed_generators(seed: int) -> None:
 
 
 def _torch_bytes(state: bytes) -> bytes:
-    """The number of 64-bit words, the lower half of each, the positions of the upper halves that are not 0, and these.
+    """Number of 64-bit words, their lower halves, then positions and values of the upper halves that are not 0.
 
-    torch keeps the 32-bit words of its generator in 64 bits each.
+    torch keeps each 32-bit word of its generator in 64 bits.
     """
     words = np.frombuffer(state, "<u8")
     upper = words >> 32
@@ -174,7 +169,7 @@ def _numpy(stored: bytes) -> tuple[Any, ...]:
 
 
 def _finite(gauss: float) -> float:
-    """The second of a pair of normal numbers, held back."""
+    """The second of a pair of normal numbers, which the generator keeps for the next draw."""
     if not math.isfinite(gauss):
         raise ValueError(f"a held back number is {gauss!r}")
     return gauss

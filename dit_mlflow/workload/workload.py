@@ -1,4 +1,4 @@
-"""What a method needs besides the trajectory: model, data, per-sample loss, and what the loop does."""
+"""What a method needs besides the trajectory: model, data, per-sample loss, and the loop's settings."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ class Workload:
         loss: ``loss(model, batch) -> [B]``, one value per sample of the batch.
         train_set: map-style dataset; sample ``i`` is ``train_set[i]``.
         validation_set: map-style dataset of the default query, the mean validation loss.
-        optimizer: ``optimizer(model) -> torch.optim.Optimizer``; only :func:`train` needs it.
-        batch_size: samples per micro-batch; only :func:`train` needs it.
-        epochs: passes over ``train_set``; only :func:`train` needs it.
+        optimizer, batch_size, epochs: ``optimizer(model) -> torch.optim.Optimizer``, samples per micro-batch, passes
+            over ``train_set``; only :func:`train` needs them.
         scheduler: ``scheduler(optimizer)``, stepped after each optimizer step.
         test_set: judged at the end of training, never used to choose anything.
         coefficients: ``coefficients(batch) -> [B]``, the factor ``c_i`` with which each sample's loss enters
@@ -115,10 +114,7 @@ class Workload:
         return len(self.train_set)  # type: ignore[arg-type]
 
     def build_model(self) -> nn.Module:
-        """A model of the caller's own: a copy of the module, or of what the factory makes (it may hand out one).
-
-        Of a compiled or parallel model, a copy of what it wraps.
-        """
+        """A new copy of the module, or of what the factory makes; of a compiled or parallel model, of what it wraps."""
         return plain_copy(self.model if isinstance(self.model, nn.Module) else self.model())
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
@@ -134,10 +130,9 @@ class Workload:
         return (self.collate_fn or default_collate)(samples)
 
     def unvarying(self, dataset: Dataset[Any], indices: Sequence[int] | np.ndarray) -> Batch:
-        """As :meth:`collate`, for looks at samples outside of recorded steps: every look sees the same.
+        """As :meth:`collate`, for reading samples outside of recorded steps: the result is the same every time.
 
-        Where samples are augmented at random, a sample's draws are those of its index; where ``collate_fn`` draws, its
-        draws are the same for every batch. The generators stay as they were found.
+        A sample's random augmentation is seeded by its index, ``collate_fn`` by 0. The generators are put back.
         """
         if self.collate_fn is None and type(dataset) is TensorDataset:
             return self.collate(dataset, indices)
@@ -152,11 +147,11 @@ class Workload:
             return (self.collate_fn or default_collate)(samples)
 
     def appearance(self, index: int) -> Appearance | None:
-        """Training sample ``index`` as people see it; ``None`` if that is not known."""
+        """Training sample ``index`` as people see it; ``None`` = unknown."""
         return appearance_of(self.train_set[index]) if self.show is None else self.show(index)
 
     def label_of(self, index: int) -> str | None:
-        """The label of training sample ``index`` as people read it; ``None`` if that is not known."""
+        """The label of training sample ``index`` as people read it; ``None`` = unknown."""
         return label_of(self.train_set[index]) if self.label is None else self.label(index)
 
     def batch_coefficients(self, batch: Batch, size: int) -> Tensor:
@@ -251,9 +246,8 @@ class Plan:
 def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh: bool = False) -> Batch:
     """Move every tensor of ``batch`` to ``device``, and floating ones to ``dtype`` if one is given.
 
-    Containers are rebuilt; with ``fresh``, tensors are copied even if they need not move, so that a function that
-    works in place on its inputs cannot change the batch. NumPy arrays of numbers count as tensors, but stay arrays, in
-    the host's memory.
+    Containers are rebuilt; ``fresh`` copies tensors even if they need not move, so that a function that works in place
+    cannot change the batch. NumPy arrays of numbers count as tensors, but stay arrays, in the host's memory.
     """
 
     def move(tensor: Tensor) -> Tensor:
@@ -263,7 +257,7 @@ def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
-    """The tensors in ``batch``, in the order of its containers; of NumPy arrays of numbers, copies."""
+    """The tensors in ``batch``, in the order of its containers, and copies of NumPy arrays of numbers."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -291,11 +285,11 @@ def with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
 
 
 _NUMBERS = frozenset(map(np.dtype, ("?", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", "c16")))
-"""Of NumPy, those that torch has too, in this machine's byte order."""
+"""NumPy's dtypes that torch has too, in this machine's byte order."""
 
 
 def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """The containers built anew around what ``function`` makes of their tensors."""
+    """``batch`` in new containers, with ``function`` applied to its tensors."""
     if isinstance(batch, Tensor):
         return function(batch)
     if type(batch) is np.ndarray and batch.dtype in _NUMBERS:

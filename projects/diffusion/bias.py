@@ -38,7 +38,7 @@ from dit_mlflow import (
 )
 from dit_mlflow.methods import method
 from dit_mlflow.methods.snapshot import Snapshot
-from dit_mlflow.methods.tracin_renormalized import presented_norms
+from dit_mlflow.methods.tracin import presented_norms
 
 METHODS = ["tracin", "tracin_renormalized", "dit"]
 TOP = 10

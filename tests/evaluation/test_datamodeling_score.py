@@ -9,7 +9,7 @@ from scipy import stats
 from workloads import digits_workload
 
 from dit_mlflow import InputError, Window, leave_one_out, train
-from dit_mlflow.evaluation.datamodeling_score import datamodeling_score
+from dit_mlflow.evaluation.correlation import datamodeling_score
 from dit_mlflow.retraining.subsets import Subsets, train_on_subsets
 
 

@@ -115,7 +115,7 @@ def test_more_gain_is_better_of_a_loss_too() -> None:
 
 
 def test_names_around_a_figure() -> None:
-    figure = Figure("a/b", "B", "", None, "what b says")
+    figure = Figure("a/b", "B", "what b says", higher_is_better=None)
     assert (figure.group, figure.leaf) == ("a", "b")
     assert (figure.low, figure.high, figure.chance) == ("a/b_low", "a/b_high", "a/b_chance")
     assert (figure.by_window, figure.attainable) == ("by_window/a/b", "a/attainable_b")

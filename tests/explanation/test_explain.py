@@ -133,7 +133,7 @@ def test_double_precision_is_the_methods_own_setting(trajectory: Trajectory, wor
 
 def test_a_method_with_standard_errors_is_explained_with_them(trajectory: Trajectory, workload: Workload) -> None:
     from dit_mlflow import expected_influence
-    from dit_mlflow.methods.expected import Expected
+    from dit_mlflow.methods.dit import Expected
 
     found = explain(trajectory, workload, WINDOWS, method=Expected(draws=6), checks=Checks(trust=4))
     alone = expected_influence(trajectory, workload, [*WINDOWS, WHOLE], draws=6)

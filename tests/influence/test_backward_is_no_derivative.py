@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import finite_difference
+from oracles import finite_difference, train_again, validation_loss, window_effect
 from plain_loop import whole
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
@@ -18,6 +18,7 @@ from torch.optim import SGD, AdamW
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import Query, UnsupportedError, Window, leave_one_out, track, train
+from dit_mlflow.methods import method
 
 SOME = [0, 5, 11]
 
@@ -209,7 +210,6 @@ def test_at_other_weights_too(tmp_path: Path) -> None:
     trajectory = train(workload, tmp_path / "t")
     weights = np.linspace(0.2, 1.0, workload.num_samples)
     found = track(trajectory, workload, whole(trajectory), weights=weights, dtype=torch.float64).of(0)
-    from oracles import train_again, validation_loss
 
     def value(sample: int, by: float) -> float:
         nudged = weights.copy()
@@ -308,3 +308,20 @@ def test_what_has_no_right_derivative_is_refused(tmp_path: Path, changes: dict[s
         track(trajectory, workload, whole(trajectory))
     # What takes no derivative goes on.
     assert np.isfinite(leave_one_out(trajectory, workload, whole(trajectory), samples=[0]).of(0)[0])
+
+
+@pytest.mark.parametrize("name", ["influence_function", "influence_function_ekfac", "source", "dvemb"])
+def test_methods_that_follow_a_loss_refuse_training_that_follows_none(tmp_path: Path, name: str) -> None:
+    workload = digits_workload(loss=focal)
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(UnsupportedError, match=f"{name} is made for training that follows the gradient of a loss"):
+        method(name)(trajectory, workload)
+
+
+def test_leave_one_out_is_that_of_the_loop(tmp_path: Path) -> None:
+    workload = digits_workload(model=TwoHeads, loss=deceived)
+    trajectory = train(workload, tmp_path / "t")
+    (window,) = whole(trajectory)
+    found = leave_one_out(trajectory, workload, [window], samples=SOME).of(0)[SOME]
+    expected = [window_effect(workload, trajectory, window, "local", j, 0.0) for j in SOME]
+    np.testing.assert_allclose(found, expected, rtol=1e-8)

@@ -30,7 +30,7 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow.influence.draws import over_pairs
-from dit_mlflow.methods.expected import Expected
+from dit_mlflow.methods.dit import Expected
 
 KINDS: tuple[Any, ...] = ("local", "final", "cumulative")
 OPTIMIZERS: dict[str, Any] = {

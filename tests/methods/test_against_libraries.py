@@ -14,8 +14,8 @@ from workloads import datasets, digits_workload
 
 from dit_mlflow import Trajectory, Workload, sample_losses, train
 from dit_mlflow.methods.dvemb import Dvemb
-from dit_mlflow.methods.influence_function_arnoldi import InfluenceFunctionArnoldi
-from dit_mlflow.methods.influence_function_datainf import InfluenceFunctionDatainf
+from dit_mlflow.methods.fisher import InfluenceFunctionDatainf
+from dit_mlflow.methods.newton_step import InfluenceFunctionArnoldi
 
 RATE = 0.5
 

@@ -16,7 +16,7 @@ from dit_mlflow import InputError, Trajectory, Window, Workload, parse_windows, 
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.data_shapley import DataShapley, shapley_values
 from dit_mlflow.retraining.effort import Effort
-from dit_mlflow.retraining.random_subsets import outcomes
+from dit_mlflow.retraining.subsets import outcomes
 
 
 def exact(values: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from workloads import digits_workload
 from dit_mlflow import InputError, Window, leave_one_out, train
 from dit_mlflow.methods.datamodel import Datamodel, linear_fit
 from dit_mlflow.methods.downsampling import mean_difference
-from dit_mlflow.retraining.random_subsets import random_subsets
+from dit_mlflow.retraining.subsets import random_subsets
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from dit_mlflow.methods import method
 from dit_mlflow.methods.downsampling import Downsampling, mean_difference
 from dit_mlflow.retraining import Effort
 from dit_mlflow.retraining.counterfactuals import Retraining
-from dit_mlflow.retraining.random_subsets import random_subsets
+from dit_mlflow.retraining.subsets import random_subsets
 
 
 def exact(values: np.ndarray, kept: np.ndarray, share: float) -> np.ndarray:

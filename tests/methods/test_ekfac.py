@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from workloads import digits_workload
 
 from dit_mlflow import Workload, train
-from dit_mlflow.methods.influence_function_ekfac import InfluenceFunctionEkfac
+from dit_mlflow.methods.fisher import InfluenceFunctionEkfac
 
 
 class Convolutions(nn.Module):

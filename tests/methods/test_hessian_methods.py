@@ -12,12 +12,10 @@ from torch.utils.data import TensorDataset
 from workloads import datasets, digits_model, digits_workload
 
 from dit_mlflow import InputError, Trajectory, UnsupportedError, Workload, parameter_value, sample_losses, train
+from dit_mlflow.methods.fisher import InfluenceFunctionDatainf
 from dit_mlflow.methods.hessian import Curvature, by_parameter
-from dit_mlflow.methods.influence_function import InfluenceFunction
-from dit_mlflow.methods.influence_function_arnoldi import InfluenceFunctionArnoldi
-from dit_mlflow.methods.influence_function_datainf import InfluenceFunctionDatainf
-from dit_mlflow.methods.influence_function_lissa import InfluenceFunctionLissa
 from dit_mlflow.methods.krylov import krylov_spaces
+from dit_mlflow.methods.newton_step import InfluenceFunction, InfluenceFunctionArnoldi, InfluenceFunctionLissa
 from dit_mlflow.methods.snapshot import snapshots
 
 

@@ -24,11 +24,9 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow.methods import method
-from dit_mlflow.methods.influence_function import InfluenceFunction
-from dit_mlflow.methods.influence_function_arnoldi import InfluenceFunctionArnoldi
-from dit_mlflow.methods.influence_function_ekfac import InfluenceFunctionEkfac
-from dit_mlflow.methods.influence_function_lissa import InfluenceFunctionLissa
+from dit_mlflow.methods.fisher import InfluenceFunctionEkfac
 from dit_mlflow.methods.mirrored_influence import MirroredInfluence
+from dit_mlflow.methods.newton_step import InfluenceFunction, InfluenceFunctionArnoldi, InfluenceFunctionLissa
 from dit_mlflow.methods.source import Source
 
 AT_STATES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,13 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow import sample_losses as sample_losses_of
-from dit_mlflow.methods import NAMES, grad_cos, last_layer, method, sample_gradients
+from dit_mlflow.methods import NAMES, at_window_end, last_layer, method, sample_gradients
 from dit_mlflow.methods.confident_learning import ConfidentLearning, out_of_sample
-from dit_mlflow.methods.dit_confirmed import DitConfirmed
-from dit_mlflow.methods.influence_function import InfluenceFunction
+from dit_mlflow.methods.exact import DitConfirmed
+from dit_mlflow.methods.newton_step import InfluenceFunction
 from dit_mlflow.methods.sample_gradients import norms
 from dit_mlflow.methods.snapshot import Snapshot
-from dit_mlflow.retraining import confirm, confirmation
+from dit_mlflow.retraining import confirm
 
 GRADIENT_METHODS = [
     *["tracin", "tracin_checkpoints", "grad_dot", "grad_cos", "grad_norm", "source", "dvemb"],
@@ -136,7 +137,7 @@ def test_an_angle_that_cannot_be_had_is_not_a_right_angle(
         found[[3, 5]] = 0, np.nan
         return found
 
-    monkeypatch.setattr(grad_cos, "norms", lengths)
+    monkeypatch.setattr(at_window_end, "norms", lengths)
     np.testing.assert_array_equal(method("grad_cos")(trajectory, workload).of(0), expected)
 
 
@@ -474,6 +475,7 @@ def test_a_sample_confirmed_for_one_query_is_exact_for_all(
     queries = sample_losses_of(workload, range(6))
     windows = parse_windows("2", trajectory)
     estimate, truth = (ask(trajectory, workload, windows, queries=queries).scores for ask in (track, leave_one_out))
+    confirmation = import_module("dit_mlflow.retraining.leave_one_out")
     made, real = [], confirmation.retrain
     monkeypatch.setattr(confirmation, "retrain", lambda q, left, *rest: made.append(len(left)) or real(q, left, *rest))
     found = DitConfirmed(share=3 / 24, dtype=torch.float64)(trajectory, workload, windows, queries=queries)

@@ -10,17 +10,14 @@ import pytest
 from dit_mlflow import InputError
 from dit_mlflow.methods.data_shapley import DataShapley
 from dit_mlflow.methods.datamodel import Datamodel
-from dit_mlflow.methods.dit_confirmed import DitConfirmed
-from dit_mlflow.methods.expected import Expected
-from dit_mlflow.methods.influence_function import InfluenceFunction
-from dit_mlflow.methods.influence_function_arnoldi import InfluenceFunctionArnoldi
-from dit_mlflow.methods.influence_function_datainf import InfluenceFunctionDatainf
-from dit_mlflow.methods.influence_function_ekfac import InfluenceFunctionEkfac
-from dit_mlflow.methods.influence_function_lissa import InfluenceFunctionLissa
+from dit_mlflow.methods.dit import Expected
+from dit_mlflow.methods.exact import DitConfirmed
+from dit_mlflow.methods.fisher import InfluenceFunctionDatainf, InfluenceFunctionEkfac
+from dit_mlflow.methods.newton_step import InfluenceFunction, InfluenceFunctionArnoldi, InfluenceFunctionLissa
 from dit_mlflow.methods.source import Source
 from dit_mlflow.methods.trak import Trak
 from dit_mlflow.retraining import Effort
-from dit_mlflow.retraining.random_subsets import random_subsets
+from dit_mlflow.retraining.subsets import random_subsets
 
 NAN = float("nan")
 NEWTON_STEP: dict[str, list[Any]] = {"damping": [0, -0.1, NAN, np.inf], "attempts": [0]}

@@ -25,7 +25,7 @@ from dit_mlflow import (
     track,
     train,
 )
-from dit_mlflow.methods.influence_function import InfluenceFunction
+from dit_mlflow.methods.newton_step import InfluenceFunction
 from dit_mlflow.methods.source import Source
 
 DECAY = 0.05

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from workloads import digits_model, digits_workload
 
 from dit_mlflow import Trajectory, Window, Workload, parameter_value, train
-from dit_mlflow.methods import method, tracin_renormalized
+from dit_mlflow.methods import method, tracin
 from dit_mlflow.methods.snapshot import Snapshot, snapshots
-from dit_mlflow.methods.tracin_renormalized import presented_norms
+from dit_mlflow.methods.tracin import presented_norms
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.workload import to_like
@@ -140,5 +140,5 @@ def test_a_direction_that_cannot_be_had_is_not_nothing(tmp_path: Any, monkeypatc
         found[step.samples == second] = np.nan
         return found
 
-    monkeypatch.setattr(tracin_renormalized, "presented_norms", lengths)
+    monkeypatch.setattr(tracin, "presented_norms", lengths)
     np.testing.assert_array_equal(method("tracin_renormalized")(trajectory, workload).of(0), expected)

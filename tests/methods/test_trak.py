@@ -23,8 +23,7 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow.methods import sample_gradients as gradients_module
-from dit_mlflow.methods.random_projection import RandomProjection
-from dit_mlflow.methods.trak import Trak
+from dit_mlflow.methods.trak import RandomProjection, Trak
 from dit_mlflow.workload import to_like
 
 PARAMETERS = 64 * 6 + 6 + 6 * 3 + 3
@@ -99,7 +98,7 @@ def test_a_projection_is_of_signs_and_keeps_inner_products() -> None:
 
 
 def test_a_projection_is_the_same_for_one_row_and_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dit_mlflow.methods.random_projection.BLOCK", 40)
+    monkeypatch.setattr("dit_mlflow.methods.trak.BLOCK", 40)
     rows = torch.randn(4, 30)
     project = RandomProjection(30, 8, (3,))
     matrix = project(torch.eye(30))

@@ -13,7 +13,7 @@ from torch.optim import Adam
 from workloads import digits_workload
 
 from dit_mlflow import Trajectory, Window, track
-from dit_mlflow.recording import folder, writer
+from dit_mlflow.recording import writer
 from dit_mlflow.trajectory import shards
 
 
@@ -65,8 +65,7 @@ def test_a_tensor_that_changes_in_one_place_is_stored_again(tmp_path: Path) -> N
 
 
 def test_no_file_is_larger_than_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (shards, folder):
-        monkeypatch.setattr(module, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.Tanh())), nn.Linear(64, 3))
     trajectory = record(tmp_path / "t", model, Adam(model.parameters()), checkpoint_every=3, store_batches=True)

@@ -250,7 +250,7 @@ def test_goes_on_from_what_was_finished(tmp_path: Any, monkeypatch: pytest.Monke
     def counting(self: Retraining, *arguments: Any) -> Any:
         if len(ran) == 1 and not resumed:
             raise KeyboardInterrupt
-        ran.append(len(arguments[3]))
+        ran.append(len(arguments[0].counterfactuals))
         return real(self, *arguments)
 
     monkeypatch.setattr(Retraining, "run", counting)

@@ -215,7 +215,7 @@ DAMAGES: dict[str, Any] = {
     "manifest not JSON": (lambda d: (d / "manifest.json").write_text("{"), "not a trajectory manifest"),
     "another format": (lambda d: edit_manifest(d, format=2), "has format 2"),
     "unknown field": (lambda d: edit_manifest(d, surprise=1), "surprise"),
-    "a step too many": (lambda d: edit_manifest(d, num_steps=10), "9 steps are stored, 10 announced"),
+    "a step too many": (lambda d: edit_manifest(d, num_steps=10), "steps until step 9 are stored, 10 are announced"),
     "a name that leaves the folder": (
         lambda d: edit_manifest(d, files={"../x": {"sha256": "0", "size": 1}}),
         "not a plain file name",

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dit_mlflow.errors import InputError, TrajectoryError
-from dit_mlflow.trajectory.atomic_file import sha256 as digest_of
+from dit_mlflow.trajectory.tensor_file import sha256 as digest_of
 
 FOLDER = "DIT_MLFLOW_CACHE"
 """Environment variable: the folder that holds the cache, ``dit-mlflow``. Default: the user's cache folder."""

@@ -20,7 +20,7 @@ from dit_mlflow import methods
 from dit_mlflow.cli import cli
 from dit_mlflow.explanation.over_seeds import summarised
 from dit_mlflow.methods import NAMES, method
-from dit_mlflow.methods.loss import Loss
+from dit_mlflow.methods.at_window_end import Loss
 from dit_mlflow.tracking import load_influence
 from dit_mlflow.tracking.jobs.compare import ComparisonRequest
 

@@ -203,7 +203,7 @@ def test_trust_and_confirmed_samples_without_ground_truth(store: str) -> None:
         assert row["score"] == pytest.approx(estimate.scores[place], rel=1e-3)
     assert "As far as 12 random samples tell" in parent.data.tags["mlflow.note.content"]
     check_figures("trust/slope_ratio", "by_window/trust/pearson", "window_start")
-    legend = "smoothness: 1 if training is linear in the samples' weights, as the estimate takes it to be"
+    legend = "smoothness: 1 if training is linear in the samples' weights, as the estimate assumes"
     assert legend in finished.output.splitlines()
 
 

@@ -1,19 +1,56 @@
-"""The IDX format of MNIST and its relatives: big-endian sizes, then bytes; compressed by gzip or not."""
+"""The files of a data set: where they are, and MNIST's IDX format (big-endian sizes, then bytes; gzip or not)."""
 
 from __future__ import annotations
 
 import gzip
+import importlib
 import math
+import os
 import struct
 import zlib
 from collections.abc import Sequence
 from io import BufferedReader
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from dit_mlflow.errors import WorkloadError
 from dit_mlflow.examples.splits import Labelled
+
+
+def folder_of(data_dir: str, expected: str) -> Path:
+    """``data_dir`` as an absolute path that exists.
+
+    Raises:
+        WorkloadError: it does not exist; the message says what was ``expected`` there.
+    """
+    path = Path(data_dir).expanduser().resolve()
+    if not path.exists():
+        raise WorkloadError(f"data_dir={data_dir!r}: there is no {path}; expected {expected}")
+    return path
+
+
+def download_folder() -> Path:
+    """The folder of downloads: ``dit-mlflow-data`` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-mlflow-data"
+
+
+def torchvision(expected: str) -> ModuleType:
+    """``torchvision.datasets``, which downloads.
+
+    Raises:
+        WorkloadError: it is not installed; the message says what is ``expected`` in ``data_dir`` instead.
+    """
+    try:
+        return importlib.import_module("torchvision.datasets")
+    # A torchvision built for another torch fails with RuntimeError.
+    except (ImportError, RuntimeError) as error:
+        raise WorkloadError(
+            f"without data_dir, the data is downloaded through torchvision, which cannot be imported ({error}); "
+            f"give data_dir: {expected}"
+        ) from error
+
 
 IDX_BYTES = 2**30
 """Bytes of data that a file may claim; the largest public one (EMNIST by class) has 0.55 times 10^9."""
@@ -49,7 +86,7 @@ def read_idx(path: Path, shape: Sequence[int]) -> np.ndarray:
     """The unsigned bytes of an IDX file, ``[items, *shape]``.
 
     Raises:
-        WorkloadError: it is not such a file, or shorter or longer than it says.
+        WorkloadError: it is not such a file, or its length is not the one it states.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
