@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -55,6 +56,27 @@ def make_fx(function: Callable[..., Any]) -> Callable[..., fx.GraphModule]:
 
     made: Callable[..., fx.GraphModule] = proxy_tensor.make_fx(function)
     return made
+
+
+def reading_values() -> AbstractContextManager[Any]:
+    """A context, inside :func:`make_fx`, in which ``.item()`` gives the value of a tensor that is traced.
+
+    The operation is ``aten._local_scalar_dense``; a mode (``torch.utils._python_dispatch.TorchDispatchMode``) sees it
+    before the tracer, which would refuse it. If either goes, so does the tracing of losses that read values.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    read = torch.ops.aten._local_scalar_dense.default
+
+    class Reading(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is not read:
+                return func(*args, **(kwargs or {}))
+            value = args[0].detach()
+            return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy().item()
+
+    mode: AbstractContextManager[Any] = Reading()
+    return mode
 
 
 def tensor_slots(module: nn.Module, kind: Literal["parameters", "buffers"]) -> dict[str, Any]:

@@ -40,6 +40,18 @@ def test_what_was_compiled_is_found(kind: type[nn.Module]) -> None:
     assert torch_internals.uncompiled(module.forward) is None
 
 
+def test_a_trace_holds_the_backward_pass_and_values_that_are_read() -> None:
+    def function(value: Tensor) -> list[Tensor]:
+        leaf = value.clone().requires_grad_()
+        with torch_internals.reading_values():
+            factor = leaf.sum().item()
+        return list(torch.autograd.grad((factor * leaf.detach() * leaf).sum(), [leaf]))
+
+    graph = torch_internals.make_fx(function)(torch.tensor([1.0, 2.0]))
+    # The derivative of value * 3, where value came in by the detached one; 3 is a number by now.
+    torch.testing.assert_close(graph(torch.tensor([5.0, 7.0])), [torch.tensor([15.0, 21.0])])
+
+
 def test_a_module_computes_with_what_is_in_its_slots() -> None:
     module = nn.BatchNorm1d(2).eval()
     weight, mean = torch.full((2,), 3.0), torch.full((2,), 5.0)

@@ -169,7 +169,8 @@ def _of_removals(found: Influence, window: Window) -> Metrics:
     """How well the scores foretell removals, as the bank that chose them says of those that it left aside."""
     if found.removed is None:
         return Metrics()
-    judged, values = found.metadata["bank"][str(window)][0], {}
+    judged = found.metadata["bank"][str(window)][0]
+    values: dict[str, float] = {}
     for figure, key in ((REMOVAL_LDS, "order"), (REMOVAL_SLOPE, "size")):
         if judged[key] is not None:
             low, high = judged[f"{key}_interval"]

@@ -75,9 +75,9 @@ class Method(ABC):
         replay = question.trajectory.replay(question.workload)
         if replay.swept_step is not replay.training_step:
             raise UnsupportedError(
-                f"{self.name} is made for training that follows the gradient of a loss. This one's backward pass is not "
-                "the derivative of its forward pass: something is detached, or a hook or an autograd function changes "
-                "gradients. Use dit or leave_one_out, which take what training did"
+                f"{self.name} is made for training that follows the gradient of a loss. This one's backward pass is "
+                "not the derivative of its forward pass: something is detached, or a hook or an autograd function "
+                "changes gradients. Use dit or leave_one_out, which take what training did"
             )
 
     @abstractmethod

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_mlflow.torch_internals import make_fx
+from dit_mlflow.torch_internals import make_fx, reading_values
 
 Function = Callable[..., list[Tensor]]
 
@@ -26,7 +25,7 @@ def traced(function: Function, inputs: Sequence[Tensor]) -> Function:
     """
 
     def with_values(*values: Tensor) -> list[Tensor]:
-        with _ReadValues():
+        with reading_values():
             return function(*values)
 
     recorded = make_fx(with_values)(*inputs)
@@ -36,16 +35,6 @@ def traced(function: Function, inputs: Sequence[Tensor]) -> Function:
         _below_autograd(node)
     graph.recompile()
     return graph
-
-
-class _ReadValues(TorchDispatchMode):
-    """Gives the value of a tensor where a tracer has none to give."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            value = args[0].detach()
-            return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy().item()
-        return func(*args, **(kwargs or {}))
 
 
 def _below_autograd(node: fx.Node) -> None:

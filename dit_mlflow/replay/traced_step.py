@@ -137,8 +137,8 @@ class TracedStep(LossStep):
             # Not leaves: what works in place on them is followed.
             left = {name: _followed(of[name]) for name in buffers}
             with torch.enable_grad(), self.differentiable(), sdpa_kernel(SDPBackend.MATH):
-                value, weights = part.term(self, values[len(names) :])
-                value = value(theta, left, weights)
+                term, weights = part.term(self, values[len(names) :])
+                value = term(theta, left, weights)
                 inputs = [theta[name] for name in trained]
                 # Of the formulas for a backward pass, those that can be differentiated.
                 found = (
