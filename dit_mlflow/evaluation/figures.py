@@ -259,7 +259,7 @@ WINDOW_END = Figure("window_end", "to step", "the step before which the window e
 FIGURES: Mapping[str, Figure] = {found.name: found for found in globals().values() if isinstance(found, Figure)}
 """All of the above by name, in their order. A workload's own metrics are not among them."""
 
-FIDELITY = (SPEARMAN, REMOVAL_LDS, TRUST_SPEARMAN)
+FIDELITY = (REMOVAL_LDS, SPEARMAN, TRUST_SPEARMAN)
 """Figures of an estimate's agreement with exact retraining; the first that is known is shown."""
 
 

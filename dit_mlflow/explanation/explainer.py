@@ -85,22 +85,28 @@ def explain(
     estimator = method_of(method) if isinstance(method, str) else method
     kind = check_kind(kind)
     asked = parse_windows(windows, trajectory) if isinstance(windows, str) else list(windows)
+    known = truth
+    if known is None and estimator.retrains and checks.ground_truth is None:
+        # It may as well learn from what is retrained anyway.
+        known = find_truth(trajectory, workload, asked, kind, checks, queries, effort)
+    if known is not None and known.leave_one_out is not None:
+        estimator = estimator.informed_by(known.leave_one_out)
     explanation = _estimated(estimator, trajectory, workload, asked, kind, queries, whole_run)
     for part, scores in explanation.parts.items():
         reached(part, scores)
     if truth is not None:
         return _held_against(explanation, truth)
     explanation = _held_against(
-        explanation, find_truth(trajectory, workload, explanation.windows, kind, checks, queries, effort)
+        explanation, known or find_truth(trajectory, workload, explanation.windows, kind, checks, queries, effort)
     )
     if "truth" in explanation.parts:
         reached("truth", explanation.parts["truth"])
     # Only the first query: the answer is about it alone.
     further = _Retraining(trajectory, workload, kind, None if queries is None else queries[:1], effort)
     for check in (further.noise_floor, further.trust, further.confirm, further.name):
-        known = explanation.parts
+        before = explanation.parts
         explanation = check(explanation, checks)
-        for part in explanation.parts.keys() - known.keys():
+        for part in explanation.parts.keys() - before.keys():
             reached(part, explanation.parts[part])
     return explanation
 

@@ -15,6 +15,8 @@ from dit_mlflow.evaluation.figures import (
     GAIN,
     PEARSON,
     RECALL_AT_K,
+    REMOVAL_LDS,
+    REMOVAL_SLOPE,
     SMOOTHNESS,
     SPEARMAN,
     TRUST_SPEARMAN,
@@ -34,10 +36,10 @@ LINE = 110
 DIGITS = 4
 """Significant digits of numbers in tables; stored scores and metrics have all digits."""
 
-OF_WINDOWS = (SPEARMAN, PEARSON, TRUST_SPEARMAN, SMOOTHNESS, RECALL_AT_K, AUROC)
+OF_WINDOWS = (REMOVAL_LDS, REMOVAL_SLOPE, SPEARMAN, PEARSON, TRUST_SPEARMAN, SMOOTHNESS, RECALL_AT_K, AUROC)
 """Figures of windows shown in the terminal, and, as means over windows, on a model."""
 
-_FIRST = tuple(figure.name for figure in (SPEARMAN, TRUST_SPEARMAN, RECALL_AT_K, AUROC, PEARSON))
+_FIRST = tuple(figure.name for figure in (REMOVAL_LDS, SPEARMAN, TRUST_SPEARMAN, RECALL_AT_K, AUROC, PEARSON))
 
 
 def windows_table(influence: Influence, metrics: Sequence[Metrics]) -> pd.DataFrame:

@@ -80,6 +80,10 @@ class Method(ABC):
                 "changes gradients. Use dit or leave_one_out, which take what training did"
             )
 
+    def informed_by(self, exact: Influence) -> Method:
+        """The same method where leave-one-out is known; most have no use for it."""
+        return self
+
     @abstractmethod
     def estimate(self, question: Question) -> Estimate:
         """Answer a question whose windows are those that :attr:`per_window` allows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ def removal_influence(
     dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     effort: Effort | None = None,
+    exact: Influence | None = None,
 ) -> Influence:
     r"""What taking samples away does to the query, when a share of them goes.
 
@@ -58,9 +59,9 @@ def removal_influence(
               c = \arg\min_{c \ge 0, a} \sum_S \Big( f(1 - 1_S) - f(1) - a - \sum_{j \in S} s_j \Big)^2
 
     with ``S`` the sets that were left out, and ``s^(k)``: the derivative at 1, its means over weights ``U(0, 1)`` and
-    ``Beta(2, 1)``, and leave-one-out where the budget holds a training for each sample. The constant ``a``, what all
-    removals of that share have in common, is no sample's. The blend is calibrated: a sum of its scores foretells size
-    as well as order.
+    ``Beta(2, 1)``, and leave-one-out where it is known or the budget holds a training for each sample. The constant
+    ``a``, what all removals of that share have in common, is no sample's. The blend is calibrated: a sum of its scores
+    foretells size as well as order.
 
     The bank is that of datamodels (Ilyas et al. 2022, arXiv 2202.00622), which fit all scores to it; a few dozen
     retrainings are far too few for that, and enough for a handful of coefficients.
@@ -72,6 +73,7 @@ def removal_influence(
             the time of a few where they run side by side.
         seed: of draws and bank.
         effort: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
+        exact: leave-one-out of the same windows, kind and queries, where it is known.
 
     Returns:
         Scores ``[windows, queries, training samples]`` in units of the query. **Sign**: change of the query caused by
@@ -88,7 +90,7 @@ def removal_influence(
 
     Cost: ``1 + trainings / 2`` sweeps along a replay of their own, and ``2 * trainings`` retrainings.
     """
-    _check(workload.num_samples, removed, trainings, seed)
+    check_removal(workload.num_samples, removed, trainings, seed)
     question = Question.of(trajectory, workload, windows, kind, queries)
     given = (trajectory, workload, question.windows, question.kind, question.queries)
     draws = 2 * max(1, trainings // 8)
@@ -97,7 +99,10 @@ def removal_influence(
         "uniform": expected_influence(*given, draws, seed, dtype, memory_budget),
         "beta": expected_influence(*given, draws, seed + 1, dtype, memory_budget, power=BETA),
     }
-    if trainings >= workload.num_samples:
+    if exact is not None:
+        _check_exact(exact, question)
+        parts["leave_one_out"] = exact.select(list(question.windows))
+    elif trainings >= workload.num_samples:
         parts["leave_one_out"] = leave_one_out(*given, dtype=dtype, effort=effort)
     bank = train_on_subsets(*given, subsets=2 * trainings, share=1 - removed, seed=seed, dtype=dtype, effort=effort)
     scores, errors = np.zeros(question.shape), np.zeros(question.shape)
@@ -105,7 +110,11 @@ def removal_influence(
     judged: dict[str, list[dict[str, Any]]] = {str(window): [] for window in question.windows}
     for window, query in np.ndindex(*question.shape[:2]):
         blend = Blend.fitted(
-            {name: part.scores[window, query] for name, part in parts.items()},
+            {
+                name: part.scores[window, query]
+                for name, part in parts.items()
+                if np.isfinite(part.scores[window, query]).all()
+            },
             {name: _pooled(part, window, query) for name, part in parts.items()},
             ~bank.kept,
             bank.changes[window, query],
@@ -125,7 +134,7 @@ def removal_influence(
         seed=int(seed),
         spent={"sweeps": 1 + 2 * draws, "retrainings": len(bank.kept)},
         bank=judged,
-        max_drift=max(part.metadata["max_drift"] for part in parts.values()),
+        max_drift=max(float(part.metadata.get("max_drift", 0.0)) for part in parts.values()),
     )
 
 
@@ -266,7 +275,19 @@ def _inverse_trigamma(value: float) -> float:
     return float(optimize.brentq(lambda x: special.polygamma(1, x) - value, 1e-8, 1e8))
 
 
-def _check(samples: int, removed: Any, trainings: Any, seed: Any) -> None:
+def _check_exact(exact: Influence, question: Question) -> None:
+    asked = tuple(query.name for query in question.queries)
+    missing = [window for window in question.windows if window not in exact.windows]
+    if missing or exact.kind != question.kind or exact.queries != asked:
+        raise InputError(
+            f"exact scores of kind {exact.kind!r}, queries {list(exact.queries)}, windows "
+            f"{', '.join(map(str, exact.windows))}; expected what is asked for: kind {question.kind!r}, queries "
+            f"{list(asked)}, windows {', '.join(map(str, question.windows))}"
+        )
+
+
+def check_removal(samples: int, removed: Any, trainings: Any, seed: Any) -> None:
+    """Raise :class:`InputError` for a share or a budget that cannot be used."""
     whole = isinstance(trainings, (int, np.integer)) and isinstance(seed, (int, np.integer))
     if not whole or trainings < FEWEST_TRAININGS or seed < 0:
         raise InputError(
@@ -285,7 +306,7 @@ class Removal(RetrainingMethod):
     """What taking a share of the samples away does: :func:`dit_mlflow.removal_influence`.
 
     Attributes:
-        removed, trainings, seed, dtype, memory_budget, effort: see there.
+        removed, trainings, seed, dtype, memory_budget, effort, exact: see there.
     """
 
     name = "removal"
@@ -294,6 +315,10 @@ class Removal(RetrainingMethod):
     trainings: int = 16
     seed: int = 0
     memory_budget: int | None = None
+    exact: Influence | None = None
+
+    def informed_by(self, exact: Influence) -> Removal:
+        return replace(self, exact=exact)
 
     def estimate(self, question: Question) -> Estimate:
         found = removal_influence(
@@ -308,6 +333,7 @@ class Removal(RetrainingMethod):
             self.dtype,
             self.memory_budget,
             self.effort,
+            self.exact,
         )
         names = ("removed", "trainings", "seed", "spent", "bank", "max_drift")
         details = {name: found.metadata[name] for name in names}

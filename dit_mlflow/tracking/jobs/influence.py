@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlflow
-import torch
 from mlflow import ActiveRun, MlflowClient
 
-from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.figures import (
     FIDELITY,
     SMOOTHNESS,
-    SPEARMAN,
     SPREAD_RATIO,
     TRUST_SAMPLES,
     TRUST_SPEARMAN,
@@ -24,8 +21,9 @@ from dit_mlflow.explanation import Checks, Explanation, explain, paragraph, term
 from dit_mlflow.explanation.tables import OF_WINDOWS
 from dit_mlflow.influence import Influence, Kind, Window, check_kind
 from dit_mlflow.methods.dit import Dit
+from dit_mlflow.methods.removal import Removal
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.tracking.jobs.request import SWEEP_DTYPES, Request, trained
+from dit_mlflow.tracking.jobs.request import Request, trained
 from dit_mlflow.tracking.jobs.train import seeds_title, workload_params
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.explanations import log_answer, log_part
@@ -33,6 +31,9 @@ from dit_mlflow.tracking.store.names import KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import project_run
 from dit_mlflow.tracking.ui.links import where_to_look
 from dit_mlflow.workload import Workload
+
+DIT = Dit()
+"""One sample at a time, in the recorded dtype."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,9 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
         DitError: some part of the request cannot be used, or training or replay fail.
     """
     kind = check_kind(request.kind)
-    if request.dtype not in SWEEP_DTYPES:
-        raise InputError(f"dtype={request.dtype!r}; expected one of {', '.join(SWEEP_DTYPES)}")
-    memory_budget = request.memory_budget
-    training_run, trajectory, workload, windows, checks = trained(request, request.checks)
-    dtype = SWEEP_DTYPES[request.dtype]
-    answer = run_influence(
-        training_run, trajectory, workload, windows, kind, checks, dtype, memory_budget, project_run_id
-    )
+    asked = trained(request, lambda workload: (request.checks(workload), request.method(workload)))
+    training_run, trajectory, workload, windows, (checks, method) = asked
+    answer = run_influence(training_run, trajectory, workload, windows, kind, checks, method, project_run_id)
     return summary(answer, training_run)
 
 
@@ -82,34 +78,33 @@ def run_influence(
     windows: list[Window],
     kind: Kind,
     checks: Checks,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | None = None,
+    method: Dit | Removal = DIT,
     project_run_id: str | None = None,
 ) -> Answer:
     """:func:`dit_mlflow.explain` in a run of its own, which logs it: a parent run, and a nested child per window.
 
     Args:
         training_run_id: the run that recorded ``trajectory``.
-        trajectory, workload, windows, kind, dtype, memory_budget: see :func:`dit_mlflow.track`.
+        trajectory, workload, windows, kind, method: see :func:`dit_mlflow.explain`.
         checks: exact retrainings to compare the scores with.
         project_run_id: the run that ``mlflow run`` made for this job; ``None`` = start one.
     """
-    tags = {KIND: "influence", METHOD: "dit", TRAINING_RUN: training_run_id}
+    tags = {KIND: "influence", METHOD: method.name, TRAINING_RUN: training_run_id}
     seeds = MlflowClient().get_run(training_run_id).data.params
     seeded = seeds_title(seeds.get("resolved.init_seed", 0), seeds.get("resolved.order_seed", 0))
     with project_run(project_run_id, f"influence {workload.title}{seeded} {kind}", tags) as run:
         mlflow.log_params(
             {
                 **workload_params(workload),
-                "method": "dit",
+                "method": method.name,
                 "resolved.kind": kind,
                 "resolved.windows": len(windows),
-                "resolved.dtype": str(dtype or "recorded").removeprefix("torch."),
+                "resolved.dtype": str(method.dtype or "recorded").removeprefix("torch."),
+                **({"resolved.removed": method.removed} if isinstance(method, Removal) else {}),
                 "resolved.training_run": training_run_id,
             }
         )
         log_datasets_of(training_run_id, run.info.run_id)
-        method = Dit(dtype, memory_budget)
         explanation = explain(trajectory, workload, windows, kind, method=method, checks=checks, reached=log_part)
         log_answer(explanation, training_run_id)
     return Answer(run, explanation)
@@ -117,7 +112,7 @@ def run_influence(
 
 def summary(answer: Answer, training_run: str) -> str:
     """A table with a row per window, figures of the whole run, the answer, and where to look further."""
-    agreement = SPEARMAN if SPEARMAN.name in answer.whole.values else TRUST_SPEARMAN
+    agreement = next((figure for figure in FIDELITY if figure.name in answer.whole.values), TRUST_SPEARMAN)
     figures = [figure for figure in OF_WINDOWS if figure is agreement or figure not in FIDELITY]
     headings = {
         "window": "window",

@@ -13,6 +13,8 @@ from dit_mlflow.errors import InputError, WorkloadError
 from dit_mlflow.explanation import Checks
 from dit_mlflow.influence import Window, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
+from dit_mlflow.methods.dit import Dit
+from dit_mlflow.methods.removal import Removal, check_removal
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.tracking.jobs.train import run_training
 from dit_mlflow.tracking.store.artifacts import load_trajectory
@@ -45,6 +47,9 @@ class Request:
         dtype: of the sweep, a key of :data:`SWEEP_DTYPES`.
         memory_mb: MiB for the states that the sweep holds, and as much for its adjoints; 0 = the default of
             :func:`dit_mlflow.track`.
+        removed: the share of the samples whose removal is asked about (:func:`dit_mlflow.removal_influence`); 0 = one
+            sample at a time (:func:`dit_mlflow.track`).
+        trainings: the budget of the former.
         init_seed, order_seed: of training.
         settings: of the workload.
     """
@@ -58,6 +63,8 @@ class Request:
     confirm: int = 0
     dtype: str = "recorded"
     memory_mb: int = 0
+    removed: float = 0.0
+    trainings: int = 16
     init_seed: int = 0
     order_seed: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -68,6 +75,16 @@ class Request:
         if self.memory_mb < 0:
             raise InputError(f"memory_mb={self.memory_mb}; expected MiB, or 0 for the default")
         return self.memory_mb * 2**20 or None
+
+    def method(self, workload: Workload) -> Dit | Removal:
+        """The estimator asked for; raises :class:`InputError` for values that cannot be used."""
+        if self.dtype not in SWEEP_DTYPES:
+            raise InputError(f"dtype={self.dtype!r}; expected one of {', '.join(SWEEP_DTYPES)}")
+        dtype = SWEEP_DTYPES[self.dtype]
+        if self.removed == 0:
+            return Dit(dtype, self.memory_budget)
+        check_removal(workload.num_samples, self.removed, self.trainings, 0)
+        return Removal(removed=self.removed, trainings=self.trainings, dtype=dtype, memory_budget=self.memory_budget)
 
     def checks(self, workload: Workload) -> Checks:
         """The exact retrainings asked for; raises :class:`InputError` for values that cannot be used."""
