@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dit_mlflow.evaluation.figures import FIDELITY, RECALL_AT_K, SPEARMAN, TRUST_SAMPLES, TRUST_SPEARMAN
+from dit_mlflow.evaluation.figures import FIDELITY, RECALL_AT_K, REMOVAL_LDS, SPEARMAN, TRUST_SAMPLES, TRUST_SPEARMAN
 from dit_mlflow.explanation.markdown import GAP, escaped, markdown_table
 from dit_mlflow.explanation.numbers import decimals
 from dit_mlflow.explanation.ranking import extreme_samples, ranking_scores, window_extremes
@@ -132,7 +132,10 @@ def _fidelity(metrics: Mapping[str, float]) -> str:
 
 
 def fidelity(metrics: Mapping[str, float]) -> str:
-    """Agreement with exact leave-one-out in words; empty if it was not measured."""
+    """Agreement with exact retraining in words; empty if it was not measured."""
+    if (removals := metrics.get(REMOVAL_LDS.name)) is not None:
+        ends = f"{decimals(metrics[REMOVAL_LDS.low], 3)} to {decimals(metrics[REMOVAL_LDS.high], 3)}"
+        return f"{REMOVAL_LDS.heading} {decimals(removals, 3)} (95 % interval {ends})"
     if (exact := metrics.get(SPEARMAN.name)) is not None:
         return f"{SPEARMAN.heading} {decimals(exact, 3)} to exact leave-one-out"
     if (found := metrics.get(TRUST_SPEARMAN.name)) is None:

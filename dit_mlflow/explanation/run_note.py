@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from dit_mlflow.evaluation.figures import BY_WINDOW, FIDELITY, RECALL_AT_K
 from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.markdown import GAP, NOTE_CHARACTERS, escaped, markdown_table
-from dit_mlflow.explanation.numbers import cell
+from dit_mlflow.explanation.numbers import cell, share
 from dit_mlflow.explanation.ranking import window_extremes
 from dit_mlflow.explanation.sentences import answer_sentences, window_sentences
 
@@ -69,8 +69,10 @@ def influence_note(found: Explanation, links: Links) -> str:
     name, target = links.training
     count = len(found.influence.windows)
     sentences = " ".join(escaped(sentence, SENTENCE) for sentence in answer_sentences(found))
+    removed = found.influence.removed
+    others = "" if removed is None else f" among {share(removed)} of the samples"
     asked = (
-        f"**Asked:** how {escaped(found.query)} changes if a training sample is removed, "
+        f"**Asked:** how {escaped(found.query)} changes if a training sample is removed{others}, "
         f"in {count} window{'s' * (count > 1)} of the training run {_link(name, target)}. "
         f"Kind `{found.influence.kind}`: {KINDS.get(found.influence.kind, 'one score for the whole run')}. "
         "Removing sets the weight of the sample's loss to 0. Positive = helpful (removal raises it), negative = "
@@ -120,7 +122,8 @@ def _windows(found: Explanation, links: Links) -> str:
             told = (cell(figure, values[figure.name]) for figure in figures if figure.name in values)
             row.append(next(told, "undefined"))
         rows.append(row)
-    headings = [escaped(figures[0].heading) for figures in shown]
+    known = {name for metrics in found.per_window for name in metrics.values}
+    headings = [escaped(next(f.heading for f in figures if f.name in known)) for figures in shown]
     steps = "steps" if every == 1 else f"steps (1 of {every} windows)"
     return markdown_table([steps, "most harmful", "most helpful", *headings], rows, GAP)
 

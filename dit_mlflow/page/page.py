@@ -13,7 +13,7 @@ from typing import Any
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.markdown import TURNING, encodable
-from dit_mlflow.explanation.numbers import figure
+from dit_mlflow.explanation.numbers import figure, share
 from dit_mlflow.explanation.ranking import extremes
 from dit_mlflow.influence import Influence, Window
 from dit_mlflow.page.page_data import Columns, cut_in_tie, flag_count, json_in_html, page_data, readable
@@ -90,7 +90,8 @@ def _question(estimate: Influence, columns: Columns, training: str) -> str:
     several = len(estimate.queries)
     query = _named(estimate.queries[0]) if several == 1 else f"each of {several} queries"
     change = COUNTERFACTUALS.get(estimate.kind)
-    asked = f"How would {query} change if a training sample {change}?"
+    others = "" if estimate.removed is None else f", among {share(estimate.removed)} of the samples"
+    asked = f"How would {query} change if a training sample {change}{others}?"
     if change is None:
         asked = f"Which training samples stand out by {query}?"
     kind = f" (kind {estimate.kind})" if change else ""

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from dit_mlflow.evaluation import Metrics, patterns
-from dit_mlflow.evaluation.figures import FIDELITY, RECALL_AT_K, SPEARMAN, TRUST_SAMPLES, TRUST_SPEARMAN
+from dit_mlflow.evaluation.figures import (
+    FIDELITY,
+    RECALL_AT_K,
+    REMOVAL_LDS,
+    REMOVAL_SLOPE,
+    SPEARMAN,
+    TRUST_SAMPLES,
+    TRUST_SPEARMAN,
+)
 from dit_mlflow.evaluation.patterns import PATTERNS
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable
@@ -186,11 +194,18 @@ def _quantiles(scores: np.ndarray) -> list[float] | None:
 
 
 def _trust(metrics: Metrics | None) -> dict[str, Any]:
-    """How far to trust a column: its rank correlation with exact leave-one-out, and sentences."""
+    """How far to trust a column: its rank correlation with exact retraining, and sentences."""
     values = {} if metrics is None else dict(metrics.values)
-    agreement = next((values[figure.name] for figure in FIDELITY if figure.name in values), None)
+    known = next((figure for figure in FIDELITY if figure.name in values), None)
+    agreement = None if known is None else values[known.name]
     sentences = []
-    if agreement is not None:
+    if known is REMOVAL_LDS and agreement is not None:
+        interval = f"95 % interval {signed(values[REMOVAL_LDS.low])} to {signed(values[REMOVAL_LDS.high])}"
+        sentences.append(
+            f"Agreement with retraining without random shares of the samples: {SPEARMAN.heading} {signed(agreement)}, "
+            f"{interval}; real changes are {signed(values[REMOVAL_SLOPE.name])} times the foretold ones."
+        )
+    elif agreement is not None:
         low, high = values.get(TRUST_SPEARMAN.low), values.get(TRUST_SPEARMAN.high)
         interval = "" if low is None or high is None else f", 95 % interval {signed(low)} to {signed(high)}"
         count = values.get(TRUST_SAMPLES.name)

@@ -13,7 +13,9 @@ from dit_mlflow.evaluation import Metrics, correlations, datamodeling_score, det
 from dit_mlflow.explanation import find_truth
 from dit_mlflow.explanation.numbers import figure
 from dit_mlflow.explanation.ranking import extreme_samples
+from dit_mlflow.explanation.run_note import Links, influence_note
 from dit_mlflow.methods.removal import Removal
+from dit_mlflow.page import influence_page
 
 WINDOWS = [Window(0, 4), Window(4, 9)]
 WHOLE = Window(0, 9)
@@ -207,6 +209,13 @@ def test_removal_of_a_share_is_told_with_its_interval_and_held_against_the_bank(
     assert "alone, by exact retraining, it" in who
     assert sure.startswith("Held against retrainings without a random 25 % of the samples, agreement")
     assert "trust/spearman" not in found.whole.values
+    note = influence_note(found, Links())
+    assert "changes if a training sample is removed among 25 % of the samples" in note
+    assert "LDS of removals" in note
+    page = influence_page(found.scores, found.exact, found.gallery, found.windows, found.measured)
+    assert "Agreement with retraining without random shares of the samples: Spearman" in page
+    assert "were left out of one window of training, measured at the end of that window, among 25 % of" in page
+    assert "Agreement with exact leave-one-out" not in page
 
 
 @pytest.mark.parametrize(("size", "word"), [(1.0, "very high"), (0.3, "moderate"), (1.6, "moderate")])

@@ -126,6 +126,16 @@ def test_every_training_sample_on_every_validation_sample(
     np.testing.assert_allclose(parts.scores, matrix.scores, rtol=1e-10, atol=1e-15)
 
 
+def test_self_influence_is_the_same_in_parts(tmp_path: Path) -> None:
+    """With little memory, queries are answered a few at a time."""
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    windows = [Window(0, 4), Window(4, 9)]
+    in_one = self_influence(trajectory, workload, windows, dtype=torch.float64)
+    in_parts = self_influence(trajectory, workload, windows, dtype=torch.float64, memory_budget=60_000)
+    np.testing.assert_allclose(in_parts.scores, in_one.scores, rtol=1e-9)
+
+
 def test_self_influence_is_the_diagonal(tmp_path: Path) -> None:
     workload = digits_workload()
     trajectory = train(workload, tmp_path / "t")
