@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -127,13 +128,15 @@ def vector_jacobian(
         return [value.new_zeros((rows, *value.shape)) for value in inputs]
     outputs, cotangents = zip(*moving, strict=True)
     if rows > 1 and batched:
-        found = torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-        return [
-            value.new_zeros((rows, *value.shape)) if part is None else part
-            for value, part in zip(inputs, found, strict=True)
-        ]
+        # Some operations have a second derivative, and none for rows side by side (GroupNorm, in torch 2.13).
+        with suppress(RuntimeError):
+            found = torch.autograd.grad(
+                outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+            return [
+                value.new_zeros((rows, *value.shape)) if part is None else part
+                for value, part in zip(inputs, found, strict=True)
+            ]
     each = [grad_or_zeros(outputs, inputs, [cotangent[row] for cotangent in cotangents], True) for row in range(rows)]
     if rows == 1:
         return [part.unsqueeze(0) for part in each[0]]

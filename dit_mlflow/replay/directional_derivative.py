@@ -129,8 +129,8 @@ def slope_of_query(
 
     def at(length: float) -> Tensor:
         moved_to = {name: value + length * directions[name] for name, value in near.items()}
-        with torch.no_grad():
-            return ask(moved_to, state.buffers)
+        # Gradients stay enabled: a query may take some itself.
+        return ask(moved_to, state.buffers).detach()
 
     return Slope.between(taken, at(-stride).item(), value.item(), at(stride).item(), stride, abs(value.item()))
 

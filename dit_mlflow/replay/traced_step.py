@@ -93,8 +93,7 @@ class TracedStep(LossStep):
                 return [self.dynamics.evaluate({name: of[name] for name in parameters}, left, query).reshape(())]
 
         detached = [value.detach() for value in given]
-        with torch.no_grad():
-            expected = self.dynamics.evaluate(parameters, buffers, query)
+        expected = self.dynamics.evaluate(parameters, buffers, query).detach()
         for again in (False, True):
             graph = self._graph(("query", query), function, detached, again)
             with fixed_draws(self.dynamics.device), torch.enable_grad():

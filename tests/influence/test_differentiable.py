@@ -11,11 +11,13 @@ import torch
 from oracles import finite_difference
 from plain_loop import record, whole
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import SGD, Adagrad
 from workloads import digits_workload, sample_losses
 
-from dit_mlflow import UnsupportedError, track, train
+from dit_mlflow import UnsupportedError, Window, track, train
+from dit_mlflow.replay.differentiable import embedding_bag as bags
 from dit_mlflow.replay.differentiable import weight_norm as written_out
 
 
@@ -43,6 +45,70 @@ def test_weight_norm_written_out_is_that_of_torch(dim: int) -> None:
     torch.testing.assert_close(
         written_out(v, torch.ones_like(g), dim).square().sum(), torch.tensor(float(max(shape))).double()
     )
+
+
+@pytest.mark.parametrize("padding", [None, 3, -1])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_embeddings_written_out_are_those_of_torch(mode: str, padding: int | None) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 4, generator=random, dtype=torch.float64)
+    rows = torch.randint(7, (5, 3), generator=random)
+    rows[0] = 3 if padding == 3 else 6
+    shares = torch.rand(5, 3, generator=random, dtype=torch.float64) if mode == "sum" else None
+    settings: Any = {"mode": mode, "padding_idx": padding}
+    torch.testing.assert_close(
+        bags(rows, weight, per_sample_weights=shares, **settings),
+        embedding_bag(rows, weight, per_sample_weights=shares, **settings),
+    )
+    offsets = torch.tensor([0, 2, 2, 9])
+    for last in (False, True):
+        given = torch.cat([offsets, torch.tensor([15])]) if last else offsets
+        torch.testing.assert_close(
+            bags(rows.flatten(), weight, given, include_last_offset=last, **settings),
+            embedding_bag(rows.flatten(), weight, given, include_last_offset=last, **settings),
+        )
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_embeddings_are_differentiated_twice(tmp_path: Path, mode: str) -> None:
+    workload = digits_workload(
+        model=lambda: nn.Sequential(nn.EmbeddingBag(17, 4, mode=mode), nn.Tanh(), nn.Linear(4, 3)), loss=of_pixels
+    )
+    trajectory = train(workload, tmp_path / "t")
+    scores = track(trajectory, workload, whole(trajectory), dtype=torch.float64).of(0)
+    samples = [0, 5, 11]
+    exact = finite_difference(workload, trajectory, whole(trajectory)[0], "local", samples, 1e-5)
+    assert np.abs(scores[samples] - exact).max() < 1e-6 * np.abs(scores).max()
+
+
+@pytest.mark.parametrize("kind", ["local", "cumulative"])
+def test_group_norm_takes_several_adjoints(tmp_path: Path, kind: Any) -> None:
+    """torch differentiates it twice, but not for rows side by side."""
+    workload = digits_workload(
+        model=lambda: nn.Sequential(nn.Linear(64, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, 3))
+    )
+    trajectory = train(workload, tmp_path / "t")
+    windows = [Window(0, 5), Window(2, 9)]
+    found = track(trajectory, workload, windows, kind, dtype=torch.float64)
+    for window in windows:
+        exact = finite_difference(workload, trajectory, window, kind, [0, 5], 1e-5)
+        assert np.abs(found.of(window)[[0, 5]] - exact).max() < 1e-6 * np.abs(found.of(window)).max()
+
+
+def slopes(model: nn.Module, batch: Any) -> Tensor:
+    """With a gradient of its own, also where it is asked as a query."""
+    inputs = batch[0].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(inputs).logsumexp(dim=1).sum(), inputs, create_graph=True)
+    return sample_losses(model, batch) + 0.1 * slope.square().sum(dim=1)
+
+
+def test_a_loss_with_a_gradient_of_its_own(tmp_path: Path) -> None:
+    workload = digits_workload(loss=slopes)
+    trajectory = train(workload, tmp_path / "t")
+    scores = track(trajectory, workload, whole(trajectory), dtype=torch.float64).of(0)
+    samples = [0, 5, 11]
+    exact = finite_difference(workload, trajectory, whole(trajectory)[0], "local", samples, 1e-5)
+    assert np.abs(scores[samples] - exact).max() < 1e-6 * np.abs(scores).max()
 
 
 def of_pixels(model: nn.Module, batch: Any) -> Tensor:

@@ -1,0 +1,326 @@
+"""Are scores the derivatives of what training did? Many kinds of training against central differences of their loops.
+
+``python benchmarks/exactness.py`` trains each kind for a few steps in float64, sweeps it for every kind of window, and
+trains it again in plain PyTorch with one sample's weight a little larger and smaller. Printed are the largest
+difference, relative to the largest score, and how the sweep took the derivative of a step: by ``autograd``, or from a
+``trace`` of the backward pass; or why it was refused.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
+
+from dit_mlflow import DitError, Trajectory, Window, Workload, track, train
+
+SAMPLES, BATCH, EPOCHS, NUDGE = 24, 8, 2, 1e-5
+SOME = (0, 5, 11)
+KINDS = ("local", "final", "cumulative")
+
+
+def data(count: int, seed: int) -> TensorDataset:
+    random = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(count, 6, generator=random), torch.randint(3, (count,), generator=random))
+
+
+def losses(model: nn.Module, batch: Any) -> Tensor:
+    return cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+class Net(nn.Module):
+    """A network with something in its middle, and maybe something else of its own."""
+
+    def __init__(self, middle: Callable[..., Any] | nn.Module = torch.tanh, width: int = 8) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, width), middle, nn.Linear(width, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(inputs)))
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -0.5 * gradient
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.layer(inputs[:, None] * torch.arange(1.0, 4.0).to(inputs)[:, None]).mean(dim=1))
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.last = nn.LSTM(2, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.cell(inputs.view(-1, 3, 2))[0][:, -1])
+
+
+class Words(nn.Module):
+    def __init__(self, bag: nn.Module) -> None:
+        super().__init__()
+        self.bag, self.last = bag, nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.bag((inputs.clamp(-2, 2) * 3 + 6).long()))
+
+
+class Tied(nn.Module):
+    """Words scored by the table that they come from, with a padding row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.body = nn.Embedding(13, 4, padding_idx=6), nn.Linear(24, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.body(self.words((inputs.clamp(-2, 2) * 3 + 6).long()).flatten(1))
+        return (torch.tanh(hidden) @ self.words.weight.T)[:, 5:8]
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3, dtype=torch.complex128) * 0.3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (inputs.to(self.weight.dtype) @ self.weight).abs()
+
+
+class Recomputed(Net):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(checkpoint(lambda x: torch.tanh(self.first(x)), inputs, use_reentrant=False))
+
+
+class Taught(nn.Module):
+    """A running average of the parameters, kept in buffers, teaches the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        for name, value in self.net.named_parameters():
+            self.register_buffer("mean_" + name.replace(".", "_"), value.detach().clone())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            for name, value in self.net.named_parameters():
+                getattr(self, "mean_" + name.replace(".", "_")).lerp_(value.detach(), 0.1)
+        return self.net(inputs)
+
+
+def consistent(model: Any, batch: Any) -> Tensor:
+    means = {name: getattr(model, "mean_" + name.replace(".", "_")) for name, _ in model.net.named_parameters()}
+    taught = torch.func.functional_call(model.net, means, (batch[0],)).detach()
+    return losses(model, batch) + mse_loss(model.net(batch[0]), taught, reduction="none").sum(dim=1)
+
+
+def focal(model: nn.Module, batch: Any) -> Tensor:
+    loss = losses(model, batch)
+    return (1 - torch.exp(-loss)).detach() ** 2 * loss
+
+
+def soft_target(model: nn.Module, batch: Any) -> Tensor:
+    logits = model(batch[0])
+    target = (0.5 * logits.softmax(dim=1) + 0.5 * nn.functional.one_hot(batch[1], 3)).detach()
+    return -(target * logits.log_softmax(dim=1)).sum(dim=1)
+
+
+def balanced(model: nn.Module, batch: Any) -> Tensor:
+    one, other = losses(model, batch), model(batch[0]).square().mean(dim=1)
+    return one + other * (one / other).detach().clamp(max=10)
+
+
+def penalised(model: nn.Module, batch: Any) -> Tensor:
+    """A gradient penalty."""
+    inputs = batch[0].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(inputs).logsumexp(dim=1).sum(), inputs, create_graph=True)
+    return losses(model, batch) + 0.1 * slope.square().sum(dim=1)
+
+
+def forces(model: nn.Module, batch: Any) -> Tensor:
+    """An energy, and the force that is its derivative."""
+    inputs = batch[0].clone().requires_grad_()
+    energy = model(inputs)[:, 0]
+    (force,) = torch.autograd.grad(energy.sum(), inputs, create_graph=True)
+    return (energy - batch[1]).square() + (force - batch[0]).square().sum(dim=1)
+
+
+def adversarial(model: nn.Module, batch: Any) -> Tensor:
+    """One step of the fast gradient sign method, held fixed."""
+    inputs = batch[0].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(losses(model, (inputs, batch[1])).sum(), inputs)
+    return losses(model, (batch[0] + 0.1 * slope.sign(), batch[1]))
+
+
+def distilled(model: nn.Module, batch: Any) -> Tensor:
+    teacher = torch.tanh(batch[0] @ torch.linspace(-1, 1, 18).view(6, 3).to(batch[0])).softmax(dim=1)
+    return losses(model, batch) - (teacher * model(batch[0]).log_softmax(dim=1)).sum(dim=1)
+
+
+def straight_through(value: Tensor) -> Tensor:
+    return torch.tanh(value) + (torch.round(4 * torch.tanh(value)) / 4 - torch.tanh(value)).detach()
+
+
+def halved(value: Tensor) -> Tensor:
+    value = torch.tanh(value)
+    if value.requires_grad:
+        value.register_hook(lambda gradient: 0.5 * gradient)
+    return value
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+RATES = {"Adadelta": 1.0, "Rprop": 0.01, "LBFGS": 0.1, "SGD": 0.1, "ASGD": 0.1, "Adagrad": 0.1, "Muon": 0.02}
+OPTIMIZERS = sorted(
+    name
+    for name, found in vars(torch.optim).items()
+    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer) and found is not torch.optim.Optimizer
+)
+
+
+def of_torch(name: str, **settings: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: getattr(torch.optim, name)(model.parameters(), lr=RATES.get(name, 0.02), **settings)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    **{f"torch.optim.{name}": {"optimizer": of_torch(name)} for name in OPTIMIZERS},
+    "SGD, Nesterov, weight decay": {"optimizer": of_torch("SGD", momentum=0.9, nesterov=True, weight_decay=0.01)},
+    "AdamW, AMSGrad, clipping by norm": {"optimizer": of_torch("AdamW", amsgrad=True), "clip_grad_norm": 0.5},
+    "clipping by value, two micro-batches a step": {"clip_grad_value": 0.02, "accumulate": 2},
+    "BatchNorm": {"model": lambda: Net(nn.Sequential(nn.BatchNorm1d(8), nn.Tanh()))},
+    "GroupNorm": {"model": lambda: Net(nn.Sequential(nn.GroupNorm(2, 8), nn.Tanh()))},
+    "LayerNorm": {"model": lambda: Net(nn.Sequential(nn.LayerNorm(8), nn.GELU()))},
+    "weight norm": {"model": lambda: weight_norm_net()},
+    "spectral norm": {"model": lambda: spectral_norm_net()},
+    "attention": {"model": Attending},
+    "LSTM": {"model": Remembering},
+    "EmbeddingBag, mean": {"model": lambda: Words(nn.EmbeddingBag(13, 4))},
+    "EmbeddingBag, max": {"model": lambda: Words(nn.EmbeddingBag(13, 4, mode="max"))},
+    "tied words with a padding row": {"model": Tied},
+    "complex parameters": {"model": Complex},
+    "gradient checkpointing": {"model": Recomputed},
+    "an average of the parameters in the loss": {"model": Taught, "loss": consistent},
+    "detached focal weight": {"loss": focal},
+    "detached soft target": {"loss": soft_target},
+    "detached balance of two losses": {"loss": balanced},
+    "gradient penalty": {"loss": penalised},
+    "energy and forces": {"loss": forces},
+    "adversarial step, held fixed": {"loss": adversarial},
+    "distillation": {"loss": distilled},
+    "gradient reversal": {"model": partial(Net, lambda value: torch.tanh(Reversed.apply(value)))},
+    "straight-through rounding": {"model": partial(Net, straight_through)},
+    "hook on an activation": {"model": partial(Net, halved)},
+    "fake quantisation": {
+        "model": partial(Net, lambda v: torch.fake_quantize_per_tensor_affine(torch.tanh(v), 0.1, 0, -128, 127))
+    },
+}
+
+
+def weight_norm_net() -> nn.Module:
+    model = Net()
+    weight_norm(model.first)
+    return model
+
+
+def spectral_norm_net() -> nn.Module:
+    model = Net()
+    spectral_norm(model.first)
+    return model
+
+
+def trained_again(
+    workload: Workload, trajectory: Trajectory, weights: np.ndarray, first: int, last: int, until: int
+) -> float:
+    """Validation loss at ``until`` of a plain loop, with other weights in ``[first, last)``."""
+    assert workload.optimizer is not None
+    model = trajectory.checkpoint(0).load_into(workload.build_model())
+    optimizer = workload.optimizer(model)
+    model.train()
+    for t in range(until):
+        model.zero_grad()
+        for indices in trajectory.step(t).indices:
+            own = torch.from_numpy(weights[np.array(indices)] if first <= t < last else np.ones(len(indices)))
+            loss = workload.loss(model, workload.batch(indices))
+            (own * loss / (len(indices) * workload.accumulate)).sum().backward()
+        if workload.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), workload.clip_grad_norm)
+        if workload.clip_grad_value is not None:
+            nn.utils.clip_grad_value_(model.parameters(), workload.clip_grad_value)
+        optimizer.step()
+    model.eval()
+    return float(workload.loss(model, workload.validation_set.tensors).mean().detach())  # type: ignore[attr-defined]
+
+
+def differences(workload: Workload, trajectory: Trajectory, window: Window, kind: str) -> np.ndarray:
+    """``-dq / dw_j`` of :data:`SOME` by central differences of the loop."""
+
+    def value(weights: np.ndarray) -> float:
+        if kind == "cumulative":
+            ends = (trained_again(workload, trajectory, weights, 0, end, end) for end in (window.end, window.start))
+            return next(ends) - next(ends)
+        until = window.end if kind == "local" else trajectory.num_steps
+        return trained_again(workload, trajectory, weights, window.start, window.end, until)
+
+    def slope(sample: int) -> float:
+        nudge = NUDGE * np.eye(SAMPLES)[sample]
+        return (value(1 - nudge) - value(1 + nudge)) / (2 * NUDGE)
+
+    return np.array([slope(sample) for sample in SOME])
+
+
+def measure(name: str) -> dict[str, object]:
+    """The row of a case."""
+    settings = {"model": Net, "loss": losses, "optimizer": sgd, "batch_size": BATCH, "epochs": EPOCHS} | CASES[name]
+    workload = Workload(train_set=data(SAMPLES, 0), validation_set=data(16, 1), **settings)
+    row: dict[str, object] = {"training": name}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trajectory = train(workload, Path(folder) / "trajectory")
+            steps = trajectory.num_steps
+            for kind in KINDS:
+                window = Window(1, steps - 1)
+                found = track(trajectory, workload, [window], kind)  # type: ignore[arg-type]
+                scores = found.of(0)
+                exact = differences(workload, trajectory, window, kind)
+                row[kind] = float(np.abs(scores[list(SOME)] - exact).max() / max(np.abs(scores).max(), 1e-300))
+            row["derivative"] = "trace" if found.metadata.get("derivative") else "autograd"
+        except (DitError, RuntimeError) as error:
+            row["derivative"] = f"refused: {str(error)[:150]}"
+    return row
+
+
+def main() -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    table = pd.DataFrame([measure(name) for name in CASES])
+    print(table.to_string(index=False, na_rep="", float_format="%.0e"))
+
+
+if __name__ == "__main__":
+    main()
