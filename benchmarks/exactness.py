@@ -191,6 +191,58 @@ def halved(value: Tensor) -> Tensor:
     return value
 
 
+class Lamb(torch.optim.Optimizer):
+    """Each parameter's step is scaled by norms; written with ``.data``, as many are."""
+
+    def __init__(self, params: Any, lr: float = 0.02) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for value in group["params"]:
+                if value.grad is None:
+                    continue
+                state = self.state[value]
+                if not state:
+                    state["step"], state["first"] = 0, torch.zeros_like(value.data)
+                    state["second"] = torch.zeros_like(value.data)
+                state["step"] += 1
+                for key, beta, part in zip(
+                    ("first", "second"), group["betas"], (value.grad.data, value.grad.data**2), strict=True
+                ):
+                    state[key].mul_(beta).add_(part, alpha=1 - beta)
+                first = state["first"] / (1 - group["betas"][0] ** state["step"])
+                second = state["second"] / (1 - group["betas"][1] ** state["step"])
+                move = first / (second.sqrt() + group["eps"]) + group["weight_decay"] * value.data
+                trust = value.data.norm() / move.norm() if value.dim() > 1 else 1.0
+                value.data.sub_(group["lr"] * trust * move)
+
+
+class Lion(torch.optim.Optimizer):
+    """The sign of a mean gradient."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for value in group["params"]:
+                mean = self.state[value].setdefault("mean", torch.zeros_like(value))
+                value.sub_(group["lr"] * (0.9 * mean + 0.1 * value.grad).sign())
+                mean.lerp_(value.grad, 0.01)
+
+
+class OnlyMatrices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8, bias=False), nn.Linear(8, 3, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(inputs)))
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -208,7 +260,10 @@ def of_torch(name: str, **settings: Any) -> Callable[[nn.Module], torch.optim.Op
 
 
 CASES: dict[str, dict[str, Any]] = {
-    **{f"torch.optim.{name}": {"optimizer": of_torch(name)} for name in OPTIMIZERS},
+    **{f"torch.optim.{name}": {"optimizer": of_torch(name)} for name in OPTIMIZERS if name != "Muon"},
+    "torch.optim.Muon": {"model": OnlyMatrices, "optimizer": of_torch("Muon")},
+    "LAMB, one's own": {"optimizer": lambda model: Lamb(model.parameters())},
+    "Lion, one's own": {"optimizer": lambda model: Lion(model.parameters())},
     "SGD, Nesterov, weight decay": {"optimizer": of_torch("SGD", momentum=0.9, nesterov=True, weight_decay=0.01)},
     "AdamW, AMSGrad, clipping by norm": {"optimizer": of_torch("AdamW", amsgrad=True), "clip_grad_norm": 0.5},
     "clipping by value, two micro-batches a step": {"clip_grad_value": 0.02, "accumulate": 2},

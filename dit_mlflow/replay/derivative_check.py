@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
-from dit_mlflow.replay.directional_derivative import STRIDES, Slope, slope_of_query, slope_of_step
+from dit_mlflow.replay.directional_derivative import slope_of_query, slope_of_step
 from dit_mlflow.replay.double_backward import naming_missing_derivatives
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.loss_step import LossStep
+from dit_mlflow.replay.slope import STRIDES, Slope
 from dit_mlflow.replay.traced_step import TracedStep
 from dit_mlflow.trajectory.record import Record
 from dit_mlflow.trajectory.state import State

@@ -17,7 +17,7 @@ from dit_mlflow.replay.buffers import BuffersApart
 from dit_mlflow.replay.double_backward import PlainAttention, refuse_dead_ends
 from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
 from dit_mlflow.replay.loss_gradient import LossGradient, Term
-from dit_mlflow.replay.optimizers import build_optimizer, set_hyperparameters
+from dit_mlflow.replay.optimizers import build_optimizer, is_others, set_hyperparameters
 from dit_mlflow.replay.running_statistics import running_statistics
 from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.replay.update import Pulled, UpdateAdjoint
@@ -83,14 +83,13 @@ class LossStep(TrainingStep):
         super().__init__(dynamics)
         self.gradient = LossGradient(dynamics)
         self._layout = dynamics.manifest.optimizer
-        self._optimizer = build_optimizer(self._layout)
+        self._optimizer = build_optimizer(self._layout, dynamics.workload)
         parameters, buffers = self.followed_parameters.shapes, self.followed_buffers.shapes
         self.followed_parameters = Flat({name: parameters[name] for group in self._layout.groups for name in group})
         moving = running_statistics(dynamics.model)
         self.follow(Flat({name: shape for name, shape in buffers.items() if name in moving}))
-        self._update_adjoint = UpdateAdjoint(
-            self._layout, self.followed_parameters, self.gradient.clip if self.gradient.clips else None
-        )
+        clip = self.gradient.clip if self.gradient.clips else None
+        self._update_adjoint = UpdateAdjoint(self._layout, self.followed_parameters, self._optimizer, clip)
         self.needs_optimizer_values = self._update_adjoint.needs_values
         self._looked_for_dead_ends = False
         self._warned = False
@@ -119,15 +118,18 @@ class LossStep(TrainingStep):
             raise
         except Exception as error:
             # Settings and state come from the record, and optimizers take what they are given on trust.
+            name = self._layout.name if is_others(self._layout.name) else f"torch.optim.{self._layout.name}"
             raise TrajectoryError(
-                f"torch.optim.{self._layout.name} cannot make step {record.index} with the settings and the state that "
-                f"are recorded: {type(error).__name__}: {error}"
+                f"{name} cannot make step {record.index} with the settings and the state "
+                f"that are recorded: {type(error).__name__}: {error}"
             ) from error
 
     def forward_side_by_side(
         self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, over: State | None = None
     ) -> State:
         """Gradients by one ``vmap``; the optimizers act on each element alone, and so on all copies at once."""
+        if is_others(self._layout.name):
+            raise NotImplementedError(f"{self._layout.name} may step elements together")
         after = state.copy(over)
         values = dict(after.parameters)
         rest = {name: values.pop(name) for name in record.no_gradient | record.zero_gradient if name in values}

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.step_record import Hyperparameters
+from dit_mlflow.workload.workload import Workload
 
 SUPPORTED: dict[str, type[Optimizer]] = {
     cls.__name__: cls
@@ -33,36 +34,42 @@ SUPPORTED: dict[str, type[Optimizer]] = {
 """Optimizers whose step the sweep has been checked to differentiate, against finite differences: all of
 ``torch.optim`` that accept ``differentiable=True``, except Rprop."""
 
-_REFUSED = {
-    "Rprop": "its step depends on the gradient's sign alone, so that every influence would be 0 or undefined",
-    "Muon": "torch.optim.Muon has no differentiable=True",
-    "LBFGS": "it evaluates the loss several times per step, and its line search is not differentiable",
-    "Adafactor": "torch.optim.Adafactor has no differentiable=True",
-    "SparseAdam": "torch.optim.SparseAdam has no differentiable=True; use dense gradients with Adam",
+_REFUSED: dict[type[Optimizer], str] = {
+    torch.optim.Rprop: "its step depends on the gradient's sign alone, so that every influence would be 0 or undefined",
+    torch.optim.LBFGS: "it evaluates the loss several times per step, and its line search is not differentiable",
+    torch.optim.SparseAdam: "it takes sparse gradients alone; use dense ones with Adam",
 }
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The class named by a manifest or an optimizer; raises :class:`UnsupportedError` for any other."""
+    """The class of ``torch.optim`` that a manifest names; raises :class:`UnsupportedError` for any other."""
     if name not in SUPPORTED:
-        reason = _REFUSED.get(name, "influence needs the derivative of its step")
         raise UnsupportedError(
-            f"optimizer {name} is not supported: {reason}. Supported are "
-            f"{', '.join('torch.optim.' + known for known in SUPPORTED)}"
+            f"the trajectory names the optimizer {name!r}; expected one of "
+            f"{', '.join('torch.optim.' + known for known in SUPPORTED)}, or another's module and class"
         )
     return SUPPORTED[name]
+
+
+def is_others(name: str) -> bool:
+    """Whether a manifest's name is of an optimizer that is none of :data:`SUPPORTED`: with the module before it."""
+    return "." in name
+
+
+def _name(cls: type[Optimizer]) -> str:
+    """As manifests have it."""
+    return cls.__name__ if SUPPORTED.get(cls.__name__) is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def describe_optimizer(optimizer: Optimizer, model: nn.Module) -> OptimizerLayout:
     """Class, defaults and parameter names per group.
 
     Raises:
-        UnsupportedError: a class (or subclass) whose step is not known.
+        UnsupportedError: a class that is refused, see :data:`_REFUSED`.
         TrajectoryError: the optimizer holds tensors that are not parameters of ``model``.
     """
-    name = type(optimizer).__name__
-    if type(optimizer) is not optimizer_class(name):
-        raise UnsupportedError(f"optimizer {type(optimizer)} is not torch.optim.{name}; its step is not known")
+    if (reason := _REFUSED.get(type(optimizer))) is not None:
+        raise UnsupportedError(f"optimizer {type(optimizer).__name__} is not supported: {reason}")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
     if foreign:
@@ -71,7 +78,7 @@ def describe_optimizer(optimizer: Optimizer, model: nn.Module) -> OptimizerLayou
             "parameters of the recorded model; record one model with one optimizer"
         )
     return OptimizerLayout(
-        name=name,
+        name=_name(type(optimizer)),
         defaults={key: _plain(value) for key, value in optimizer.defaults.items()},
         groups=tuple(tuple(names[id(parameter)] for parameter in group["params"]) for group in optimizer.param_groups),
     )
@@ -89,7 +96,17 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str,
     """Detached dense copies of the state, by parameter name (``names``: ``id(parameter) -> name``).
 
     Absent values (SGD's momentum before its first step) are left out.
+
+    Raises:
+        UnsupportedError: the state holds something else than tensors and numbers.
     """
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():
+            if value is not None and not isinstance(value, (Tensor, int, float)):
+                raise UnsupportedError(
+                    f"the optimizer {type(optimizer).__name__} keeps its state {key!r} of {names[id(parameter)]!r} "
+                    f"as a {type(value).__name__}; expected tensors and numbers. Keep it in one tensor"
+                )
     return {
         names[id(parameter)]: {
             key: value.detach().to_dense().clone() if isinstance(value, Tensor) else value
@@ -100,8 +117,16 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str,
     }
 
 
-def build_optimizer(layout: OptimizerLayout) -> Optimizer:
-    """PyTorch's optimizer as recorded, over no parameters yet: one empty group for each of the layout."""
+def build_optimizer(layout: OptimizerLayout, workload: Workload) -> Optimizer:
+    """The optimizer as recorded, over no parameters yet: one empty group for each of the layout.
+
+    One that is none of :data:`SUPPORTED` is made by the workload: a record names no code to run.
+
+    Raises:
+        TrajectoryError: it cannot be built, or the workload makes another one.
+    """
+    if is_others(layout.name):
+        return _emptied(layout, workload)
     cls = optimizer_class(layout.name)
     known = inspect.signature(cls).parameters
     defaults = {key: value for key, value in layout.defaults.items() if key in known}
@@ -112,6 +137,24 @@ def build_optimizer(layout: OptimizerLayout) -> Optimizer:
         raise TrajectoryError(
             f"torch.optim.{layout.name} cannot be built with the settings that are recorded, {defaults}: {error}"
         ) from error
+
+
+def _emptied(layout: OptimizerLayout, workload: Workload) -> Optimizer:
+    if workload.optimizer is None:
+        raise TrajectoryError(
+            f"the trajectory was recorded with the optimizer {layout.name}, which is none of torch.optim's "
+            "differentiable ones, so its code has to come from the workload; give Workload(optimizer=lambda model: …)"
+        )
+    optimizer = workload.optimizer(workload.build_model())
+    if _name(type(optimizer)) != layout.name or len(optimizer.param_groups) != len(layout.groups):
+        raise TrajectoryError(
+            f"the workload's optimizer is {_name(type(optimizer))} with {len(optimizer.param_groups)} parameter "
+            f"groups; the trajectory was recorded with {layout.name} and {len(layout.groups)}"
+        )
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group["params"] = []
+    return optimizer
 
 
 def set_hyperparameters(optimizer: Optimizer, recorded: Sequence[Hyperparameters]) -> None:

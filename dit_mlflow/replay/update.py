@@ -8,11 +8,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
 from dit_mlflow.replay.autograd_step import AutogradStep
 from dit_mlflow.replay.closed_forms import AdamStep, SgdStep
+from dit_mlflow.replay.optimizers import is_others
 from dit_mlflow.replay.step_adjoint import PulledGroup, StepAdjoint
+from dit_mlflow.replay.traced_update import TracedUpdate
 from dit_mlflow.replay.update_groups import UpdateGroup, update_groups
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.state import State
@@ -41,6 +44,7 @@ class UpdateAdjoint:
     Args:
         layout: the recorded optimizer.
         held: the parameters that it holds, group after group.
+        optimizer: itself, over no parameters.
         clip: clips gradients by name, differentiably; ``None`` = they are not clipped.
     """
 
@@ -48,12 +52,13 @@ class UpdateAdjoint:
         self,
         layout: OptimizerLayout,
         held: Flat,
+        optimizer: Optimizer,
         clip: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self._clip = clip
         self._layout = layout
         self._held = held
-        self._step = _step_adjoint(layout)
+        self._step = _step_adjoint(layout, held, optimizer)
 
     @property
     def needs_values(self) -> bool:
@@ -123,7 +128,9 @@ def _undefined(groups: Sequence[UpdateGroup], pulled: Sequence[PulledGroup], fla
     return [part[0] for part in flat.split_rows(found)]
 
 
-def _step_adjoint(layout: OptimizerLayout) -> StepAdjoint:
+def _step_adjoint(layout: OptimizerLayout, held: Flat, optimizer: Optimizer) -> StepAdjoint:
+    if is_others(layout.name):
+        return TracedUpdate(optimizer, layout.groups, held)
     if layout.name == "SGD":
         return SgdStep()
     if layout.name in ("Adam", "AdamW"):

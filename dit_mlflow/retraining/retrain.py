@@ -21,6 +21,7 @@ from dit_mlflow.influence.kind import Course, courses
 from dit_mlflow.influence.question import Question
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.replay.optimizers import is_others
 from dit_mlflow.replay.replay import MakeStep, Replay
 from dit_mlflow.retraining.counterfactuals import Baseline, Changes, Counterfactuals, Job, Retraining
 from dit_mlflow.retraining.effort import Effort
@@ -87,7 +88,8 @@ class _Shared:
     @classmethod
     def of(cls, question: Question, replay: Replay, memory_budget: int) -> _Shared:
         # Without what only training and reports need, which may be hard to pickle.
-        lean = replace(question.workload, optimizer=None, scheduler=None, test_set=None, metrics=None)
+        optimizer = question.workload.optimizer if is_others(question.trajectory.manifest.optimizer.name) else None
+        lean = replace(question.workload, optimizer=optimizer, scheduler=None, test_set=None, metrics=None)
         lean = replace(lean, describe=None, show=None, label=None)
         manifest, stored = question.trajectory.manifest, question.trajectory.batches
         dtype = replay.dynamics.dtype

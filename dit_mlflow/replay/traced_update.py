@@ -1,0 +1,224 @@
+"""The vector-Jacobian product of any optimizer's step, from a trace of its own code."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.replay.adjoint import Adjoint, Flat, grad_or_zeros, vector_jacobian
+from dit_mlflow.replay.slope import STRIDES, Slope
+from dit_mlflow.replay.step_adjoint import PulledGroup
+from dit_mlflow.replay.traced import Function, traced
+from dit_mlflow.replay.update_groups import UpdateGroup
+from dit_mlflow.trajectory.state import State
+
+Slot = tuple[str, str]
+"""Name of a parameter, and key of its state."""
+
+
+class TracedUpdate:
+    """An optimizer that is not one of PyTorch's differentiable ones: its ``step``, as it ran, operation by operation.
+
+    State of another shape than its parameter (factored moments) takes the first elements of the parameter's place in
+    an adjoint.
+
+    Args:
+        optimizer: over no parameters; its groups are the recorded ones.
+        groups: names of the parameters in each.
+        held: all of them, group after group.
+
+    Raises:
+        UnsupportedError: its step cannot be traced, has larger state than parameters, or has no derivative in the
+            gradients, or another one than the trace: it reads values out of tensors, rounds, or takes signs alone.
+
+    Cost: a trace for each step (its counters are numbers there), and a backward pass through it. The first, second,
+    fourth, eighth … are held against differences, at the cost of some ten steps of the optimizer.
+    """
+
+    needs_values = True
+
+    def __init__(self, optimizer: Optimizer, groups: Sequence[Sequence[str]], held: Flat) -> None:
+        self._optimizer = optimizer
+        self._groups = groups
+        self._held = held
+        self._name = type(optimizer).__qualname__
+        self._step: Callable[..., Any] = inspect.unwrap(type(optimizer).step)
+        self._calls = 0
+
+    def __call__(
+        self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
+    ) -> list[PulledGroup]:
+        if not groups:
+            return []
+        names = [name for group in groups for name in group.names]
+        settings = {name: dict(group.settings) for group in groups for name in group.names}
+        flat = gradients()
+        parts = [
+            flat[group.gradient].split([self._held.shapes[name].numel() for name in group.names]) for group in groups
+        ]
+        grads = [part.view(self._held.shapes[name]) for name, part in zip(names, sum(parts, ()), strict=True)]
+        before = {(name, key): value for name in names for key, value in state.optimizer.get(name, {}).items()}
+        slots = {slot: value.detach() for slot, value in before.items() if _is_slot(value)}
+        rest = {slot: value for slot, value in before.items() if slot not in slots}
+        after: list[Slot] = []
+
+        def update(*values: Tensor) -> list[Tensor]:
+            moved = {name: value.clone() for name, value in zip(names, values, strict=False)}
+            for name, gradient in zip(names, values[len(names) :], strict=False):
+                moved[name].grad = gradient.clone()
+            entries: dict[str, dict[str, Any]] = defaultdict(dict)
+            for (name, key), value in rest.items():
+                entries[name][key] = value.clone() if isinstance(value, Tensor) else value
+            for (name, key), value in zip(slots, values[2 * len(names) :], strict=True):
+                entries[name][key] = value.clone()
+            left = self._stepped(moved, settings, entries)
+            after[:] = left
+            return [*moved.values(), *left.values()]
+
+        inputs = [*(state.parameters[name].detach() for name in names), *grads, *slots.values()]
+        self._calls += 1
+        # At the first steps, and ever more rarely: some steps go another way than others.
+        if self._calls & (self._calls - 1) == 0:
+            self._check(update, [value.double() for value in inputs], len(names))
+        graph = self._traced(update, inputs)
+        leaves = [value.detach().requires_grad_() for value in inputs]
+        with torch.enable_grad():
+            found = graph(*leaves)
+        places = {name: self._held.slices[name] for name in names}
+        cotangents = [
+            *(adjoint.parameters[:, places[name]].view(-1, *self._held.shapes[name]) for name in names),
+            *(
+                _taken(adjoint, key, self._place(name, value)).view(-1, *value.shape)
+                for (name, key), value in zip(after, found[len(names) :], strict=True)
+            ),
+        ]
+        pulled = vector_jacobian(found, leaves, cotangents, adjoint.rows, batched=True)
+        by_theta, by_gradient = pulled[: len(names)], pulled[len(names) : 2 * len(names)]
+        by_slot = dict(zip(slots, pulled[2 * len(names) :], strict=True))
+        return [self._joined(group, names, by_theta, by_gradient, by_slot, adjoint) for group in groups]
+
+    def _traced(self, update: Function, inputs: Sequence[Tensor]) -> Function:
+        try:
+            return traced(update, inputs, roots=True)
+        except Exception as error:
+            raise UnsupportedError(
+                f"the step of the optimizer {self._name} cannot be traced, and influence needs its derivative: "
+                f"{type(error).__name__}: {error}. Use leave_one_out, which takes no derivative"
+            ) from error
+
+    def _check(self, update: Function, inputs: Sequence[Tensor], count: int) -> None:
+        """Hold a directional derivative of the trace, in float64, against central differences of the step.
+
+        The inputs are ``count`` parameters, their gradients, and state.
+        """
+        random = torch.Generator().manual_seed(0)
+
+        def drawn(value: Tensor) -> Tensor:
+            return torch.randn(value.shape, generator=random, dtype=torch.float64).to(value.device)
+
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        with torch.enable_grad():
+            found = self._traced(update, inputs)(*leaves)
+        weights = [drawn(value) for value in found]
+        # Each element changes by a share of itself: second moments stay positive, and what is 0 stays so.
+        directions = [drawn(value) * value for value in inputs]
+
+        def total(values: Sequence[Tensor]) -> Tensor:
+            return torch.stack([(w * v).sum() for w, v in zip(weights, values, strict=False)]).sum()
+
+        def at(length: float) -> float:
+            moved = [value + length * direction for value, direction in zip(inputs, directions, strict=True)]
+            return total(update(*moved)).item()
+
+        here = total(found)
+        parts = grad_or_zeros(here, leaves, retain_graph=True)
+        # Of the parameters alone: state may take the gradients in, and then their signs.
+        moved = grad_or_zeros(total(found[:count]), leaves[count : 2 * count], retain_graph=True)
+        if not any(bool(part.any()) for part in moved):
+            raise UnsupportedError(
+                f"the step of the optimizer {self._name} has the derivative 0 in the gradients, as where it depends on "
+                "their signs alone, so that every influence would be 0; use leave_one_out"
+            )
+        taken = sum(float((part * direction).sum()) for part, direction in zip(parts, directions, strict=True))
+        size = sum(float((w * v).abs().sum()) for w, v in zip(weights, found, strict=True))
+        slopes = [Slope.between(taken, at(-stride), here.item(), at(stride), stride, size) for stride in STRIDES]
+        if not any(slope.tells and slope.agrees for slope in slopes):
+            raise UnsupportedError(
+                f"the step of the optimizer {self._name} changes by {slopes[0].difference:.6g} in a random direction "
+                f"where the derivative of its trace is {taken:.6g}, so scores would be wrong: it reads values out of "
+                "tensors (.item()), or computes in low precision. Use leave_one_out, which takes no derivative"
+            )
+
+    def _stepped(
+        self, moved: dict[str, Tensor], settings: dict[str, dict[str, Any]], entries: dict[str, dict[str, Any]]
+    ) -> dict[Slot, Tensor]:
+        """One step in place on ``moved``; returns the state that is tensors."""
+        optimizer = self._optimizer
+        for group, names in zip(optimizer.param_groups, self._groups, strict=True):
+            own = [name for name in names if name in moved]
+            if own:
+                group.update(settings[own[0]])
+            group["params"] = [moved[name] for name in own]
+            # Lists of tensors are stepped as single ones are; only the latter can be traced.
+            group.update({flag: False for flag in ("foreach", "fused", "capturable") if flag in group})
+        optimizer.state = defaultdict(dict, {moved[name]: entry for name, entry in entries.items()})
+        try:
+            self._step(optimizer)
+            return {
+                (name, key): value
+                for name, value_of in moved.items()
+                for key, value in optimizer.state.get(value_of, {}).items()
+                if _is_slot(value)
+            }
+        finally:
+            optimizer.state = defaultdict(dict)
+            for group in optimizer.param_groups:
+                group["params"] = []
+
+    def _place(self, name: str, value: Tensor) -> slice:
+        place = self._held.slices[name]
+        if value.numel() > place.stop - place.start:
+            raise UnsupportedError(
+                f"the optimizer {self._name} keeps state of shape {list(value.shape)} for parameter {name!r}, more "
+                "than the parameter has elements, which a sweep cannot carry; use leave_one_out"
+            )
+        return slice(place.start, place.start + value.numel())
+
+    def _joined(
+        self,
+        group: UpdateGroup,
+        names: Sequence[str],
+        by_theta: Sequence[Tensor],
+        by_gradient: Sequence[Tensor],
+        by_slot: dict[Slot, Tensor],
+        adjoint: Adjoint,
+    ) -> PulledGroup:
+        rows, own = adjoint.rows, [names.index(name) for name in group.names]
+        optimizer: dict[str, Tensor] = {}
+        for (name, key), value in by_slot.items():
+            if name in group.names:
+                place, size = self._place(name, value[0]), group.part.stop - group.part.start
+                flat = optimizer.setdefault(key, adjoint.parameters.new_zeros((rows, size)))
+                flat[:, place.start - group.part.start : place.stop - group.part.start] = value.reshape(rows, -1)
+        return PulledGroup(
+            torch.cat([by_theta[place].reshape(rows, -1) for place in own], dim=1),
+            torch.cat([by_gradient[place].reshape(rows, -1) for place in own], dim=1),
+            optimizer,
+        )
+
+
+def _is_slot(value: Any) -> bool:
+    """State that is data; counters are numbers of the trace."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.is_floating_point()
+
+
+def _taken(adjoint: Adjoint, key: str, place: slice) -> Tensor:
+    value = adjoint.optimizer.get(key)
+    return adjoint.parameters.new_zeros((adjoint.rows, place.stop - place.start)) if value is None else value[:, place]

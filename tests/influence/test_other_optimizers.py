@@ -1,0 +1,200 @@
+"""Optimizers that are not PyTorch's differentiable ones: swept through a trace of their step, against differences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import finite_difference, window_effect
+from plain_loop import record, whole
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer
+from workloads import digits_model, digits_workload
+
+from dit_mlflow import (
+    Effort,
+    Trajectory,
+    TrajectoryError,
+    UnsupportedError,
+    Window,
+    Workload,
+    leave_one_out,
+    track,
+    train,
+)
+
+SOME = [0, 5, 11]
+
+
+class Lamb(Optimizer):
+    """Each matrix's step has the length of the matrix; written with ``.data`` and a counter that is a number."""
+
+    def __init__(self, params: Any, lr: float = 0.02) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for value in group["params"]:
+                if value.grad is None:
+                    continue
+                state = self.state[value]
+                if not state:
+                    state["step"] = 0
+                    state["first"], state["second"] = torch.zeros_like(value.data), torch.zeros_like(value.data)
+                state["step"] += 1
+                first, second = state["first"], state["second"]
+                first.mul_(group["betas"][0]).add_(value.grad.data, alpha=1 - group["betas"][0])
+                second.mul_(group["betas"][1]).addcmul_(value.grad.data, value.grad.data, value=1 - group["betas"][1])
+                corrected = first / (1 - group["betas"][0] ** state["step"])
+                move = corrected / (second.sqrt() + 1e-3)
+                trust = value.data.norm() / move.norm() if value.dim() > 1 else 1.0
+                value.data.sub_(group["lr"] * trust * move)
+
+
+class Factored(Optimizer):
+    """Second moments of rows and columns alone, state of other shapes than the parameters', and a 0-dimensional one."""
+
+    def __init__(self, params: Any, lr: float = 0.02) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for value in group["params"]:
+                state, square = self.state[value], value.grad.square() + 1e-6
+                state["count"] = state.get("count", torch.zeros(())) + 1
+                if value.dim() == 1:
+                    state["all"] = torch.lerp(state.get("all", square), square, 0.3)
+                    value.sub_(group["lr"] * value.grad / state["all"].sqrt())
+                    continue
+                for axis, key in enumerate(("row", "column")):
+                    mean = square.mean(dim=1 - axis)
+                    state[key] = torch.lerp(state.get(key, mean), mean, 0.3)
+                factored = torch.outer(state["row"], state["column"]) / state["row"].mean()
+                value.sub_(group["lr"] * value.grad / factored.sqrt())
+
+
+class Mine(SGD):
+    """A subclass that does something else."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for value in group["params"]:
+                value.sub_(group["lr"] * torch.tanh(3 * value.grad))
+
+
+class Signs(Optimizer):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for value in self.param_groups[0]["params"]:
+            mean = self.state[value].setdefault("mean", torch.zeros_like(value))
+            mean.lerp_(value.grad, 0.5)
+            value.sub_(0.01 * mean.sign())
+
+
+class Reading(Optimizer):
+    """Divides by a norm that it reads out."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for value in self.param_groups[0]["params"]:
+            value.sub_(0.1 * value.grad / (0.1 + value.grad.norm().item()))
+
+
+def of(cls: Any, **settings: Any) -> Workload:
+    return digits_workload(optimizer=lambda model: cls(model.parameters(), **settings))
+
+
+@pytest.mark.parametrize("kind", ["local", "final", "cumulative"])
+@pytest.mark.parametrize(
+    "cls", [Lamb, Factored, lambda parameters: Mine(parameters, lr=0.3)], ids=["lamb", "factored", "mine"]
+)
+def test_scores_and_leave_one_out_are_those_of_the_loop(tmp_path: Path, cls: Any, kind: Any) -> None:
+    workload = of(cls)
+    trajectory = train(workload, tmp_path / "t")
+    assert trajectory.verify(workload).max_drift == 0
+    window = Window(2, 8)
+    scores = track(trajectory, workload, [window], kind, dtype=torch.float64).of(0)
+    exact = finite_difference(workload, trajectory, window, kind, SOME, 1e-5)
+    assert np.abs(scores[SOME] - exact).max() < 1e-6 * np.abs(scores).max()
+    removed = leave_one_out(trajectory, workload, [window], kind, samples=SOME).of(0)[SOME]
+    expected = [window_effect(workload, trajectory, window, kind, j, 0.0) for j in SOME]
+    np.testing.assert_allclose(removed, expected, rtol=1e-7)
+
+
+def test_with_clipping_groups_and_workers(tmp_path: Path) -> None:
+    def optimizer(model: Any) -> Optimizer:
+        return Lamb([{"params": model[0].parameters(), "lr": 0.05}, {"params": model[2].parameters()}])
+
+    workload = digits_workload(optimizer=optimizer, clip_grad_norm=0.2)
+    trajectory = train(workload, tmp_path / "t")
+    (window,) = whole(trajectory)
+    scores = track(trajectory, workload, [window], dtype=torch.float64).of(0)
+    exact = finite_difference(workload, trajectory, window, "local", SOME, 1e-5)
+    assert np.abs(scores[SOME] - exact).max() < 1e-6 * np.abs(scores).max()
+    here, there = (
+        leave_one_out(trajectory, workload, [window], samples=SOME, effort=effort).of(0)[SOME]
+        for effort in (None, Effort(jobs=2))
+    )
+    np.testing.assert_array_equal(here, there)
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (Signs, "Signs has the derivative 0 in the gradients"),
+        (Reading, r"Reading changes by .* where the derivative of its trace is .*\.item\(\)"),
+        (torch.optim.Adafactor, r"Adafactor changes by .*\.item\(\)"),
+    ],
+)
+def test_steps_without_a_right_derivative_are_refused_and_leave_one_out_goes_on(
+    tmp_path: Path, cls: Any, message: str
+) -> None:
+    workload = of(cls)
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(UnsupportedError, match=message):
+        track(trajectory, workload, whole(trajectory))
+    (window,) = whole(trajectory)
+    removed = leave_one_out(trajectory, workload, [window], samples=SOME).of(0)[SOME]
+    expected = [window_effect(workload, trajectory, window, "local", j, 0.0) for j in SOME]
+    np.testing.assert_allclose(removed, expected, rtol=1e-7)
+
+
+def test_its_code_comes_from_the_workload_and_from_nowhere_else(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = digits_model()
+    trajectory = record(tmp_path / "t", model, Lamb(model.parameters()))
+    assert trajectory.manifest.optimizer.name == f"{Lamb.__module__}.Lamb"
+    with pytest.raises(TrajectoryError, match=r"recorded with the optimizer .*Lamb.*give Workload\(optimizer="):
+        track(trajectory, digits_workload(optimizer=None), whole(trajectory))
+    with pytest.raises(TrajectoryError, match=r"the workload's optimizer is Adam; .* recorded with .*Lamb"):
+        track(trajectory, of(Adam), whole(trajectory))
+    assert np.isfinite(track(Trajectory.open(tmp_path / "t"), of(Lamb), whole(trajectory)).scores).all()
+
+
+def test_state_that_is_no_tensor_or_number_is_refused_when_recorded(tmp_path: Path) -> None:
+    class Listing(Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for value in self.param_groups[0]["params"]:
+                past: list[Tensor] = self.state[value].setdefault("past", [])
+                past.append(value.grad.clone())
+                value.sub_(0.1 * past[0])
+
+    model = digits_model()
+    with pytest.raises(UnsupportedError, match=r"Listing keeps .*'past'.* list"):
+        record(tmp_path / "t", model, Listing(model.parameters()))
