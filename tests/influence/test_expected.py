@@ -222,9 +222,10 @@ def test_intervals_of_95_percent_cover(pairs: int, tmp_path: Path) -> None:
 
 
 def test_pairs_with_a_long_or_broken_draw_do_not_count() -> None:
-    """Three pairs; windows: all alike, one draw long, one not finite, all broken, most of them 0."""
+    """Three pairs; windows: as long as may be, one draw long, one not finite, all broken, most of them 0."""
     means = np.arange(1.0, 4.0)[:, None, None, None] * np.ones((3, 5, 1, 2))
     lengths = np.ones((3, 2, 5, 1))
+    lengths[2, 0, 0] = 3.0
     lengths[1, 0, 1] = 3.01
     lengths[2, 1, 2] = np.nan
     lengths[:, 0, 3] = np.inf
