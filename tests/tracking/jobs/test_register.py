@@ -17,7 +17,7 @@ import stores
 import torch
 from mlflow import MlflowClient
 from stores import Store, tracking
-from test_influence_job import mlflow_run, runs
+from test_influence_job import entry_point, runs
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
@@ -354,18 +354,18 @@ def test_a_training_without_a_model_is_told_how_to_log_one(store: str) -> None:
     assert register_influence(influence_run, "digits").created
 
 
-def test_from_mlflow_run(pair: tuple[str, str]) -> None:
+def test_from_its_entry_point(pair: tuple[str, str]) -> None:
     training_run, influence_run = pair
-    done = mlflow_run("register", influence_run=influence_run, model_name="it's digits")
-    assert done.returncode == 0, done.stderr
+    done = entry_point("register", influence_run=influence_run, model_name="it's digits")
+    assert done.exit_code == 0, done.output
     assert "#/models/it%27s%20digits/versions/1?workflowType=machine_learning" in done.stdout
     (job,) = runs("registration")
     assert (job.info.status, job.info.run_name) == ("FINISHED", "register it's digits")
     assert job.data.tags["dit.influence_run_id"] == influence_run
     assert load_influence("models:/it's digits/1").scores.tobytes() == load_influence(influence_run).scores.tobytes()
 
-    refused = mlflow_run("register", influence_run=training_run, model_name="digits")
-    assert refused.returncode != 0
+    refused = entry_point("register", influence_run=training_run, model_name="digits")
+    assert refused.exit_code == 1
     assert "has no artifact influence/" in refused.stderr
     assert {run.info.status for run in runs("registration")} == {"FINISHED", "FAILED"}
 
