@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,11 +367,3 @@ def test_from_its_entry_point(pair: tuple[str, str]) -> None:
     assert refused.exit_code == 1
     assert "has no artifact influence/" in refused.stderr
     assert {run.info.status for run in runs("registration")} == {"FINISHED", "FAILED"}
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Exports of one model warn each time of the same."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
