@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 # One thread: the tests' models are small, and their subprocesses must replay with the same number.
@@ -10,6 +13,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Nobody is told that tests ran; MLflow would also keep a number for this machine in the home folder.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(__file__).parents[1] / ".pytest_cache" / "hypothesis"))
+
+# What the tables measure is measured in every session, once for all its workers.
+if "DIT_REPRODUCTION_MEMORY" not in os.environ:
+    os.environ["DIT_REPRODUCTION_MEMORY"] = tempfile.mkdtemp(prefix="dit-reproduction-")
+    atexit.register(shutil.rmtree, os.environ["DIT_REPRODUCTION_MEMORY"], ignore_errors=True)
 
 import pytest
 import torch

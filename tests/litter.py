@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +18,16 @@ OF_PROGRAMS = (".config/mlflow", ".config/chromium", ".cache/dit-mlflow", ".cach
 
 def there() -> set[Path]:
     """All in the clone's root; of its parent and the home folder, where other programs write, what tests could make."""
-    found = {path for path in REPOSITORY.iterdir() if path.name not in OF_TOOLS}
+    found = {path for path in REPOSITORY.iterdir() if path.name not in OF_TOOLS and path not in _asked_for()}
     for folder in {REPOSITORY.parent, Path.home()} - {REPOSITORY}:
         found |= {path for path in folder.iterdir() if _of_a_store(path)}
     return found | {path for path in map(Path.home().joinpath, OF_PROGRAMS) if path.exists()}
+
+
+def _asked_for() -> set[Path]:
+    """Where pictures are to be kept."""
+    folder = os.environ.get("DIT_SCREENSHOTS")
+    return {*Path(folder).absolute().parents, Path(folder).absolute()} if folder else set()
 
 
 def _of_a_store(path: Path) -> bool:

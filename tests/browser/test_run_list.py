@@ -9,7 +9,7 @@ from world import WINDOWS
 def test_runs_stand_at_top_level_and_windows_open_below_in_order(page, site, shot, names) -> None:
     page.goto(site.runs())
     expect(page.get_by_role("link", name="influence mnist logreg local", exact=True)).to_be_visible()
-    expect(page.get_by_text("19 matching runs")).to_be_visible()
+    expect(page.get_by_text("16 matching runs")).to_be_visible()
     top = [
         "compare mnist logreg local",
         "influence mnist logreg cumulative",
