@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,7 +31,6 @@ WIDTH, HEIGHT = 1400, 900
 WAIT = 60_000
 """Milliseconds for something to appear: a machine with other work is slow, and what is there is not waited for."""
 LOCAL = {"127.0.0.1", None}
-SCREENSHOTS = "build/screenshots"
 REQUIRED = os.environ.get("DIT_REQUIRE_SERVERS") == "1"
 
 MLFLOWS_OWN = (
@@ -86,8 +86,10 @@ def launched() -> Iterator[Any]:
     """A Playwright ``Browser``."""
     from playwright.sync_api import expect, sync_playwright
 
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=chromium(), args=list(ARGUMENTS))
+    # Chromium writes reports of crashes, and settings of its toolkit, below the home folder.
+    with TemporaryDirectory(prefix="dit-chromium-") as folder, sync_playwright() as playwright:
+        environment = {**os.environ, "XDG_CONFIG_HOME": folder, "XDG_CACHE_HOME": folder}
+        found = playwright.chromium.launch(executable_path=chromium(), args=list(ARGUMENTS), env=environment)
         expect.set_options(timeout=WAIT)
         yield found
         found.close()
@@ -134,9 +136,9 @@ def mlflows_own(text: str, place: str) -> bool:
 
 
 @pytest.fixture
-def shot(page: Any) -> Shot:
-    """Keeps a picture of the page as it is now: ``shot("name")`` is ``name.png`` in ``DIT_SCREENSHOTS``."""
-    folder = Path(os.environ.get("DIT_SCREENSHOTS") or Path(__file__).parents[1] / SCREENSHOTS)
+def shot(page: Any, tmp_path: Path) -> Shot:
+    """A picture of the page as it is now: ``shot("name")`` is ``name.png`` in ``DIT_SCREENSHOTS``, which is kept."""
+    folder = Path(os.environ.get("DIT_SCREENSHOTS") or tmp_path / "screenshots")
     folder.mkdir(parents=True, exist_ok=True)
 
     def take(name: str) -> Path:

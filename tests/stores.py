@@ -78,6 +78,18 @@ def database(folder: Path, artifacts: str = "") -> str:
     return f"sqlite:///{path}"
 
 
+def copy(source: Path, target: Path) -> None:
+    """Make the SQLite store in ``target`` what that in ``source`` is; both have their own files.
+
+    The database is written in place: MLflow holds it open. Nor may a store move: MLflow remembers where a run's
+    artifacts are.
+    """
+    shutil.rmtree(target / "artifacts", ignore_errors=True)
+    shutil.copytree(source / "artifacts", target / "artifacts")
+    with closing(sqlite3.connect(source / "mlflow.db")) as read, closing(sqlite3.connect(target / "mlflow.db")) as made:
+        read.backup(made)
+
+
 @cache
 def empty_database() -> Path:
     """Made once: MLflow's tables come from its whole history of migrations, which takes a second or more."""
@@ -221,14 +233,15 @@ def postgresql_user() -> str | None:
 def tracking(
     chosen: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str = "test"
 ) -> Iterator[None]:
-    """Track to a store, in a new experiment."""
+    """Track to a store, in an experiment that is made if it is not there."""
     for name, value in chosen.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", chosen.uri)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(chosen.uri)
-    MlflowClient().create_experiment(experiment, artifact_location=chosen.artifacts)
+    if mlflow.get_experiment_by_name(experiment) is None:
+        MlflowClient().create_experiment(experiment, artifact_location=chosen.artifacts)
     mlflow.set_experiment(experiment)
     try:
         yield

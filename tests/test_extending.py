@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,12 @@ import pytest
 import stores
 import torch
 from building import LOSS_DROP
+from click.testing import CliRunner
 from oracles import finite_difference
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload
 
+from dit_mlflow.cli import cli
 from dit_mlflow.replay.optimizers import SUPPORTED
 from dit_mlflow.tracking import load_trajectory
 
@@ -43,6 +42,7 @@ def test_the_method_is_the_distribution_that_the_tests_build() -> None:
 
 def test_the_workload_is_found_trained_and_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIT_MLFLOW_CACHE", str(tmp_path / "cache"))
     project, use = blocks("workload.md")
     Path("wine").mkdir()
     Path("wine/__init__.py").write_text(project, encoding="utf-8")
@@ -55,15 +55,9 @@ def test_the_workload_is_found_trained_and_swept(tmp_path: Path, monkeypatch: py
         scores = influence.of(window)[list(samples)]
         np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     (command,) = re.findall(r"^ +dit-mlflow (.+)$", (PAGES / "workload.md").read_text(encoding="utf-8"), re.M)
-    with stores.sqlite(tmp_path) as store:
-        finished = subprocess.run(
-            [sys.executable, "-m", "dit_mlflow.cli", *command.split()],
-            env={**os.environ, "MLFLOW_TRACKING_URI": store.uri},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert finished.returncode == 0, finished.stderr
+    with stores.sqlite(tmp_path) as store, stores.tracking(store, tmp_path, monkeypatch):
+        finished = CliRunner().invoke(cli, command.split())
+    assert finished.exit_code == 0, finished.output
     (agreement,) = re.findall(r"^Whole run: Spearman ([01]\.\d+)", finished.stdout, re.M)
     assert float(agreement) > 0.9
 
@@ -81,14 +75,10 @@ def test_the_trainer_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = digits_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     loader = DataLoader(datasets()[0], batch_size=8, shuffle=True)
-    with stores.sqlite(tmp_path) as store:
-        mlflow.set_tracking_uri(store.uri)
-        try:
-            with mlflow.start_run() as recorded:
-                page["Trainer"](model, optimizer, loader, page["TrajectoryCallback"]()).fit(epochs=2)
-            trajectory = load_trajectory(recorded.info.run_id)
-        finally:
-            mlflow.set_tracking_uri(None)
+    with stores.sqlite(tmp_path) as store, stores.tracking(store, tmp_path, monkeypatch):
+        with mlflow.start_run() as recorded:
+            page["Trainer"](model, optimizer, loader, page["TrajectoryCallback"]()).fit(epochs=2)
+        trajectory = load_trajectory(recorded.info.run_id)
     assert (trajectory.complete, trajectory.epoch_ends) == (True, (3, 6))
     assert trajectory.verify(digits_workload()).max_drift == 0
     last = trajectory.checkpoint(6).parameters

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -25,9 +27,15 @@ def sample_losses(model: nn.Module, batch: Any) -> Tensor:
     return cross_entropy(model(inputs), targets, reduction="none")
 
 
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Read once: some tests ask for every sample anew."""
+    return load_digits(n_class=3, return_X_y=True)
+
+
 def datasets() -> tuple[TensorDataset, TensorDataset]:
-    images, labels = load_digits(n_class=3, return_X_y=True)
-    inputs, targets = torch.from_numpy(images / 16).float(), torch.from_numpy(labels)
+    images, labels = _digits()
+    inputs, targets = torch.from_numpy(images / 16).float(), torch.from_numpy(labels.copy())
     return (
         TensorDataset(inputs[:SAMPLES], targets[:SAMPLES]),
         TensorDataset(inputs[100:116], targets[100:116]),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +46,11 @@ def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[S
     folder = (own if worker_id == "master" else own.parent) / "browser-world"
     folder.mkdir(exist_ok=True)
     story = folder / "world.json"
-    with FileLock(f"{folder}.lock"):
-        if not story.exists():
-            with stores.server(folder) as server:
+    with ExitStack() as running:
+        with FileLock(f"{folder}.lock"):
+            server = running.enter_context(stores.server(folder))
+            if not story.exists():
                 story.write_text(world.saved(world.build(server.uri, folder)))
-    with stores.server(folder) as server:
         yield Site(server.uri, world.restored(story.read_text()))
 
 

@@ -68,7 +68,7 @@ def _built() -> World:
     said = run("influence", *small)
     run("train", "--init-seed", "1", *small)
     second, first = found(experiment, "training")
-    run("influence", "--training-run", first, "--kind", "cumulative")
+    run("influence", "--training-run", first, "--kind", "cumulative", "--windows", "2")
     cumulative, local = found(experiment, "influence")
     methods = ["--methods", ",".join(METHODS), "--subsets", "4"]
     said_of_methods = run("compare", "--training-run", first, *methods)

@@ -147,7 +147,7 @@ def test_self_influence_is_the_diagonal(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.scores[:, 0], np.diagonal(every.scores, axis1=1, axis2=2), rtol=1e-10)
     for j in (3, 11):
         expected = finite_difference(
-            workload, trajectory, windows[0], "local", [j], 1e-5, lambda model, j=j: float(queries[j](model))
+            workload, trajectory, windows[0], "local", [j], 1e-5, lambda model, j=j: queries[j](model).item()
         )
         assert found.of(windows[0])[j] == pytest.approx(expected[0], rel=1e-6)
 

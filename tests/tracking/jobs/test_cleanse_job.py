@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from test_influence_job import SMALL, artifact_names, check_figures, children, inputs, mlflow_run, runs
+from test_influence_job import SMALL, artifact_names, check_figures, children, entry_point, inputs, runs
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -46,9 +46,9 @@ def strategies(kind: str = "cleansed") -> dict[str, Run]:
     return {run.info.run_name: run for run in children(parent) if run.data.tags["dit.kind"] == kind}
 
 
-def test_drop_from_mlflow_run(store: str) -> None:
-    finished = mlflow_run("cleanse", **QUICK, corrupt="0.2", order_seed="3")
-    assert finished.returncode == 0, finished.stderr
+def test_drop_from_its_entry_point(store: str) -> None:
+    finished = entry_point("cleanse", **QUICK, corrupt="0.2", order_seed="3")
+    assert finished.exit_code == 0, finished.output
     (parent,), (training,) = runs("cleansing"), runs("training")
     assert {run.info.status for run in runs()} == {"FINISHED"}
     tried = strategies()

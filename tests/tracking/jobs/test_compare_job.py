@@ -14,7 +14,7 @@ import pytest
 from building import LOSS_DROP, wheel_of
 from click.testing import CliRunner
 from scipy import stats
-from test_influence_job import SMALL, artifact_names, check_figures, children, mlflow_run, runs
+from test_influence_job import SMALL, artifact_names, check_figures, children, entry_point, runs
 
 from dit_mlflow import methods
 from dit_mlflow.cli import cli
@@ -30,9 +30,9 @@ def compare(**options: str) -> Any:
     return CliRunner().invoke(cli, ["compare", *arguments])
 
 
-def test_all_methods_from_mlflow_run(store: str) -> None:
-    finished = mlflow_run("compare", **SMALL, corrupt="0.2", windows="2")
-    assert finished.returncode == 0, finished.stderr
+def test_all_methods_from_its_entry_point(store: str) -> None:
+    finished = entry_point("compare", **SMALL, corrupt="0.2", windows="2")
+    assert finished.exit_code == 0, finished.output
     (parent,) = runs("comparison")
     (training,) = runs("training")
     found = {child.data.tags["dit.method"]: child for child in children(parent)}

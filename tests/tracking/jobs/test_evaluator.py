@@ -230,7 +230,7 @@ def test_a_run_that_is_something_else_stays_that_and_tables_are_not_added_to(sto
 
 
 @pytest.mark.parametrize("model_type", ["classifier", "regressor", "question-answering", None])
-def test_evaluations_of_other_types_are_not_ours(model_type: str | None) -> None:
+def test_evaluations_of_other_types_are_not_ours(model_type: str | None, store: str) -> None:
     assert "dit" in evaluator_registry._model_evaluation_registry._registry
     for evaluators in (None, "default"):
         bundles = resolve_evaluators_and_configs(evaluators, {}, model_type)

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import mlflow
+import processes
 import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
-from dit_mlflow.cli import cli
+from dit_mlflow.cli import cli, run_job
 from dit_mlflow.tracking.jobs.signals import ending_on_signals
 from dit_mlflow.tracking.store.failed_run import fail_project_run
+from dit_mlflow.tracking.store.run_log import log_points, project_run
 
 INTERRUPTED_IMPORT = """
 import sys
@@ -53,19 +56,17 @@ def test_the_reason_is_told_although_the_run_is_gone(store: str, monkeypatch: py
     assert "kind='foo'" in finished.output
 
 
-LOGGING_JOB = """
-import mlflow
-from dit_mlflow.cli import run_job
-from dit_mlflow.tracking.store.run_log import log_points, project_run
+def log_without_end(ready: Callable[[], None], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
 
-def job(run_id):
-    with project_run(run_id, "job", {}):
-        print("ready", flush=True)
-        for step in range(10**6):
-            log_points((f"m{name}", step, 1.0) for name in range(200))
+    def job(run_id: str | None) -> str:
+        with project_run(run_id, "job", {}):
+            ready()
+            for step in range(10**6):
+                log_points((f"m{name}", step, 1.0) for name in range(200))
+        return "it ended"
 
-run_job("influence", job)
-"""
+    run_job("influence", job)
 
 
 @pytest.mark.parametrize(
@@ -80,17 +81,15 @@ run_job("influence", job)
 def test_signals_in_the_middle_of_logging_end_the_run(store: str, sent: list[signal.Signals], code: int | None) -> None:
     """MLflow's transactions hold the database's lock: broken off inside of one, no run could be ended any more."""
     run = MlflowClient().create_run("1")
-    environment = {**os.environ, "MLFLOW_RUN_ID": run.info.run_id}
-    command = [sys.executable, "-c", LOGGING_JOB]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
-        assert job.stdout is not None and job.stdout.readline() == "ready\n"
+    with processes.running(log_without_end, {"MLFLOW_TRACKING_URI": store, "MLFLOW_RUN_ID": run.info.run_id}) as job:
+        assert job.pid is not None
         time.sleep(0.3)
         for number in sent:
-            job.send_signal(number)
+            os.kill(job.pid, number)
             time.sleep(0.03)
-        _, said = job.communicate(timeout=60)
-    assert job.returncode == code if code is not None else job.returncode not in (0, None), said
-    assert mlflow.get_run(run.info.run_id).info.status == "FAILED", said
+        job.join(60)
+        assert job.exitcode == code if code is not None else job.exitcode not in (0, None)
+    assert mlflow.get_run(run.info.run_id).info.status == "FAILED"
 
 
 def test_a_signal_in_the_first_moments_ends_the_run_that_mlflow_made(store: str) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import html
 import re
-import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import stores
 import torch
 from mlflow import MlflowClient
-from stores import Store
-from test_influence_job import mlflow_run, runs
+from stores import Store, tracking
+from test_influence_job import entry_point, runs
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
@@ -49,10 +51,37 @@ def asked(training_run: str, workload: Workload, windows: str = "3", kind: str =
     return str(answer.run.info.run_id)
 
 
-def trained_and_asked() -> tuple[str, str]:
+def trained_and_asked(windows: str = "3") -> tuple[str, str]:
     workload = described_workload()
     training_run = run_training(workload)
-    return training_run, asked(training_run, workload)
+    return training_run, asked(training_run, workload, windows)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A SQLite store in ``folder`` with :func:`trained_and_asked`, and what it was then in ``kept``."""
+
+    folder: Path
+    kept: Path
+    pair: tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Answered:
+    folder, kept, cache = map(tmp_path_factory.mktemp, ("answered", "kept", "cache"))
+    with pytest.MonkeyPatch.context() as patch, stores.sqlite(folder) as store, tracking(store, folder, patch):
+        patch.setenv("DIT_MLFLOW_CACHE", str(cache))
+        pair = trained_and_asked()
+    stores.copy(folder, kept)
+    return Answered(folder, kept, pair)
+
+
+@pytest.fixture
+def pair(answered: Answered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """A training run, and an influence run on it, in a store that holds nothing else."""
+    stores.copy(answered.kept, answered.folder)
+    with stores.sqlite(answered.folder) as store, tracking(store, tmp_path, monkeypatch):
+        yield answered.pair
 
 
 def model_of(training_run: str) -> str:
@@ -86,7 +115,7 @@ def model_metrics(model_id: str) -> list[tuple[str, int, float, str, str | None]
 
 
 def test_registered_influence_comes_back_and_twice_is_once(any_store: Store) -> None:
-    training_run, influence_run = trained_and_asked()
+    training_run, influence_run = trained_and_asked(windows="2")
     name = f"digits {influence_run}"
     done = register_influence(influence_run, name)
     model_id = model_of(training_run)
@@ -116,8 +145,8 @@ def test_registered_influence_comes_back_and_twice_is_once(any_store: Store) -> 
     assert load_influence(f"runs:/{influence_run}/ground_truth").method == "leave_one_out"
 
 
-def test_metrics_of_the_model_are_those_of_the_run_beside_their_data_set(store: str) -> None:
-    training_run, influence_run = trained_and_asked()
+def test_metrics_of_the_model_are_those_of_the_run_beside_their_data_set(pair: tuple[str, str]) -> None:
+    training_run, influence_run = pair
     model_id = model_of(training_run)
     before = model_metrics(model_id)
     register_influence(influence_run, "digits")
@@ -134,8 +163,8 @@ def test_metrics_of_the_model_are_those_of_the_run_beside_their_data_set(store: 
     assert added["mean_over_windows/detection/auroc"][2] == pytest.approx(np.mean([m.value for m in history]))
 
 
-def test_the_description_names_the_samples_and_shows_their_texts_as_they_are(store: str) -> None:
-    _, influence_run = trained_and_asked()
+def test_the_description_names_the_samples_and_shows_their_texts_as_they_are(pair: tuple[str, str]) -> None:
+    _, influence_run = pair
     version = register_influence(influence_run, "digits").version
     text = version.description
     influence = load_influence(influence_run)
@@ -164,8 +193,8 @@ def test_the_description_names_the_samples_and_shows_their_texts_as_they_are(sto
     assert version.tags["dit.fidelity"] == f"Spearman {spearman:.3f} to exact leave-one-out"
 
 
-def test_another_run_of_the_model_replaces_the_influence_and_nothing_that_people_wrote(store: str) -> None:
-    training_run, first_run = trained_and_asked()
+def test_another_run_of_the_model_replaces_the_influence_and_nothing_that_people_wrote(pair: tuple[str, str]) -> None:
+    training_run, first_run = pair
     client = MlflowClient()
     client.log_text(first_run, "of the first run alone", "influence/notes/extra.txt")
     elsewhere = register_influence(first_run, "elsewhere")
@@ -205,7 +234,7 @@ def test_the_model_of_a_loop_of_ones_own(store: str) -> None:
                 sample_losses(model, batch).mean().backward()
                 optimizer.step()
         logged = [log_model(model, name).model_id for name in ("a", "b")]
-    influence_run = asked(run.info.run_id, digits_workload(optimizer=None))
+    influence_run = asked(run.info.run_id, digits_workload(optimizer=None), windows="1")
     with pytest.raises(InputError, match=rf"logged 2 models: .*{logged[0]}.*say which") as refused:
         register_influence(influence_run, "own")
     assert logged[1] in str(refused.value)
@@ -231,15 +260,15 @@ def test_the_influence_model_of_a_loop_of_ones_own_asks_the_workload_of_the_infl
                 sample_losses(model, batch).mean().backward()
                 optimizer.step()
         log_model(model, "a")
-    influence_run = asked(run.info.run_id, load_workload("workloads:digits_workload"))
+    influence_run = asked(run.info.run_id, load_workload("workloads:digits_workload"), windows="1")
     assert "rows" in register_job(RegistrationRequest(influence_run, "own", influence_model="rows"))
     answered = mlflow.pyfunc.load_model("models:/rows/1")
     rows = pd.DataFrame(datasets()[1].tensors[0][:2].numpy()).assign(target=[0, 1])
     assert set(answered.predict(rows)["side"]) == {"harmful", "helpful"}
 
 
-def test_deleted_runs_are_refused_at_the_beginning(store: str) -> None:
-    training_run, influence_run = trained_and_asked()
+def test_deleted_runs_are_refused_at_the_beginning(pair: tuple[str, str]) -> None:
+    training_run, influence_run = pair
     client = MlflowClient()
     for deleted in (influence_run, training_run):
         client.delete_run(deleted)
@@ -251,8 +280,8 @@ def test_deleted_runs_are_refused_at_the_beginning(store: str) -> None:
     assert not client.search_registered_models()
 
 
-def test_what_is_refused_and_changes_nothing(store: str) -> None:
-    training_run, influence_run = trained_and_asked()
+def test_what_is_refused_and_changes_nothing(pair: tuple[str, str]) -> None:
+    training_run, influence_run = pair
     client = MlflowClient()
     other_training = run_training(digits_workload(epochs=2))
     other_model = model_of(other_training)
@@ -315,7 +344,7 @@ def test_a_training_without_a_model_is_told_how_to_log_one(store: str) -> None:
 
     workload = digits_workload(model=Branching)
     training_run = run_training(workload)
-    influence_run = asked(training_run, workload)
+    influence_run = asked(training_run, workload, windows="1")
     with pytest.raises(InputError, match=r"logged no model.*mlflow\.pytorch\.log_model"):
         register_influence(influence_run, "digits")
     # What the message says works.
@@ -324,25 +353,17 @@ def test_a_training_without_a_model_is_told_how_to_log_one(store: str) -> None:
     assert register_influence(influence_run, "digits").created
 
 
-def test_from_mlflow_run(store: str) -> None:
-    training_run, influence_run = trained_and_asked()
-    done = mlflow_run("register", influence_run=influence_run, model_name="it's digits")
-    assert done.returncode == 0, done.stderr
+def test_from_its_entry_point(pair: tuple[str, str]) -> None:
+    training_run, influence_run = pair
+    done = entry_point("register", influence_run=influence_run, model_name="it's digits")
+    assert done.exit_code == 0, done.output
     assert "#/models/it%27s%20digits/versions/1?workflowType=machine_learning" in done.stdout
     (job,) = runs("registration")
     assert (job.info.status, job.info.run_name) == ("FINISHED", "register it's digits")
     assert job.data.tags["dit.influence_run_id"] == influence_run
     assert load_influence("models:/it's digits/1").scores.tobytes() == load_influence(influence_run).scores.tobytes()
 
-    refused = mlflow_run("register", influence_run=training_run, model_name="digits")
-    assert refused.returncode != 0
+    refused = entry_point("register", influence_run=training_run, model_name="digits")
+    assert refused.exit_code == 1
     assert "has no artifact influence/" in refused.stderr
     assert {run.info.status for run in runs("registration")} == {"FINISHED", "FAILED"}
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Exports of one model warn each time of the same."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield

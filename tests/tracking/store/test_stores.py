@@ -88,13 +88,13 @@ def test_main_job_trains_and_answers_then_answers_again_from_the_store(any_store
         "epochs": "2",
         "batch_size": "16",
     }
-    main_job(Request(settings=small, windows="2", ground_truth="4"))
+    main_job(Request(settings=small, windows="1", ground_truth="4"))
     (training,) = runs("training")
     (first,) = runs("influence")
-    main_job(Request(training_run=training.info.run_id, windows="2", ground_truth="none"))
+    main_job(Request(training_run=training.info.run_id, windows="1", ground_truth="none"))
     second = next(run for run in runs("influence") if run.info.run_id != first.info.run_id)
     assert {run.info.status for run in runs()} == {"FINISHED"}
-    assert len(runs("window")) == 4
+    assert len(runs("window")) == 2
     scores = [load_influence(run.info.run_id).scores for run in (first, second)]
     np.testing.assert_array_equal(*scores)
     assert np.isfinite(load_influence(first.info.run_id, "ground_truth").of(0)).sum() == 4
