@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dit_mlflow.evaluation.figures import LOSS
 from dit_mlflow.influence.query import CHUNK
-from dit_mlflow.workload import Workload, to_like
+from dit_mlflow.workload import Batch, Workload, to_like
 from dit_mlflow.workload.random_state import fixed_draws
+from dit_mlflow.workload.without_graph import without_graph
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,16 @@ def sample_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -
     size = len(dataset)  # type: ignore[arg-type]
     like = next(model.parameters())
     parts: dict[str, list[np.ndarray]] = {}
-    with torch.no_grad(), fixed_draws(like.device):
+    with fixed_draws(like.device):
         for start in range(0, size, CHUNK):
             indices = range(start, min(start + CHUNK, size))
             batch = to_like(workload.unvarying(dataset, indices), like.device, None)
-            values = {LOSS: workload.sample_losses(model, batch, len(indices))}
-            if workload.metrics is not None:
-                values |= workload.metrics(model, batch)
+
+            def measured(batch: Batch = batch, size: int = len(indices)) -> dict[str, Tensor]:
+                told = {} if workload.metrics is None else workload.metrics(model, batch)
+                return {LOSS: workload.sample_losses(model, batch, size), **told}
+
+            values = without_graph(measured)
             for name, value in values.items():
                 parts.setdefault(name, []).append(value.double().cpu().numpy())
     return {name: np.concatenate(found) for name, found in parts.items()}

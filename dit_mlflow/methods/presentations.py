@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.replay.dynamics import Dynamics, MicroBatch, replaying
 from dit_mlflow.trajectory import State, StepRecord
+from dit_mlflow.workload.without_graph import without_graph
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,14 @@ def presentations(question: Question) -> Iterator[tuple[int, np.ndarray, np.ndar
 def _margins(dynamics: Dynamics, step: StepRecord, state: State, micro: MicroBatch) -> np.ndarray:
     dynamics.set_modes(step)
     buffers = {name: value.clone() for name, value in state.buffers.items()}
-    with torch.no_grad(), replaying(micro.random_state):
-        logits = dynamics.call(
-            state.parameters, buffers, lambda model: dynamics.workload.class_logits(model, micro.batch, micro.size)
-        )
+
+    def logits_of() -> Tensor:
+        with replaying(micro.random_state):
+            return dynamics.call(
+                state.parameters, buffers, lambda model: dynamics.workload.class_logits(model, micro.batch, micro.size)
+            )
+
+    logits = without_graph(logits_of)
     own = dynamics.workload.class_labels(micro.batch, logits.shape[1]).to(logits.device)
     others = logits.scatter(1, own[:, None], -torch.inf).amax(dim=1)
     return (logits.gather(1, own[:, None])[:, 0] - others).double().cpu().numpy()

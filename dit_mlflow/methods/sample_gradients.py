@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dit_mlflow.methods.snapshot import LOSSES_PER_PASS, Snapshot
 from dit_mlflow.replay.adjoint import grad_or_zeros
 from dit_mlflow.replay.dynamics import Parameters
+from dit_mlflow.workload.without_graph import without_graph
 from dit_mlflow.workload.workload import Batch, tensors_of, with_tensors
 
 GRADIENTS_IN_MEMORY = 2**28
@@ -63,8 +64,7 @@ def norms(snapshot: Snapshot) -> np.ndarray:
 def _rows(snapshot: Snapshot, output: Output, indices: np.ndarray, labels: Tensor) -> tuple[Tensor, Tensor]:
     batch = snapshot.batch(indices)
     fixed = {name: value.detach() for name, value in snapshot.parameters.items()}
-    with torch.no_grad():
-        expected = snapshot.evaluate(lambda model: output(model, batch, labels), fixed)
+    expected = without_graph(lambda: snapshot.evaluate(lambda model: output(model, batch, labels), fixed))
 
     def value(moved: Parameters, label: Tensor, *sample: Tensor) -> Tensor:
         single = with_tensors(batch, [tensor.unsqueeze(0) for tensor in sample])

@@ -19,6 +19,7 @@ from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.workload import Batch, to_like
+from dit_mlflow.workload.without_graph import without_graph
 
 LOSSES_PER_PASS = 256
 """Training samples per forward pass."""
@@ -79,8 +80,11 @@ class Snapshot:
 
     def losses(self) -> np.ndarray:
         """Loss of every training sample, ``[n]``."""
-        with torch.no_grad():
-            return np.concatenate([losses.double().cpu().numpy() for _, losses in self.batches()])
+
+        def losses() -> np.ndarray:
+            return np.concatenate([losses.detach().double().cpu().numpy() for _, losses in self.batches()])
+
+        return without_graph(losses)
 
     def products(self, vectors: Vectors) -> np.ndarray:
         """``<grad l_i, v>`` for every row ``v`` and training sample, ``[rows, n]``; parameters left out count as 0.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.replay.dynamics import Buffers, Parameters
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload.without_graph import without_graph
 
 
 class BuffersApart:
@@ -43,11 +45,10 @@ class BuffersApart:
             if torch.equal(value, after[name]):
                 continue
             other = {key: _perturbed(tensor) for key, tensor in before.parameters.items()}
-            with torch.no_grad():
-                left, expected = (
-                    self._buffers_after(parameters, before.buffers, record)[name]
-                    for parameters in (other, before.parameters)
-                )
+            left, expected = (
+                without_graph(partial(self._buffers_after, parameters, before.buffers, record))[name]
+                for parameters in (other, before.parameters)
+            )
             if not torch.equal(left, expected):
                 raise UnsupportedError(
                     f"buffer {name!r} changes in training (step {record.index}) with the model's parameters, so a "

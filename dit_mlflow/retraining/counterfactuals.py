@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.trajectory.state import drifts
+from dit_mlflow.workload.without_graph import without_graph
 
 _log = logging.getLogger(__name__)
 
@@ -238,15 +240,21 @@ class Retraining:
 
     def _ask(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         """Values of the queries, ``[queries]``."""
-        with torch.no_grad():
-            return torch.stack(
-                [self.training_step.dynamics.evaluate(parameters, buffers, query) for query in self.queries]
-            )
+        dynamics = self.training_step.dynamics
+        return without_graph(
+            lambda: torch.stack([dynamics.evaluate(parameters, buffers, query) for query in self.queries])
+        )
 
     def _ask_all(self, states: State) -> Tensor:
         """Values of the queries for every copy, ``[queries, K]``."""
-        with torch.no_grad():
-            return torch.func.vmap(self._ask, out_dims=1, randomness="same")(states.parameters, states.buffers)
+        try:
+            with torch.no_grad():
+                return torch.func.vmap(self._ask, out_dims=1, randomness="same")(states.parameters, states.buffers)
+        except RuntimeError:
+            # A query may do what cannot be done side by side, such as to take a gradient.
+            copies = len(next(iter(states.parameters.values())))
+            each = (State(states.parameters, states.buffers).map(itemgetter(copy)) for copy in range(copies))
+            return torch.stack([self._ask(state.parameters, state.buffers) for state in each], dim=1)
 
     def _no_changes(self, job: Job) -> Changes:
         return {step: np.zeros((len(self.queries), len(job.counterfactuals))) for step in job.baseline.values}

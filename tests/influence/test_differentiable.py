@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import finite_difference
+from oracles import finite_difference, window_effect
 from plain_loop import record, whole
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
@@ -16,7 +16,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import SGD, Adagrad
 from workloads import digits_workload, sample_losses
 
-from dit_mlflow import UnsupportedError, Window, track, train
+from dit_mlflow import Query, UnsupportedError, Window, leave_one_out, track, train
+from dit_mlflow.methods import method
 from dit_mlflow.replay.differentiable import embedding_bag as bags
 from dit_mlflow.replay.differentiable import weight_norm as written_out
 
@@ -143,3 +144,36 @@ def test_gradients_scaled_by_frequency_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(17, 3, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(192, 3))
     with pytest.raises(UnsupportedError, match=r"0 is an Embedding\(scale_grad_by_freq=True\)"):
         record(tmp_path / "t", model, SGD(model.parameters(), lr=0.1), loss=of_pixels)
+
+
+def test_a_loss_with_a_gradient_of_its_own_is_evaluated_and_retrained(tmp_path: Path) -> None:
+    """Where no graph is kept, it still takes its gradient."""
+    workload = digits_workload(loss=slopes)
+    trajectory = train(workload, tmp_path / "t")
+    (window,) = whole(trajectory)
+    removed = leave_one_out(trajectory, workload, [window], samples=[0, 5]).of(0)[[0, 5]]
+    expected = [window_effect(workload, trajectory, window, "local", j, 0.0) for j in (0, 5)]
+    np.testing.assert_allclose(removed, expected, rtol=1e-7)
+    inputs, targets = workload.train_set.tensors  # type: ignore[attr-defined]
+    model = trajectory.checkpoint(trajectory.num_steps).load_into(workload.build_model()).eval()
+    own = slopes(model, (inputs, targets)).detach().numpy()
+    np.testing.assert_allclose(-method("loss")(trajectory, workload).of(0), own, rtol=1e-4)
+    assert np.isfinite(method("grad_norm")(trajectory, workload).scores).all()
+
+
+def test_a_query_with_a_gradient_of_its_own_is_asked_of_trainings_side_by_side(tmp_path: Path) -> None:
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    (window,) = whole(trajectory)
+    inputs, targets = workload.validation_set.tensors  # type: ignore[attr-defined]
+
+    def steepness(model: nn.Module) -> Tensor:
+        return slopes(model, (inputs.to(next(model.parameters()).dtype), targets)).mean()
+
+    query = Query("steepness", steepness)
+    removed = leave_one_out(trajectory, workload, [window], queries=[query]).of(0)[[0, 5]]
+    expected = [
+        window_effect(workload, trajectory, window, "local", j, 0.0, lambda model: float(steepness(model).detach()))
+        for j in (0, 5)
+    ]
+    np.testing.assert_allclose(removed, expected, rtol=1e-7)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from dit_mlflow.errors import DitError, InputError
 from dit_mlflow.explanation import Checks, Explanation, explain
@@ -18,6 +17,7 @@ from dit_mlflow.tracking.jobs.request import Request, recorded_workload
 from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
+from dit_mlflow.workload.without_graph import without_graph
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,7 @@ class RowQuestion:
             (state,) = self.trajectory.states(self.workload, last, last)
             model = state.load_into(self.workload.build_model()).eval()
             try:
-                with torch.no_grad():
-                    return np.array([query(model).item() for query in queries])
+                return without_graph(lambda: np.array([query(model).item() for query in queries]))
             except DitError:
                 raise
             except Exception as error:  # Any kind: the model and the loss are the user's.
