@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats
 
-from dit_mlflow import Window, load_workload, parse_windows, train
+from dit_mlflow import Influence, Window, load_workload, parse_windows, train
 from dit_mlflow.evaluation import datamodeling_score
 from dit_mlflow.evaluation.figures import LDS
 from dit_mlflow.methods import Method, method
@@ -47,20 +47,27 @@ def measure(
         trajectory = train(workload, Path(folder) / "trajectory", init_seed=seed, order_seed=seed)
         training = time.process_time() - begun
 
-        def scored(of: Method, windows: list[Window]) -> tuple[object, float]:
+        def scored(of: Method, windows: list[Window]) -> tuple[Influence, float]:
             begun = time.process_time()
             return of(trajectory, workload, windows), (time.process_time() - begun) / training
 
         for windows in (parse_windows("1", trajectory), parse_windows(count, trajectory)):
             known = {name: scored(of, windows) for name, of in METHODS.items()}
             for share in shares:
-                found = {**known, "removal": scored(Removal(removed=share, seed=seed), windows)}
+                removal = Removal(removed=share, seed=seed)
+                exact, cost_of_exact = known["leave_one_out"]
+                informed, cost = scored(removal.informed_by(exact), windows)
+                found = {
+                    **known,
+                    "removal": scored(removal, windows),
+                    "removal, leave-one-out known": (informed, cost + cost_of_exact),
+                }
                 judges = train_on_subsets(
                     trajectory, workload, windows, subsets=subsets, share=1 - share, seed=seed + JUDGES
                 )
                 for name, (scores, cost) in found.items():
                     for place, window in enumerate(windows):
-                        own = scores.of(place)  # type: ignore[attr-defined]
+                        own = scores.of(place)
                         lds = datamodeling_score(own, judges, window).values.get(LDS.leaf)
                         slope = stats.linregress(~judges.kept @ own, judges.changes[place, 0]).slope
                         of = "whole run" if len(windows) == 1 else "windows"
