@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dit_mlflow.methods.removal import removal_influence
     from dit_mlflow.recording import TrajectoryRecorder, train
     from dit_mlflow.replay import Trajectory
-    from dit_mlflow.retraining import Effort, leave_one_out
+    from dit_mlflow.retraining import Effort, leave_groups_out, leave_one_out
     from dit_mlflow.workload import Workload, load_workload
 
 __version__ = "0.1.0"
@@ -57,6 +57,7 @@ __all__ = [  # noqa: RUF022  (in the order a reader meets them)
     "expected_influence",
     "self_influence",
     "leave_one_out",
+    "leave_groups_out",
     "Effort",
     "explain",
     "Checks",

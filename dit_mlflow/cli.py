@@ -74,6 +74,7 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
 @click.option("--trust", default=24, help="Random samples left out exactly, and those that stand out; 0: none.")
 @click.option("--removed", default=0.0, help="Share of the samples whose removal is asked about; 0: one at a time.")
 @click.option("--trainings", default=16, help="Budget for that: draws, and twice as many retrainings.")
+@click.option("--groups", default="", help="Groups to leave out together: label, or a CSV of sample_index and group.")
 @click.option("--confirm", default=0, help="Samples of largest score to leave out exactly, in each window.")
 @click.pass_context
 def influence(context: click.Context, /, **options: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation import (
@@ -41,7 +42,8 @@ from dit_mlflow.influence import Influence, Kind, Query, Window, check_kind, par
 from dit_mlflow.methods import Method
 from dit_mlflow.methods import method as method_of
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.retraining import Effort, confirm, leave_one_out
+from dit_mlflow.retraining import Effort, Groups, confirm, leave_groups_out, leave_one_out
+from dit_mlflow.retraining.groups import check_groups
 from dit_mlflow.workload import Workload
 
 DEFAULT_CHECKS = Checks(trust=24)
@@ -58,6 +60,7 @@ def explain(
     truth: Truth | None = None,
     effort: Effort | None = None,
     whole_run: bool = True,
+    groups: Groups | None = None,
     reached: Callable[[Part, Influence], object] = lambda part, found: None,
 ) -> Explanation:
     """Which training samples mattered, in which windows, and how far that can be trusted.
@@ -71,6 +74,7 @@ def explain(
             compared with them and nothing is retrained.
         effort: of the retrainings, see :func:`dit_mlflow.leave_one_out`.
         whole_run: also estimate the whole run ``[0, T)``, whose scores rank the samples; the checks need it.
+        groups: indices of samples by a name, such as a class or a source: what leaving out each of them together does.
         reached: called with each part as soon as it is computed, estimates first, so that it can be stored before the
             retrainings, which take longest, are done.
 
@@ -80,8 +84,10 @@ def explain(
     Raises:
         DitError: see :func:`dit_mlflow.track` and :func:`dit_mlflow.leave_one_out`.
 
-    Cost: the method's, and a training for each sample or subset that ``checks`` has retrained.
+    Cost: the method's, and a training for each group, and each sample or subset that ``checks`` has retrained.
     """
+    if groups is not None:
+        check_groups(groups, workload.num_samples)
     estimator = method_of(method) if isinstance(method, str) else method
     kind = check_kind(kind)
     asked = parse_windows(windows, trajectory) if isinstance(windows, str) else list(windows)
@@ -94,21 +100,22 @@ def explain(
     explanation = _estimated(estimator, trajectory, workload, asked, kind, queries, whole_run)
     for part, scores in explanation.parts.items():
         reached(part, scores)
-    if truth is not None:
-        return _held_against(explanation, truth)
-    explanation = _held_against(
-        explanation, known or find_truth(trajectory, workload, explanation.windows, kind, checks, queries, effort)
-    )
-    if "truth" in explanation.parts:
-        reached("truth", explanation.parts["truth"])
     # Only the first query: the answer is about it alone.
     further = _Retraining(trajectory, workload, kind, None if queries is None else queries[:1], effort)
-    for check in (further.noise_floor, further.trust, further.confirm, further.name):
+    checked: tuple[Callable[[Explanation, Checks], Explanation], ...] = ()
+    if truth is None:
+        known = known or find_truth(trajectory, workload, explanation.windows, kind, checks, queries, effort)
+        checked = further.noise_floor, further.trust, further.confirm, further.name
+    assert known is not None
+    explanation = _held_against(explanation, known)
+    if truth is None and "truth" in explanation.parts:
+        reached("truth", explanation.parts["truth"])
+    for check in checked:
         before = explanation.parts
         explanation = check(explanation, checks)
         for part in explanation.parts.keys() - before.keys():
             reached(part, explanation.parts[part])
-    return explanation
+    return explanation if groups is None else replace(explanation, groups=further.without(groups, explanation))
 
 
 def _estimated(
@@ -237,6 +244,27 @@ class _Retraining:
         arguments = (_first_query(explanation.influence), self.trajectory, self.workload, checks.confirm)
         return replace(
             explanation, confirmed=confirm(*arguments, kind=self.kind, effort=self.effort, queries=self.queries)
+        )
+
+    def without(self, groups: Groups, explanation: Explanation) -> pd.DataFrame:
+        """What leaving out each group does: the sum of its scores, and exactly."""
+        scores = _first_query(explanation.scores)
+        windows = list(scores.windows)
+        exact = leave_groups_out(
+            self.trajectory, self.workload, windows, groups, self.kind, self.queries, effort=self.effort
+        )
+        sums = {name: scores.of_group(indices)[:, 0] for name, indices in groups.items()}
+        amounts = scores.measures == "query"
+        return pd.DataFrame(
+            {
+                "group": exact["group"],
+                "samples": exact["samples"],
+                "window": exact["window_start"].astype(str) + "-" + exact["window_end"].astype(str),
+                "predicted": [
+                    sums[name][place] if amounts else np.nan for name in groups for place in range(len(windows))
+                ],
+                "exact": exact["change"],
+            }
         )
 
     def name(self, explanation: Explanation, checks: Checks) -> Explanation:

@@ -38,6 +38,8 @@ class Explanation:
         named: exact whole-run scores of all samples, some, or those that stand out; ``None`` = of none.
         cost: seconds and drift, by metric name.
         title: a few words that name what was trained.
+        groups: what leaving out each group that was asked for does, in each window and over the whole run: ``group``,
+            ``samples``, ``window``, ``predicted`` (the sum of the scores), ``exact`` (by retraining); ``None`` = none.
     """
 
     influence: Influence
@@ -50,6 +52,7 @@ class Explanation:
     named: Influence | None = None
     cost: Metrics = field(default_factory=Metrics)
     title: str = ""
+    groups: pd.DataFrame | None = None
 
     @property
     def windows(self) -> tuple[Window, ...]:

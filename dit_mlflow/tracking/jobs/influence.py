@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlflow
@@ -23,7 +24,8 @@ from dit_mlflow.influence import Influence, Kind, Window, check_kind
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.removal import Removal
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.tracking.jobs.request import Request, trained
+from dit_mlflow.retraining import Groups
+from dit_mlflow.tracking.jobs.request import Request, parse_groups, trained
 from dit_mlflow.tracking.jobs.train import seeds_title, workload_params
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.explanations import log_answer, log_part
@@ -65,10 +67,17 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
         DitError: some part of the request cannot be used, or training or replay fail.
     """
     kind = check_kind(request.kind)
-    asked = trained(request, lambda workload: (request.checks(workload), request.method(workload)))
-    training_run, trajectory, workload, windows, (checks, method) = asked
-    answer = run_influence(training_run, trajectory, workload, windows, kind, checks, method, project_run_id)
+    asked = trained(request, _checked_by(request))
+    training_run, trajectory, workload, windows, (checks, method, groups) = asked
+    answer = run_influence(training_run, trajectory, workload, windows, kind, checks, method, groups, project_run_id)
     return summary(answer, training_run)
+
+
+def _checked_by(request: Request) -> Callable[[Workload], tuple[Checks, Dit | Removal, Groups | None]]:
+    def check(workload: Workload) -> tuple[Checks, Dit | Removal, Groups | None]:
+        return request.checks(workload), request.method(workload), parse_groups(request.groups, workload)
+
+    return check
 
 
 def run_influence(
@@ -79,13 +88,14 @@ def run_influence(
     kind: Kind,
     checks: Checks,
     method: Dit | Removal = DIT,
+    groups: Groups | None = None,
     project_run_id: str | None = None,
 ) -> Answer:
     """:func:`dit_mlflow.explain` in a run of its own, which logs it: a parent run, and a nested child per window.
 
     Args:
         training_run_id: the run that recorded ``trajectory``.
-        trajectory, workload, windows, kind, method: see :func:`dit_mlflow.explain`.
+        trajectory, workload, windows, kind, method, groups: see :func:`dit_mlflow.explain`.
         checks: exact retrainings to compare the scores with.
         project_run_id: the run that ``mlflow run`` made for this job; ``None`` = start one.
     """
@@ -105,7 +115,9 @@ def run_influence(
             }
         )
         log_datasets_of(training_run_id, run.info.run_id)
-        explanation = explain(trajectory, workload, windows, kind, method=method, checks=checks, reached=log_part)
+        explanation = explain(
+            trajectory, workload, windows, kind, method=method, checks=checks, groups=groups, reached=log_part
+        )
         log_answer(explanation, training_run_id)
     return Answer(run, explanation)
 
@@ -135,6 +147,9 @@ def summary(answer: Answer, training_run: str) -> str:
     known = [figure for figure in figures if figure.name in answer.whole.values]
     whole = ", ".join(f"{figure.heading} {answer.whole.values[figure.name]:.3f}" for figure in known)
     lines += [f"Whole run: {whole}"] if whole else []
+    if (groups := answer.explanation.groups) is not None:
+        told = "Without a group (change of the query; predicted: the sum of its scores, exact: by retraining)"
+        lines += ["", told, "", terminal_table(groups, {str(name): str(name) for name in groups}), ""]
     lines += [*_trusted(answer.whole), "", *map(paragraph, answer.explanation.sentences), ""]
     lines += [f"training run   {training_run}", f"influence run  {answer.run.info.run_id}", where_to_look(answer.run)]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import pandas as pd
 import torch
 
 from dit_mlflow.command import option
@@ -16,6 +17,8 @@ from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.removal import Removal, check_removal
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.retraining import Groups
+from dit_mlflow.retraining.groups import check_groups
 from dit_mlflow.tracking.jobs.train import run_training
 from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.workload import Workload, load_recorded, load_workload
@@ -50,6 +53,8 @@ class Request:
         removed: the share of the samples whose removal is asked about (:func:`dit_mlflow.removal_influence`); 0 = one
             sample at a time (:func:`dit_mlflow.track`).
         trainings: the budget of the former.
+        groups: groups of samples to leave out together: ``label`` (those of each label), or a CSV file with the columns
+            ``sample_index`` and ``group``; empty = none.
         init_seed, order_seed: of training.
         settings: of the workload.
     """
@@ -65,6 +70,7 @@ class Request:
     memory_mb: int = 0
     removed: float = 0.0
     trainings: int = 16
+    groups: str = ""
     init_seed: int = 0
     order_seed: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -89,6 +95,31 @@ class Request:
     def checks(self, workload: Workload) -> Checks:
         """The exact retrainings asked for; raises :class:`InputError` for values that cannot be used."""
         return Checks.parse(self.ground_truth, workload.num_samples, self.trust, self.confirm)
+
+
+def parse_groups(text: str, workload: Workload) -> Groups | None:
+    """The groups that ``groups=`` names; raises :class:`InputError` for what cannot be used."""
+    if not text:
+        return None
+    if text == "label":
+        labels = pd.Series([workload.label_of(index) for index in range(workload.num_samples)])
+        if labels.isna().any():
+            raise InputError(
+                "groups=label, and the workload's samples have no labels; give a CSV file, or Workload.label"
+            )
+        table = pd.DataFrame({"sample_index": labels.index, "group": "label " + labels})
+    else:
+        try:
+            table = pd.read_csv(text, dtype={"group": str})
+        except (OSError, ValueError) as error:
+            raise InputError(f"groups={text!r} cannot be read: {error}; expected label, or a CSV file") from error
+        if missing := {"sample_index", "group"} - set(table):
+            raise InputError(
+                f"{text} has the columns {', '.join(map(str, table))}; {', '.join(sorted(missing))} missing"
+            )
+    found = {str(name): part["sample_index"].tolist() for name, part in table.groupby("group")}
+    check_groups(found, workload.num_samples)
+    return found
 
 
 def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:

@@ -138,6 +138,8 @@ def _log_tables(explanation: Explanation) -> pd.DataFrame:
         tables["whole_run"] = whole_run_table(explanation.whole_run, explanation.exact, gallery)
     if len(found.windows) > 1:
         tables["window_correlations"] = window_correlations_table(found)
+    if explanation.groups is not None:
+        tables["groups"] = explanation.groups
     for name, table in tables.items():
         mlflow.log_table(table, f"{INFLUENCE}/{name}.json")
     return samples
