@@ -114,9 +114,8 @@ def parse_groups(text: str, workload: Workload) -> Groups | None:
         except (OSError, ValueError) as error:
             raise InputError(f"groups={text!r} cannot be read: {error}; expected label, or a CSV file") from error
         if missing := {"sample_index", "group"} - set(table):
-            raise InputError(
-                f"{text} has the columns {', '.join(map(str, table))}; {', '.join(sorted(missing))} missing"
-            )
+            told = ", ".join(map(str, table))
+            raise InputError(f"{text} has the columns {told}; expected {' and '.join(sorted(missing))} among them")
     found = {str(name): part["sample_index"].tolist() for name, part in table.groupby("group")}
     check_groups(found, workload.num_samples)
     return found
