@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -20,7 +23,16 @@ from dit_mlflow.explanation.tables import top_samples_table, whole_run_table
 from dit_mlflow.explanation.truth import Truth, joined
 from dit_mlflow.influence import Influence, Window
 
+NOTEBOOK_SAMPLES = 5
+"""Samples on each side that a notebook shows."""
+
+NOTEBOOK_COLUMNS = ("side", "window", "sample_index", "sample", "score", "estimate", "standard_error", "leave_one_out")
+"""Columns that a notebook shows, of those that there are."""
+
 Part = Literal["influence", "whole_run", "truth", "confirmed", "named"]
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,11 +177,33 @@ class Explanation:
         self.to_frame().to_csv(path, index=False)
         return Path(path)
 
+    def report(self, path: str | Path) -> Path:
+        """Write one self-contained HTML page: the answer, influence over the windows, all samples to sort."""
+        Path(path).write_text(_from_above("page").explanation_page(self), encoding="utf-8", errors="replace")
+        return Path(path)
+
+    def plot(self) -> Figure:
+        """The samples that harm and help most, window by window, with pictures or texts, as a matplotlib figure."""
+        found: Figure = _from_above("plots").plot_top_samples(self.influence, self.gallery, whole=self.ranking)
+        return found
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the answer in words, and the samples that harm and help most."""
+        said = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.sentences)
+        known = self.top(NOTEBOOK_SAMPLES)
+        shown = [name for name in NOTEBOOK_COLUMNS if name in known]
+        return f"<ul>{said}</ul>{known[shown].to_html(index=False, escape=True, na_rep='', border=0)}"
+
     def __repr__(self) -> str:
         return f"<Explanation of {self.title or 'a training'}: {self.influence!r}>"
 
     def __str__(self) -> str:
         return " ".join(self.sentences)
+
+
+def _from_above(room: str) -> ModuleType:
+    """A room that knows explanations, loaded where one of them is asked to show itself."""
+    return import_module(f"dit_mlflow.{room}")
 
 
 def joined_windows(one: Influence, other: Influence | None) -> Influence:

@@ -1,5 +1,5 @@
 """One self-contained page that shows all of an influence run."""
 
-from dit_mlflow.page.page import influence_page
+from dit_mlflow.page.page import explanation_page, influence_page
 
-__all__ = ["influence_page"]
+__all__ = ["explanation_page", "influence_page"]

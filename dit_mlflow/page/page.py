@@ -11,6 +11,7 @@ from string import Template
 from typing import Any
 
 from dit_mlflow.evaluation import Metrics
+from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.markdown import TURNING, encodable
 from dit_mlflow.explanation.numbers import figure, share
@@ -83,6 +84,13 @@ def influence_page(
         sentences="".join(f"<li>{_text(sentence)}</li>" for sentence in told),
         flagged=_text(_flag_rule(columns, data)),
         rows=_rows(columns, data),
+    )
+
+
+def explanation_page(found: Explanation) -> str:
+    """:func:`influence_page` of an explanation."""
+    return influence_page(
+        found.scores, found.exact, found.gallery, found.windows, found.measured, found.title, found.sentences
     )
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from html import escape
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +18,7 @@ from dit_mlflow.explanation.numbers import figure
 from dit_mlflow.explanation.ranking import extreme_samples
 from dit_mlflow.explanation.run_note import Links, influence_note
 from dit_mlflow.methods.removal import Removal
-from dit_mlflow.page import influence_page
+from dit_mlflow.page import explanation_page
 
 WINDOWS = [Window(0, 4), Window(4, 9)]
 WHOLE = Window(0, 9)
@@ -212,10 +215,27 @@ def test_removal_of_a_share_is_told_with_its_interval_and_held_against_the_bank(
     note = influence_note(found, Links())
     assert "changes if a training sample is removed among 25 % of the samples" in note
     assert "LDS of removals" in note
-    page = influence_page(found.scores, found.exact, found.gallery, found.windows, found.measured)
+    page = explanation_page(found)
     assert "Agreement with retraining without random shares of the samples: Spearman" in page
     assert "were left out of one window of training, measured at the end of that window, among 25 % of" in page
     assert "Agreement with exact leave-one-out" not in page
+
+
+def test_it_shows_itself(trajectory: Trajectory, workload: Workload, tmp_path: Path) -> None:
+    """In a notebook, as a figure and as a page; what samples are called is text there."""
+    hostile = replace(workload, describe=lambda index: f"<b>{index}</b>")
+    for method in ("dit", Removal(removed=0.25)):
+        found = explain(trajectory, hostile, WINDOWS, method=method, checks=Checks(trust=5))
+        shown = found._repr_html_()
+        assert all(escape(sentence) in shown for sentence in found.sentences)
+        assert "<b>" not in shown
+        worst, best = extreme_samples(found.influence, 1, found.ranking)
+        rows = re.findall(r"<td>(harmful|helpful)</td>\s*<td>[\d-]+</td>\s*<td>(\d+)</td>", shown)
+        assert rows[0] == ("harmful", str(worst[0]))
+        assert ("helpful", str(best[0])) in rows
+        assert len(found.plot().axes) > 1
+        page = found.report(tmp_path / "answer.html").read_text(encoding="utf-8")
+        assert page == explanation_page(found)
 
 
 @pytest.mark.parametrize(("size", "word"), [(1.0, "very high"), (0.3, "moderate"), (1.6, "moderate")])

@@ -21,7 +21,7 @@ from dit_mlflow.explanation import (
 )
 from dit_mlflow.explanation.explanation import Part
 from dit_mlflow.influence import Influence, Window
-from dit_mlflow.page import influence_page
+from dit_mlflow.page import explanation_page
 from dit_mlflow.plots import (
     plot_against_truth,
     plot_heat_map,
@@ -93,8 +93,7 @@ def log_answer(explanation: Explanation, training_run_id: str) -> None:
     samples = _log_tables(explanation)
     for name, figure in _plots(explanation).items():
         log_plot(figure, f"{INFLUENCE}/{name}.png")
-    scores = explanation.scores, explanation.exact, explanation.gallery, explanation.windows, explanation.measured
-    mlflow.log_text(influence_page(*scores, explanation.title, explanation.sentences), f"{INFLUENCE}/report.html")
+    mlflow.log_text(explanation_page(explanation), f"{INFLUENCE}/report.html")
     # The UI lists the newest run first, so the last window is logged first.
     positions = progress_over(range(len(explanation.windows))[::-1], "logging windows", "window")
     runs = [_log_window(explanation, k, samples, run, training_run_id) for k in positions][::-1]
