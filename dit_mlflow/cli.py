@@ -19,9 +19,19 @@ from dit_mlflow.tracking.store.failed_run import fail_project_run
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
+_TRUST = click.option(
+    "--trust-workload",
+    type=bool,
+    is_flag=False,
+    flag_value="true",
+    default=False,
+    help="Run the workload that the run names, though you do not name it and it does not come with the package.",
+)
+
 _QUESTION = (
     click.option("--training-run", default="", help="Run with a trajectory; empty: train first."),
     click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist."),
+    _TRUST,
     click.option("--windows", default="5", help="'epochs', a number of equal windows, or ranges '0:80,80:160'."),
     click.option("--kind", default="local", help="local, final or cumulative."),
     click.option("--ground-truth", default="all", help="Samples checked by exact leave-one-out: all, none, a number."),
@@ -57,12 +67,13 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
     def job(project_run_id: str | None) -> str:
         from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD
         from dit_mlflow.tracking.jobs.train import run_training
-        from dit_mlflow.workload import load_workload
+        from dit_mlflow.workload import comes_with_package, load_workload
 
         every = int(checkpoint_every) if checkpoint_every.isdecimal() else checkpoint_every
         chosen = load_workload(workload or DEFAULT_WORKLOAD, **parse_settings(context.args))
         run_id = run_training(chosen, init_seed, order_seed, every, project_run_id)
-        return f"\ntraining run   {run_id}\nnext: {command('influence', training_run=run_id)}"
+        named = {} if comes_with_package(str(chosen.reference)) else {"workload": str(chosen.reference)}
+        return f"\ntraining run   {run_id}\nnext: {command('influence', training_run=run_id, **named)}"
 
     run_job("training", job)
 
@@ -114,6 +125,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
 @cli.command(context_settings=_TAKES_SETTINGS)
 @click.option("--training-run", default="", help="Run with a trajectory; empty: train first.")
 @click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist.")
+@_TRUST
 @click.option("--drop", default="0.05,0.1,0.2,0.3", help="Shares of the training samples, with commas between.")
 @click.option("--action", default="drop", help="drop, or relabel by cross-validated predictions.")
 @click.option("--windows", default="1", help="As for influence; of several, the validation split chooses.")
@@ -143,8 +155,9 @@ def cleanse(context: click.Context, /, **options: Any) -> None:
 @cli.command(context_settings=_TAKES_SETTINGS)
 @click.argument("target")
 @click.option("--workload", default="", help="As for train; empty: the trajectory's own.")
+@click.option("--trust-workload", is_flag=True, help="Run the workload that the trajectory names, whatever that is.")
 @click.pass_context
-def verify(context: click.Context, target: str, workload: str) -> None:
+def verify(context: click.Context, target: str, workload: str, trust_workload: bool) -> None:
     """Check that a trajectory is whole and replays: TARGET is a run's id or a folder.
 
     Checksums of all files, steps without a gap, the dataset's digest, and the replay of every segment against the next
@@ -156,7 +169,7 @@ def verify(context: click.Context, target: str, workload: str) -> None:
     def job(project_run_id: str | None) -> str:
         from dit_mlflow.tracking.jobs.verify import verify_target
 
-        return verify_target(target, workload, parse_settings(context.args), click.echo)
+        return verify_target(target, workload, parse_settings(context.args), click.echo, trust_workload)
 
     run_job("verification", job)
 
@@ -166,7 +179,9 @@ def verify(context: click.Context, target: str, workload: str) -> None:
 @click.option("--model-name", default="", help="Of the registered model; made if there is none.")
 @click.option("--model", default="", help="Which model of the training run: m-<id> or models:/…; needed if several.")
 @click.option("--influence-model", default="", help="Register a model of this name that answers for new rows as well.")
-def register(**options: str) -> None:
+@click.option("--workload", default="", help="Of that influence model; empty: the training run's own.")
+@_TRUST
+def register(**options: Any) -> None:
     """Keep the results of an influence run with the model: its artifacts, metrics, description and tags."""
 
     def job(project_run_id: str | None) -> str:

@@ -13,6 +13,10 @@ class WorkloadError(DitError):
     """A workload cannot be found, built, or used as it stands."""
 
 
+class UntrustedError(WorkloadError):
+    """A record names code that the user neither named nor consented to run; none of it was run."""
+
+
 class TrajectoryError(DitError):
     """A trajectory is missing, damaged, or does not belong to the workload given."""
 

@@ -34,6 +34,7 @@ TYPES: dict[str, tuple[Any, str]] = {
     "kind": (str, "local, final or cumulative"),
     "workload": ((str, Workload), "a reference, or a dit_mlflow.Workload"),
     "settings": (Mapping, "settings of the workload by name"),
+    "trust_workload": (bool, "true to run the workload that the training run names, or false"),
     "batch": ((Callable, type(None)), "a function batch(features, targets)"),
 }
 """Type of each setting, and its description."""
@@ -52,6 +53,7 @@ class Settings:
     settings: Mapping[str, Any] = field(default_factory=dict)
     top: int = 5
     batch: BatchOfRow | None = None
+    trust_workload: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any], model_id: str | None) -> Settings:
@@ -104,7 +106,12 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
         DitError: see :meth:`RowQuestion.of` and :meth:`RowQuestion.answer`.
     """
     question = RowQuestion.of(
-        settings.training_run, settings.windows, settings.kind, settings.workload, settings.settings
+        settings.training_run,
+        settings.windows,
+        settings.kind,
+        settings.workload,
+        settings.settings,
+        settings.trust_workload,
     )
     answer = question.answer(features, targets, settings.batch, whole_run=True)  # type: ignore[arg-type]
     gallery, top, shown = answer.explanation.gallery, settings.top, answer.explanation.influence
