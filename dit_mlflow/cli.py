@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import click
 
 from dit_mlflow.command import command
 from dit_mlflow.errors import DitError, InputError
+from dit_mlflow.told import masked, told
 from dit_mlflow.tracking.jobs.signals import ending_on_signals
 from dit_mlflow.tracking.mlflow_internals import DATABASE_LOGGER
 from dit_mlflow.tracking.store.failed_run import fail_project_run
@@ -169,7 +171,7 @@ def verify(context: click.Context, target: str, workload: str, trust_workload: b
     def job(project_run_id: str | None) -> str:
         from dit_mlflow.tracking.jobs.verify import verify_target
 
-        return verify_target(target, workload, parse_settings(context.args), click.echo, trust_workload)
+        return verify_target(target, workload, parse_settings(context.args), _say, trust_workload)
 
     run_job("verification", job)
 
@@ -192,6 +194,10 @@ def register(**options: Any) -> None:
     run_job("registration", job)
 
 
+def _say(line: str) -> None:
+    click.echo(told(line))
+
+
 def parse_settings(arguments: Sequence[str]) -> dict[str, str]:
     """``["--model", "dnn", "--lr=0.1"]`` as a dict; raises :class:`InputError` for anything else."""
     settings: dict[str, str] = {}
@@ -211,16 +217,16 @@ def run_job(kind: str, job: Callable[[str | None], str]) -> None:
         # Made by ``mlflow run`` for this process; taken away, so that later runs do not attach to it by accident.
         project_run_id = os.environ.pop("MLFLOW_RUN_ID", None)
         try:
-            click.echo(job(project_run_id))
+            click.echo("\n".join(map(told, job(project_run_id).split("\n"))))
         except BaseException as error:
-            told = _told(error)
-            fail_project_run(project_run_id, kind, told or repr(error))
-            if told is None:
+            message = _message(error)
+            fail_project_run(project_run_id, kind, message or repr(error))
+            if message is None:
                 raise
-            raise click.ClickException(told) from error
+            raise click.ClickException(message) from error
 
 
-def _told(error: BaseException) -> str | None:
+def _message(error: BaseException) -> str | None:
     """The message for an error instead of a traceback; ``None`` where the fault may be ours."""
     if isinstance(error, DitError):
         return str(error)
@@ -229,9 +235,10 @@ def _told(error: BaseException) -> str | None:
     if exceptions is not None and isinstance(error, exceptions.MlflowException):
         # Drops what SQLAlchemy adds to the database's message.
         said, *more = re.split(r"\n\[SQL:|\n+\(Background on this error at", str(error), maxsplit=1)
+        said = told(said)
         return f"{said}\nThe tracking store failed; it may still show runs as RUNNING" if more else said
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-        return f"{type(error).__name__}: {error}"
+        return told(f"{type(error).__name__}: {error}")
     return None
 
 
@@ -248,9 +255,15 @@ def prepare_environment() -> None:
     logging.getLogger(DATABASE_LOGGER).addFilter(lambda record: not record.exc_info)
 
 
+def _print_traceback(*error: Any) -> None:
+    """Of an error that may be our fault, for a report that people paste."""
+    click.echo(masked("".join(traceback.format_exception(*error))), err=True, nl=False)
+
+
 def main() -> None:
     """The console script ``dit-mlflow``."""
     prepare_environment()
+    sys.excepthook = _print_traceback
     cli(prog_name="dit-mlflow")
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol, TypeVar
 
 from dit_mlflow.explanation.markdown import encodable, one_line
+from dit_mlflow.told import logger_of
 from dit_mlflow.workload.appearance import Appearance
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 Found = TypeVar("Found")
 

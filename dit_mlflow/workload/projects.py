@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dit_mlflow.errors import DitError, WorkloadError
+from dit_mlflow.told import text_of
 from dit_mlflow.workload.workload import Workload
 
 WorkloadFactory = Callable[..., Workload]
@@ -55,7 +56,9 @@ def build(factory: WorkloadFactory, reference: str, settings: Mapping[str, Any])
     except DitError:
         raise
     except Exception as error:
-        raise WorkloadError(f"workload {reference!r} cannot be built with {dict(settings)}: {error}") from error
+        raise WorkloadError(
+            f"workload {reference!r} cannot be built with {text_of(dict(settings))}: {error}"
+        ) from error
     if not isinstance(workload, Workload):
         raise WorkloadError(f"workload {reference!r} returned a {type(workload).__name__}; expected a Workload")
     return dataclasses.replace(workload, reference=reference, settings={**resolved, **workload.settings})
@@ -126,7 +129,7 @@ def check_settings(factory: WorkloadFactory, reference: str, settings: Mapping[s
             converted[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
         except ValidationError as error:
             reason = "; ".join(dict.fromkeys(detail["msg"] for detail in error.errors()))
-            raise WorkloadError(f"workload {reference!r}, setting {name}={value!r}: {reason}") from error
+            raise WorkloadError(f"workload {reference!r}, setting {name}={text_of(value, 200)!r}: {reason}") from error
     try:
         bound = signature.bind(**converted)
     except TypeError as error:

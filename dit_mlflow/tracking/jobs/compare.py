@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,7 @@ from dit_mlflow.progress import progress_over
 from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, trained
 from dit_mlflow.tracking.jobs.train import run_training, workload_params
 from dit_mlflow.tracking.store.artifacts import load_influence, load_trajectory, log_influence
@@ -53,7 +53,7 @@ COMPARISON = "comparison"
 COSTS = {SECONDS: INFLUENCE_SECONDS, CPU_SECONDS.leaf: CPU_SECONDS}
 """Columns of the table, with the figure in each."""
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 @dataclass(frozen=True)

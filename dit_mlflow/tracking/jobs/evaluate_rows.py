@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -20,6 +19,7 @@ from dit_mlflow.evaluation.figures import ROWS
 from dit_mlflow.explanation.row_tables import check_top, mean_over_rows, mean_table, rows_metrics, rows_table
 from dit_mlflow.influence.row_queries import BatchOfRow, Features
 from dit_mlflow.plots import plot_top_samples
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.jobs.row_influence import RowQuestion
 from dit_mlflow.tracking.store.artifacts import log_influence
 from dit_mlflow.tracking.store.names import KIND, ROW_INFLUENCE, TRAINING_RUN
@@ -39,7 +39,7 @@ TYPES: dict[str, tuple[Any, str]] = {
 }
 """Type of each setting, and its description."""
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory.tensor_file import sha256 as digest_of
 
 FOLDER = "DIT_MLFLOW_CACHE"
@@ -28,7 +28,7 @@ ABANDONED_SECONDS = 24 * 3600.0
 _PART = "part-"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
-_logger = logging.getLogger(__name__)
+_logger = logger_of(__name__)
 
 
 class FileCache:
