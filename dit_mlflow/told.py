@@ -67,7 +67,10 @@ def logger_of(module: str) -> logging.Logger:
 
 
 def _tell(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
+    try:
+        message = record.getMessage()
+    except Exception:  # Any kind: an argument's own. Logging reports it, and nobody's work ends for a message.
+        return True
     if (shown := told(message)) != message:
         record.msg, record.args = shown, None
     return True

@@ -23,7 +23,7 @@ from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.jobs.row_influence import RowQuestion
 from dit_mlflow.tracking.store.artifacts import log_influence
 from dit_mlflow.tracking.store.names import KIND, ROW_INFLUENCE, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import log_metrics, log_plot
+from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot
 from dit_mlflow.workload import Workload
 
 ROWS_TABLE, MEAN_TABLE = "influence_on_rows", "influence_on_mean"
@@ -122,8 +122,9 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
     for name, table in tables.items():
         _log_table(run_id, table, f"{name}.json")
     if len(shown.windows) > 1:
-        figure = plot_top_samples(mean_over_rows(shown), gallery)
-        log_plot(figure, f"{ROW_INFLUENCE}/influence_over_windows.png")
+        path = f"{ROW_INFLUENCE}/influence_over_windows.png"
+        with drawing(path, run_id):
+            log_plot(plot_top_samples(mean_over_rows(shown), gallery), path, run_id)
     whole = answer.explanation.whole_run
     assert whole is not None
     found = rows_metrics(whole, answer.losses, whole.windows[0], top, gallery.corrupted).prefixed(ROWS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dit_mlflow.told import logger_of, told
+from dit_mlflow.told import logger_of, text_of, told
 from dit_mlflow.tracking.store.names import ERROR, KIND
 
 TAG_CHARACTERS = 5000
@@ -36,7 +36,7 @@ def fail_project_run(run_id: str | None, kind: str, message: str) -> None:
 
 def error_text(error: BaseException) -> str:
     """Kind and message of ``error``, see :func:`storable`."""
-    return storable(f"{type(error).__name__}: {error}")
+    return storable(f"{type(error).__name__}: {text_of(error, TAG_CHARACTERS)}")
 
 
 def storable(message: str) -> str:
