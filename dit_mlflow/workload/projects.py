@@ -164,7 +164,7 @@ def _function(module: ModuleType, name: str, reference: str) -> WorkloadFactory:
     factory = getattr(module, name, None)
     if not callable(factory):
         raise WorkloadError(f"workload {reference!r}: {module.__name__} has no function {name!r}")
-    return factory  # type: ignore[no-any-return]
+    return factory
 
 
 def _import_folder(folder: Path) -> ModuleType:
