@@ -28,6 +28,10 @@ _ESCAPED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Unicode categories: control characters and line breaks, marks that are not seen or turn text, half pairs."""
 
 
+_JOINERS = {"\u200c", "\u200d"}
+"""Of those categories, but emoji and several scripts are written with them."""
+
+
 def masked(text: str) -> str:
     """``text`` with ``***`` for passwords and tokens in its URIs: ``user:…@``, ``?password=…``, ``&sslpassword=…``."""
     return _VALUES.sub(r"\1***", _TOKENS.sub(r"\1***@", _PASSWORDS.sub(r"\1***@", text)))
@@ -77,6 +81,6 @@ def _tell(record: logging.LogRecord) -> bool:
 
 
 def _shown(character: str) -> str:
-    if character == " " or unicodedata.category(character) not in _ESCAPED:
+    if character in _JOINERS or unicodedata.category(character) not in _ESCAPED:
         return character
     return character.encode("unicode_escape").decode()

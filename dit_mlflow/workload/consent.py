@@ -44,13 +44,12 @@ def load_recorded(recorded: WorkloadReference, directory: Path, trusted: bool = 
     """
     reference = recorded.reference
     ready = ready_projects().get(PurePath(reference).as_posix())
-    if ready is not None and (trusted or comes_with_package(reference)):
-        factory = factory_in(ready, reference)
-    elif not trusted:
+    if not trusted and not comes_with_package(reference):
         raise UntrustedError(_what_to_type(reference, ready is not None))
-    else:
-        factory = _factory_of_trusted(reference, directory)
-    return build(factory, reference, recorded.settings)
+    # What a workload imports in turn is looked for as it is itself.
+    with _without_current_folder():
+        factory = _factory_of_trusted(reference, directory) if ready is None else factory_in(ready, reference)
+        return build(factory, reference, recorded.settings)
 
 
 def comes_with_package(reference: str) -> bool:
@@ -78,13 +77,11 @@ def _what_to_type(reference: str, ambiguous: bool) -> str:
 
 
 def _factory_of_trusted(reference: str, directory: Path) -> WorkloadFactory:
-    with _without_current_folder():
-        try:
-            places = _places(reference)
-            _check_places(places, reference, directory)
-        except (OSError, ValueError) as error:
-            raise WorkloadError(f"workload {reference!r} cannot be the name of anything: {error}") from error
-        factory = find_factory(reference, working_directory=False)
+    try:
+        _check_places(_places(reference), reference, directory)
+    except (OSError, ValueError) as error:
+        raise WorkloadError(f"workload {reference!r} cannot be the name of anything: {error}") from error
+    factory = find_factory(reference, working_directory=False)
     try:
         returns = get_type_hints(factory).get("return")
     except (NameError, TypeError, AttributeError):

@@ -16,7 +16,7 @@ from dit_mlflow import load_workload, train
 from dit_mlflow.cli import cli
 from dit_mlflow.errors import UntrustedError, WorkloadError
 from dit_mlflow.tracking.store.artifacts import log_trajectory
-from dit_mlflow.workload import WorkloadReference, load_recorded
+from dit_mlflow.workload import WorkloadReference, consent, load_recorded
 from dit_mlflow.workload.projects import ready_projects
 
 MINE = f"{__name__}:mine"
@@ -176,3 +176,15 @@ def test_names_of_nothing_are_refused(reference: str, tmp_path: Path) -> None:
     for trusted in (False, True):
         with pytest.raises(WorkloadError):
             load_recorded(WorkloadReference(reference=reference, settings={}), tmp_path, trusted)
+
+
+def test_what_the_packages_own_import_is_not_looked_for_in_the_current_folder(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An optional library that is not installed, of which the bundle has one."""
+    (tmp_path / "ready").mkdir()
+    (tmp_path / "ready" / "__init__.py").write_text("def workload():\n    import evilmodule\n")
+    monkeypatch.setattr(consent, "ready_projects", lambda: {"projects/ready": tmp_path / "ready"})
+    found = bundle.verify("projects/ready")
+    assert "No module named 'evilmodule'" in found.output
+    assert not bundle.marker.exists()
