@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,15 +14,26 @@ import click
 
 from dit_mlflow.command import command
 from dit_mlflow.errors import DitError, InputError
+from dit_mlflow.told import masked, told
 from dit_mlflow.tracking.jobs.signals import ending_on_signals
 from dit_mlflow.tracking.mlflow_internals import DATABASE_LOGGER
 from dit_mlflow.tracking.store.failed_run import fail_project_run
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
+_TRUST = click.option(
+    "--trust-workload",
+    type=bool,
+    is_flag=False,
+    flag_value="true",
+    default=False,
+    help="Run the workload that the run names, though you do not name it and it does not come with the package.",
+)
+
 _QUESTION = (
     click.option("--training-run", default="", help="Run with a trajectory; empty: train first."),
     click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist."),
+    _TRUST,
     click.option("--windows", default="5", help="'epochs', a number of equal windows, or ranges '0:80,80:160'."),
     click.option("--kind", default="local", help="local, final or cumulative."),
     click.option("--ground-truth", default="all", help="Samples checked by exact leave-one-out: all, none, a number."),
@@ -57,12 +69,13 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
     def job(project_run_id: str | None) -> str:
         from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD
         from dit_mlflow.tracking.jobs.train import run_training
-        from dit_mlflow.workload import load_workload
+        from dit_mlflow.workload import comes_with_package, load_workload
 
         every = int(checkpoint_every) if checkpoint_every.isdecimal() else checkpoint_every
         chosen = load_workload(workload or DEFAULT_WORKLOAD, **parse_settings(context.args))
         run_id = run_training(chosen, init_seed, order_seed, every, project_run_id)
-        return f"\ntraining run   {run_id}\nnext: {command('influence', training_run=run_id)}"
+        named = {} if comes_with_package(str(chosen.reference)) else {"workload": str(chosen.reference)}
+        return f"\ntraining run   {run_id}\nnext: {command('influence', training_run=run_id, **named)}"
 
     run_job("training", job)
 
@@ -117,6 +130,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
 @cli.command(context_settings=_TAKES_SETTINGS)
 @click.option("--training-run", default="", help="Run with a trajectory; empty: train first.")
 @click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist.")
+@_TRUST
 @click.option("--drop", default="0.05,0.1,0.2,0.3", help="Shares of the training samples, with commas between.")
 @click.option("--action", default="drop", help="drop, or relabel by cross-validated predictions.")
 @click.option("--windows", default="1", help="As for influence; of several, the validation split chooses.")
@@ -146,8 +160,9 @@ def cleanse(context: click.Context, /, **options: Any) -> None:
 @cli.command(context_settings=_TAKES_SETTINGS)
 @click.argument("target")
 @click.option("--workload", default="", help="As for train; empty: the trajectory's own.")
+@click.option("--trust-workload", is_flag=True, help="Run the workload that the trajectory names, whatever that is.")
 @click.pass_context
-def verify(context: click.Context, target: str, workload: str) -> None:
+def verify(context: click.Context, target: str, workload: str, trust_workload: bool) -> None:
     """Check that a trajectory is whole and replays: TARGET is a run's id or a folder.
 
     Checksums of all files, steps without a gap, the dataset's digest, and the replay of every segment against the next
@@ -159,7 +174,7 @@ def verify(context: click.Context, target: str, workload: str) -> None:
     def job(project_run_id: str | None) -> str:
         from dit_mlflow.tracking.jobs.verify import verify_target
 
-        return verify_target(target, workload, parse_settings(context.args), click.echo)
+        return verify_target(target, workload, parse_settings(context.args), _say, trust_workload)
 
     run_job("verification", job)
 
@@ -169,7 +184,9 @@ def verify(context: click.Context, target: str, workload: str) -> None:
 @click.option("--model-name", default="", help="Of the registered model; made if there is none.")
 @click.option("--model", default="", help="Which model of the training run: m-<id> or models:/…; needed if several.")
 @click.option("--influence-model", default="", help="Register a model of this name that answers for new rows as well.")
-def register(**options: str) -> None:
+@click.option("--workload", default="", help="Of that influence model; empty: the training run's own.")
+@_TRUST
+def register(**options: Any) -> None:
     """Keep the results of an influence run with the model: its artifacts, metrics, description and tags."""
 
     def job(project_run_id: str | None) -> str:
@@ -178,6 +195,10 @@ def register(**options: str) -> None:
         return register_job(RegistrationRequest(**options), project_run_id)
 
     run_job("registration", job)
+
+
+def _say(line: str) -> None:
+    click.echo(told(line))
 
 
 def parse_settings(arguments: Sequence[str]) -> dict[str, str]:
@@ -199,16 +220,16 @@ def run_job(kind: str, job: Callable[[str | None], str]) -> None:
         # Made by ``mlflow run`` for this process; taken away, so that later runs do not attach to it by accident.
         project_run_id = os.environ.pop("MLFLOW_RUN_ID", None)
         try:
-            click.echo(job(project_run_id))
+            click.echo("\n".join(map(told, job(project_run_id).split("\n"))))
         except BaseException as error:
-            told = _told(error)
-            fail_project_run(project_run_id, kind, told or repr(error))
-            if told is None:
+            message = _message(error)
+            fail_project_run(project_run_id, kind, message or repr(error))
+            if message is None:
                 raise
-            raise click.ClickException(told) from error
+            raise click.ClickException(message) from error
 
 
-def _told(error: BaseException) -> str | None:
+def _message(error: BaseException) -> str | None:
     """The message for an error instead of a traceback; ``None`` where the fault may be ours."""
     if isinstance(error, DitError):
         return str(error)
@@ -217,9 +238,10 @@ def _told(error: BaseException) -> str | None:
     if exceptions is not None and isinstance(error, exceptions.MlflowException):
         # Drops what SQLAlchemy adds to the database's message.
         said, *more = re.split(r"\n\[SQL:|\n+\(Background on this error at", str(error), maxsplit=1)
+        said = told(said)
         return f"{said}\nThe tracking store failed; it may still show runs as RUNNING" if more else said
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-        return f"{type(error).__name__}: {error}"
+        return told(f"{type(error).__name__}: {error}")
     return None
 
 
@@ -236,9 +258,15 @@ def prepare_environment() -> None:
     logging.getLogger(DATABASE_LOGGER).addFilter(lambda record: not record.exc_info)
 
 
+def _print_traceback(*error: Any) -> None:
+    """Of an error that may be our fault, for a report that people paste."""
+    click.echo(masked("".join(traceback.format_exception(*error))), err=True, nl=False)
+
+
 def main() -> None:
     """The console script ``dit-mlflow``."""
     prepare_environment()
+    sys.excepthook = _print_traceback
     cli(prog_name="dit-mlflow")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -27,10 +28,17 @@ def command(job: str, **options: str) -> str:
 
 
 def option(name: str, value: str) -> str:
-    """``-P training_run=value`` or ``--training-run value``."""
+    """``-P training_run=value`` or ``--training-run value``; a switch is ``-P name=true`` or ``--name``."""
     if os.environ.get(CALLED_AS) or _of_project():
-        return f"-P {name}={value}"
-    return f"--{name.replace('_', '-')} {value}"
+        return f"-P {_quoted(f'{name}={value}')}"
+    switch = f"--{name.replace('_', '-')}"
+    return switch if value == "true" else f"{switch} {_quoted(value)}"
+
+
+def _quoted(value: str) -> str:
+    """For a shell; placeholders such as ``<id>`` and ``projects/…`` as they are."""
+    plain = re.fullmatch(r"(\w+=)?(<\w+>|[\w@%+=:,./…-]+)", value)
+    return value if plain else shlex.quote(value)
 
 
 def ui_command() -> str:

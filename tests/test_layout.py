@@ -14,13 +14,13 @@ import dit_mlflow
 PACKAGE = Path(dit_mlflow.__file__).parent
 
 ROOMS = (
-    *("errors", "progress", "torch_internals", "command", "command"),
+    *("told", "errors", "progress", "torch_internals", "command"),
     *("workload", "trajectory", "replay", "recording", "influence", "retraining", "methods", "evaluation"),
     *("explanation", "plots", "page", "quanda", "tracking", "cli"),
 )
 """From the bottom up: each imports from those before it."""
 
-SIDE_ROOMS = {"examples": {"errors", "workload"}}
+SIDE_ROOMS = {"examples": {"told", "errors", "workload"}}
 """What stands beside them, and what it may import."""
 
 

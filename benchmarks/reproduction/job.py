@@ -16,7 +16,7 @@ import pandas as pd
 from dit_mlflow import InputError
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.tracking.store.names import ERROR, KIND, METHOD
-from dit_mlflow.tracking.store.run_log import log_plot, log_points, project_run
+from dit_mlflow.tracking.store.run_log import drawing, log_plot, log_points, project_run
 from dit_mlflow.tracking.ui.links import where_to_look
 from dit_mlflow.tracking.ui.notes import set_note
 
@@ -136,12 +136,13 @@ def _table(
         condensed = table.condensed(rows)
         mlflow.log_table(summary(condensed, [*KEYS, *table.facets], table.figures), "results.json")
         mlflow.log_table(condensed, "by_seed.json")
-        log_plot(table.figure(rows), FIGURE)
         section = table.section(condensed)
         if failures:
             section += "\n\n**Failed:** " + "; ".join(failures)
         mlflow.log_text(section, SECTION)
         mlflow.log_metrics({"cost/reproduction_seconds": time.perf_counter() - begun, "failed": len(failures)})
+        with drawing(FIGURE, run.info.run_id):
+            log_plot(table.figure(rows), FIGURE, run.info.run_id)
         set_note(run.info.run_id, f"{table.title}\n\n{section.split('##')[0].strip()}\n\nAll tables: `{SECTION}`.")
     where = write_document({known.name: known.title for known in TABLES.values()}, run, request.quick)
     return [

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Protocol, TypeVar
 
-from dit_mlflow.explanation.markdown import encodable, one_line
-from dit_mlflow.workload.appearance import Appearance
+import numpy as np
 
-_log = logging.getLogger(__name__)
+from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable, one_line
+from dit_mlflow.told import logger_of
+from dit_mlflow.workload.appearance import LONGEST_ROW, Appearance, shrunk
+
+_log = logger_of(__name__)
 
 Found = TypeVar("Found")
 
 NAME_CHARACTERS = 60
 """Characters of a description in a sentence."""
+
+
+LONGEST_TEXT = 100_000
+"""Most characters of a text that are looked at."""
+
+
+def _bounded(shown: Appearance | None) -> Appearance | None:
+    """As much of a sample as anything shows of it, before anything copies it."""
+    if isinstance(shown, np.ndarray):
+        return shrunk(shown)
+    if isinstance(shown, str):
+        return shown[:LONGEST_TEXT]
+    if isinstance(shown, Mapping):
+        return {name: shown[name] for name in islice(shown, LONGEST_ROW)}
+    return shown
 
 
 class SampleSource(Protocol):
@@ -47,7 +65,10 @@ class Gallery:
 
     def appearance(self, index: int) -> Appearance | None:
         """An image, a text or a table row."""
-        return None if self._source is None else self._of("appearance", self._source.appearance, index)
+        source = self._source
+        if source is None:
+            return None
+        return self._of("appearance", lambda index: _bounded(source.appearance(index)), index)
 
     def label_of(self, index: int) -> str | None:
         """The label, as people read it."""
@@ -72,8 +93,11 @@ class Gallery:
         return "" if label is None else f"label {one_line(label)}"
 
     def _told(self, what: str, function: Callable[[int], object], index: int) -> str | None:
-        found = self._of(what, function, index)
-        return None if found is None else encodable(str(found))
+        def told(index: int) -> str | None:
+            found = function(index)
+            return None if found is None else encodable(str(found), LINE_CHARACTERS)
+
+        return self._of(what, told, index)
 
     def _of(self, what: str, function: Callable[[int], Found], index: int) -> Found | None:
         try:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dit_mlflow.evaluation.figures import SHARE, Figure
+from dit_mlflow.told import text_of
+
+VALUE_CHARACTERS = 200
+"""Most characters of a value of a table row."""
 
 IN_FULL = 1e9
 """From this size on, numbers have an exponent."""
@@ -18,8 +22,8 @@ def figure(value: float, digits: int = 2) -> str:
 
 
 def value_text(value: object) -> str:
-    """A value of a table row: a float with three significant digits, any other as it is."""
-    return figure(value, 3) if isinstance(value, float) else str(value)
+    """A value of a table row: a float with three significant digits, any other as it is, see :func:`text_of`."""
+    return figure(value, 3) if isinstance(value, float) else text_of(value, VALUE_CHARACTERS)
 
 
 def decimals(value: float, places: int = 2) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 from dit_mlflow.command import command
 from dit_mlflow.explanation.markdown import escaped
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.workload import comes_with_package
 
 MENTIONED = 8
 """Most settings of the workload that are named."""
 
 UNNAMED = {"workload": "package.module:function"}
-"""Options to add to the command where the trajectory names no workload."""
+"""Options to add to the command where the trajectory names no workload that can be typed."""
 
 
 def training_note(run_id: str, trajectory: Trajectory) -> str:
@@ -27,11 +28,19 @@ def training_note(run_id: str, trajectory: Trajectory) -> str:
     parts = [
         f"{_trained(trajectory, reference, settings)} {_recorded(trajectory)}",
         "**Which training samples mattered, and when?**",
-        f"```\n{command('influence', training_run=run_id, **({} if reference else UNNAMED))}\n```",
+        f"```\n{command('influence', training_run=run_id, **_named(reference))}\n```",
         "In Python:",
         "\n".join(["```", *_python(run_id, reference), "```"]),
     ]
     return "\n\n".join(parts)
+
+
+def _named(reference: str) -> dict[str, str]:
+    """The option that names the workload, which a record may not do for code from elsewhere."""
+    if comes_with_package(reference):
+        return {}
+    # Anything else would end the code block, or be no word of a command.
+    return {"workload": reference} if re.fullmatch(r"[\w./:~ -]+", reference) else UNNAMED
 
 
 def _trained(trajectory: Trajectory, reference: str, settings: Mapping[str, Any]) -> str:

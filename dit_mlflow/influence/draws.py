@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -21,10 +20,11 @@ from dit_mlflow.influence.sweep import scores_under
 from dit_mlflow.influence.window import Window
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.told import logger_of
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 LONGEST = 3.0
 """Length of a draw's derivative, in medians over draws, above which it is left out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +10,9 @@ import numpy as np
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, RetrainingMethod
 from dit_mlflow.retraining.subsets import met, outcomes, random_subsets
+from dit_mlflow.told import logger_of
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 PENALTY_FOLDS = 4
 """Folds of the cross-validation that chooses the penalty."""

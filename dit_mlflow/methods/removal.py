@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,9 +16,10 @@ from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, RetrainingMethod
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, leave_one_out, train_on_subsets
+from dit_mlflow.told import logger_of
 from dit_mlflow.workload import Workload
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 FEWEST_TRAININGS = 8
 """Budget below which a blend cannot be fitted and judged."""

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable
 from dit_mlflow.explanation.numbers import value_text
 from dit_mlflow.plots.pictures import is_image
+from dit_mlflow.told import text_of
+from dit_mlflow.workload.appearance import LONGEST_ROW, shrunk
 
 PICTURES = 600
 """Most samples that are shown with a picture."""
@@ -50,14 +53,14 @@ class PageSamples:
         texts: whole texts, or their beginnings.
         cut: the positions of texts that were cut.
         names: columns of the rows.
-        rows: values as text, in the order of ``names``; rows may end before the last names.
+        rows: values as text, by the position of their names in ``names``; at most :data:`LONGEST_ROW`.
     """
 
     pictures: dict[int, str] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     cut: list[int] = field(default_factory=list)
     names: dict[str, int] = field(default_factory=dict)
-    rows: dict[int, list[str | None]] = field(default_factory=dict)
+    rows: dict[int, dict[int, str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, gallery: Gallery, indices: np.ndarray, order: Iterable[int]) -> PageSamples:
@@ -90,12 +93,14 @@ class PageSamples:
         return len(self.texts[position])
 
     def _add_row(self, position: int, row: Mapping[str, Any]) -> int:
+        names, before = list(islice(row, LONGEST_ROW)), len(self.names)
         named = {
-            encodable(str(name), LINE_CHARACTERS): encodable(value_text(row[name]), LINE_CHARACTERS) for name in row
+            encodable(text_of(name), LINE_CHARACTERS): encodable(value_text(row[name]), LINE_CHARACTERS)
+            for name in names
         }
-        values = {self.names.setdefault(name, len(self.names)): value for name, value in named.items()}
-        self.rows[position] = [values.get(place) for place in range(len(self.names))]
-        return sum(len(value) + 3 for value in values.values())
+        self.rows[position] = {self.names.setdefault(name, len(self.names)): value for name, value in named.items()}
+        added = islice(self.names, before, None)
+        return sum(len(value) + 10 for value in named.values()) + sum(len(name) + 3 for name in added)
 
 
 def sample_lines(tell: Callable[[int], str | None] | None, indices: np.ndarray) -> list[str | None]:
@@ -112,6 +117,7 @@ def thumbnail(image: np.ndarray) -> str:
         image: ``[H, W]`` (grey), ``[H, W, 3]`` or, with opacity, ``[H, W, 4]``; whole numbers up to 255, booleans, or
             floats in [0, 1]; what is outside is cut off.
     """
+    image = shrunk(image)
     if image.dtype.kind in "bf":
         image = np.round(255 * np.nan_to_num(image.astype(np.float64)).clip(0, 1))
     image = image.clip(0, 255).astype(np.uint8)

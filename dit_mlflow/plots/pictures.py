@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from dit_mlflow.explanation.numbers import value_text
 from dit_mlflow.plots.canvas import SMALL, literal
+from dit_mlflow.told import text_of
 from dit_mlflow.workload.appearance import Appearance
 
 PIXELS = 128
@@ -51,7 +52,7 @@ def draw_image(axes: Axes, image: np.ndarray, colour: str) -> None:
 def excerpt(appearance: Appearance | None, columns: int, lines: int) -> str:
     """The beginning of a text, or of a row's values, in ``lines`` lines of ``columns`` characters; empty for images."""
     if isinstance(appearance, Mapping):
-        text = ", ".join(f"{name}={value_text(value)}" for name, value in list(appearance.items())[:40])
+        text = ", ".join(f"{text_of(name, 100)}={value_text(value)}" for name, value in list(appearance.items())[:40])
     elif isinstance(appearance, str):
         text = f"“{appearance[: 2 * columns * lines]}”"
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from abc import ABC, abstractmethod
@@ -19,11 +18,12 @@ from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course
 from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.training_step import TrainingStep
+from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.trajectory.state import drifts
 from dit_mlflow.workload.without_graph import without_graph
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 CONTROL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest drift of the control (all weights 1) of a batched retraining, relative to how far training moved."""

@@ -21,7 +21,7 @@ class DitEvaluator(ModelEvaluator):
     - ``training_run``: with the trajectory; default: the run that logged the model;
     - ``windows`` (default ``"1"``, the whole training) and ``kind`` (``"local"``): see :func:`dit_mlflow.track`;
     - ``workload``: a reference, or a :class:`dit_mlflow.Workload`; default: the recorded one; and ``settings`` of a
-      reference;
+      reference; ``trust_workload``: run the recorded one, though it does not come with the package;
     - ``top``: samples listed for each row and side, 5;
     - ``batch``: how a row becomes a batch, see :func:`dit_mlflow.influence.row_losses`.
 

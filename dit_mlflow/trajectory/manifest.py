@@ -173,7 +173,7 @@ class Manifest(_Part):
         """The content of ``manifest.json``; raises :class:`WorkloadError` for settings that JSON cannot hold."""
         try:
             return json.dumps(self.model_dump(mode="json"), indent=1).encode()
-        except (PydanticSerializationError, TypeError) as error:
+        except (PydanticSerializationError, TypeError, ValueError) as error:
             raise WorkloadError(
                 f"a setting of the workload or the optimizer cannot be stored as JSON: {error}; use numbers, strings, "
                 "lists and dicts as settings"

@@ -14,6 +14,9 @@ Appearance = np.ndarray | str | Mapping[str, Any]
 SMALLEST_IMAGE = 4
 """Pixels on a side; smaller arrays are not taken for images."""
 
+LONGEST_SIDE = 512
+"""Pixels on a side that are looked at; of larger images, every n-th."""
+
 LONGEST_ROW = 64
 """Values; longer vectors are not shown."""
 
@@ -48,6 +51,12 @@ def appearance_of(sample: Any) -> Appearance | None:
     return _image(values)
 
 
+def shrunk(image: np.ndarray) -> np.ndarray:
+    """Every n-th row and column, so that neither side has more than :data:`LONGEST_SIDE` pixels; nothing is copied."""
+    every = -(-max(image.shape[:2], default=0) // LONGEST_SIDE)
+    return image[(slice(None, None, every),) * min(2, image.ndim)] if every > 1 else image
+
+
 def label_of(sample: Any) -> str | None:
     """The label of a data set's sample, if it has a scalar one: the second part, or the entry with a usual name."""
     if isinstance(sample, (tuple, list)):
@@ -79,6 +88,8 @@ def _image(values: np.ndarray) -> np.ndarray | None:
     shaped = values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)
     if not shaped or min(values.shape[:2]) < SMALLEST_IMAGE or values.dtype.kind not in "uif":
         return None
+    # First: a view of a few bytes may have a million million elements.
+    values = shrunk(values)
     if values.dtype == np.uint8:
         return values
     low, high = values.min(), values.max()

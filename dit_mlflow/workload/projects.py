@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dit_mlflow.errors import DitError, WorkloadError
+from dit_mlflow.told import text_of
 from dit_mlflow.workload.workload import Workload
 
 WorkloadFactory = Callable[..., Workload]
@@ -29,7 +30,7 @@ class WorkloadReference(BaseModel):
     settings: dict[str, Any]
 
 
-def load_workload(reference: str, **settings: Any) -> Workload:
+def load_workload(reference: str, /, **settings: Any) -> Workload:
     """Build the workload that ``reference`` names.
 
     Args:
@@ -44,71 +45,67 @@ def load_workload(reference: str, **settings: Any) -> Workload:
     Raises:
         WorkloadError: the reference or a setting cannot be used.
     """
-    factory = find_factory(reference)
+    return build(find_factory(reference), reference, settings)
+
+
+def build(factory: WorkloadFactory, reference: str, settings: Mapping[str, Any]) -> Workload:
+    """Check the settings, call the factory, and fill in ``reference`` and the resolved ``settings``."""
     resolved = check_settings(factory, reference, settings)
     try:
         workload = factory(**resolved)
     except DitError:
         raise
     except Exception as error:
-        raise WorkloadError(f"workload {reference!r} cannot be built with {dict(settings)}: {error}") from error
+        raise WorkloadError(
+            f"workload {reference!r} cannot be built with {text_of(dict(settings))}: {error}"
+        ) from error
     if not isinstance(workload, Workload):
         raise WorkloadError(f"workload {reference!r} returned a {type(workload).__name__}; expected a Workload")
     return dataclasses.replace(workload, reference=reference, settings={**resolved, **workload.settings})
 
 
-def load_recorded(recorded: WorkloadReference, directory: Path) -> Workload:
-    """Build the workload that a trajectory says it was recorded with.
-
-    A record is trusted less than a user: the function it names must be annotated to return a :class:`Workload`, and
-    must lie outside the record. Its module is imported all the same, so a record from elsewhere can name, and thereby
-    run, a module of yours.
+def find_factory(reference: str, working_directory: bool = True) -> WorkloadFactory:
+    """The function behind a workload reference.
 
     Args:
-        recorded: reference and settings.
-        directory: where the trajectory is.
+        reference: see :func:`load_workload`.
+        working_directory: whether a module may be in the working directory; if not, ``sys.path`` is left as it is.
 
     Raises:
-        WorkloadError: it cannot be used.
+        WorkloadError: there is none, or it is one that loads workloads by their names.
     """
+    module_name, colon, name = reference.partition(":")
+    if not colon:
+        return factory_in(_project_folder(reference), reference)
+    module_of(reference)
+    if working_directory and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     try:
-        places = [place.resolve() for place in _places(recorded.reference)]
-    except (OSError, ValueError) as error:
-        raise WorkloadError(f"workload {recorded.reference[:99]!r} cannot be the name of anything: {error}") from error
-    if any(place.is_relative_to(directory.resolve()) for place in places):
-        raise WorkloadError(f"workload {recorded.reference!r} is code inside of the trajectory, which is not run")
-    factory = find_factory(recorded.reference)
-    try:
-        returns = get_type_hints(factory).get("return")
-    except (NameError, TypeError, AttributeError):
-        returns = None
-    if not (isinstance(returns, type) and issubclass(returns, Workload)):
+        module = importlib.import_module(module_name)
+    except ImportError as error:
         raise WorkloadError(
-            f"the record names {recorded.reference!r} as its workload, which is not annotated to return one and is not "
-            "called on a record's word alone: write '-> Workload' in its signature, or name it yourself (workload=…)"
-        )
-    return load_workload(recorded.reference, **recorded.settings)
-
-
-def find_factory(reference: str) -> WorkloadFactory:
-    """The function behind a workload reference; raises :class:`WorkloadError` if there is none."""
-    _, colon, name = reference.partition(":")
-    if colon:
-        module_name = _module_name(reference)
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError as error:
-            raise WorkloadError(
-                f"workload {reference!r}: cannot import {module_name!r}: {error}; modules are looked for in the "
-                "working directory (under mlflow run: the project's) and in PYTHONPATH; add its folder there, as an "
-                "absolute path: PYTHONPATH=$PWD"
-            ) from error
-    else:
-        module, name = _import_folder(_project_folder(reference)), "workload"
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise WorkloadError(f"workload {reference!r}: {module.__name__} has no function {name!r}")
+            f"workload {reference!r}: cannot import {module_name!r}: {error}; modules are looked for in the "
+            "working directory (under mlflow run: the project's) and in PYTHONPATH; add its folder there, as an "
+            "absolute path: PYTHONPATH=$PWD"
+        ) from error
+    factory = _function(module, name, reference)
+    # A loader's settings, which may come out of a record, would name what is run.
+    if str(getattr(factory, "__module__", "")).startswith(__name__.rpartition(".")[0]):
+        raise WorkloadError(f"workload {reference!r} is part of dit_mlflow.workload; name the workload that it loads")
     return factory
+
+
+def factory_in(folder: Path, reference: str) -> WorkloadFactory:
+    """The function of a project folder; raises :class:`WorkloadError` if there is none."""
+    return _function(_import_folder(folder), "workload", reference)
+
+
+def module_of(reference: str) -> str:
+    """The module of ``package.module:factory``; raises :class:`WorkloadError` if that is no name of one."""
+    name = reference.partition(":")[0]
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise WorkloadError(f"workload {reference!r}: {name!r} is not the name of a module")
+    return name
 
 
 def check_settings(factory: WorkloadFactory, reference: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +129,7 @@ def check_settings(factory: WorkloadFactory, reference: str, settings: Mapping[s
             converted[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
         except ValidationError as error:
             reason = "; ".join(dict.fromkeys(detail["msg"] for detail in error.errors()))
-            raise WorkloadError(f"workload {reference!r}, setting {name}={value!r}: {reason}") from error
+            raise WorkloadError(f"workload {reference!r}, setting {name}={text_of(value, 200)!r}: {reason}") from error
     try:
         bound = signature.bind(**converted)
     except TypeError as error:
@@ -163,28 +160,11 @@ def _project_folder(reference: str) -> Path:
     return folder.resolve()
 
 
-def _module_name(reference: str) -> str:
-    """The module of ``package.module:factory``, which may be in the working directory."""
-    name = reference.partition(":")[0]
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise WorkloadError(f"workload {reference!r}: {name!r} is not the name of a module")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    return name
-
-
-def _places(reference: str) -> list[Path]:
-    """Paths of the code that a reference names, found without running it."""
-    if ":" not in reference:
-        return [_project_folder(reference)]
-    package, *parts = _module_name(reference).split(".")
-    loaded = sys.modules.get(package)
-    spec = importlib.util.find_spec(package) if loaded is None else loaded.__spec__
-    if spec is None:  # Not there, or the script that runs.
-        return []
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    within = [folder.joinpath(*parts[: i + 1]) for folder in folders for i in range(len(parts))]
-    return [*([Path(spec.origin)] if spec.origin and spec.has_location else []), *folders, *within]
+def _function(module: ModuleType, name: str, reference: str) -> WorkloadFactory:
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise WorkloadError(f"workload {reference!r}: {module.__name__} has no function {name!r}")
+    return factory
 
 
 def _import_folder(folder: Path) -> ModuleType:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError, WorkloadError
+from dit_mlflow.told import text_of
 from dit_mlflow.workload.appearance import Appearance, appearance_of, label_of
 from dit_mlflow.workload.random_state import preserved_random_state, seed_generators
 from dit_mlflow.workload.wrappers import plain_copy
@@ -105,7 +106,10 @@ class Workload:
     @property
     def title(self) -> str:
         """A short name: the project's folder, and its model if it has such a setting."""
-        parts = [(self.reference or "workload").rpartition("/")[2], str(self.settings.get("model", ""))]
+        parts = [
+            (self.reference or "workload").rpartition("/")[2],
+            text_of(self.settings.get("model", ""), TITLE_CHARACTERS),
+        ]
         return " ".join(part for part in parts if part)
 
     @property
@@ -283,6 +287,9 @@ def with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
     given = iter(tensors)
     return map_tensors(batch, lambda _: next(given))
 
+
+TITLE_CHARACTERS = 100
+"""Most characters of the model in a title."""
 
 _NUMBERS = frozenset(map(np.dtype, ("?", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", "c16")))
 """NumPy's dtypes that torch has too, in this machine's byte order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
@@ -20,6 +21,7 @@ from dit_mlflow import Window
 from dit_mlflow.evaluation import Metrics, patterns
 from dit_mlflow.explanation import Gallery
 from dit_mlflow.page import influence_page
+from dit_mlflow.workload.appearance import appearance_of
 
 
 class Page(HTMLParser):
@@ -190,7 +192,7 @@ def test_hostile_strings_arrive_and_are_never_markup() -> None:
     assert found.data["texts"]["1"] == HOSTILE[1]
     assert found.data["notes"][2] == HOSTILE[2]
     assert len(found.data["notes"][7]) == 200
-    assert found.data["rows"]["0"] == [HOSTILE[0], HOSTILE[0]]
+    assert found.data["rows"]["0"] == {"0": HOSTILE[0], "1": HOSTILE[0]}
     assert not re.search("[\u202a-\u202e\u2066-\u2069]", hostile[: hostile.index('id="data"')])
 
 
@@ -260,8 +262,7 @@ def test_rows_with_different_columns_keep_their_values_apart() -> None:
     looks = [{"age": 3, "name": "a"}, {"size": 0.123456789, "age": 4}, None]
     data = Page(influence_page(result(random_scores(2, 3)), gallery=Samples(looks, ["x", None, "y"]))).data
     for position, row in ((0, {"age": "3", "name": "a"}), (1, {"age": "4", "size": "0.123"})):
-        found = zip(data["names"], data["rows"][str(position)], strict=False)
-        assert {name: value for name, value in found if value is not None} == row
+        assert {data["names"][int(at)]: value for at, value in data["rows"][str(position)].items()} == row
     assert [data["labels"][code] if code >= 0 else None for code in data["label"]] == ["x", None, "y"]
 
 
@@ -324,3 +325,58 @@ def test_labels_and_descriptions_need_not_be_text() -> None:
     subjects = Samples([None] * 2, [3, 4.5], [1, None])
     data = Page(influence_page(result(random_scores(2, 2)), gallery=subjects)).data
     assert (data["labels"], data["notes"]) == (["3", "4.5"], ["1", None])
+
+
+def test_rows_with_keys_of_their_own_do_not_widen_the_page() -> None:
+    """Bags of words: 3,000 samples with 64 words each that no other has."""
+    count = 3000
+    looks = [{f"word {index} {place}": 1 for place in range(64)} for index in range(count)]
+    begun = time.perf_counter()
+    html = influence_page(result(random_scores(2, count)), gallery=Samples(looks, [None] * count))
+    assert len(html) < 4_000_000
+    assert time.perf_counter() - begun < 20
+    data = Page(html).data
+    assert {len(row) for row in data["rows"].values()} == {64}
+    position, row = next(iter(data["rows"].items()))
+    assert {data["names"][int(at)] for at in row} == set(looks[int(position)])
+
+
+class Mute:
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+def test_what_cannot_be_shown_costs_its_cell() -> None:
+    row = {"digits": 10**5000, "mute": Mute(), "long": "x" * 10**6, "plain": 1.5}
+    gallery = Gallery(
+        SimpleNamespace(
+            corrupted=(), appearance=lambda index: row, label_of=lambda index: "l" * 10**6, describe=lambda _: Mute()
+        )
+    )
+    html = influence_page(result(random_scores(2, 3)), gallery=gallery)
+    assert len(html) < 200_000
+    data = Page(html).data
+    shown = {data["names"][int(at)]: value for at, value in data["rows"]["0"].items()}
+    assert shown["digits"] == "(int, which cannot be shown: ValueError)"
+    assert shown["mute"] == "(Mute, which cannot be shown: RuntimeError)"
+    assert shown["long"] == "x" * 199 + "…"
+    assert shown["plain"] == "1.5"
+    assert data["notes"] is None
+    assert len(gallery.line(0)) < 210
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_images_are_shrunk_before_they_are_copied(dtype: type) -> None:
+    """A view of one number may have a side of any length; forty large photographs would take minutes."""
+    bomb = np.broadcast_to(np.ones(1, dtype), (500_000, 500_000, 3))
+    large = np.zeros((10_000, 10_000, 3), dtype)
+    large[:5_000] = 1
+    begun = time.perf_counter()
+    looks = [bomb, *[large] * 40]
+    source = SimpleNamespace(corrupted=(), appearance=lambda k: looks[k], label_of=lambda k: None, describe=None)
+    data = Page(influence_page(result(random_scores(2, 41)), gallery=Gallery(source))).data
+    assert len(data["pictures"]) == 41
+    guessed = appearance_of((bomb, 0))
+    assert isinstance(guessed, np.ndarray)
+    assert max(guessed.shape) <= 512
+    assert time.perf_counter() - begun < 20

@@ -44,13 +44,13 @@ def test_folder_below_the_working_directory_comes_first(tmp_path: Path, monkeypa
 def test_ready_projects_are_found_from_anywhere(
     reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a folder without projects, and when the record itself is that folder: code in a record is never run."""
+    """In a folder without projects, and not where it is unclear which is meant."""
     monkeypatch.chdir(tmp_path)
     here = load_recorded(WorkloadReference(reference=reference, settings={"n_train": 64}), tmp_path)
     assert here.num_samples == 64
     (tmp_path / "projects" / "mnist").mkdir(parents=True)
     (tmp_path / "projects" / "mnist" / "__init__.py").write_text("raise AssertionError('this is run')")
-    with pytest.raises(WorkloadError, match="is code inside of the trajectory"):
+    with pytest.raises(WorkloadError, match="the current folder has one of that name; nothing was run"):
         load_recorded(WorkloadReference(reference=reference, settings={"n_train": 64}), tmp_path)
 
 

@@ -39,7 +39,7 @@ const pattern = (position) => (query().patterns === null ? null : data.patterns[
 function rowText(position) {
   const row = data.rows[position];
   if (!row) return null;
-  return row.map((value, place) => (value === null ? null : `${data.names[place]}=${value}`)).filter(Boolean).join(" · ");
+  return Object.entries(row).map(([place, value]) => `${data.names[place]}=${value}`).join(" · ");
 }
 
 /* One line on a sample: what is told of it, else its text, else its row. */

@@ -17,8 +17,8 @@ function looks(position) {
     return element("div", { class: "looks" }, element("div", { class: "text data", dir: "auto", tabindex: 0 }, data.texts[position]), cut, facts(position));
   }
   if (data.rows[position]) {
-    const rows = data.rows[position].map((value, place) => (value === null ? null
-      : element("tr", {}, element("th", { scope: "row" }, fromData(data.names[place])), element("td", {}, fromData(value)))));
+    const rows = Object.entries(data.rows[position]).map(([place, value]) =>
+      element("tr", {}, element("th", { scope: "row" }, fromData(data.names[place])), element("td", {}, fromData(value))));
     return element("div", { class: "looks" }, element("div", { class: "row-values", tabindex: 0 }, element("table", {}, element("tbody", {}, ...rows))), facts(position));
   }
   return element("div", { class: "looks" }, facts(position));

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from dit_mlflow.explanation.cleansing import ACTIONS, CleansingTask, parse_share
 from dit_mlflow.influence import check_kind
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.recording.loop import check_seeds
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.jobs.cleanse_runs import CleansingRuns
 from dit_mlflow.tracking.jobs.request import Request, trained
 from dit_mlflow.tracking.jobs.train import workload_params
@@ -30,7 +30,7 @@ from dit_mlflow.tracking.ui.links import where_to_look
 
 CLEANSING = "cleansing"
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from dit_mlflow.plots import plot_cleansing
 from dit_mlflow.tracking.store.artifacts import active_run_id
 from dit_mlflow.tracking.store.failed_run import error_text
 from dit_mlflow.tracking.store.names import ERROR, HELPED, KIND, NOTE, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import log_metrics, log_series
+from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot, log_series
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +121,14 @@ class CleansingRuns:
         )
         log_metrics(before.summary().prefixed(BEFORE).and_(self._figures(chosen, before)))
         mlflow.log_table(cleansing_table(cleansing), "cleansing.json")
-        mlflow.log_figure(plot_cleansing(cleansing), "cleansing.png")
         mlflow.log_table(self.samples(chosen.trial), f"{self.done}.json")
         indices = chosen.trial.flagged[0]
         taken: dict[str, object] = {"strategy": chosen.trial.strategy, "indices": indices.tolist()}
         if self.task.predicted is not None:
             taken["classes"] = self.task.predicted[indices].tolist()
         mlflow.log_dict(taken, f"{self.done}_indices.json")
+        with drawing("cleansing.png", run_id):
+            log_plot(plot_cleansing(cleansing), "cleansing.png", run_id)
 
     def _figures(self, outcome: Outcome, before: Outcome) -> Metrics:
         trial, corrupted = outcome.trial, self.task.workload.corrupted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,7 @@ from dit_mlflow.progress import progress_over
 from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, trained
 from dit_mlflow.tracking.jobs.train import run_training, workload_params
 from dit_mlflow.tracking.store.artifacts import load_influence, load_trajectory, log_influence
@@ -43,7 +43,7 @@ from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.explanations import log_window_series
 from dit_mlflow.tracking.store.failed_run import error_text, storable
 from dit_mlflow.tracking.store.names import ERROR, KIND, METHOD, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import log_metrics, log_plot, project_run
+from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot, project_run
 from dit_mlflow.tracking.ui.links import save_comparisons, where_to_look
 from dit_mlflow.tracking.ui.notes import set_note
 from dit_mlflow.workload import Workload, load_workload
@@ -53,7 +53,7 @@ COMPARISON = "comparison"
 COSTS = {SECONDS: INFLUENCE_SECONDS, CPU_SECONDS.leaf: CPU_SECONDS}
 """Columns of the table, with the figure in each."""
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,18 +153,21 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         seconds = _training_seconds(trainings)
         mlflow.log_table(table, "comparison.json")
         mlflow.log_table(pd.DataFrame(rows), "by_seed.json")
-        if SPEARMAN.leaf in table and table[SPEARMAN.leaf].notna().any():
-            log_plot(plot_fidelity_against_cost(table, ceiling, seconds), "fidelity_against_cost.png")
         if request.seeds > 1:
             done = [str(row["run_id"]) for row in rows if not row["failed"]]
             whole = {run_id: load_influence(run_id).of(trainings[0].whole) for run_id in done}
             mlflow.log_table(stability_table(pd.DataFrame(rows), whole, request.grid), "stability.json")
+        if ceiling is not None:
+            mlflow.log_metric(SPEARMAN.attainable, ceiling)
+        if SPEARMAN.leaf in table and table[SPEARMAN.leaf].notna().any():
+            path = "fidelity_against_cost.png"
+            with drawing(path, run.info.run_id):
+                log_plot(plot_fidelity_against_cost(table, ceiling, seconds), path, run.info.run_id)
         if workload.corrupted:
             first = [row for row in rows if row["training_run"] == trainings[0].run_id and not row["failed"]]
             scores = {str(row["method"]): load_influence(str(row["run_id"])).of(trainings[0].whole) for row in first}
-            log_plot(plot_recall_curves(scores, workload.corrupted), "recall_curve.png")
-        if ceiling is not None:
-            mlflow.log_metric(SPEARMAN.attainable, ceiling)
+            with drawing("recall_curve.png", run.info.run_id):
+                log_plot(plot_recall_curves(scores, workload.corrupted), "recall_curve.png", run.info.run_id)
         retraining = [name for name in names if method(name).retrains]
         note = comparison_note(table, retraining, len(trainings), kind, attainable=ceiling)
         views = save_comparisons(run.info.run_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -20,10 +19,11 @@ from dit_mlflow.evaluation.figures import ROWS
 from dit_mlflow.explanation.row_tables import check_top, mean_over_rows, mean_table, rows_metrics, rows_table
 from dit_mlflow.influence.row_queries import BatchOfRow, Features
 from dit_mlflow.plots import plot_top_samples
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.jobs.row_influence import RowQuestion
 from dit_mlflow.tracking.store.artifacts import log_influence
 from dit_mlflow.tracking.store.names import KIND, ROW_INFLUENCE, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import log_metrics, log_plot
+from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot
 from dit_mlflow.workload import Workload
 
 ROWS_TABLE, MEAN_TABLE = "influence_on_rows", "influence_on_mean"
@@ -34,11 +34,12 @@ TYPES: dict[str, tuple[Any, str]] = {
     "kind": (str, "local, final or cumulative"),
     "workload": ((str, Workload), "a reference, or a dit_mlflow.Workload"),
     "settings": (Mapping, "settings of the workload by name"),
+    "trust_workload": (bool, "true to run the workload that the training run names, or false"),
     "batch": ((Callable, type(None)), "a function batch(features, targets)"),
 }
 """Type of each setting, and its description."""
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Settings:
     settings: Mapping[str, Any] = field(default_factory=dict)
     top: int = 5
     batch: BatchOfRow | None = None
+    trust_workload: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any], model_id: str | None) -> Settings:
@@ -104,7 +106,12 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
         DitError: see :meth:`RowQuestion.of` and :meth:`RowQuestion.answer`.
     """
     question = RowQuestion.of(
-        settings.training_run, settings.windows, settings.kind, settings.workload, settings.settings
+        settings.training_run,
+        settings.windows,
+        settings.kind,
+        settings.workload,
+        settings.settings,
+        settings.trust_workload,
     )
     answer = question.answer(features, targets, settings.batch, whole_run=True)  # type: ignore[arg-type]
     gallery, top, shown = answer.explanation.gallery, settings.top, answer.explanation.influence
@@ -115,8 +122,9 @@ def evaluate_rows(settings: Settings, features: Features, targets: np.ndarray | 
     for name, table in tables.items():
         _log_table(run_id, table, f"{name}.json")
     if len(shown.windows) > 1:
-        figure = plot_top_samples(mean_over_rows(shown), gallery)
-        log_plot(figure, f"{ROW_INFLUENCE}/influence_over_windows.png")
+        path = f"{ROW_INFLUENCE}/influence_over_windows.png"
+        with drawing(path, run_id):
+            log_plot(plot_top_samples(mean_over_rows(shown), gallery), path, run_id)
     whole = answer.explanation.whole_run
     assert whole is not None
     found = rows_metrics(whole, answer.losses, whole.windows[0], top, gallery.corrupted).prefixed(ROWS)

@@ -27,7 +27,7 @@ from dit_mlflow.tracking.jobs.row_influence import RowQuestion
 from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.tracking.store.found_models import versions_of
 from dit_mlflow.tracking.store.names import KIND, TRAINING_RUN
-from dit_mlflow.workload import Workload
+from dit_mlflow.workload import Workload, WorkloadReference, comes_with_package
 
 SCRIPT = Path(__file__).with_name("influence_model_script.py")
 CONFIG = "dit.influence_model"
@@ -97,6 +97,7 @@ def log_influence_model(
     target: str = "target",
     workload: str = "",
     settings: dict[str, Any] | None = None,
+    trust_workload: bool = False,
 ) -> LoggedInfluenceModel:
     """Log a model that answers influence queries for new rows, in the active run or one of its own.
 
@@ -110,7 +111,9 @@ def log_influence_model(
             register.
         top: samples per row, window and side.
         target: the column of the rows' targets.
-        workload, settings: reference of a workload where none was recorded.
+        workload: reference; needed if none was recorded, or one that does not come with the package.
+        settings: of the workload, where none was recorded.
+        trust_workload: run the workload that the training run names, whatever that is.
 
     Raises:
         DitError: before anything is logged: a setting, the trajectory or the workload cannot be used.
@@ -118,14 +121,14 @@ def log_influence_model(
     if name:
         check_name(name)
     check_top(top)
-    question = RowQuestion.of(training_run, windows, kind, workload, settings)
+    question = RowQuestion.of(training_run, windows, kind, workload, settings, trust_workload)
     recorded = question.trajectory.manifest.workload
     config = {
         "training_run": training_run,
         "windows": ",".join(f"{window.start}:{window.end}" for window in question.windows),
         "kind": question.kind,
-        # Checked against the record when the model is loaded; the record decides.
-        "workload": workload if recorded is None else recorded.reference,
+        # Named by the user, or with their consent. Whoever loads the model runs its script, and with it this.
+        "workload": workload or _foreign(recorded),
         "settings": {} if recorded is not None else dict(settings or {}),
         "top": top,
         "target": target,
@@ -154,7 +157,9 @@ def log_influence_model(
     return LoggedInfluenceModel(str(logged.model_id), str(version.version))
 
 
-def check_influence_model(training_run: str, workload: str = "", settings: dict[str, Any] | None = None) -> None:
+def check_influence_model(
+    training_run: str, workload: str = "", settings: dict[str, Any] | None = None, trust_workload: bool = False
+) -> None:
     """Raise :class:`DitError` if :func:`log_influence_model` cannot make a model of this training run and workload."""
     if not workload and load_trajectory(training_run).manifest.workload is None:
         raise InputError(
@@ -163,7 +168,13 @@ def check_influence_model(training_run: str, workload: str = "", settings: dict[
             f"the workload: dit_mlflow.tracking.log_influence_model({training_run!r}, name=…, "
             "workload='package.module:function')"
         )
-    _example(RowQuestion.of(training_run, workload=workload, settings=settings).workload, "target")
+    question = RowQuestion.of(training_run, workload=workload, settings=settings, trust_workload=trust_workload)
+    _example(question.workload, "target")
+
+
+def _foreign(recorded: WorkloadReference | None) -> str:
+    """The recorded reference, unless the package has that workload itself."""
+    return "" if recorded is None or comes_with_package(recorded.reference) else recorded.reference
 
 
 def _signature(workload: Workload) -> ModelSignature:

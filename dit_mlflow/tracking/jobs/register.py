@@ -15,7 +15,7 @@ from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.tracking.store.names import INFLUENCE_RUN, KIND, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import project_run
 from dit_mlflow.tracking.ui.links import version_link, where_is
-from dit_mlflow.workload.projects import WorkloadReference, load_recorded
+from dit_mlflow.workload import WorkloadReference, load_recorded
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,16 @@ class RegistrationRequest:
     Attributes:
         influence_run, model_name, model: see :func:`dit_mlflow.tracking.register_influence`.
         influence_model: name of a registered model that answers influence queries for new rows; empty = make none.
+        workload: reference, for the influence model; empty = the training's or the influence run's own.
+        trust_workload: the user consents to run the workload that those name, whatever that is.
     """
 
     influence_run: str = ""
     model_name: str = ""
     model: str = ""
     influence_model: str = ""
+    workload: str = ""
+    trust_workload: bool = False
 
 
 def register_job(request: RegistrationRequest, project_run_id: str | None = None) -> str:
@@ -54,8 +58,8 @@ def register_job(request: RegistrationRequest, project_run_id: str | None = None
         settings: dict[str, str] = {}
         if request.influence_model:
             influence, training = asked_and_trained(request.influence_run)
-            reference, settings = _workload_of(influence, training.info.run_id)
-            check_influence_model(training.info.run_id, reference, settings)
+            reference, settings = _workload_of(request, influence, training.info.run_id)
+            check_influence_model(training.info.run_id, reference, settings, request.trust_workload)
         done = register_influence(request.influence_run, request.model_name, request.model)
         if project_run_id is not None:
             mlflow.set_tags({INFLUENCE_RUN: done.influence_run, TRAINING_RUN: done.training_run})
@@ -63,22 +67,30 @@ def register_job(request: RegistrationRequest, project_run_id: str | None = None
         if request.influence_model:
             windows = ",".join(f"{window.start}:{window.end}" for window in done.influence.windows)
             asked = done.training_run, windows, _kind(done.influence.kind), request.influence_model
-            answering = log_influence_model(*asked, workload=reference, settings=settings)
+            answering = log_influence_model(
+                *asked, workload=reference, settings=settings, trust_workload=request.trust_workload
+            )
             lines.append(f"answers rows   models:/{request.influence_model}/{answering.version}")
     return "\n".join(["", *lines, where_is(version_link(done.version))])
 
 
-def _workload_of(influence: Run, training_run: str) -> tuple[str, dict[str, str]]:
-    """Reference and settings of the influence run's workload; empty if the training recorded one, or none is known."""
+def _workload_of(request: RegistrationRequest, influence: Run, training_run: str) -> tuple[str, dict[str, str]]:
+    """Reference and settings of the workload, where the training did not record one; empty if none is known.
+
+    Raises:
+        UntrustedError: the influence run names it, and the user neither names it nor trusts the run.
+        WorkloadError: it cannot be used.
+    """
     trajectory = load_trajectory(training_run)
     params = influence.data.params
     reference = params.get("resolved.workload", "None")
     if trajectory.manifest.workload is not None or reference == "None":
-        return "", {}
+        return request.workload, {}
     settings = {name.removeprefix("workload."): value for name, value in params.items() if name.startswith("workload.")}
-    # A run's parameters are trusted no more than a trajectory is.
-    load_recorded(WorkloadReference(reference=reference, settings=settings), trajectory.directory)
-    return reference, settings
+    if not request.workload:  # A run's parameters are trusted no more than a trajectory is.
+        recorded = WorkloadReference(reference=reference, settings=settings)
+        load_recorded(recorded, trajectory.directory, request.trust_workload)
+    return request.workload or reference, settings
 
 
 def _summary(done: Registration) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from dit_mlflow.command import option
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.explanation.model_card import fidelity, with_card
 from dit_mlflow.influence import Influence
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.mlflow_internals import artifact_store
 from dit_mlflow.tracking.store.artifacts import find_run, load_trajectory
 from dit_mlflow.tracking.store.found_models import FoundModel, find_model
@@ -39,7 +39,7 @@ from dit_mlflow.tracking.ui.model_metrics import log_model_metrics, window_serie
 INFLUENCE_MODEL = "influence_model"
 """Value of the tag ``dit.kind`` on models that answer influence queries, which are not models that a run trained."""
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from pathlib import PurePath
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -21,7 +22,7 @@ from dit_mlflow.retraining import Groups
 from dit_mlflow.retraining.groups import check_groups
 from dit_mlflow.tracking.jobs.train import run_training
 from dit_mlflow.tracking.store.artifacts import load_trajectory
-from dit_mlflow.workload import Workload, load_recorded, load_workload
+from dit_mlflow.workload import Workload, WorkloadReference, load_recorded, load_workload
 
 Checked = TypeVar("Checked")
 
@@ -57,6 +58,7 @@ class Request:
             ``sample_index`` and ``group``; empty = none.
         init_seed, order_seed: of training.
         settings: of the workload.
+        trust_workload: the user consents to run the workload that the training run names, whatever that is.
     """
 
     training_run: str = ""
@@ -74,6 +76,7 @@ class Request:
     init_seed: int = 0
     order_seed: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
+    trust_workload: bool = False
 
     @property
     def memory_budget(self) -> int | None:
@@ -125,6 +128,7 @@ def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:
     """The workload that a trajectory was recorded with, or, without one, the workload that the request names.
 
     Raises:
+        UntrustedError: the record names it, and the request neither names it nor trusts the record.
         WorkloadError: none is known, or the request contradicts the record.
     """
     for name in ("init_seed", "order_seed"):
@@ -141,13 +145,21 @@ def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:
                 f"its model, data and loss: {option('workload', 'projects/…')} or package.module:factory"
             )
         return load_workload(request.workload, **request.settings)
-    if request.workload not in ("", recorded.reference):
+    if request.workload and _own_name(request.workload) != _own_name(recorded.reference):
         raise WorkloadError(
-            f"run {request.training_run} trained {recorded.reference}, not {request.workload}; leave workload out"
+            f"run {request.training_run} trained {recorded.reference}, not {request.workload}; name that one, or leave "
+            "workload out"
         )
-    workload = load_recorded(recorded, trajectory.directory)
+
+    def build(settings: Mapping[str, Any]) -> Workload:
+        if request.workload:
+            return load_workload(request.workload, **settings)
+        asked = WorkloadReference(reference=recorded.reference, settings=dict(settings))
+        return load_recorded(asked, trajectory.directory, request.trust_workload)
+
+    workload = build(recorded.settings)
     if request.settings:
-        asked = load_workload(recorded.reference, **{**recorded.settings, **request.settings}).settings
+        asked = build({**recorded.settings, **request.settings}).settings
         changed = [name for name in request.settings if asked[name] != workload.settings[name]]
         if changed:
             name = changed[0]
@@ -156,6 +168,11 @@ def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:
                 "needs a new training: leave training_run out"
             )
     return workload
+
+
+def _own_name(reference: str) -> str:
+    """Of the function, or of the folder: a workload may have moved since it was recorded."""
+    return PurePath(reference.rpartition(":")[2]).name
 
 
 def trained(

@@ -51,6 +51,7 @@ class RowQuestion:
         kind: str = "local",
         workload: Workload | str = "",
         settings: Mapping[str, Any] | None = None,
+        trust_workload: bool = False,
     ) -> RowQuestion:
         """Load the trajectory and its workload.
 
@@ -60,6 +61,7 @@ class RowQuestion:
             kind: ``local``, ``final`` or ``cumulative``.
             workload: itself, or a reference; empty = the one that the trajectory was recorded with.
             settings: of a workload given by reference.
+            trust_workload: run the workload that the trajectory names, whatever that is.
 
         Raises:
             DitError: one of these cannot be found or used.
@@ -67,7 +69,12 @@ class RowQuestion:
         checked = check_kind(kind)
         trajectory = load_trajectory(training_run)
         if not isinstance(workload, Workload):
-            request = Request(training_run=training_run, workload=workload, settings=dict(settings or {}))
+            request = Request(
+                training_run=training_run,
+                workload=workload,
+                settings=dict(settings or {}),
+                trust_workload=trust_workload,
+            )
             workload = recorded_workload(request, trajectory)
         elif settings:
             raise InputError("settings belong to a workload given by reference; this one is built already")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dit_mlflow.errors import InputError, WorkloadError
+from dit_mlflow.errors import InputError, UntrustedError, WorkloadError
 from dit_mlflow.replay import Trajectory, Verification
 from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.tracking.store.names import TRAJECTORY
@@ -21,7 +21,9 @@ SEGMENTS = 20
 Say = Callable[[str], object]
 
 
-def verify_target(target: str, reference: str, settings: Mapping[str, str], say: Say) -> str:
+def verify_target(
+    target: str, reference: str, settings: Mapping[str, str], say: Say, trust_workload: bool = False
+) -> str:
     """Check a trajectory, quick checks first, the replay last.
 
     Args:
@@ -29,6 +31,7 @@ def verify_target(target: str, reference: str, settings: Mapping[str, str], say:
         reference: of the workload; empty = the record's own.
         settings: of the workload, over the recorded ones.
         say: called with a line for each check that has passed.
+        trust_workload: the user consents to run the workload that the record names, whatever that is.
 
     Returns:
         The verdict, if nothing is wrong.
@@ -52,9 +55,9 @@ def verify_target(target: str, reference: str, settings: Mapping[str, str], say:
     say(f"complete       {'yes' if trajectory.complete else 'no: recording broke off; what there is has been checked'}")
     say(f"recorded with  {_other_versions(manifest)}")
     try:
-        workload = workload_of(trajectory, reference, settings)
+        workload = workload_of(trajectory, reference, settings, trust_workload)
     except WorkloadError as error:
-        if reference or settings:
+        if reference or settings or trust_workload or isinstance(error, UntrustedError):
             raise
         return f"\nnot replayed: {error}\nWhat can be known without a workload holds."
     say(f"workload       {workload.reference}{'' if reference else ', by the record'}")
@@ -77,10 +80,13 @@ def open_target(target: str) -> Trajectory:
         raise InputError(f"{target!r} is no folder here, and {error}") from error
 
 
-def workload_of(trajectory: Trajectory, reference: str, settings: Mapping[str, str]) -> Workload:
+def workload_of(
+    trajectory: Trajectory, reference: str, settings: Mapping[str, str], trust_workload: bool = False
+) -> Workload:
     """The workload that the user names, else the recorded one.
 
     Raises:
+        UntrustedError: the record names it, and the user neither names it nor trusts the record.
         WorkloadError: none is known, or it cannot be built.
     """
     recorded = trajectory.manifest.workload
@@ -93,9 +99,8 @@ def workload_of(trajectory: Trajectory, reference: str, settings: Mapping[str, s
         return load_workload(reference, **settings)
     if reference:
         return load_workload(reference, **{**recorded.settings, **settings})
-    return load_recorded(
-        recorded.model_copy(update={"settings": {**recorded.settings, **settings}}), trajectory.directory
-    )
+    asked = recorded.model_copy(update={"settings": {**recorded.settings, **settings}})
+    return load_recorded(asked, trajectory.directory, trust_workload)
 
 
 def _other_versions(manifest: Manifest) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dit_mlflow.replay.substitution import Substitution
+from dit_mlflow.told import logger_of
 from dit_mlflow.workload.random_state import RandomState, preserved_random_state
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _IGNORED = -100
 """The label that Hugging Face losses leave out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.recording import TrajectoryRecorder
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.recording.upload import Upload
 from dit_mlflow.tracking.store.artifacts import active_run_id, artifact_folder, find_run, load_trajectory
 from dit_mlflow.tracking.store.datasets import SampleSet, log_dataset, workload_source
@@ -26,7 +26,7 @@ from dit_mlflow.tracking.store.names import KIND, RECORDING, TRAJECTORY
 from dit_mlflow.tracking.ui.notes import note_training
 from dit_mlflow.workload import Workload
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @contextmanager

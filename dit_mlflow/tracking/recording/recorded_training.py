@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -17,10 +16,11 @@ from torch.utils.data import DataLoader
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.recording import TrajectoryRecorder
 from dit_mlflow.recording.loader_patch import Handed, LoaderPatch
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.recording.record_trajectory import record_trajectory
 from dit_mlflow.workload import Workload
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class RecordedTraining:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,13 +10,14 @@ import mlflow
 from mlflow import MlflowClient
 
 from dit_mlflow.recording.folder import Written
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.store.names import TRAJECTORY
 from dit_mlflow.trajectory.manifest import FILE_NAME
 
 RETRY_SECONDS = 30.0
 """Wait before the next try after a failure; there is one more try at the end."""
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class Upload:

@@ -13,12 +13,13 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.errors import InputError, TrajectoryError, cause
 from dit_mlflow.influence import Influence
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.told import masked
 from dit_mlflow.tracking.store.found_models import load_model_influence
 from dit_mlflow.tracking.store.names import INFLUENCE, RECORDING, TRAINING_RUN, TRAJECTORY
-from dit_mlflow.tracking.store.remote import open_remote, reading, without_password
+from dit_mlflow.tracking.store.remote import open_remote, reading
 from dit_mlflow.tracking.ui.notes import note_training
 from dit_mlflow.trajectory.manifest import FILE_NAME
 
@@ -53,7 +54,7 @@ def load_trajectory(run_id: str) -> Trajectory:
         trajectory = Trajectory.open(local / TRAJECTORY) if (local / TRAJECTORY).is_dir() else None
     if trajectory is None:
         hint = run.data.tags.get(TRAINING_RUN)
-        store = without_password(run.info.artifact_uri)
+        store = masked(run.info.artifact_uri)
         raise TrajectoryError(
             f"run {run_id} ({run.info.run_name}) has no artifact {TRAJECTORY}/ in {store}; expected a training "
             "run of dit-mlflow" + (f"; it was computed from {hint}" if hint else "")
@@ -105,7 +106,7 @@ def active_run_id() -> str:
 
 def find_run(run_id: str) -> Run:
     """The run; an :class:`InputError` says where it was searched, or that it is deleted."""
-    store = f"the tracking URI {without_password(mlflow.get_tracking_uri())}"
+    store = f"the tracking URI {masked(mlflow.get_tracking_uri())}"
     try:
         run = MlflowClient().get_run(run_id)
     except Exception as error:  # MLflow's own, or one of a database driver, which may be missing.
@@ -113,11 +114,11 @@ def find_run(run_id: str) -> Run:
             "RESOURCE_DOES_NOT_EXIST",
             "INVALID_PARAMETER_VALUE",
         ):
-            raise InputError(f"no run {run_id!r} at {store}: {error.message}") from error
+            raise InputError(f"no run {run_id!r} at {store}: {error.message}") from cause(error)
         raise InputError(
             f"cannot ask {store} for run {run_id!r}: {type(error).__name__}: {error}; check that it can be reached "
             "from here, that its driver is installed, and that your credentials are right"
-        ) from error
+        ) from cause(error)
     if run.info.lifecycle_stage != "active":
         raise InputError(
             f"run {run_id} ({run.info.run_name}) is deleted; restore it: mlflow runs restore --run-id {run_id}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory.tensor_file import sha256 as digest_of
 
 FOLDER = "DIT_MLFLOW_CACHE"
@@ -28,7 +29,7 @@ ABANDONED_SECONDS = 24 * 3600.0
 _PART = "part-"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
-_logger = logging.getLogger(__name__)
+_logger = logger_of(__name__)
 
 
 class FileCache:
@@ -38,7 +39,7 @@ class FileCache:
     file at the same moment both download it.
 
     Attributes:
-        folder: of the files; made when needed, readable by this user only.
+        folder: of the files; made when needed, open to this user only, and refused if it is another user's.
         limit: bytes to which the cache is cut after a download. Files used within the last minute are kept anyway.
     """
 
@@ -72,7 +73,7 @@ class FileCache:
             download: puts the file below the given empty folder and returns its path.
 
         Raises:
-            InputError: the cache folder cannot be used (no permission, no space).
+            InputError: the cache folder cannot be used (no permission, no space, another user's).
             TrajectoryError: the download has another size or checksum, or ``sha256`` is not a SHA-256.
 
         Cost: beside the download, one read of the file to check it.
@@ -82,9 +83,9 @@ class FileCache:
             raise TrajectoryError(f"{sha256[:80]!r} is not a SHA-256; record again")
         path = self.folder / sha256
         try:
+            self._make_folder()
             if self.touch(path) and _is_whole(path, sha256, size):
                 return path
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with TemporaryDirectory(dir=self.folder, prefix=_PART) as temporary:
                 arrived = download(Path(temporary))
                 _check(arrived, sha256, size)
@@ -101,10 +102,25 @@ class FileCache:
     def touch(self, path: Path) -> bool:
         """Mark a file of the cache as used; returns whether it is still there."""
         try:
-            os.utime(path)
+            os.utime(path, follow_symlinks=os.utime not in os.supports_follow_symlinks)
         except FileNotFoundError:
             return False
         return True
+
+    def _make_folder(self) -> None:
+        """The folder, closed to others: who can write to it may swap a file between its check and its use."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if sys.platform == "win32":  # Its modes say nothing; the user's folders have access lists.
+            return
+        found = self.folder.stat()
+        owners = {found.st_uid, self.folder.lstat().st_uid}
+        if owners != {os.geteuid()}:
+            raise InputError(
+                f"the cache folder {self.folder} belongs to another user (number {min(owners - {os.geteuid()})}); set "
+                f"{FOLDER} to a folder of your own"
+            )
+        if found.st_mode & 0o077:
+            self.folder.chmod(0o700)
 
     def _cut_back(self) -> None:
         """Remove the least recently used files until the rest fits, and abandoned downloads."""
@@ -129,7 +145,8 @@ class FileCache:
 
 def _is_whole(path: Path, sha256: str, size: int) -> bool:
     try:
-        return path.stat().st_size == size and digest_of(path) == sha256
+        found = path.lstat()
+        return stat.S_ISREG(found.st_mode) and found.st_size == size and digest_of(path) == sha256
     except FileNotFoundError:
         return False  # Another process removed it just now.
 

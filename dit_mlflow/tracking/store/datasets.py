@@ -9,11 +9,16 @@ from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.dataset import Dataset
 from mlflow.entities import DatasetInput, InputTag
 
+from dit_mlflow.told import text_of
 from dit_mlflow.tracking.store.names import DATASET_CONTEXT
 from dit_mlflow.workload import Workload
 
 DIGEST_CHARACTERS = 32
 """Characters kept of a trajectory's SHA-256 in hexadecimal; MLflow takes up to 36."""
+
+
+SETTING_CHARACTERS = 500
+"""Most characters of a setting; MLflow takes 65,535 of all together."""
 
 
 class SampleSet(Dataset):
@@ -64,4 +69,7 @@ def workload_source(workload: Workload) -> dict[str, str]:
     """How a workload's data sets were made: its reference and settings."""
     if workload.reference is None:
         return {}
-    return {"workload": workload.reference, **{name: str(value) for name, value in workload.settings.items()}}
+    return {
+        "workload": workload.reference,
+        **{name: text_of(value, SETTING_CHARACTERS) for name, value in workload.settings.items()},
+    }

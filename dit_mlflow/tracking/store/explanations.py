@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import mlflow
 import pandas as pd
 from matplotlib.figure import Figure
@@ -43,7 +46,7 @@ from dit_mlflow.tracking.store.names import (
     WHOLE_RUN,
     WHOLE_RUN_EXACT,
 )
-from dit_mlflow.tracking.store.run_log import log_metrics, log_plot, log_series, peak_memory_mb
+from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot, log_series, peak_memory_mb
 from dit_mlflow.tracking.ui.links import run_link
 from dit_mlflow.tracking.ui.notes import influence_links, set_note
 
@@ -84,20 +87,23 @@ def log_explanation(explanation: Explanation, training_run_id: str) -> None:
 def log_answer(explanation: Explanation, training_run_id: str) -> None:
     """Like :func:`log_explanation`, for scores that :func:`log_part` has logged already.
 
-    The run gets the figures of the whole run ``[0, T)`` and ``by_window/…`` series, each child those of its window.
+    Nothing is drawn before all that was computed is logged. The run gets the figures of the whole run ``[0, T)`` and
+    ``by_window/…`` series, each child those of its window.
     """
     run = mlflow.active_run()
     assert run is not None
     training = MlflowClient().get_run(training_run_id)
     _log_figures(explanation, training)
     samples = _log_tables(explanation)
-    for name, figure in _plots(explanation).items():
-        log_plot(figure, f"{INFLUENCE}/{name}.png")
-    mlflow.log_text(explanation_page(explanation), f"{INFLUENCE}/report.html")
     # The UI lists the newest run first, so the last window is logged first.
     positions = progress_over(range(len(explanation.windows))[::-1], "logging windows", "window")
-    runs = [_log_window(explanation, k, samples, run, training_run_id) for k in positions][::-1]
-    set_note(run.info.run_id, influence_note(explanation, influence_links(run, training_run_id, runs)))
+    runs = [_log_window(explanation, k, samples, training_run_id) for k in positions][::-1]
+    _draw(explanation, run.info.run_id)
+    for index, child in enumerate(progress_over(runs, "drawing windows", "window")):
+        _draw_window(explanation, index, child.info.run_id, run)
+    # Last, since it links to what there is.
+    with drawing("note", run.info.run_id):
+        set_note(run.info.run_id, influence_note(explanation, influence_links(run, training_run_id, runs)))
 
 
 def log_window_series(explanation: Explanation) -> None:
@@ -144,32 +150,40 @@ def _log_tables(explanation: Explanation) -> pd.DataFrame:
     return samples
 
 
-def _plots(explanation: Explanation) -> dict[str, Figure]:
+def _draw(explanation: Explanation, run_id: str) -> None:
+    """Log the plots and the page of the influence run."""
+    for name, plot in _plots(explanation).items():
+        path = f"{INFLUENCE}/{name}.png"
+        with drawing(path, run_id):
+            log_plot(plot(), path, run_id)
+    path = f"{INFLUENCE}/report.html"
+    with drawing(path, run_id):
+        MlflowClient().log_text(run_id, explanation_page(explanation), path)
+
+
+def _plots(explanation: Explanation) -> dict[str, Callable[[], Figure]]:
     found, gallery = explanation.influence, explanation.gallery
-    truth = explanation.truth.leave_one_out
-    plots = {}
-    if explanation.patterns is not None:
-        plots["window_correlations"] = plot_window_correlations(found)
-        plots["patterns"] = plot_patterns(found, explanation.patterns)
+    truth, classes = explanation.truth.leave_one_out, explanation.patterns
+    plots: dict[str, Callable[[], Figure]] = {}
+    if classes is not None:
+        plots["window_correlations"] = partial(plot_window_correlations, found)
+        plots["patterns"] = partial(plot_patterns, found, classes)
     corrupted = sorted(gallery.corrupted)
     if corrupted and explanation.whole_run is not None:
         known = [part for part in (explanation.whole_run, truth) if part is not None]
         curves = {f"{part.method}, whole run": part.of(-1) for part in known}
-        plots["recall_curve"] = plot_recall_curves(curves, corrupted)
-    plots["influence_over_windows"] = plot_top_samples(found, gallery, whole=explanation.ranking)
-    plots["heat_map"] = plot_heat_map(found, gallery, whole=explanation.ranking)
+        plots["recall_curve"] = partial(plot_recall_curves, curves, corrupted)
+    plots["influence_over_windows"] = partial(plot_top_samples, found, gallery, whole=explanation.ranking)
+    plots["heat_map"] = partial(plot_heat_map, found, gallery, whole=explanation.ranking)
     if truth is not None:
         everywhere = range(len(explanation.scores.windows))
-        plots["against_leave_one_out"] = plot_against_truth(explanation.scores, truth, everywhere, corrupted)
+        plots["against_leave_one_out"] = partial(plot_against_truth, explanation.scores, truth, everywhere, corrupted)
     return plots
 
 
-def _log_window(
-    explanation: Explanation, index: int, samples: pd.DataFrame, parent: ActiveRun, training_run_id: str
-) -> Run:
+def _log_window(explanation: Explanation, index: int, samples: pd.DataFrame, training_run_id: str) -> Run:
     """Log a window's run. ``samples``: the top samples of all windows."""
     found, window = explanation.influence, explanation.windows[index]
-    exact = explanation.truth.leave_one_out or explanation.confirmed
     tags = {KIND: "window", METHOD: found.method, TRAINING_RUN: training_run_id}
     name = window_run_name(window, index, len(explanation.windows))
     with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
@@ -178,12 +192,21 @@ def _log_window(
         log_metrics(explanation.per_window[index])
         # Last, since the page that compares runs begins with the metric that was logged first.
         mlflow.log_metrics({WINDOW_START.name: window.start, WINDOW_END.name: window.end})
-        known = None if exact is None else exact.of(window)
-        log_plot(plot_window_samples(found, index, explanation.gallery, known), "top_samples.png")
         mlflow.log_table(samples[samples["window_index"] == index], "top_samples.json")
-        if exact is not None and explanation.checked:
-            figure = plot_against_truth(found, exact, [index], sorted(explanation.gallery.corrupted))
-            log_plot(figure, "against_leave_one_out.png")
-        link = (parent.info.run_name or "the influence run", run_link(parent))
-        set_note(run.info.run_id, window_note(explanation, index, link))
     return run
+
+
+def _draw_window(explanation: Explanation, index: int, run_id: str, parent: ActiveRun) -> None:
+    """Log the plots and the note of a window's run."""
+    found, gallery = explanation.influence, explanation.gallery
+    exact = explanation.truth.leave_one_out or explanation.confirmed
+    with drawing("top_samples.png", run_id):
+        known = None if exact is None else exact.of(explanation.windows[index])
+        log_plot(plot_window_samples(found, index, gallery, known), "top_samples.png", run_id)
+    if exact is not None and explanation.checked:
+        with drawing("against_leave_one_out.png", run_id):
+            figure = plot_against_truth(found, exact, [index], sorted(gallery.corrupted))
+            log_plot(figure, "against_leave_one_out.png", run_id)
+    with drawing("note", run_id):
+        link = (parent.info.run_name or "the influence run", run_link(parent))
+        set_note(run_id, window_note(explanation, index, link))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-
+from dit_mlflow.told import logger_of, text_of, told
 from dit_mlflow.tracking.store.names import ERROR, KIND
 
 TAG_CHARACTERS = 5000
 """Most characters of a tag that MLflow's databases take."""
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 def fail_project_run(run_id: str | None, kind: str, message: str) -> None:
@@ -37,9 +36,9 @@ def fail_project_run(run_id: str | None, kind: str, message: str) -> None:
 
 def error_text(error: BaseException) -> str:
     """Kind and message of ``error``, see :func:`storable`."""
-    return storable(f"{type(error).__name__}: {error}")
+    return storable(f"{type(error).__name__}: {text_of(error, TAG_CHARACTERS)}")
 
 
 def storable(message: str) -> str:
-    """``message``, cut to the length of a tag, without the lone surrogates that file names may contain."""
-    return message[:TAG_CHARACTERS].encode("utf-8", "replace").decode()
+    """``message`` as a tag holds and shows it: see :func:`dit_mlflow.told.told`."""
+    return told(message, TAG_CHARACTERS)

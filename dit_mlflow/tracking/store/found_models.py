@@ -15,10 +15,10 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from dit_mlflow.command import command
-from dit_mlflow.errors import InputError
+from dit_mlflow.errors import InputError, cause
 from dit_mlflow.influence import Influence
+from dit_mlflow.told import masked
 from dit_mlflow.tracking.store.names import INFLUENCE
-from dit_mlflow.tracking.store.remote import without_password
 
 Answer = TypeVar("Answer")
 
@@ -83,7 +83,7 @@ def load_model_influence(reference: str, folder: str = INFLUENCE) -> Influence:
             raise InputError(
                 f"cannot read {folder}/ of model {found}: {type(error).__name__}: {error}; check that its artifact "
                 "store can be reached from here, and that your credentials may read there"
-            ) from error
+            ) from cause(error)
         if missing:
             raise InputError(
                 f"model {found} has no {folder}/ among its artifacts; put it there: "
@@ -118,5 +118,5 @@ def _asked(reference: str, question: Callable[[MlflowClient], Answer]) -> Answer
     try:
         return question(MlflowClient())
     except MlflowException as error:
-        store = without_password(mlflow.get_registry_uri())
-        raise InputError(f"no model {reference!r} at {store}: {error.message}; expected {FORMS}") from error
+        store = masked(mlflow.get_registry_uri())
+        raise InputError(f"no model {reference!r} at {store}: {error.message}; expected {FORMS}") from cause(error)

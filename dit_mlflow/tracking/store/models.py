@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import Any
 
@@ -10,11 +9,12 @@ import mlflow
 import torch
 from torch import Tensor, nn
 
+from dit_mlflow.told import logger_of
 from dit_mlflow.workload import Workload, to_like
 
 MODEL_NAME = "model"
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 def log_model(model: nn.Module, workload: Workload) -> str | None:

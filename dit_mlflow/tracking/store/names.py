@@ -15,6 +15,8 @@ HELPED = "dit.helped"
 """Whether cleaning helped, on a cleansing run: ``yes``, ``no`` or ``unclear``."""
 UNDEFINED = "dit.undefined."
 """Prefix of tags that say why a metric is missing."""
+NOT_DRAWN = "dit.not_drawn."
+"""Prefix of tags that say why a plot, a page or a note is missing."""
 
 NOTE = "mlflow.note.content"
 """MLflow's tag of a run's description; this and the next ones are listed in MLflow's documentation."""

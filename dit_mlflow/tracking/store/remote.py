@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
-from urllib.parse import urlsplit
 
 from mlflow.entities import Run
 
-from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.errors import InputError, TrajectoryError, cause
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.told import masked
 from dit_mlflow.tracking.mlflow_internals import artifact_store, download_file
 from dit_mlflow.tracking.store.cache import FileCache
 from dit_mlflow.tracking.store.names import TRAJECTORY
@@ -124,21 +124,15 @@ def reading(run: Run, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Each store raises its own: of requests, botocore, a missing library …
-        cause = f"{type(error).__name__}: {error}".rstrip(".")
+        said = f"{type(error).__name__}: {error}".rstrip(".")
         raise InputError(
-            f"cannot read {what} of {_described(run)}: {cause}; check that the store can be reached "
+            f"cannot read {what} of {_described(run)}: {said}; check that the store can be reached "
             "from here, that its client library is installed, and that your credentials may read there"
-        ) from error
-
-
-def without_password(uri: str) -> str:
-    """The URI with the password, of a database or an FTP server, replaced by ``***``."""
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri
+        ) from cause(error)
 
 
 def _described(run: Run) -> str:
-    return f"run {run.info.run_id} ({run.info.run_name}) in {without_password(_uri(run))}"
+    return f"run {run.info.run_id} ({run.info.run_name}) in {masked(_uri(run))}"
 
 
 def _uri(run: Run) -> str:

@@ -17,11 +17,15 @@ from mlflow.data.dataset import Dataset
 from mlflow.entities import Metric
 
 from dit_mlflow.evaluation import Metrics
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.plugin import DitRunContext
-from dit_mlflow.tracking.store.names import RUN_NAME, UNDEFINED
+from dit_mlflow.tracking.store.failed_run import error_text
+from dit_mlflow.tracking.store.names import NOT_DRAWN, RUN_NAME, UNDEFINED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_log = logger_of(__name__)
 
 BATCH = 1000
 """Most metrics that MLflow takes per request."""
@@ -78,11 +82,25 @@ def log_points(points: Iterable[tuple[str, int, float | None]]) -> None:
         MlflowClient().log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
 
 
-def log_plot(figure: Figure, path: str) -> None:
-    """Log a figure on the active run. A character that the font lacks is drawn as a box, without a warning."""
+@contextmanager
+def drawing(path: str, run_id: str) -> Iterator[None]:
+    """Draw and log something of a run; if that fails, only this is missing, and a tag of the run says why.
+
+    To be entered when what was computed is logged: it was expensive, and a picture can be drawn again.
+    """
+    try:
+        yield
+    except Exception as error:  # Any kind: samples, their texts and pictures are the user's.
+        reason = error_text(error)
+        _log.warning("%s of run %s is missing: %s", path, run_id, reason)
+        MlflowClient().set_tag(run_id, NOT_DRAWN + path, reason)
+
+
+def log_plot(figure: Figure, path: str, run_id: str) -> None:
+    """Log a figure on a run. A character that the font lacks is drawn as a box, without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        mlflow.log_figure(figure, path)
+        MlflowClient().log_figure(run_id, figure, path)
 
 
 def peak_memory_mb() -> float | None:

@@ -12,8 +12,8 @@ from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 
 from dit_mlflow.command import ui_command
+from dit_mlflow.told import masked
 from dit_mlflow.tracking.store.names import INFLUENCE, KIND, TRAINING_RUN
-from dit_mlflow.tracking.store.remote import without_password
 from dit_mlflow.tracking.ui.views import (
     INFLUENCES,
     TRAININGS,
@@ -79,7 +79,7 @@ def save_comparisons(run_id: str) -> dict[str, str]:
 
 def where_is(link: str) -> str:
     """How to open a page of the UI, and, for a store without a server, how to start one first."""
-    uri = without_password(mlflow.get_tracking_uri())
+    uri = masked(mlflow.get_tracking_uri())
     if uri.startswith("http"):
         return f"{'open':15}{uri.rstrip('/')}/{link}"
     start = f"{'start':15}{ui_command()} --backend-store-uri {shlex.quote(uri)}"
@@ -91,7 +91,7 @@ def where_to_look(run: ActiveRun) -> str:
 
     Call it when the run has ended: it saves the views that compare.
     """
-    uri = without_password(mlflow.get_tracking_uri())
+    uri = masked(mlflow.get_tracking_uri())
     server = uri.rstrip("/") if uri.startswith("http") else LOCAL
     found = save_comparisons(run.info.run_id)
     compared = [f"compare {name}\n{'':15}{server}/{link}" for name, link in found.items()]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from dit_mlflow.explanation.run_note import Links
 from dit_mlflow.explanation.training_note import training_note
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.store.names import INFLUENCE, NOTE
 from dit_mlflow.tracking.ui.links import run_link, save_comparisons
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 def set_note(run_id: str, note: str, former: str | None = None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 import time
 import zlib
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from dit_mlflow.evaluation.figures import (
     WINDOW_END,
     WINDOW_START,
 )
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.mlflow_internals import SAVED_VIEW
 from dit_mlflow.tracking.store.names import INFLUENCE, KIND, PARENT_RUN
 
@@ -46,7 +46,7 @@ KEPT = 50
 
 Chart = dict[str, Any]
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def test_a_trial_that_fails_stops_nothing(store: str, monkeypatch: pytest.Monkey
     assert finished.exit_code == 0, finished.output
     status = {name: run.info.status for name, run in strategies().items()}
     assert {name for name, value in status.items() if value == "FAILED"} == {"loss 10 %", "loss 20 %"}
-    assert "no <b>luck</b> today ?" in strategies()["loss 10 %"].data.tags["dit.error"]
+    assert "no <b>luck</b> today \\udcff" in strategies()["loss 10 %"].data.tags["dit.error"]
     (parent,) = runs("cleansing")
     assert parent.info.status == "FINISHED"
     assert "loss 10 % failed: RuntimeError" in finished.output

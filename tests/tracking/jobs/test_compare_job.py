@@ -84,7 +84,7 @@ def test_a_method_that_fails_is_reported_and_stops_nothing(store: str, monkeypat
     assert parent.info.status == "FINISHED"
     reasons = mlflow.load_table("comparison.json", run_ids=[parent.info.run_id]).set_index("method")["error"]
     assert "plain SGD; the training used Adam" in reasons["sgd_influence"]
-    assert reasons["loss"] == "RuntimeError: no luck today: ?.bin"
+    assert reasons["loss"] == "RuntimeError: no luck today: \\udcff.bin"
     failed = compare(methods="loss", windows="2")
     assert failed.exit_code == 1
     assert "every method failed; the first: RuntimeError: no luck today" in failed.output

@@ -16,6 +16,7 @@ from workloads import datasets
 
 from dit_mlflow import InputError, Workload, WorkloadError, load_workload, parse_windows, sample_losses, track
 from dit_mlflow.cli import cli
+from dit_mlflow.errors import UntrustedError
 from dit_mlflow.explanation import Checks
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.tracking import load_influence, load_trajectory, log_influence_model, run_influence, run_training
@@ -55,7 +56,7 @@ def check(answer: pd.DataFrame, scores: np.ndarray, windows: list[tuple[int, int
 def test_a_loaded_model_scores_rows_as_validation_samples(any_store: Store, kind: str) -> None:
     training_run, workload, trajectory = trained()
     name = f"answers {training_run}"
-    logged = log_influence_model(training_run, windows="2", kind=kind, name=name, top=2)
+    logged = log_influence_model(training_run, windows="2", kind=kind, name=name, top=2, workload=REFERENCE)
     assert logged.version == "1"
     model = mlflow.pyfunc.load_model(f"models:/{name}/1")
     windows = parse_windows("2", trajectory)
@@ -72,9 +73,9 @@ def test_a_loaded_model_scores_rows_as_validation_samples(any_store: Store, kind
 
 def test_nothing_is_pickled_and_the_same_is_logged_once(store: str, tmp_path: Path) -> None:
     training_run, _, _ = trained()
-    first = log_influence_model(training_run, windows="3", name="answers")
-    assert log_influence_model(training_run, windows="3", name="answers") == first
-    assert log_influence_model(training_run, windows="3:6", name="answers").version == "2"
+    first = log_influence_model(training_run, windows="3", name="answers", workload=REFERENCE)
+    assert log_influence_model(training_run, windows="3", name="answers", workload=REFERENCE) == first
+    assert log_influence_model(training_run, windows="3:6", name="answers", workload=REFERENCE).version == "2"
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{first.model_id}", dst_path=str(tmp_path / "model")))
     files = {path.name for path in folder.rglob("*") if path.is_file()}
     assert "influence_model_script.py" in files
@@ -101,6 +102,7 @@ def test_from_the_command_line_beside_the_registered_model(store: str) -> None:
     training_run, _, _ = trained()
     influence_run = asked(training_run)
     options = ["--influence-run", influence_run, "--model-name", "digits", "--influence-model", "answers"]
+    options += ["--workload", REFERENCE]
     for _ in range(2):
         done = CliRunner().invoke(cli, ["register", *options])
         assert done.exit_code == 0, done.output
@@ -113,7 +115,7 @@ def test_from_the_command_line_beside_the_registered_model(store: str) -> None:
         (window.start, window.end) for window in windows
     }
     # Its mean over the validation set is the influence run's score, where all samples are listed for each row.
-    whole = log_influence_model(training_run, windows="3", kind="final", name="all", top=24)
+    whole = log_influence_model(training_run, windows="3", kind="final", name="all", top=24, trust_workload=True)
     every = mlflow.pyfunc.load_model(f"models:/{whole.model_id}").predict(rows(16))
     mean = every.pivot_table(index="sample_index", columns="window_start", values="score", aggfunc="sum") / 16
     expected = load_influence(influence_run).scores[:, 0]
@@ -130,11 +132,13 @@ def test_what_is_refused(store: str) -> None:
         ({"workload": "projects/mnist"}, "not projects/mnist"),
     ):
         with pytest.raises((InputError, WorkloadError), match=message):
-            log_influence_model(training_run, **changes)
+            log_influence_model(training_run, **{"workload": REFERENCE, **changes})
+    with pytest.raises(UntrustedError, match=f"in Python workload='{REFERENCE}'"):
+        log_influence_model(training_run)
     assert MlflowClient().search_registered_models() == []
     done = CliRunner().invoke(cli, ["register", "--influence-run", "x", "--model-name", "a", "--influence-model", "a"])
     assert (done.exit_code, "they are two models" in done.output) == (1, True)
-    model = mlflow.pyfunc.load_model(f"models:/{log_influence_model(training_run).model_id}")
+    model = mlflow.pyfunc.load_model(f"models:/{log_influence_model(training_run, workload=REFERENCE).model_id}")
     with pytest.raises(InputError, match="expected a DataFrame with the column 'target'"):
         model.predict(rows().drop(columns="target"))
     with pytest.raises(InputError, match="63 values"):

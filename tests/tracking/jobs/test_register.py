@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlflow
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import InputError, Workload, load_workload, parse_windows
+from dit_mlflow.errors import UntrustedError
 from dit_mlflow.explanation import Checks
 from dit_mlflow.explanation.model_card import BEGIN, CARD_CHARACTERS
 from dit_mlflow.tracking import (
@@ -261,7 +262,11 @@ def test_the_influence_model_of_a_loop_of_ones_own_asks_the_workload_of_the_infl
                 optimizer.step()
         log_model(model, "a")
     influence_run = asked(run.info.run_id, load_workload("workloads:digits_workload"), windows="1")
-    assert "rows" in register_job(RegistrationRequest(influence_run, "own", influence_model="rows"))
+    request = RegistrationRequest(influence_run, "own", influence_model="rows")
+    with pytest.raises(UntrustedError, match="--workload workloads:digits_workload"):
+        register_job(request)
+    assert not MlflowClient().search_registered_models()
+    assert "rows" in register_job(replace(request, workload="workloads:digits_workload"))
     answered = mlflow.pyfunc.load_model("models:/rows/1")
     rows = pd.DataFrame(datasets()[1].tensors[0][:2].numpy()).assign(target=[0, 1])
     assert set(answered.predict(rows)["side"]) == {"harmful", "helpful"}

@@ -38,6 +38,10 @@ def run(*arguments: Any) -> Result:
     return CliRunner().invoke(cli, ["verify", *map(str, arguments)])
 
 
+def run_named(*arguments: Any) -> Result:
+    return run(*arguments, "--workload", HERE)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
@@ -46,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_holds_is_said(folder: Path) -> None:
-    found = run(folder)
+    found = run_named(folder)
     assert found.exit_code == 0
     size = sum(path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json")
     count = len(list(folder.iterdir())) - 1
@@ -58,7 +62,7 @@ def test_what_holds_is_said(folder: Path) -> None:
         "complete       yes",
         "recorded with  the same versions and thread count as here",
     ]
-    assert lines[5:7] == [f"workload       {HERE}, by the record", "data           as recorded, by its digest"]
+    assert lines[5:7] == [f"workload       {HERE}", "data           as recorded, by its digest"]
     table = [line.split() for line in lines[8:12]]
     assert table == [["from", "step", "to", "step", "drift"], ["0", "1", "0"], ["1", "4", "0"], ["4", "9", "0"]]
     assert lines[13] == "max drift      0 (bit for bit)"
@@ -68,7 +72,7 @@ def test_what_holds_is_said(folder: Path) -> None:
 def test_run_is_verified_and_no_other_is_made(store: str, folder: Path) -> None:
     with mlflow.start_run() as run_:
         log_trajectory(folder)
-    found = run(run_.info.run_id)
+    found = run_named(run_.info.run_id)
     assert (found.exit_code, found.stdout.splitlines()[-1]) == (0, "Everything holds.")
     assert f"of run {run_.info.run_id}" in found.stdout
     assert len(MlflowClient().search_runs([run_.info.experiment_id])) == 1
@@ -80,12 +84,15 @@ def test_run_is_verified_and_no_other_is_made(store: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--shift", "0.001"], "train_set is not the recorded one: digest"),
-        (["--hidden", "5"], "parameter '0.weight' has shape (5, 64), recorded (6, 64)"),
-        (["--optimizer", "Adam"], "the workload's optimizer is Adam; the trajectory was recorded with SGD"),
+        (["--workload", HERE, "--shift", "0.001"], "train_set is not the recorded one: digest"),
+        (["--trust-workload", "--hidden", "5"], "parameter '0.weight' has shape (5, 64), recorded (6, 64)"),
+        (
+            ["--workload", HERE, "--optimizer", "Adam"],
+            "the workload's optimizer is Adam; the trajectory was recorded with SGD",
+        ),
         (["--workload", HERE, "--hidden", "5"], "'0.weight' has shape (5, 64)"),
         (["--workload", "projects/nowhere"], "workload 'projects/nowhere' not found"),
-        (["--hidden", "many"], "setting hidden='many'"),
+        (["--workload", HERE, "--hidden", "many"], "setting hidden='many'"),
     ],
 )
 def test_what_has_changed_is_named(options: list[str], message: str, folder: Path) -> None:
@@ -118,12 +125,15 @@ def test_without_a_workload_the_replay_is_said_to_be_missing(tmp_path: Path) -> 
     assert (found.exit_code, found.stdout.splitlines()[-1]) == (0, "Everything holds.")
 
 
-def test_workload_of_the_record_that_is_gone_is_said_to_be_missing(folder: Path) -> None:
+def test_workload_of_the_record_is_not_looked_for_without_consent(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace(HERE, "gone.away:named"))
     found = run(folder)
-    assert found.exit_code == 0
-    assert "not replayed: workload 'gone.away:named': cannot import" in found.stdout
+    assert found.exit_code == 1
+    assert "the record names 'gone.away:named' as its workload, which does not come with the package" in found.stderr
+    found = run(folder, "--trust-workload")
+    assert found.exit_code == 1
+    assert "workload 'gone.away:named': cannot import" in found.stderr
 
 
 def test_incomplete_trajectory_is_verified_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -151,14 +161,14 @@ def test_incomplete_trajectory_is_verified_as_far_as_it_goes(tmp_path: Path) -> 
 
 def test_of_many_segments_those_that_drift_most_are_listed(tmp_path: Path) -> None:
     train(load_workload(HERE, epochs=10), tmp_path / "t", checkpoint_every=1)
-    found = run(tmp_path / "t")
+    found = run_named(tmp_path / "t")
     assert "(10 more segments, which drift no further)" in found.stdout
     assert sum(line.endswith("  0") for line in found.stdout.splitlines()) == 20
 
 
 def test_trajectory_below_the_folder_is_found(folder: Path, tmp_path: Path) -> None:
     shutil.move(folder, tmp_path / "run" / "trajectory")
-    assert run(tmp_path / "run").exit_code == 0
+    assert run_named(tmp_path / "run").exit_code == 0
     found = run(tmp_path)
     assert found.exit_code == 1
     assert f"no trajectory in {tmp_path}" in found.stderr

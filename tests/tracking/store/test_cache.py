@@ -141,3 +141,47 @@ def test_processes_that_fill_and_empty_one_cache_at_once_all_read_what_they_aske
     assert sum(downloads) > len(set().union(*asked))
     for path in (tmp_path / "c").iterdir():
         assert digest(path.read_bytes()) == path.name
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes")
+def test_the_folder_is_closed_to_others_and_must_be_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = FileCache(tmp_path / "c", 1e9)
+    cache.folder.mkdir()
+    cache.folder.chmod(0o777)
+    path = get(cache, b"content")
+    assert cache.folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    source = Source(b"content")
+    with pytest.raises(InputError, match=r"belongs to another user \(number \d+\); set DIT_MLFLOW_CACHE"):
+        get(cache, b"content", source)
+    assert source.downloads == 0
+
+
+def test_a_link_in_the_cache_is_replaced_by_the_file(tmp_path: Path) -> None:
+    """Its target could change after the check."""
+    cache, source = FileCache(tmp_path / "c", 1e9), Source(b"content")
+    (tmp_path / "elsewhere").write_bytes(b"content")
+    age(tmp_path / "elsewhere", 1000)
+    cache.folder.mkdir()
+    (cache.folder / digest(b"content")).symlink_to(tmp_path / "elsewhere")
+    path = get(cache, b"content", source)
+    assert (path.is_symlink(), source.downloads) == (False, 1)
+    assert time.time() - (tmp_path / "elsewhere").stat().st_mtime > 900
+
+
+def fill(folder: Path) -> Path:
+    return get(FileCache(folder, 1e9), b"content" * 100_000, Slow(b"content" * 100_000))
+
+
+class Slow(Source):
+    def __call__(self, folder: Path) -> Path:
+        path = super().__call__(folder)
+        time.sleep(0.5)
+        return path
+
+
+def test_two_processes_that_make_the_folder_and_the_same_file_at_once_both_get_it(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(2, mp_context=processes.context()) as pool:
+        paths = set(pool.map(fill, [tmp_path / "c"] * 2))
+    assert [path.read_bytes() for path in paths] == [b"content" * 100_000]
+    assert set((tmp_path / "c").iterdir()) == paths

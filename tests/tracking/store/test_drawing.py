@@ -1,0 +1,99 @@
+"""What was computed is kept, whatever happens when it is drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from workloads import digits_workload
+
+from dit_mlflow import parse_windows
+from dit_mlflow.explanation import Checks
+from dit_mlflow.tracking import load_influence, load_trajectory, run_influence, run_training
+from dit_mlflow.tracking.store import explanations
+
+
+def asked(**changes: Any) -> tuple[Any, list[Any]]:
+    """The influence run over two windows, with full ground truth, and the runs of its windows."""
+    workload = digits_workload(epochs=2, **changes)
+    training_run = run_training(workload)
+    trajectory = load_trajectory(training_run)
+    windows = parse_windows("2", trajectory)
+    checks = Checks(ground_truth=workload.num_samples)
+    run_id = run_influence(training_run, trajectory, workload, windows, "final", checks).run.info.run_id
+    run = MlflowClient().get_run(run_id)
+    parent = f"tags.`mlflow.parentRunId` = '{run_id}'"
+    return run, MlflowClient().search_runs([run.info.experiment_id], parent)
+
+
+def artifacts(run_id: str, folder: str | None = None) -> set[str]:
+    return {item.path.rpartition("/")[2] for item in MlflowClient().list_artifacts(run_id, folder)}
+
+
+def test_plots_and_pages_that_fail_cost_themselves_alone(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("Unable to allocate 931. GiB")
+
+    drawn = [name for name in vars(explanations) if name.startswith("plot_")]
+    assert len(drawn) == 7
+    drawn += ["influence_note", "influence_page", "window_note"]
+    for name in drawn:
+        monkeypatch.setattr(explanations, name, fails)
+    run, children = asked(corrupted=(1, 5))
+    assert (run.info.status, {child.info.status for child in children}) == ("FINISHED", {"FINISHED"})
+    assert len(children) == 2
+    assert load_influence(run.info.run_id, "ground_truth").scores.shape == (2, 1, 24)
+    assert "ground_truth/spearman" in run.data.metrics
+    assert all("ground_truth/spearman" in child.data.metrics for child in children)
+    assert "top_samples.json" in artifacts(children[0].info.run_id)
+    reasons = {name: value for name, value in run.data.tags.items() if name.startswith("dit.not_drawn.")}
+    assert set(reasons.values()) == {"MemoryError: Unable to allocate 931. GiB"}
+    assert {"dit.not_drawn.influence/report.html", "dit.not_drawn.influence/heat_map.png"} < set(reasons)
+    assert "dit.not_drawn.top_samples.png" in children[0].data.tags
+
+
+def test_all_is_logged_before_the_first_plot(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed while it draws has lost nothing else."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        run = mlflow.active_run()
+        assert run is not None
+        assert load_influence(run.info.run_id, "ground_truth").scores.shape == (2, 1, 24)
+        parent = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+        children = MlflowClient().search_runs([run.info.experiment_id], parent)
+        assert [child.info.status for child in children] == ["FINISHED"] * 2
+        assert all("top_samples.json" in artifacts(child.info.run_id) for child in children)
+        raise Killed
+
+    monkeypatch.setattr(explanations, "log_plot", killed)
+    with pytest.raises(Killed):
+        asked()
+
+
+class Mute:
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+def test_samples_and_settings_that_cannot_be_shown_do_not_fail_the_run(store: str) -> None:
+    bomb = np.broadcast_to(np.float32(1), (500_000, 500_000, 3))
+    row = {"digits": 10**5000, "mute": Mute()}
+    run, children = asked(
+        show=lambda index: bomb if index % 2 else row,
+        label=lambda index: "l" * 10**6,
+        describe=lambda index: Mute(),
+        settings={"long": "x" * 10**6},
+        reference="some:where",
+    )
+    assert (run.info.status, len(children)) == ("FINISHED", 2)
+    assert not [name for name in (*run.data.tags, *children[0].data.tags) if name.startswith("dit.not_drawn.")]
+    assert {"report.html", "heat_map.png"} < artifacts(run.info.run_id, "influence")
+    assert run.data.params["workload.long"].startswith("xxx")
+    table = mlflow.load_table("influence/top_samples.json", [run.info.run_id])
+    assert table["sample"].str.len().max() <= 210
