@@ -38,8 +38,14 @@ class Question:
         kind: str,
         queries: Sequence[Query] | None,
     ) -> Question:
-        """Check every part; raises :class:`InputError` for a window, kind or query that cannot be used."""
+        """Check every part.
+
+        Raises:
+            InputError: a window, kind or query that cannot be used.
+            WorkloadError: rows of the per-sample loss are those of other samples.
+        """
         check_windows(windows, trajectory.num_steps)
+        trajectory.couples_samples(workload)
         asked = resolve_queries(queries, workload)
         return cls(trajectory, workload, tuple(windows), check_kind(kind), tuple(asked))
 
@@ -73,6 +79,7 @@ class Question:
                 "dtype": dtype.removeprefix("torch."),
                 "versions": library_versions(),
                 "seconds": time.perf_counter() - self.asked_at,
+                **({"coupled": True} if self.trajectory.couples_samples(self.workload) else {}),
                 **metadata,
             },
         )

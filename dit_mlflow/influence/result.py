@@ -82,6 +82,12 @@ class Influence:
         return None if share is None else float(share)
 
     @property
+    def coupled(self) -> bool:
+        """Whether the loss couples samples (contrastive terms, mixup, batch statistics). Removal then takes the
+        sample's own loss away, while the sample stays in its batches."""
+        return bool(self.metadata.get("coupled", False))
+
+    @property
     def unclear(self) -> np.ndarray:
         """Which scores have a 95 % interval that holds 0, bool, like ``scores``: neither helpful nor harmful."""
         if self.standard_error is None:

@@ -298,7 +298,9 @@ class TrajectoryRecorder:
             return  # Reading a sample again could change what the dataset draws next.
         self._writer.flush()
         with preserved_random_state():
-            Trajectory.open(self.directory).replay(workload)
+            begun = Trajectory.open(self.directory)
+            begun.replay(workload)
+            begun.couples_samples(workload)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._step.has_batches:
