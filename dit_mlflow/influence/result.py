@@ -57,6 +57,8 @@ class Influence:
             raise InputError(
                 f"scores have shape {self.scores.shape}; expected [windows, queries, samples] = {expected}"
             )
+        if np.isinf(self.scores).any():
+            raise InputError("a score is infinite; expected finite numbers, and NaN where there is none")
         for name, found, wanted in (
             ("standard_error", self.standard_error, expected),
             ("degrees_of_freedom", self.degrees_of_freedom, expected[:2]),

@@ -78,6 +78,7 @@ class TracInCheckpoints(Method):
 
     name = "tracin_checkpoints"
     per_window = True
+    skips = True
 
     def estimate(self, question: Question) -> Estimate:
         trajectory = question.trajectory

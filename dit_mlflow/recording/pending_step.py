@@ -48,6 +48,18 @@ class PendingStep:
     def has_batches(self) -> bool:
         return bool(self._drawn)
 
+    @property
+    def drawn(self) -> list[Drawn]:
+        """The batches added since the last step."""
+        return list(self._drawn)
+
+    @property
+    def samples(self) -> np.ndarray:
+        """The samples of the next step, if its batches have been added, or of the last one made, in batch order."""
+        last = [] if self._made is None else self._made.row["indices"]
+        parts = [drawn.indices for drawn in self._drawn] or last
+        return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]) if parts else np.zeros(0, np.int64)
+
     def add(self, drawn: Drawn) -> None:
         """Add a batch that the loop is given."""
         self.settle(drawn.random_state)

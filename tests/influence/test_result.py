@@ -72,6 +72,11 @@ def test_shape_that_contradicts_the_axes_is_refused() -> None:
         Influence(np.zeros((1, 1, 3)), (Window(0, 1),), ("loss",), np.arange(4), "local", "dit")
 
 
+def test_infinite_scores_are_refused() -> None:
+    with pytest.raises(InputError, match="a score is infinite"):
+        replace(example(), scores=np.full((2, 1, 4), -np.inf))
+
+
 def with_errors() -> Influence:
     """Scores of 1 to 4 errors each; of the second window from two pairs, where 12.7 errors make an interval."""
     errors = np.array([[[0.4, 0.5, 1.0, 3.0]], [[np.nan, 1.0, 0.05, 0.4]]])
