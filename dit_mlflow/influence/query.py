@@ -14,7 +14,7 @@ from dit_mlflow.errors import InputError
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.not_finite import named, refuse_diverged
 from dit_mlflow.trajectory import Record, State
-from dit_mlflow.workload import Workload, to_like
+from dit_mlflow.workload import Workload, floating_one, to_like
 from dit_mlflow.workload.workload import Batch
 
 Dataset = Literal["validation", "training", "test"]
@@ -207,7 +207,7 @@ def refuse_not_finite(
 
 
 def _moved(batch: Batch, model: nn.Module) -> Batch:
-    like = next(model.parameters())
+    like = floating_one(model.parameters())
     return to_like(batch, like.device, like.dtype, fresh=True)
 
 

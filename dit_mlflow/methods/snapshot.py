@@ -20,7 +20,7 @@ from dit_mlflow.replay.not_finite import named, refuse_diverged
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.trajectory.manifest import OptimizerLayout
-from dit_mlflow.workload import Batch, to_like
+from dit_mlflow.workload import Batch, floating_one, to_like
 
 LOSSES_PER_PASS = 256
 """Training samples per forward pass."""
@@ -141,7 +141,7 @@ class Snapshot:
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Training samples as the model takes them, the same every time."""
-        like = next(iter(self.parameters.values()))
+        like = floating_one(self.parameters.values())
         workload = self.dynamics.workload
         return to_like(workload.unvarying(workload.train_set, indices), like.device, like.dtype)
 

@@ -18,7 +18,7 @@ from dit_mlflow.recording.recorder import TrajectoryRecorder
 from dit_mlflow.replay.not_finite import named
 from dit_mlflow.replay.trajectory import Trajectory
 from dit_mlflow.workload.random_state import preserved_random_state
-from dit_mlflow.workload.workload import Batch, Workload, to_like
+from dit_mlflow.workload.workload import Batch, Workload, floating_one, to_like
 
 Recording = Callable[[nn.Module, Optimizer], AbstractContextManager[TrajectoryRecorder]]
 """Makes the recorder of a model and its optimizer."""
@@ -169,7 +169,7 @@ def _backward(workload: Workload, model: nn.Module, batch: Batch, position: int)
     """Accumulate the gradient of the epoch's micro-batch number ``position``; returns its losses and objective."""
     assert workload.batch_size is not None
     size = min(workload.batch_size, workload.num_samples - position * workload.batch_size)
-    device = next(model.parameters()).device
+    device = floating_one(model.parameters()).device
     coefficients = workload.batch_coefficients(batch, size).to(device)
     losses = workload.sample_losses(model, to_like(batch, device, None), size)
     objective = (coefficients.to(losses.dtype) * losses).sum()

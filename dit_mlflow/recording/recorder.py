@@ -27,7 +27,7 @@ from dit_mlflow.replay import Trajectory
 from dit_mlflow.torch_internals import found_infinite
 from dit_mlflow.trajectory import Hyperparameters, State
 from dit_mlflow.trajectory.manifest import FILE_NAME
-from dit_mlflow.workload import Workload, WorkloadReference
+from dit_mlflow.workload import Workload, WorkloadReference, floating_one
 from dit_mlflow.workload.dataset_digest import is_inert
 from dit_mlflow.workload.random_state import RandomState, preserved_random_state
 from dit_mlflow.workload.wrappers import unwrapped
@@ -181,7 +181,7 @@ class TrajectoryRecorder:
         ]
         self._autocast_hooks = []
         if not self._low_precision:
-            check = AutocastCheck(next(iter(self._recorded_model.parameters.values())).device.type)
+            check = AutocastCheck(floating_one(self._recorded_model.parameters.values()).device.type)
             self._autocast_hooks = [module.register_forward_pre_hook(check) for module in self._model.modules()]
         return self
 

@@ -16,10 +16,10 @@ from dit_mlflow.replay.differentiable import TwiceDifferentiable
 from dit_mlflow.replay.recorded_dtype import RecordedDtype
 from dit_mlflow.replay.recorded_workload import check_recorded
 from dit_mlflow.replay.substitution import Substitution
-from dit_mlflow.trajectory.manifest import DTYPES, Manifest
+from dit_mlflow.trajectory.manifest import Manifest
 from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.workload.random_state import RandomState, fixed_draws, preserved_random_state
-from dit_mlflow.workload.workload import Batch, Workload, to_like, with_tensors
+from dit_mlflow.workload.workload import Batch, Workload, floating_one, to_like, with_tensors
 
 Parameters = Mapping[str, Tensor]
 Buffers = MutableMapping[str, Tensor]
@@ -68,11 +68,11 @@ class Dynamics:
         self._substituted = Substitution(model)
         if dtype is not None:
             model.to(dtype)
-        recorded = next(iter(manifest.model.parameters.values())).dtype
         self._recorded_dtype: AbstractContextManager[object] = (
-            nullcontext() if dtype is None else RecordedDtype(DTYPES[recorded])
+            nullcontext() if dtype is None else RecordedDtype(manifest.model.dtype)
         )
-        self.device = next(model.parameters()).device
+        like = floating_one(model.parameters())
+        self.device, self.floating_dtype = like.device, like.dtype
         self.model = model
         self._twice_differentiable = TwiceDifferentiable(model)
         self._substituted.withdraw()

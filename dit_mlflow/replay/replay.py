@@ -18,7 +18,6 @@ from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.not_finite import refuse_diverged
 from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.training_step import TrainingStep, WeightsOf
-from dit_mlflow.trajectory.manifest import DTYPES
 from dit_mlflow.trajectory.record import Record
 from dit_mlflow.trajectory.state import REPLAY_TOLERANCE, State, drifts, other_optimizer_state
 from dit_mlflow.workload.dataset_digest import check_dataset
@@ -93,7 +92,7 @@ class Replay:
                 "the workload is the recorded one cannot be told",
                 trajectory.directory,
             )
-        if dtype is not None and dtype != _recorded_dtype(trajectory):
+        if dtype is not None and dtype != trajectory.manifest.model.dtype:
             self._meet(self._anchors[-1])
             self.training_step = make_step(Dynamics(workload, trajectory.manifest, dtype, trajectory.batches))
             self._anchors = (0,)
@@ -313,11 +312,6 @@ def refuse_what_diverged(lo: int, hi: int, replayed: State, recorded: State) -> 
                 f"training diverged between step {lo} and step {hi}: {name!r} is no longer finite there, and from then "
                 f"on no state can be rebuilt. Ask for windows up to step {lo}"
             )
-
-
-def _recorded_dtype(trajectory: Record) -> torch.dtype:
-    name = next(iter(trajectory.manifest.model.parameters.values())).dtype
-    return DTYPES[name]
 
 
 def _first_piece(length: int, room: int) -> int:

@@ -20,6 +20,7 @@ from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.trajectory.state import drifts
+from dit_mlflow.workload.workload import floating_one
 
 _log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class Retraining:
 
     def _control_holds(self, states: State, recorded: State, origin: State, steps: Sequence[StepRecord]) -> bool:
         control = State(states.parameters, states.buffers).map(lambda value: value[0])
-        tolerance = CONTROL_TOLERANCE.get(next(iter(control.parameters.values())).dtype, 1e-3)
+        tolerance = CONTROL_TOLERANCE.get(floating_one(control.parameters.values()).dtype, 1e-3)
         missed = {name: drift for name, drift in drifts(control, recorded, origin).items() if drift > tolerance}
         if missed:
             excused = missed_by_rounding(self.training_step, steps, origin, recorded, control)

@@ -1,6 +1,15 @@
 """What is trained: model, data, and loss per sample; how it is found and how its samples look."""
 
 from dit_mlflow.workload.projects import WorkloadReference, load_recorded, load_workload
-from dit_mlflow.workload.workload import Batch, Plan, Workload, to_like
+from dit_mlflow.workload.workload import Batch, Plan, Workload, floating_one, to_like
 
-__all__ = ["Batch", "Plan", "Workload", "WorkloadReference", "load_recorded", "load_workload", "to_like"]
+__all__ = [
+    "Batch",
+    "Plan",
+    "Workload",
+    "WorkloadReference",
+    "floating_one",
+    "load_recorded",
+    "load_workload",
+    "to_like",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -241,6 +241,15 @@ class Plan:
     @property
     def num_steps(self) -> int:
         return self.epoch_ends[-1]
+
+
+def floating_one(tensors: Iterable[Tensor]) -> Tensor:
+    """The first floating one: of the device and dtype in which a model of these parameters computes.
+
+    Others may come before it: codes of quantised weights, tables of indices.
+    """
+    every = list(tensors)
+    return next((tensor for tensor in every if tensor.is_floating_point()), every[0])
 
 
 def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh: bool = False) -> Batch:

@@ -28,6 +28,7 @@ from dit_mlflow import (
     track,
     train,
 )
+from dit_mlflow.methods import method
 
 
 class Records(Dataset[Any]):
@@ -375,3 +376,60 @@ def test_layer_frozen_late_and_unfrozen(to_none: bool, tmp_path: Path) -> None:
     assert found == pytest.approx((loss(1 - 1e-5) - loss(1 + 1e-5)) / 2e-5, rel=1e-6)
     exact = leave_one_out(trajectory, workload, window, samples=[5, 6, 7]).of(0)[5]
     assert exact == pytest.approx(loss(0.0) - loss(1.0), rel=1e-8)
+
+
+class Coded(nn.Module):
+    """Its first tensor is a table of integers: a frozen parameter, or a buffer."""
+
+    def __init__(self, as_parameter: bool = True) -> None:
+        super().__init__()
+        codes = torch.arange(64) % 5 - 2
+        if as_parameter:
+            self.codes = nn.Parameter(codes, requires_grad=False)
+        else:
+            self.register_buffer("codes", codes)
+        self.inner, self.last = nn.Linear(64, 6), nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.inner(inputs * self.codes)))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [value for value in model.parameters() if value.requires_grad]
+
+
+@pytest.mark.parametrize("held", [trainable, lambda model: list(model.parameters())])
+@pytest.mark.parametrize("optimizer", [lambda held: SGD(held, lr=0.3, momentum=0.5), lambda held: Adam(held, lr=0.02)])
+def test_a_first_parameter_of_integers_does_not_give_the_dtype(held: Any, optimizer: Any, tmp_path: Path) -> None:
+    workload = digits_workload(model=Coded, optimizer=lambda model: optimizer(held(model)))
+    trajectory = train(workload, tmp_path / "t")
+    assert trajectory.verify(workload).max_drift == 0
+    windows, samples = [Window(0, 9)], [0, 7, 13]
+    found = track(trajectory, workload, windows, dtype=torch.float64).of(0)
+    expected = finite_difference(workload, trajectory, windows[0], "local", samples, 1e-5)
+    assert np.abs(found[samples] - expected).max() < 1e-6 * np.abs(found).max()
+    single = track(trajectory, workload, windows).of(0)
+    assert np.abs(single - found).max() < 1e-3 * np.abs(found).max()
+    exact = leave_one_out(trajectory, workload, windows, samples=samples).of(0)[samples]
+    removed = [window_effect(workload, trajectory, windows[0], "local", j, 0.0) for j in samples]
+    np.testing.assert_allclose(exact, removed, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tracin", "tracin_renormalized", "grad_dot", "source", "dvemb", "mirrored_influence", "trak", "knn_shapley"),
+        *("influence_function", "influence_function_ekfac", "influence_function_datainf", "representer_points"),
+        *("grad_norm", "loss", "aum", "downsampling"),
+    ],
+)
+def test_methods_take_such_a_parameter_for_a_buffer(name: str, tmp_path: Path) -> None:
+    found = []
+    for as_parameter in (True, False):
+        workload = digits_workload(
+            model=lambda as_parameter=as_parameter: Coded(as_parameter),
+            optimizer=lambda model: SGD(trainable(model), lr=0.3),
+        )
+        trajectory = train(workload, tmp_path / str(as_parameter))
+        found.append(method(name)(trajectory, workload, [Window(0, 9)]).scores)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-7 * np.abs(found[1]).max())
