@@ -58,7 +58,6 @@ class Snapshot:
         self.dynamics = dynamics
         self.state = state
         self._at = step.index
-        refuse_diverged(state, step.index)
         held = {name: state.parameters[name].detach().requires_grad_() for group in layout.groups for name in group}
         still = step.no_gradient | step.zero_gradient if frozen is None else frozen
         self.trained = {name: value for name, value in held.items() if name not in still} or held
@@ -133,6 +132,7 @@ class Snapshot:
 
     def _refuse(self, wrong: Tensor, indices: np.ndarray, what: str) -> None:
         if bool(wrong.any()):
+            refuse_diverged(self.state, self._at)
             raise UnsupportedError(
                 f"training {named(indices[wrong.cpu().numpy()])} {what} at the state that step {self._at} leads to or "
                 "leaves. Look for NaN and infinity in their data, and for a root, a norm or a standard deviation at 0 "

@@ -23,6 +23,10 @@ LOOKED_AT = 64
 """Samples of a step whose derivatives are looked at one by one, once something is wrong."""
 
 
+class NotFiniteError(UnsupportedError):
+    """The derivative of a step is not finite, at a state that is."""
+
+
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
@@ -64,12 +68,12 @@ def refuse_derivative(step: TrainingStep, state: State, record: StepRecord, adjo
 
     Raises:
         TrajectoryError: the state is not finite.
-        UnsupportedError: the state is, its derivative is not.
+        NotFiniteError: the state is, its derivative is not.
     """
     refuse_diverged(state, record.index)
     found = _at_fault(step, state, record, adjoint)
     who = f"for {named(found)}" if found else f"for its batch ({named(dict.fromkeys(record.samples.tolist()))})"
-    raise UnsupportedError(
+    raise NotFiniteError(
         f"step {record.index}: the second derivative of the loss is not finite {who}, so that no score of an earlier "
         "or of this step is known: a root, a norm or a standard deviation at 0, or a division by what can be 0 (add a "
         f"small number inside the root). Ask for windows from step {record.index + 1} on, or use leave_one_out, which "
