@@ -15,7 +15,7 @@ from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.not_finite import named, refuse_diverged
 from dit_mlflow.trajectory import Record, State
 from dit_mlflow.workload import Workload, floating_one, to_like
-from dit_mlflow.workload.workload import Batch
+from dit_mlflow.workload.batches import Batch
 
 Dataset = Literal["validation", "training", "test"]
 CHUNK = 1024

@@ -17,7 +17,7 @@ from dit_mlflow.methods.hessian import Curvature, by_parameter, flattened
 from dit_mlflow.methods.krylov import krylov_space
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.snapshot import mean_coefficients, snapshots
-from dit_mlflow.workload.workload import floating_one
+from dit_mlflow.workload.batches import floating_one
 
 SPECTRUM_ITERATIONS = 40
 """Hessian-vector products to find the smallest and the largest eigenvalue with."""

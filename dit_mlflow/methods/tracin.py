@@ -18,7 +18,7 @@ from dit_mlflow.methods.snapshot import Snapshot, Vectors, mean_coefficients, sn
 from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory.step_record import StepRecord
-from dit_mlflow.workload.workload import floating_one
+from dit_mlflow.workload.batches import floating_one
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_mlflow.recording.watched_loader import Drawn
 from dit_mlflow.replay.not_finite import are_finite, named, not_finite
-from dit_mlflow.workload.workload import tensors_of
+from dit_mlflow.workload.batches import tensors_of
 
 _log = logging.getLogger(__name__)
 

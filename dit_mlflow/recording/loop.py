@@ -17,8 +17,9 @@ from dit_mlflow.progress import progress_bar
 from dit_mlflow.recording.recorder import TrajectoryRecorder
 from dit_mlflow.replay.not_finite import named
 from dit_mlflow.replay.trajectory import Trajectory
+from dit_mlflow.workload.batches import Batch, floating_one, to_like
 from dit_mlflow.workload.random_state import preserved_random_state
-from dit_mlflow.workload.workload import Batch, Workload, floating_one, to_like
+from dit_mlflow.workload.workload import Workload
 
 Recording = Callable[[nn.Module, Optimizer], AbstractContextManager[TrajectoryRecorder]]
 """Makes the recorder of a model and its optimizer."""

@@ -13,8 +13,9 @@ from dit_mlflow.errors import InputError
 from dit_mlflow.recording.recorded_model import RecordedModel
 from dit_mlflow.recording.watched_loader import Drawn
 from dit_mlflow.trajectory.step_record import Hyperparameters, StepFields
+from dit_mlflow.workload.batches import tensors_of
 from dit_mlflow.workload.random_state import RandomState
-from dit_mlflow.workload.workload import Workload, tensors_of
+from dit_mlflow.workload.workload import Workload
 
 _log = logging.getLogger(__name__)
 

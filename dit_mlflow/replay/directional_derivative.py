@@ -14,7 +14,7 @@ from dit_mlflow.replay.dynamics import Parameters
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
-from dit_mlflow.workload.workload import floating_one
+from dit_mlflow.workload.batches import floating_one
 
 STRIDES = (1e-6, 1e-8, 1e-4, 1e-3)
 """Lengths of the differences, in sizes of the parameters, one after the other until one tells: a shorter one, where the

@@ -18,9 +18,10 @@ from dit_mlflow.replay.recorded_workload import check_recorded
 from dit_mlflow.replay.substitution import Substitution
 from dit_mlflow.trajectory.manifest import Manifest
 from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload.batches import Batch, floating_one, to_like, with_tensors
 from dit_mlflow.workload.modes import act, check_modes, set_modes
 from dit_mlflow.workload.random_state import RandomState, fixed_draws, preserved_random_state
-from dit_mlflow.workload.workload import Batch, Workload, floating_one, to_like, with_tensors
+from dit_mlflow.workload.workload import Workload
 
 Parameters = Mapping[str, Tensor]
 Buffers = MutableMapping[str, Tensor]

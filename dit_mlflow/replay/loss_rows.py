@@ -16,8 +16,9 @@ from dit_mlflow.errors import WorkloadError, first_line
 from dit_mlflow.replay.dynamics import Dynamics, Parameters
 from dit_mlflow.trajectory.record import Record
 from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload.batches import tensors_of, to_like
 from dit_mlflow.workload.random_state import RandomState, preserved_random_state, seed_generators
-from dit_mlflow.workload.workload import Workload, tensors_of, to_like
+from dit_mlflow.workload.workload import Workload
 
 FEW, MANY = 2, 8
 """Samples that are changed, one at a time: always, and where one changes rows of others."""

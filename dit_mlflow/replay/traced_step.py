@@ -18,8 +18,8 @@ from dit_mlflow.replay.loss_step import LossStep, leaves
 from dit_mlflow.replay.traced import Function, traced
 from dit_mlflow.replay.training_step import floating_shapes
 from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload.batches import tensors_of, with_tensors
 from dit_mlflow.workload.random_state import RandomState, fixed_draws
-from dit_mlflow.workload.workload import tensors_of, with_tensors
 
 Values = list[Tensor]
 

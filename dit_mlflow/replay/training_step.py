@@ -20,7 +20,7 @@ from dit_mlflow.replay.running_statistics import DifferentiableStatistics, runni
 from dit_mlflow.trajectory.manifest import DTYPES, TensorLayout
 from dit_mlflow.trajectory.state import COUNTERS, State
 from dit_mlflow.trajectory.step_record import StepRecord
-from dit_mlflow.workload.workload import floating_one
+from dit_mlflow.workload.batches import floating_one
 
 WeightsOf = Callable[[StepRecord], Tensor | None]
 """The weights of a step's samples, in batch order: ``[sum B]``, ``[K, sum B]``, or ``None`` = all 1, as recorded."""

@@ -20,7 +20,7 @@ from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.trajectory.state import drifts
-from dit_mlflow.workload.workload import floating_one
+from dit_mlflow.workload.batches import floating_one
 
 _log = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """What is trained: model, data, and loss per sample; how it is found and how its samples look."""
 
+from dit_mlflow.workload.batches import Batch, floating_one, to_like
 from dit_mlflow.workload.projects import WorkloadReference, load_recorded, load_workload
-from dit_mlflow.workload.workload import Batch, Plan, Workload, floating_one, to_like
+from dit_mlflow.workload.workload import Plan, Workload
 
 __all__ = [
     "Batch",

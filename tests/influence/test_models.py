@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from oracles import finite_difference, window_effect
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adam
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import (
@@ -24,6 +27,7 @@ from dit_mlflow import (
     TrajectoryRecorder,
     Window,
     Workload,
+    WorkloadError,
     leave_one_out,
     track,
     train,
@@ -185,6 +189,114 @@ def test_buffers_that_do_not_depend_on_the_parameters_are_constants(reassign: bo
         assert np.abs(found.of(window)[samples] - expected).max() < 1e-6 * np.abs(expected).max()
         removed = [window_effect(workload, trajectory, window, "local", j, 0.0) for j in samples]
         np.testing.assert_allclose(exact.of(window)[samples], removed, rtol=1e-8, atol=1e-12)
+
+
+@dataclass
+class Pair:
+    inputs: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenPair:
+    inputs: Tensor
+    labels: Tensor
+
+
+class Opaque:
+    """Knows itself, as graph batches do."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self.stores = {"all": [self, {"inputs": inputs}]}
+        self.labels = labels
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.stores["all"][1]["inputs"]  # type: ignore[index, no-any-return]
+
+    @inputs.setter
+    def inputs(self, value: Tensor) -> None:
+        self.stores["all"][1]["inputs"] = value  # type: ignore[index]
+
+
+class Fields(MutableMapping[str, Any]):
+    """Is made by names, not of a mapping."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self.content = {"inputs": inputs, "labels": labels}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.content[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.content[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+
+def assigning(model: nn.Module, batch: Any) -> Tensor:
+    batch.inputs = batch.inputs * 2 - 1
+    return cross_entropy(model(batch.inputs), batch.labels, reduction="none")
+
+
+def in_place(model: nn.Module, batch: Any) -> Tensor:
+    batch.inputs.mul_(2).sub_(1)
+    return cross_entropy(model(batch.inputs), batch.labels, reduction="none")
+
+
+def assigning_item(model: nn.Module, batch: Any) -> Tensor:
+    batch["inputs"] = batch["inputs"] * 2 - 1
+    return cross_entropy(model(batch["inputs"]), batch["labels"], reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        (Pair, assigning),
+        (Pair, in_place),
+        (FrozenPair, in_place),
+        (Opaque, assigning),
+        (Opaque, in_place),
+        (Fields, assigning_item),
+    ],
+)
+def test_batches_of_any_type_are_new_for_every_step_and_query(kind: Any, loss: Any, tmp_path: Path) -> None:
+    workload = digits_workload(loss=loss, collate_fn=lambda items: kind(*default_collate(items)), epochs=2)
+    trajectory = train(workload, tmp_path / "t")
+    assert trajectory.verify(workload).max_drift == 0
+    windows, samples = [Window(0, 2), Window(2, 4), Window(4, 6)], [0, 7, 13]
+    found = track(trajectory, workload, windows, dtype=torch.float64)
+    exact = leave_one_out(trajectory, workload, windows, samples=samples)
+    static = method("grad_dot")(trajectory, workload, windows).scores
+
+    def plain(model: nn.Module, batch: Any) -> Tensor:
+        return sample_losses(model, (batch[0] * 2 - 1, batch[1]))
+
+    # The oracle is of ordinary batches and an ordinary loss.
+    same = digits_workload(loss=plain, epochs=2)
+    for window in windows:
+        expected = finite_difference(same, trajectory, window, "local", samples, 1e-5)
+        assert np.abs(found.of(window)[samples] - expected).max() < 1e-6 * np.abs(expected).max()
+        removed = [window_effect(same, trajectory, window, "local", j, 0.0) for j in samples]
+        np.testing.assert_allclose(exact.of(window)[samples], removed, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(static, method("grad_dot")(trajectory, same, windows).scores, rtol=1e-4)
+
+
+def test_a_batch_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
+    def locked(items: Any) -> Any:
+        made = Opaque(*default_collate(items))
+        made.lock = threading.Lock()  # type: ignore[attr-defined]
+        return made
+
+    with pytest.raises(WorkloadError, match=r"batches hold a Opaque, which cannot be copied .* Give a collate_fn"):
+        train(digits_workload(loss=in_place, collate_fn=locked), tmp_path / "t")
 
 
 class CodeBook(nn.Module):
