@@ -112,6 +112,11 @@ def set_sampler(loader: DataLoader[Any], name: Literal["sampler", "batch_sampler
     vars(loader).update({name: sampler, "_iterator": None})
 
 
+def exchange_sampler(loader: DataLoader[Any], name: Literal["sampler", "batch_sampler"], sampler: Any) -> None:
+    """The same, and the iterator that there is goes on with the sampler that it has."""
+    vars(loader)[name] = sampler
+
+
 def found_infinite(optimizer: Optimizer) -> bool:
     """Whether a ``GradScaler`` has told a fused optimizer of infinite gradients, so that its step will do nothing.
 

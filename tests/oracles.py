@@ -52,7 +52,7 @@ def train_again(
 
 def validation_loss(workload: Workload, model: nn.Module) -> float:
     """Mean validation loss."""
-    dtype = next(model.parameters()).dtype
+    dtype = next(value.dtype for value in model.parameters() if value.is_floating_point())
     batch = workload.collate(workload.validation_set, range(len(workload.validation_set)))
     return float(workload.loss(model, to_like(batch, torch.device("cpu"), dtype)).detach().double().mean())
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.query import CHUNK
-from dit_mlflow.workload import Workload, to_like
+from dit_mlflow.workload import Workload, floating_one, to_like
 from dit_mlflow.workload.appearance import LABELS
 from dit_mlflow.workload.random_state import preserved_random_state
 
@@ -107,7 +107,7 @@ def sample_classes(workload: Workload) -> np.ndarray:
     size = workload.num_samples
     with preserved_random_state(), torch.no_grad():
         model = workload.build_model().eval()
-        first = to_like(workload.batch([0]), next(model.parameters()).device, None)
+        first = to_like(workload.batch([0]), floating_one(model.parameters()).device, None)
         try:
             count = workload.class_logits(model, first, 1).shape[1]
             parts = np.array_split(np.arange(size), -(-size // CHUNK))

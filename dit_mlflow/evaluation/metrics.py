@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from dit_mlflow.evaluation.figures import LOSS
 from dit_mlflow.influence.query import CHUNK
-from dit_mlflow.workload import Batch, Workload, to_like
+from dit_mlflow.workload import Batch, Workload, floating_one, to_like
 from dit_mlflow.workload.random_state import fixed_draws
 from dit_mlflow.workload.without_graph import without_graph
 
@@ -60,7 +60,7 @@ def sample_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -
     Random draws from torch are the same every time. Cost: a forward pass for the loss and one for the metrics.
     """
     size = len(dataset)  # type: ignore[arg-type]
-    like = next(model.parameters())
+    like = floating_one(model.parameters())
     parts: dict[str, list[np.ndarray]] = {}
     with fixed_draws(like.device):
         for start in range(0, size, CHUNK):

@@ -45,9 +45,16 @@ MEANING = {
 }
 
 
+COUPLED = (
+    "The loss couples the samples of a batch, so removal takes a sample's own loss away, while the sample stays in its "
+    "batches."
+)
+
+
 def answer_sentences(found: Explanation) -> tuple[str, str, str]:
     """Which samples hurt and helped most, and when; how sure that is; damaged samples and patterns."""
-    return _who(found), _how_sure(found), _what_kind(found)
+    who = f"{_who(found)} {COUPLED}" if found.influence.coupled else _who(found)
+    return who, _how_sure(found), _what_kind(found)
 
 
 def window_sentences(found: Explanation, position: int) -> tuple[str, str]:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_mlflow.errors import InputError
+from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.kind import Sweep
-from dit_mlflow.influence.query import Query
+from dit_mlflow.influence.query import Query, refuse_not_finite
 from dit_mlflow.influence.window_scores import Row, WindowScores
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
+from dit_mlflow.replay.not_finite import are_finite, refuse_derivative
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.replay.training_step import TrainingStep, WeightsOf
 from dit_mlflow.trajectory import State
@@ -86,6 +87,9 @@ class Engine:
                     record = self.replay.trajectory.step(t)
                     at = None if weights is None else weights(record)
                     adjoint, by_weight = self.training_step.pull_back(state, record, adjoint, at)
+                    # Along another training, a draw that diverged is left out.
+                    if weights is None and not are_finite([by_weight, adjoint.parameters, adjoint.buffers]):
+                        refuse_derivative(self.training_step, state, record, adjoint)
                     # Removal takes the weight away.
                     collected.add(rows, t, torch.from_numpy(record.samples), -by_weight)
                     alive = [position for position, row in enumerate(rows) if row.sweep.stop < t]
@@ -95,7 +99,7 @@ class Engine:
                     progress.update()
                 for sweep in planned:
                     if sweep.start == t:
-                        started = self._start(state, queries)
+                        started = self._start(state, queries, None if weights is not None else t)
                         adjoint = started if adjoint is None else adjoint.append(started)
                         rows += [Row(sweep, query) for query in range(len(queries))]
         return collected.scores.numpy()
@@ -114,8 +118,11 @@ class Engine:
         swept = self.training_step is not self.replay.training_step
         return {"max_drift": self.replay.max_drift, **({"derivative": "traced"} if swept else {})}
 
-    def _start(self, state: State, queries: Sequence[Query]) -> Adjoint:
-        """``lambda = grad q`` at ``state``, one row per query; 0 for the optimizer's state."""
+    def _start(self, state: State, queries: Sequence[Query], t: int | None) -> Adjoint:
+        """``lambda = grad q`` at ``state``, one row per query; 0 for the optimizer's state.
+
+        At a recorded ``s_t``, both must be finite.
+        """
         step = self.training_step
         held = {name: state.parameters[name].detach().requires_grad_() for name in step.followed_parameters.shapes}
         moving = {name: state.buffers[name].detach().requires_grad_() for name in step.followed_buffers.shapes}
@@ -129,6 +136,14 @@ class Engine:
                     "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
                 )
             found = grad_or_zeros(value, [*held.values(), *moving.values()])
+            if t is not None:
+                refuse_not_finite(query, value, state, t, step.dynamics, self.replay.trajectory)
+                if not are_finite(found):
+                    raise UnsupportedError(
+                        f"the derivative of query {query.name!r} is not finite at step {t}: a root, a norm or a "
+                        "standard deviation at 0, or a division by what can be 0. Add a small number inside the root, "
+                        "or use leave_one_out, which takes no derivative"
+                    )
             by_parameters.append(step.followed_parameters.join(found[: len(held)]))
             by_buffers.append(torch.cat([value.new_zeros(0), *(part.reshape(-1) for part in found[len(held) :])]))
         return Adjoint(torch.stack(by_parameters), torch.stack(by_buffers))

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.workload import Workload, to_like
-from dit_mlflow.workload.workload import Batch
+from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.replay.not_finite import named, refuse_diverged
+from dit_mlflow.trajectory import Record, State
+from dit_mlflow.workload import Workload, floating_one, to_like
+from dit_mlflow.workload.batches import Batch
 
 Dataset = Literal["validation", "training", "test"]
 CHUNK = 1024
@@ -27,10 +30,12 @@ class Query:
         name: appears in every result.
         function: ``function(model) -> scalar tensor``, differentiable. It may be called with float64 parameters,
             so it should move its data to the parameters' dtype (:func:`dit_mlflow.workload.to_like`).
+        rows: ``rows(model) -> [B]``, the values of single samples that it is made of, if there are such.
     """
 
     name: str
     function: Callable[[nn.Module], Tensor]
+    rows: Callable[[nn.Module], Tensor] | None = None
 
     def __call__(self, model: nn.Module) -> Tensor:
         value = self.function(model)
@@ -49,14 +54,14 @@ def mean_validation_loss(workload: Workload) -> Query:
     parts = np.array_split(np.arange(size), -(-size // CHUNK))
     batches = [workload.unvarying(workload.validation_set, part) for part in parts]
 
-    def function(model: nn.Module) -> Tensor:
+    def rows(model: nn.Module) -> Tensor:
         losses = [
             workload.sample_losses(model, _moved(batch, model), len(part))
             for batch, part in zip(batches, parts, strict=True)
         ]
-        return torch.cat(losses).mean()
+        return torch.cat(losses)
 
-    return Query("mean_validation_loss", function)
+    return Query("mean_validation_loss", lambda model: rows(model).mean(), rows)
 
 
 def sample_losses(workload: Workload, samples: Sequence[int] | None = None, of: Dataset = "validation") -> list[Query]:
@@ -178,8 +183,31 @@ def _single_samples(workload: Workload, samples: Sequence[int] | None, of: Datas
     return [(index, workload.unvarying(dataset, [index])) for index in indices]
 
 
+def refuse_not_finite(
+    query: Query, value: Tensor, state: State, t: int, dynamics: Dynamics, trajectory: Record | None = None
+) -> None:
+    """Raise where the query is not finite at ``s_t``, for influence is undefined there.
+
+    Raises:
+        TrajectoryError: training diverged.
+        InputError: the state is finite, and the query is not; by its samples, where they are known.
+    """
+    if bool(value.isfinite().all()):
+        return
+    refuse_diverged(state, t, trajectory)
+    who = ""
+    if query.rows is not None:
+        with torch.no_grad():
+            rows = dynamics.evaluate(state.parameters, state.buffers, query.rows)
+        who = f", by {named((~rows.isfinite()).nonzero().flatten().tolist())} of its data"
+    raise InputError(
+        f"query {query.name!r} is {value.item()} at step {t}{who}, and influence on it is undefined. Look for NaN and "
+        "infinity in the data that it is asked on, and for training that diverges"
+    )
+
+
 def _moved(batch: Batch, model: nn.Module) -> Batch:
-    like = next(model.parameters())
+    like = floating_one(model.parameters())
     return to_like(batch, like.device, like.dtype, fresh=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,13 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.kind import Kind, check_kind
 from dit_mlflow.influence.query import Query, resolve_queries
 from dit_mlflow.influence.result import Influence
 from dit_mlflow.influence.window import Window, check_windows
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.replay.not_finite import named
 from dit_mlflow.trajectory.manifest import library_versions
 from dit_mlflow.workload import Workload
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +43,14 @@ class Question:
         kind: str,
         queries: Sequence[Query] | None,
     ) -> Question:
-        """Check every part; raises :class:`InputError` for a window, kind or query that cannot be used."""
+        """Check every part.
+
+        Raises:
+            InputError: a window, kind or query that cannot be used.
+            WorkloadError: rows of the per-sample loss are those of other samples.
+        """
         check_windows(windows, trajectory.num_steps)
+        trajectory.couples_samples(workload)
         asked = resolve_queries(queries, workload)
         return cls(trajectory, workload, tuple(windows), check_kind(kind), tuple(asked))
 
@@ -54,11 +65,22 @@ class Question:
         method: str,
         dtype: str,
         kind: str | None = None,
+        asked: np.ndarray | None = None,
         standard_error: np.ndarray | None = None,
         degrees_of_freedom: np.ndarray | None = None,
         **metadata: Any,
     ) -> Influence:
-        """The result, with trajectory digest, library versions, and the seconds since the question was asked."""
+        """The result, with trajectory digest, library versions, and the seconds since the question was asked.
+
+        Args:
+            asked: samples that must have scores; ``None`` = NaN means not computed.
+
+        A score that is not finite becomes NaN, is told, and listed in the metadata as ``not_finite``.
+
+        Raises:
+            UnsupportedError: no sample that was asked for has a finite score.
+        """
+        scores, flagged = self._finite(scores, method, asked)
         return Influence(
             scores=scores,
             windows=self.windows,
@@ -73,6 +95,24 @@ class Question:
                 "dtype": dtype.removeprefix("torch."),
                 "versions": library_versions(),
                 "seconds": time.perf_counter() - self.asked_at,
+                **({"not_finite": flagged} if flagged else {}),
+                **({"coupled": True} if self.trajectory.couples_samples(self.workload) else {}),
                 **metadata,
             },
         )
+
+    def _finite(self, scores: np.ndarray, method: str, asked: np.ndarray | None) -> tuple[np.ndarray, list[int]]:
+        """Scores with NaN for what is not finite, and the samples that this is about."""
+        wrong = np.isinf(scores)
+        if asked is not None:
+            wrong[:, :, asked] |= np.isnan(scores[:, :, asked])
+            for window, query in np.argwhere(wrong[:, :, asked].all(axis=2)):
+                raise UnsupportedError(
+                    f"{method} gives no finite score for steps {self.windows[window]} and query "
+                    f"{self.queries[query].name!r}: without any of the samples, training diverges, or the query has "
+                    "no finite value"
+                )
+        flagged: list[int] = np.flatnonzero(wrong.any(axis=(0, 1))).tolist()
+        if flagged:
+            _log.warning("%s gives scores that are not finite for %s; they are left out (NaN)", method, named(flagged))
+        return np.where(wrong, np.nan, scores), flagged

@@ -13,15 +13,13 @@ import pandas as pd
 from scipy import stats
 
 from dit_mlflow.errors import InputError
+from dit_mlflow.influence.stored_result import METADATA_FILE, SCORES_FILE, read_result
 from dit_mlflow.influence.window import Window
 
 SIGN_CONVENTION = (
     "influence = change in the query caused by removing the sample; for a loss, positive = helpful "
     "(removal raises the loss), negative = harmful (removal lowers it)"
 )
-
-SCORES_FILE = "scores.parquet"
-METADATA_FILE = "metadata.json"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,6 +57,8 @@ class Influence:
             raise InputError(
                 f"scores have shape {self.scores.shape}; expected [windows, queries, samples] = {expected}"
             )
+        if np.isinf(self.scores).any():
+            raise InputError("a score is infinite; expected finite numbers, and NaN where there is none")
         for name, found, wanted in (
             ("standard_error", self.standard_error, expected),
             ("degrees_of_freedom", self.degrees_of_freedom, expected[:2]),
@@ -80,6 +80,12 @@ class Influence:
         """The share of the samples whose removal the scores are of (``removal_influence``); ``None`` = of one alone."""
         share = self.metadata.get("removed")
         return None if share is None else float(share)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the loss couples samples (contrastive terms, mixup, batch statistics). Removal then takes the
+        sample's own loss away, while the sample stays in its batches."""
+        return bool(self.metadata.get("coupled", False))
 
     @property
     def unclear(self) -> np.ndarray:
@@ -200,26 +206,7 @@ class Influence:
         """Read what :meth:`save` wrote.
 
         Raises:
-            InputError: the folder does not hold a result, or its two files contradict each other.
+            InputError: the folder does not hold a result, or its two files contradict each other; the message names the
+                field. Nothing is run, and no more memory is taken than the scores in the file need.
         """
-        folder = Path(directory)
-        try:
-            description = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-            frame = pd.read_parquet(folder / SCORES_FILE)
-        except (OSError, ValueError) as error:
-            raise InputError(f"no influence result in {folder}: {error}") from error
-        known = {"kind", "method", "queries", "windows", "num_samples", "sign_convention", "degrees_of_freedom"}
-        shape = (len(description["windows"]), len(description["queries"]), description["num_samples"])
-        if len(frame) != np.prod(shape):
-            raise InputError(f"{folder / SCORES_FILE} has {len(frame)} rows; {METADATA_FILE} announces {shape}")
-        return cls(
-            scores=frame["score"].to_numpy().reshape(shape),
-            windows=tuple(Window(*bounds) for bounds in description["windows"]),
-            queries=tuple(description["queries"]),
-            samples=frame["sample_index"].to_numpy()[: shape[2]],
-            kind=description["kind"],
-            method=description["method"],
-            metadata={key: value for key, value in description.items() if key not in known},
-            standard_error=frame["standard_error"].to_numpy().reshape(shape) if "standard_error" in frame else None,
-            degrees_of_freedom=np.array(freedom) if (freedom := description.get("degrees_of_freedom")) else None,
-        )
+        return cls(**read_result(Path(directory)))

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, TensorDataset
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence.query import Query, loss_of_batch, sample_losses
 from dit_mlflow.workload import Workload
+from dit_mlflow.workload.batches import Batch
 from dit_mlflow.workload.random_state import preserved_random_state
-from dit_mlflow.workload.workload import Batch
 
 Features = pd.DataFrame | np.ndarray
 BatchOfRow = Callable[[Any, np.ndarray], Batch]

@@ -86,7 +86,14 @@ def track(
         engine = Engine(trajectory.replay(workload, dtype), memory_budget)
         parts = [scores for _, scores in in_parts(engine, question, at)]
     details: dict[str, Any] = {} if at is None else {"weights": "given"}
-    return question.answer(np.concatenate(parts, axis=1), "dit", str(dtype or "recorded"), **engine.details, **details)
+    return question.answer(
+        np.concatenate(parts, axis=1),
+        "dit",
+        str(dtype or "recorded"),
+        asked=_every(workload),
+        **engine.details,
+        **details,
+    )
 
 
 def self_influence(
@@ -121,8 +128,12 @@ def self_influence(
             samples = np.arange(first, first + scores.shape[1])
             own[:, 0, samples] = scores[:, samples - first, samples]
     return replace(question, queries=(Query("own loss", queries[0].function),)).answer(
-        own, "dit", str(dtype or "recorded"), **engine.details
+        own, "dit", str(dtype or "recorded"), asked=_every(workload), **engine.details
     )
+
+
+def _every(workload: Workload) -> np.ndarray:
+    return np.arange(workload.num_samples)
 
 
 def in_parts(engine: Engine, question: Question, weights: Tensor | None = None) -> Iterator[tuple[int, np.ndarray]]:

@@ -18,6 +18,7 @@ from dit_mlflow.methods.snapshot import refuse_ascent
 from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.dynamics import MicroBatch
 from dit_mlflow.replay.loss_step import LossStep, Objective
+from dit_mlflow.replay.not_finite import NotFiniteError
 from dit_mlflow.trajectory import State, StepRecord
 
 
@@ -60,12 +61,13 @@ class Dvemb(WindowMethod):
         refuse_ascent(question.trajectory.step(0))
         replay = question.trajectory.replay(question.workload, self.dtype, _GradientsForHessians)
         engine = Engine(replay, self.memory_budget)
-        scores = np.concatenate([part for _, part in in_parts(engine, question)], axis=1)
-        if not np.isfinite(scores).all():
+        try:
+            scores = np.concatenate([part for _, part in in_parts(engine, question)], axis=1)
+        except NotFiniteError as error:
             raise UnsupportedError(
                 "the data value embeddings of this training overflow: learning rates times squared gradients are so "
                 "large that gradients in place of Hessians drive every step apart. Use dit, or shorter local windows"
-            )
+            ) from error
         return Estimate(scores, str(self.dtype or "recorded"), {"max_drift": replay.max_drift})
 
 

@@ -22,6 +22,7 @@ class LeaveOneOut(RetrainingMethod):
     """
 
     name = "leave_one_out"
+    skips = True
 
     samples: Sequence[int] | int | None = None
 

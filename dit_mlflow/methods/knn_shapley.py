@@ -16,7 +16,7 @@ from dit_mlflow.methods.last_layer import LastLayer, class_logits, first_samples
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory import State
-from dit_mlflow.workload.workload import tensors_of
+from dit_mlflow.workload.batches import tensors_of
 
 QUERIES_AT_ONCE = 256
 """Validation samples whose distances are in memory at once."""

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory import State
-from dit_mlflow.workload import Batch, Workload, to_like
+from dit_mlflow.workload import Batch, Workload, floating_one, to_like
 
 FEATURES_PER_PASS = 256
 """Samples per forward pass."""
@@ -174,7 +174,7 @@ def _batches(
     workload: Workload, state: State, dataset: Dataset[Any], samples: np.ndarray
 ) -> Iterator[tuple[Batch, int]]:
     """Batches for one forward pass each, on the device and in the dtype of ``state``, and their sizes."""
-    like = next(iter(state.parameters.values()))
+    like = floating_one(state.parameters.values())
     for indices in np.array_split(samples, -(-len(samples) // FEATURES_PER_PASS)):
         yield to_like(workload.unvarying(dataset, indices), like.device, like.dtype), len(indices)
 

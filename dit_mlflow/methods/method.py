@@ -27,7 +27,8 @@ class Estimate:
     """What a method found.
 
     Attributes:
-        scores: ``[windows, queries, samples]``, float64, for the question's windows; NaN = not computed.
+        scores: ``[windows, queries, samples]``, float64, for the question's windows; NaN = not computed
+            (:attr:`Method.skips`).
         dtype: of the computation, ``recorded`` if it is the trajectory's.
         details: JSON values for the result's metadata (damping, number of removals, drift).
         standard_error, degrees_of_freedom: of the scores, as in :class:`dit_mlflow.Influence`.
@@ -56,6 +57,8 @@ class Method(ABC):
         retrains: whether it retrains without samples, as the ground truth does.
         follows_a_loss: whether it takes the gradients that training followed for those of a function. They are not
             where something is detached, or a hook or an autograd function changes gradients.
+        skips: whether NaN among its scores means that it had no look at a sample or a window. Of others, a score that
+            is not finite is told, and listed in the result's metadata as ``not_finite``.
     """
 
     name: ClassVar[str]
@@ -64,6 +67,7 @@ class Method(ABC):
     measures: ClassVar[Measure] = "ranking"
     retrains: ClassVar[bool] = False
     follows_a_loss: ClassVar[bool] = False
+    skips: ClassVar[bool] = False
 
     def _expect(self, expected: str, allowed: bool, *settings: str) -> None:
         """Raise :class:`InputError` with the settings' values unless they are allowed."""
@@ -128,6 +132,7 @@ class Method(ABC):
             self.name,
             found.dtype,
             kind=kind if self.kinds else "none",
+            asked=None if self.skips else np.arange(workload.num_samples),
             standard_error=found.standard_error,
             degrees_of_freedom=found.degrees_of_freedom,
             measures=self.measures,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.errors import DitError, UnsupportedError
 from dit_mlflow.influence import Query, Window
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
@@ -91,16 +91,18 @@ class MirroredInfluence(Method):
         """``l_j(theta) - l_j(theta')``, ``[n]``; the opposite after an ascent."""
         direction = 1 if self.ascent else -1
         moved = snapshot
-        for _ in range(self.steps):
-            parameters = {name: value.detach() for name, value in moved.state.parameters.items()}
-            for name, gradient in moved.query_gradients([query]).items():
-                parameters[name] = parameters[name] + direction * rates[name] * gradient[0]
-            state = State(parameters, snapshot.state.buffers)
-            moved = snapshot_at(replay, state, step)
-        falls = direction * (moved.losses() - before)
-        if not np.isfinite(falls).all():
+        try:
+            for _ in range(self.steps):
+                parameters = {name: value.detach() for name, value in moved.state.parameters.items()}
+                for name, gradient in moved.query_gradients([query]).items():
+                    parameters[name] = parameters[name] + direction * rates[name] * gradient[0]
+                state = State(parameters, snapshot.state.buffers)
+                moved = snapshot_at(replay, state, step)
+            return direction * (moved.losses() - before)
+        except DitError as error:
+            if moved is snapshot:
+                raise
             raise UnsupportedError(
                 f"{self.steps} step(s) on query {query.name!r} with learning rates up to {max(rates.values()):g} lead "
                 "to losses that are not finite. Give MirroredInfluence(lr=...) a smaller one"
-            )
-        return falls
+            ) from error

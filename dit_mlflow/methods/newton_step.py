@@ -17,6 +17,7 @@ from dit_mlflow.methods.hessian import Curvature, by_parameter, flattened
 from dit_mlflow.methods.krylov import krylov_space
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.methods.snapshot import mean_coefficients, snapshots
+from dit_mlflow.workload.batches import floating_one
 
 SPECTRUM_ITERATIONS = 40
 """Hessian-vector products to find the smallest and the largest eigenvalue with."""
@@ -258,7 +259,7 @@ class InfluenceFunctionArnoldi(NewtonStep):
         space = krylov_space(curvature.product, start, self.iterations)
         values, vectors = space.eigen
         # Below rounding, an eigenvalue is 0 and its vector arbitrary.
-        rounding = np.abs(values).max() * torch.finfo(next(iter(curvature.snapshot.trained.values())).dtype).eps
+        rounding = np.abs(values).max() * torch.finfo(floating_one(curvature.snapshot.trained.values()).dtype).eps
         kept = [k for k in np.argsort(-np.abs(values), kind="stable")[: self.rank] if np.abs(values[k]) > rounding]
         if not kept:
             raise UnsupportedError(

@@ -27,6 +27,7 @@ class Aum(Method):
     name = "aum"
     per_window = True
     measures = "suspicion"
+    skips = True
 
     def estimate(self, question: Question) -> Estimate:
         sums = np.zeros((len(question.windows), question.workload.num_samples))
@@ -52,6 +53,7 @@ class ForgettingEvents(Method):
     name = "forgetting_events"
     per_window = True
     measures = "suspicion"
+    skips = True
 
     def estimate(self, question: Question) -> Estimate:
         scores = np.full((len(question.windows), question.workload.num_samples), np.nan)

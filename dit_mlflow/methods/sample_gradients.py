@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dit_mlflow.methods.snapshot import LOSSES_PER_PASS, Snapshot
 from dit_mlflow.replay.adjoint import grad_or_zeros
 from dit_mlflow.replay.dynamics import Parameters
+from dit_mlflow.workload.batches import Batch, tensors_of, with_tensors
 from dit_mlflow.workload.without_graph import without_graph
-from dit_mlflow.workload.workload import Batch, tensors_of, with_tensors
 
 GRADIENTS_IN_MEMORY = 2**28
 """Bytes of single samples' gradients in memory at once."""

@@ -13,12 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Query, Window
+from dit_mlflow.influence.query import refuse_not_finite
 from dit_mlflow.replay.adjoint import grad_or_zeros, vector_jacobian
 from dit_mlflow.replay.dynamics import Dynamics, Parameters
+from dit_mlflow.replay.not_finite import named, refuse_diverged
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.trajectory.manifest import OptimizerLayout
-from dit_mlflow.workload import Batch, to_like
+from dit_mlflow.workload import Batch, floating_one, to_like
 from dit_mlflow.workload.without_graph import without_graph
 
 LOSSES_PER_PASS = 256
@@ -56,6 +58,7 @@ class Snapshot:
         refuse_ascent(step)
         self.dynamics = dynamics
         self.state = state
+        self._at = step.index
         held = {name: state.parameters[name].detach().requires_grad_() for group in layout.groups for name in group}
         still = step.no_gradient | step.zero_gradient if frozen is None else frozen
         self.trained = {name: value for name, value in held.items() if name not in still} or held
@@ -75,6 +78,7 @@ class Snapshot:
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
                     "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
                 )
+            refuse_not_finite(query, value, self.state, self._at, self.dynamics)
             rows.append(grad_or_zeros(value, list(self.trained.values())))
         return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(self.trained)}
 
@@ -96,11 +100,12 @@ class Snapshot:
         cotangents = [vectors[name] for name in self.trained if name in vectors]
         rows = len(cotangents[0])
         parts = []
-        for _, losses in self.batches():
+        for indices, losses in self.batches():
             weights = torch.ones_like(losses, requires_grad=True)
             gradients = torch.autograd.grad(losses, inputs, weights, create_graph=True, allow_unused=True)
             pairs = [(g, v) for g, v in zip(gradients, cotangents, strict=True) if g is not None]
             (found,) = vector_jacobian([g for g, _ in pairs], [weights], [v for _, v in pairs], rows, batched=False)
+            self._refuse(~found.isfinite().all(dim=0), indices, "have gradients that are not finite")
             parts.append(found.double().cpu().numpy())
         return np.concatenate(parts, axis=1)
 
@@ -125,11 +130,22 @@ class Snapshot:
         parts = -(-len(chosen) // LOSSES_PER_PASS)
         for indices in np.array_split(chosen, parts) if parts else ():
             loss = partial(self.dynamics.workload.sample_losses, batch=self.batch(indices), size=len(indices))
-            yield indices, self.evaluate(loss, self.parameters)
+            losses = self.evaluate(loss, self.parameters)
+            self._refuse(~losses.detach().isfinite(), indices, "have losses that are not finite")
+            yield indices, losses
+
+    def _refuse(self, wrong: Tensor, indices: np.ndarray, what: str) -> None:
+        if bool(wrong.any()):
+            refuse_diverged(self.state, self._at)
+            raise UnsupportedError(
+                f"training {named(indices[wrong.cpu().numpy()])} {what} at the state that step {self._at} leads to or "
+                "leaves. Look for NaN and infinity in their data, and for a root, a norm or a standard deviation at 0 "
+                "in the loss; leave_one_out takes no derivative"
+            )
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Training samples as the model takes them, the same every time."""
-        like = next(iter(self.parameters.values()))
+        like = floating_one(self.parameters.values())
         workload = self.dynamics.workload
         return to_like(workload.unvarying(workload.train_set, indices), like.device, like.dtype)
 

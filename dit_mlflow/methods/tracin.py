@@ -18,6 +18,7 @@ from dit_mlflow.methods.snapshot import Snapshot, Vectors, mean_coefficients, sn
 from dit_mlflow.replay.adjoint import vector_jacobian
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload.batches import floating_one
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class TracInCheckpoints(Method):
 
     name = "tracin_checkpoints"
     per_window = True
+    skips = True
 
     def estimate(self, question: Question) -> Estimate:
         trajectory = question.trajectory
@@ -134,7 +136,7 @@ def learning_rates(replay: Replay, step: StepRecord) -> dict[str, float]:
 
 def _inputs(step: StepRecord, snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Parameters, buffers that the step may write to, and sample weights 1 ``[sum B]`` to differentiate by."""
-    like = next(iter(snapshot.trained.values())).detach()
+    like = floating_one(snapshot.trained.values()).detach()
     weights = torch.ones(len(step.samples), dtype=like.dtype, device=like.device, requires_grad=True)
     buffers = {name: value.clone() for name, value in snapshot.state.buffers.items()}
     return {**snapshot.state.parameters, **snapshot.trained}, buffers, weights

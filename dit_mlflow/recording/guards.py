@@ -17,6 +17,7 @@ from dit_mlflow.errors import TrajectoryError, UnsupportedError
 from dit_mlflow.replay.optimizers import hyperparameters
 from dit_mlflow.torch_internals import forward_pre_hooks, version
 from dit_mlflow.trajectory.step_record import Hyperparameters
+from dit_mlflow.workload.modes import check_modes
 
 _INSIST = (
     "or insist with TrajectoryRecorder(..., low_precision=True); its documentation says what the scores are then worth"
@@ -28,7 +29,7 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
 
     Raises:
         UnsupportedError: several processes train the model, its parameters are in low precision or have no shape, or
-            it has modules that cannot be copied or differentiated.
+            it has modules that cannot be copied or differentiated, or whose weights depend on the mode.
         TrajectoryError: ``model`` is a running average.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -66,6 +67,7 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
                 f"{name or 'the model'} is an {type(module).__name__}(scale_grad_by_freq=True), whose gradient is not "
                 "that of the loss; train without it"
             )
+    check_modes(model)
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16) and not low_precision:
             raise UnsupportedError(

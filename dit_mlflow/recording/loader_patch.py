@@ -9,8 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch.utils.data import DataLoader
 
-from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.recording.watched_loader import Indices, Notes, NotingSampler, check_loader
+from dit_mlflow.recording.watched_loader import Indices, LatestNotes, Notes, check_loader, noting
 from dit_mlflow.torch_internals import set_sampler
 from dit_mlflow.workload.random_state import RandomState
 
@@ -60,7 +59,7 @@ class LoaderPatch:
         self._skipped_in: Notes | None = None
         self._name: Literal["sampler", "batch_sampler"] = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self._class, self._original = type(loader), getattr(loader, self._name)
-        self.sampler = NotingSampler(self._original, in_main_process=loader.num_workers == 0)
+        self.sampler = noting(self._original, in_main_process=loader.num_workers == 0)
         set_sampler(loader, self._name, self.sampler)
         loader.__class__ = _patched(self._class, self)
 
@@ -85,10 +84,13 @@ class LoaderPatch:
             return None
         return Handed(notes.popleft()[0], self._iteration, None, None, RandomState.capture(), goes_on=True)
 
-    def iterate(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def iterate(self, begin: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        notes = LatestNotes(self.sampler, self.loader)
+        batches = begin()
+        notes.begun()
         self._iteration += 1
         self._queue = deque()
-        pass_ = _Pass(batches, self.sampler.latest, self._queue, self._iteration)
+        pass_ = _Pass(batches, notes, self._queue, self._iteration)
         weakref.finalize(pass_, self._on_gone, self._iteration).atexit = False
         return pass_
 
@@ -96,7 +98,7 @@ class LoaderPatch:
 class _Pass:
     """An iterator that lives as long as somebody holds it; a generator's frame would end with its last batch."""
 
-    def __init__(self, batches: Iterator[Any], notes: Notes, queue: deque[Handed], iteration: int) -> None:
+    def __init__(self, batches: Iterator[Any], notes: LatestNotes, queue: deque[Handed], iteration: int) -> None:
         self._batches, self._notes, self._queue, self._iteration = batches, notes, queue, iteration
 
     def __iter__(self) -> _Pass:
@@ -104,12 +106,7 @@ class _Pass:
 
     def __next__(self) -> Any:
         batch = next(self._batches)
-        if not self._notes:
-            raise TrajectoryError(
-                "the loader handed out a batch whose indices its sampler did not yield; record with a plain "
-                "torch.utils.data.DataLoader"
-            )
-        indices, before = self._notes.popleft()
+        indices, before = self._notes.take()
         self._queue.append(Handed(indices, self._iteration, batch, before, RandomState.capture()))
         return batch
 
@@ -120,7 +117,7 @@ def _patched(cls: type[DataLoader[Any]], patch: LoaderPatch) -> type[DataLoader[
     class Patched(cls):  # type: ignore[misc, valid-type]
         def __iter__(self) -> Iterator[Any]:
             # Now, not at the first batch: the loader draws its seed and starts its workers here.
-            return patch.iterate(super().__iter__())
+            return patch.iterate(super().__iter__)
 
     Patched.__name__ = Patched.__qualname__ = cls.__name__
     return Patched

@@ -8,16 +8,18 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dit_mlflow.errors import InputError, TrainingError, TrajectoryError, WorkloadError
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.recording.recorder import TrajectoryRecorder
+from dit_mlflow.replay.not_finite import named
 from dit_mlflow.replay.trajectory import Trajectory
+from dit_mlflow.workload.batches import Batch, floating_one, to_like
 from dit_mlflow.workload.random_state import preserved_random_state
-from dit_mlflow.workload.workload import Batch, Workload, to_like
+from dit_mlflow.workload.workload import Workload
 
 Recording = Callable[[nn.Module, Optimizer], AbstractContextManager[TrajectoryRecorder]]
 """Makes the recorder of a model and its optimizer."""
@@ -128,15 +130,17 @@ def _train(
                 if made == max_steps:
                     break
                 last = len(loader) - 1
-                total = 0.0
+                total, rows = 0.0, []
                 for position, batch in enumerate(loader if recorder is None else recorder.watch(loader)):
-                    total += _backward(workload, model, batch, position)
+                    losses, value = _backward(workload, model, batch, position)
+                    total += value
+                    rows.append(losses)
                     if (position + 1) % workload.accumulate and position != last:
                         continue
                     total += _finish_gradient(workload, model)
                     if not math.isfinite(total):
                         raise TrainingError(
-                            f"the loss is {total} at step {made} (epoch {epoch}); try a lower "
+                            f"the loss is {total} at step {made} (epoch {epoch}){_whose(rows, recorder)}; try a lower "
                             "learning rate, or look for infinite inputs"
                         )
                     optimizer.step()
@@ -147,23 +151,31 @@ def _train(
                         recorder.log(total)
                     if scheduler is not None:
                         scheduler.step()
-                    total = 0.0
+                    total, rows = 0.0, []
                     progress.update()
                     if made == max_steps:
                         break
     return model, recorder
 
 
-def _backward(workload: Workload, model: nn.Module, batch: Batch, position: int) -> float:
-    """Accumulate the gradient of the epoch's micro-batch number ``position``; returns its objective."""
+def _whose(rows: list[Tensor], recorder: TrajectoryRecorder | None) -> str:
+    """The samples whose losses are not finite, where a recorder knows them."""
+    broken = ~torch.cat(rows).isfinite().cpu().numpy()
+    if recorder is None or not broken.any() or len(broken) != len(recorder.drawn_samples):
+        return ""
+    return f", by {named(recorder.drawn_samples[broken])}"
+
+
+def _backward(workload: Workload, model: nn.Module, batch: Batch, position: int) -> tuple[Tensor, float]:
+    """Accumulate the gradient of the epoch's micro-batch number ``position``; returns its losses and objective."""
     assert workload.batch_size is not None
     size = min(workload.batch_size, workload.num_samples - position * workload.batch_size)
-    device = next(model.parameters()).device
+    device = floating_one(model.parameters()).device
     coefficients = workload.batch_coefficients(batch, size).to(device)
     losses = workload.sample_losses(model, to_like(batch, device, None), size)
     objective = (coefficients.to(losses.dtype) * losses).sum()
     objective.backward()
-    return objective.item()
+    return losses.detach(), objective.item()
 
 
 def _finish_gradient(workload: Workload, model: nn.Module) -> float:

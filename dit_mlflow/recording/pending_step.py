@@ -13,8 +13,9 @@ from dit_mlflow.errors import InputError
 from dit_mlflow.recording.recorded_model import RecordedModel
 from dit_mlflow.recording.watched_loader import Drawn
 from dit_mlflow.trajectory.step_record import Hyperparameters, StepFields
+from dit_mlflow.workload.batches import tensors_of
 from dit_mlflow.workload.random_state import RandomState
-from dit_mlflow.workload.workload import Workload, tensors_of
+from dit_mlflow.workload.workload import Workload
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +48,18 @@ class PendingStep:
     @property
     def has_batches(self) -> bool:
         return bool(self._drawn)
+
+    @property
+    def drawn(self) -> list[Drawn]:
+        """The batches added since the last step."""
+        return list(self._drawn)
+
+    @property
+    def samples(self) -> np.ndarray:
+        """The samples of the next step, if its batches have been added, or of the last one made, in batch order."""
+        last = [] if self._made is None else self._made.row["indices"]
+        parts = [drawn.indices for drawn in self._drawn] or last
+        return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]) if parts else np.zeros(0, np.int64)
 
     def add(self, drawn: Drawn) -> None:
         """Add a batch that the loop is given."""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.recording.finite_check import FiniteCheck
 from dit_mlflow.recording.folder import Written, check_new
 from dit_mlflow.recording.guards import AutocastCheck, ChangeCheck, Groups, check_model, check_scaler
 from dit_mlflow.recording.loader_patch import Handed
@@ -26,7 +27,7 @@ from dit_mlflow.replay import Trajectory
 from dit_mlflow.torch_internals import found_infinite
 from dit_mlflow.trajectory import Hyperparameters, State
 from dit_mlflow.trajectory.manifest import FILE_NAME
-from dit_mlflow.workload import Workload, WorkloadReference
+from dit_mlflow.workload import Workload, WorkloadReference, floating_one
 from dit_mlflow.workload.dataset_digest import is_inert
 from dit_mlflow.workload.random_state import RandomState, preserved_random_state
 from dit_mlflow.workload.wrappers import unwrapped
@@ -124,6 +125,7 @@ class TrajectoryRecorder:
         self._groups = Groups(optimizer)
         self._settings: tuple[Hyperparameters, ...] = ()
         self._changes = ChangeCheck(self._recorded_model.parameters)
+        self._finite = FiniteCheck(self._recorded_model.parameters)
         self._step = PendingStep(store_batches, workload)
         self._num_steps = 0
         self._is_checkpoint = is_checkpoint
@@ -142,6 +144,11 @@ class TrajectoryRecorder:
     def num_steps(self) -> int:
         """Steps recorded so far."""
         return self._num_steps
+
+    @property
+    def drawn_samples(self) -> np.ndarray:
+        """Samples of the step in the making, in batch order, ``[sum B]``."""
+        return self._step.samples
 
     @property
     def dataset(self) -> Dataset[Any] | None:
@@ -174,7 +181,7 @@ class TrajectoryRecorder:
         ]
         self._autocast_hooks = []
         if not self._low_precision:
-            check = AutocastCheck(next(iter(self._recorded_model.parameters.values())).device.type)
+            check = AutocastCheck(floating_one(self._recorded_model.parameters.values()).device.type)
             self._autocast_hooks = [module.register_forward_pre_hook(check) for module in self._model.modules()]
         return self
 
@@ -233,7 +240,9 @@ class TrajectoryRecorder:
 
     def log(self, loss: float | Tensor) -> None:
         """Note the loss of the step whose batch was drawn last. Optional."""
-        self._step.log(float(loss.detach() if isinstance(loss, Tensor) else loss))
+        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        self._finite.loss(self._num_steps - (not self._step.has_batches), value, self._step.samples)
+        self._step.log(value)
 
     def checkpoint(self) -> None:
         """Store the present state, and return when all that is recorded is on disk.
@@ -298,11 +307,14 @@ class TrajectoryRecorder:
             return  # Reading a sample again could change what the dataset draws next.
         self._writer.flush()
         with preserved_random_state():
-            Trajectory.open(self.directory).replay(workload)
+            begun = Trajectory.open(self.directory)
+            begun.replay(workload)
+            begun.couples_samples(workload)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._step.has_batches:
             return
+        self._finite.step(self._num_steps, self._step.drawn)
         self._step.make(self._num_steps, self._settings, self._recorded_model)
         self._num_steps += 1
         if self._num_steps == 1:
@@ -316,7 +328,9 @@ class TrajectoryRecorder:
     def _take_state(self) -> None:
         """Take the present state, unless it is taken already or recording has stopped."""
         if self._latest < self._num_steps and not self._writer.stopped:
-            self._taken, self._latest = self._recorded_model.snapshot(), self._num_steps
+            self._taken = self._recorded_model.snapshot()
+            self._finite.state(self._latest, self._num_steps, self._taken.parameters)
+            self._latest = self._num_steps
 
     def _commit(self) -> None:
         """Hand the last step, whose loss is final, and the state after it to the writer."""

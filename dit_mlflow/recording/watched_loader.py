@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.torch_internals import set_sampler
+from dit_mlflow.torch_internals import exchange_sampler, set_sampler
 from dit_mlflow.workload.random_state import RandomState
 
 Indices = np.ndarray | tuple[int, ...]
@@ -66,26 +66,103 @@ class WatchedLoader:
         check_loader(loader)
         self._next_epoch = next_epoch
         self._on_batch, self._on_end = on_batch, on_end
-        self._loader = copy.copy(loader)
-        sampler: Literal["sampler", "batch_sampler"] = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        self._sampler = NotingSampler(getattr(loader, sampler), in_main_process=loader.num_workers == 0)
-        set_sampler(self._loader, sampler, self._sampler)
+        # One with a state of its own is asked for it, and must be the one that moves.
+        self._stateful = _is_stateful(loader)
+        self._loader = loader if self._stateful else copy.copy(loader)
+        self._name: Literal["sampler", "batch_sampler"] = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        self._original = getattr(loader, self._name)
+        self._sampler = noting(self._original, in_main_process=loader.num_workers == 0)
+        if not self._stateful:
+            set_sampler(self._loader, self._name, self._sampler)
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
+        notes = LatestNotes(self._sampler, self._loader)
+        if self._stateful:
+            exchange_sampler(self._loader, self._name, self._sampler)
         batches = iter(self._loader)
-        return self._reporting(batches, self._sampler.latest, self._next_epoch())
+        notes.begun()
+        return self._reporting(batches, notes, self._next_epoch())
 
-    def _reporting(self, batches: Iterator[Any], noted: Notes, epoch: int) -> Iterator[Any]:
+    def _reporting(self, batches: Iterator[Any], notes: LatestNotes, epoch: int) -> Iterator[Any]:
         try:
             for batch in batches:
-                indices, state = noted.popleft()
+                self._give_back_sampler()
+                indices, state = notes.take()
                 self._on_batch(Drawn(indices, epoch, state or RandomState.capture(), batch))
                 yield batch
         finally:
+            self._give_back_sampler()
             self._on_end(RandomState.capture())
+
+    def _give_back_sampler(self) -> None:
+        """An iterator has its sampler by now; the loader's state must not know of ours."""
+        if self._stateful:
+            exchange_sampler(self._loader, self._name, self._original)
+
+
+class LatestNotes:
+    """The notes of one pass over a loader, first to last.
+
+    Args:
+        sampler: about to be iterated; a loader whose ``__iter__`` is a generator does so at its first batch.
+        loader: that is iterated.
+
+    Raises:
+        InputError: a loader that is resumed in a way that hides its samples.
+    """
+
+    def __init__(self, sampler: NotingSampler, loader: DataLoader[Any]) -> None:
+        resumed = getattr(loader, "next_iter_state", None) is not None
+        every = getattr(loader, "snapshot_every_n_steps", 1)
+        if resumed and not sampler.in_main_process and every != 1:
+            raise InputError(
+                f"a {type(loader).__name__} with workers and snapshot_every_n_steps={every} "
+                "fetches batches again when it is resumed, so that the samples it hands out are not known; use "
+                "snapshot_every_n_steps=1"
+            )
+        self._sampler, self._before = sampler, sampler.latest
+        self._resumes = sampler.in_main_process and _is_stateful(loader)
+        self._kind = type(loader).__name__
+        self._notes: Notes | None = None
+
+    def begun(self) -> None:
+        """The loader has been asked for an iterator."""
+        if self._sampler.latest is not self._before:
+            self._notes = self._sampler.latest
+
+    def take(self) -> tuple[Indices, RandomState | None]:
+        """Those of the batch that was handed out.
+
+        Raises:
+            InputError: which samples it holds is not known.
+        """
+        if self._notes is None:
+            self.begun()
+        if not self._notes:
+            raise InputError(
+                "the loader handed out a batch whose indices its sampler did not yield: its iterator was made before "
+                "it was watched (state_dict() makes one), or it makes batches by itself. Watch it first, and record "
+                "with a plain torch.utils.data.DataLoader where that does not help"
+            )
+        while self._resumes and len(self._notes) > 1:
+            # It asked for what it leaves out.
+            self._notes.popleft()
+        self._resumes = False
+        if self._sampler.in_main_process and len(self._notes) > 1:
+            raise InputError(
+                f"the __iter__ of {self._kind} asked for {len(self._notes)} batches and handed out one, so that its "
+                "samples are not known: it skips batches, or fetches them ahead. Record with a loader that hands out "
+                "each batch that it asks for"
+            )
+        return self._notes.popleft()
+
+
+def noting(sampler: Iterable[Any], in_main_process: bool) -> NotingSampler:
+    """A :class:`NotingSampler`, with a state if ``sampler`` has one."""
+    return (StatefulNotingSampler if _is_stateful(sampler) else NotingSampler)(sampler, in_main_process)
 
 
 class NotingSampler:
@@ -93,7 +170,7 @@ class NotingSampler:
 
     def __init__(self, sampler: Iterable[Any], in_main_process: bool) -> None:
         self._sampler = sampler
-        self._in_main_process = in_main_process
+        self.in_main_process = in_main_process
         self.latest: Notes = deque()
 
     def __len__(self) -> int:
@@ -101,15 +178,53 @@ class NotingSampler:
 
     def __iter__(self) -> Iterator[Any]:
         self.latest = deque()
-        return self._noting(self.latest)
-
-    def _noting(self, notes: Notes) -> Iterator[Any]:
-        for drawn in self._sampler:
-            notes.append((_indices(drawn), RandomState.capture() if self._in_main_process else None))
-            yield drawn
+        drawing = iter(self._sampler)
+        kind = _StatefulNotingIterator if _is_stateful(drawing) else _NotingIterator
+        return kind(drawing, self.latest, self.in_main_process)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._sampler, name)
+        return getattr(vars(self)["_sampler"], name)
+
+
+class _NotingIterator:
+    def __init__(self, drawing: Iterator[Any], notes: Notes, in_main_process: bool) -> None:
+        self._drawing, self._notes, self._in_main_process = drawing, notes, in_main_process
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        drawn = next(self._drawing)
+        self._notes.append((_indices(drawn), RandomState.capture() if self._in_main_process else None))
+        return drawn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_drawing"], name)
+
+
+class _State:
+    """The state of what is noted. Protocols look for methods of the class, and do not find those that are handed on."""
+
+    def state_dict(self) -> Any:
+        return self._noted().state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self._noted().load_state_dict(state)
+
+    def _noted(self) -> Any:
+        return vars(self).get("_drawing", vars(self).get("_sampler"))
+
+
+class StatefulNotingSampler(_State, NotingSampler):
+    """Of a sampler with a state."""
+
+
+class _StatefulNotingIterator(_State, _NotingIterator):
+    pass
+
+
+def _is_stateful(value: Any) -> bool:
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
 
 
 def check_loader(loader: Any) -> None:

@@ -130,7 +130,7 @@ class DerivativeCheck:
     @cached_property
     def _in_float64(self) -> LossStep:
         dynamics = self._step.dynamics
-        if next(dynamics.model.parameters()).dtype == torch.float64:
+        if dynamics.floating_dtype == torch.float64:
             return self._step
         return LossStep(Dynamics(dynamics.workload, dynamics.manifest, torch.float64, self._trajectory.batches))
 

@@ -13,6 +13,7 @@ from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.slope import STRIDES, Slope
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload.batches import floating_one
 
 
 def slope_of_step(step: LossStep, state: State, record: StepRecord, moved: Mapping[str, Tensor], attempt: int) -> Slope:
@@ -34,11 +35,11 @@ def slope_of_step(step: LossStep, state: State, record: StepRecord, moved: Mappi
     random = torch.Generator().manual_seed(attempt)
     step.dynamics.set_modes(record)
     batches = step.dynamics.load(record)
-    ones = next(iter(state.parameters.values())).new_ones(len(record.samples))
+    ones = floating_one(state.parameters.values()).new_ones(len(record.samples))
     directions = {name: _direction(value, random, moved.get(name)) for name, value in state.parameters.items()}
     directions |= {name: _direction(state.buffers[name], random) for name in step.followed_buffers.shapes}
     by_weight = _direction(ones, random)
-    near = {name: value + 1e-3 * directions[name] for name, value in state.parameters.items()}
+    near = {name: _along(value, 1e-3, directions[name]) for name, value in state.parameters.items()}
     directions |= {name: _direction(value, random, moved.get(name)) for name, value in near.items()}
     fixed: dict[str, Tensor] = {}
 
@@ -53,18 +54,18 @@ def slope_of_step(step: LossStep, state: State, record: StepRecord, moved: Mappi
         )
 
     def at(length: float) -> Tensor:
-        parameters = {name: (value + length * directions[name]).requires_grad_() for name, value in near.items()}
+        parameters = {name: _leaf(_along(value, length, directions[name])) for name, value in near.items()}
         buffers = {name: value.clone() for name, value in state.buffers.items()}
         buffers |= {name: buffers[name] + length * directions[name] for name in step.followed_buffers.shapes}
         weights = ones + length * by_weight
         return measured(step.gradient(parameters, buffers, record, batches, weights), buffers)[0].detach()
 
-    parameters = {name: value.clone().requires_grad_() for name, value in near.items()}
+    parameters = {name: _leaf(value) for name, value in near.items()}
     followed = {name: state.buffers[name].clone().requires_grad_() for name in step.followed_buffers.shapes}
     buffers = {name: value.clone() for name, value in {**state.buffers, **followed}.items()}
     weights = ones.clone().requires_grad_()
     total, size = measured(step.gradients(parameters, buffers, weights, record, batches), buffers)
-    inputs = {**parameters, **followed}
+    inputs = {**{name: value for name, value in parameters.items() if value.requires_grad}, **followed}
     found = grad_or_zeros(total, [weights, *inputs.values()]) if total.requires_grad else []
     taken = sum(
         float((part * direction).sum())
@@ -79,19 +80,31 @@ def slope_of_query(
 ) -> Slope:
     """The derivative of a query in a random direction, where training ``moved`` the parameters; as above."""
     random, stride = torch.Generator().manual_seed(attempt), STRIDES[attempt]
-    near = {name: value + 1e-3 * _direction(value, random, moved.get(name)) for name, value in state.parameters.items()}
+    near = {
+        name: _along(value, 1e-3, _direction(value, random, moved.get(name)))
+        for name, value in state.parameters.items()
+    }
     directions = {name: _direction(value, random, moved.get(name)) for name, value in near.items()}
-    parameters = {name: value.clone().requires_grad_() for name, value in near.items()}
+    parameters = {name: _leaf(value) for name, value in near.items()}
     value = ask(parameters, state.buffers)
-    found = grad_or_zeros(value, list(parameters.values())) if value.requires_grad else []
-    taken = sum(float((part * directions[name]).sum()) for name, part in zip(parameters, found, strict=bool(found)))
+    inputs = {name: value for name, value in parameters.items() if value.requires_grad}
+    found = grad_or_zeros(value, list(inputs.values())) if value.requires_grad else []
+    taken = sum(float((part * directions[name]).sum()) for name, part in zip(inputs, found, strict=bool(found)))
 
     def at(length: float) -> Tensor:
-        moved_to = {name: value + length * directions[name] for name, value in near.items()}
+        moved_to = {name: _along(value, length, directions[name]) for name, value in near.items()}
         # Gradients stay enabled: a query may take some itself.
         return ask(moved_to, state.buffers).detach()
 
     return Slope.between(taken, at(-stride).item(), value.item(), at(stride).item(), stride, abs(value.item()))
+
+
+def _along(value: Tensor, length: float, direction: Tensor) -> Tensor:
+    return value + length * direction if value.is_floating_point() else value
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.clone().requires_grad_(value.is_floating_point())
 
 
 def _direction(value: Tensor, random: torch.Generator, mask: Tensor | None = None) -> Tensor:

@@ -9,17 +9,19 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.replay.differentiable import TwiceDifferentiable
 from dit_mlflow.replay.recorded_dtype import RecordedDtype
 from dit_mlflow.replay.recorded_workload import check_recorded
 from dit_mlflow.replay.substitution import Substitution
-from dit_mlflow.trajectory.manifest import DTYPES, Manifest
+from dit_mlflow.trajectory.manifest import Manifest
 from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload.batches import Batch, floating_one, to_like, with_tensors
+from dit_mlflow.workload.modes import act, check_modes, set_modes
 from dit_mlflow.workload.random_state import RandomState, fixed_draws, preserved_random_state
-from dit_mlflow.workload.workload import Batch, Workload, to_like, with_tensors
+from dit_mlflow.workload.workload import Workload
 
 Parameters = Mapping[str, Tensor]
 Buffers = MutableMapping[str, Tensor]
@@ -64,20 +66,22 @@ class Dynamics:
         self.dtype = dtype
         model = workload.build_model()
         check_recorded(workload, model, manifest)
+        check_modes(model)
         # Before the cast, which makes two tensors of a buffer that is known by two names.
         self._substituted = Substitution(model)
         if dtype is not None:
             model.to(dtype)
-        recorded = next(iter(manifest.model.parameters.values())).dtype
         self._recorded_dtype: AbstractContextManager[object] = (
-            nullcontext() if dtype is None else RecordedDtype(DTYPES[recorded])
+            nullcontext() if dtype is None else RecordedDtype(manifest.model.dtype)
         )
-        self.device = next(model.parameters()).device
+        like = floating_one(model.parameters())
+        self.device, self.floating_dtype = like.device, like.dtype
         self.model = model
         self._twice_differentiable = TwiceDifferentiable(model)
         self._substituted.withdraw()
         self._modules = dict(model.named_modules())
         self._evaluation_mode: frozenset[str] | None = None
+        self._act = act(model)
 
     def load(self, step: StepRecord) -> list[MicroBatch]:
         """The step's micro-batches, drawn again under their recorded random state, or as stored."""
@@ -123,8 +127,15 @@ class Dynamics:
 
     def call(self, parameters: Parameters, buffers: Buffers, function: Callable[..., Result]) -> Result:
         """``function(model)`` with the given tensors in place of the model's own."""
+
+        def called(model: nn.Module) -> Result:
+            # With the given tensors in place, from which such a method may compute what the forward pass takes.
+            if self._act and self._evaluation_mode is not None:
+                set_modes(self._modules, self._evaluation_mode)
+            return function(model)
+
         with self._twice_differentiable():
-            return self._substituted(parameters, buffers, function)
+            return self._substituted(parameters, buffers, called)
 
     def evaluate(self, parameters: Parameters, buffers: Parameters, function: Callable[..., Result]) -> Result:
         """``function(model)`` in evaluation mode; ``buffers`` are left alone.
@@ -132,8 +143,7 @@ class Dynamics:
         What a model or a loss draws in that mode as well (the noise of an autoencoder or a diffusion model) is the
         same every time, so that values of two models differ by the models alone.
         """
-        self._evaluation_mode = None
-        self.model.eval()
+        self._set(frozenset(self._modules))
         with fixed_draws(self.device), self._recorded_dtype:
             return self.call(parameters, {name: value.clone() for name, value in buffers.items()}, function)
 
@@ -146,9 +156,13 @@ class Dynamics:
                 f"step {step.index} was recorded with module {sorted(unknown)[0]!r} in evaluation mode; the workload's "
                 f"model ({type(self.model).__name__}) has none of that name"
             )
-        for name, module in self._modules.items():
-            module.training = name not in step.evaluation_mode
-        self._evaluation_mode = step.evaluation_mode
+        self._set(step.evaluation_mode)
+
+    def _set(self, evaluating: frozenset[str]) -> None:
+        self._evaluation_mode = evaluating
+        if not self._act:
+            for name, module in self._modules.items():
+                module.training = name not in evaluating
 
 
 @contextmanager

@@ -85,7 +85,9 @@ class LossStep(TrainingStep):
         self._layout = dynamics.manifest.optimizer
         self._optimizer = build_optimizer(self._layout, dynamics.workload)
         parameters, buffers = self.followed_parameters.shapes, self.followed_buffers.shapes
-        self.followed_parameters = Flat({name: parameters[name] for group in self._layout.groups for name in group})
+        self.followed_parameters = Flat(
+            {name: parameters[name] for group in self._layout.groups for name in group if name in parameters}
+        )
         moving = running_statistics(dynamics.model)
         self.follow(Flat({name: shape for name, shape in buffers.items() if name in moving}))
         clip = self.gradient.clip if self.gradient.clips else None

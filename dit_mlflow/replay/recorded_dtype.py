@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.torch_internals import sampling_kernels
-from dit_mlflow.workload.workload import map_tensors, tensors_of
+from dit_mlflow.workload.batches import map_tensors, tensors_of
 
 
 class RecordedDtype(TorchFunctionMode):
@@ -47,11 +47,11 @@ class RecordedDtype(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except (RuntimeError, ValueError):
-            given = [tensor.dtype for tensor in tensors_of((args, kwargs)) if tensor.is_floating_point()]
+            given = [tensor.dtype for tensor in tensors_of((args, kwargs), _as_it_is) if tensor.is_floating_point()]
             widest = max(given, key=_digits, default=self.dtype)
             if all(dtype == widest for dtype in given):
                 raise
-        args, kwargs = map_tensors((args, kwargs), lambda t: t.to(widest) if t.is_floating_point() else t)
+        args, kwargs = map_tensors((args, kwargs), lambda t: t.to(widest) if t.is_floating_point() else t, _as_it_is)
         return func(*args, **kwargs)
 
     def _gumbel_softmax(
@@ -72,6 +72,10 @@ class RecordedDtype(TorchFunctionMode):
 def _floating(*values: Any) -> torch.dtype | None:
     """Dtype of the first floating tensor."""
     return next((value.dtype for value in values if _is_floating(value)), None)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _is_floating(value: Any) -> bool:

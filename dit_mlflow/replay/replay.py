@@ -15,9 +15,9 @@ from dit_mlflow.errors import InputError, TrajectoryError, UnsupportedError
 from dit_mlflow.replay.derivative_check import DerivativeCheck
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.loss_step import LossStep
+from dit_mlflow.replay.not_finite import refuse_diverged
 from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.training_step import TrainingStep, WeightsOf
-from dit_mlflow.trajectory.manifest import DTYPES
 from dit_mlflow.trajectory.record import Record
 from dit_mlflow.trajectory.state import REPLAY_TOLERANCE, State, drifts, other_optimizer_state
 from dit_mlflow.workload.dataset_digest import check_dataset
@@ -92,7 +92,7 @@ class Replay:
                 "the workload is the recorded one cannot be told",
                 trajectory.directory,
             )
-        if dtype is not None and dtype != _recorded_dtype(trajectory):
+        if dtype is not None and dtype != trajectory.manifest.model.dtype:
             self._meet(self._anchors[-1])
             self.training_step = make_step(Dynamics(workload, trajectory.manifest, dtype, trajectory.batches))
             self._anchors = (0,)
@@ -141,6 +141,7 @@ class Replay:
         """Yield ``s_a … s_b``; with ``weights``, ``s_a`` as recorded and what follows from it under them."""
         if not 0 <= a <= b <= self.trajectory.num_steps:
             raise InputError(f"states {a} … {b} were asked; the trajectory has 0 … {self.trajectory.num_steps}")
+        self._refuse_diverged(b)
         if weights is not None:
             yield from self._segment(self._recorded(a), a, b, _Walk(weights))
             return
@@ -181,6 +182,7 @@ class Replay:
         Raises:
             InputError: the budget does not hold :data:`FEWEST_STATES` states.
         """
+        self._refuse_diverged(b)
         walk = _Walk(weights, self._budget(memory_budget), optimizer_values)
         # No checkpoint was ever under other weights.
         anchors = [step for step in self._anchors if step < b] if weights is None else [a]
@@ -255,6 +257,12 @@ class Replay:
             self._outset = a, next(self.forward(a, a))
         return self._outset[1]
 
+    def _refuse_diverged(self, b: int) -> None:
+        """In another dtype, states may stay finite where those of the training did not."""
+        if self.dynamics.dtype is not None:
+            last = max(step for step in self.trajectory.checkpoint_steps if step <= b)
+            refuse_diverged(self.trajectory.checkpoint(last), last, self.trajectory)
+
     def _meet(self, checkpoint: int) -> None:
         """Replay up to a checkpoint for the sake of the comparison."""
         for _ in self.forward(0, checkpoint):
@@ -304,11 +312,6 @@ def refuse_what_diverged(lo: int, hi: int, replayed: State, recorded: State) -> 
                 f"training diverged between step {lo} and step {hi}: {name!r} is no longer finite there, and from then "
                 f"on no state can be rebuilt. Ask for windows up to step {lo}"
             )
-
-
-def _recorded_dtype(trajectory: Record) -> torch.dtype:
-    name = next(iter(trajectory.manifest.model.parameters.values())).dtype
-    return DTYPES[name]
 
 
 def _first_piece(length: int, room: int) -> int:

@@ -18,8 +18,8 @@ from dit_mlflow.replay.loss_step import LossStep, leaves
 from dit_mlflow.replay.traced import Function, traced
 from dit_mlflow.replay.training_step import floating_shapes
 from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload.batches import tensors_of, with_tensors
 from dit_mlflow.workload.random_state import RandomState, fixed_draws
-from dit_mlflow.workload.workload import tensors_of, with_tensors
 
 Values = list[Tensor]
 
@@ -93,7 +93,8 @@ class TracedStep(LossStep):
                 return [self.dynamics.evaluate({name: of[name] for name in parameters}, left, query).reshape(())]
 
         detached = [value.detach() for value in given]
-        expected = self.dynamics.evaluate(parameters, buffers, query).detach()
+        plain = [{name: value.detach() for name, value in part.items()} for part in (parameters, buffers)]
+        expected = self.dynamics.evaluate(*plain, query).detach()
         for again in (False, True):
             graph = self._graph(("query", query), function, detached, again)
             with fixed_draws(self.dynamics.device), torch.enable_grad():

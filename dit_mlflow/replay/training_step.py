@@ -20,6 +20,7 @@ from dit_mlflow.replay.running_statistics import DifferentiableStatistics, runni
 from dit_mlflow.trajectory.manifest import DTYPES, TensorLayout
 from dit_mlflow.trajectory.state import COUNTERS, State
 from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload.batches import floating_one
 
 WeightsOf = Callable[[StepRecord], Tensor | None]
 """The weights of a step's samples, in batch order: ``[sum B]``, ``[K, sum B]``, or ``None`` = all 1, as recorded."""
@@ -230,7 +231,7 @@ def _slots(state: State) -> _Slots:
 
 
 def _like(state: State) -> Tensor:
-    return next(iter(state.parameters.values()))
+    return floating_one(state.parameters.values())
 
 
 def floating_shapes(layouts: Mapping[str, TensorLayout]) -> dict[str, torch.Size]:

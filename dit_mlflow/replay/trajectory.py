@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
 from dit_mlflow.progress import progress_bar
+from dit_mlflow.replay.loss_rows import samples_are_coupled
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.replay import MakeStep, Replay
-from dit_mlflow.trajectory.record import Record
+from dit_mlflow.trajectory.manifest import Manifest
+from dit_mlflow.trajectory.record import Fetch, Record
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.workload.workload import Workload
 
@@ -34,6 +38,10 @@ class Verification:
 class Trajectory(Record):
     """A training trajectory on disk: the record, and every state by replay. Open one with :meth:`open`."""
 
+    def __init__(self, directory: Path, manifest: Manifest, fetch: Fetch | None = None) -> None:
+        super().__init__(directory, manifest, fetch)
+        self._coupled: WeakKeyDictionary[Workload, bool] = WeakKeyDictionary()
+
     def states(self, workload: Workload, a: int, b: int, dtype: torch.dtype | None = None) -> Iterator[State]:
         """Yield ``s_a, …, s_b`` (both ends included), rebuilt by replay from the checkpoint before ``a``.
 
@@ -51,6 +59,16 @@ class Trajectory(Record):
     def replay(self, workload: Workload, dtype: torch.dtype | None = None, make_step: MakeStep = LossStep) -> Replay:
         """The machinery behind :meth:`states`, for callers that walk the trajectory more than once."""
         return Replay(self, workload, dtype, make_step)
+
+    def couples_samples(self, workload: Workload) -> bool:
+        """Whether a sample's loss depends on the others of its batch; see :func:`samples_are_coupled`. Looked at once.
+
+        Raises:
+            WorkloadError: rows of the loss are those of other samples.
+        """
+        if workload not in self._coupled:
+            self._coupled[workload] = samples_are_coupled(self, workload)
+        return self._coupled[workload]
 
     def verify(self, workload: Workload) -> Verification:
         """Check the record (:meth:`check_record`), and the replay of every segment against the next checkpoint.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.trajectory.state import drifts
+from dit_mlflow.workload.batches import floating_one
 from dit_mlflow.workload.without_graph import without_graph
 
 _log = logger_of(__name__)
@@ -133,6 +135,12 @@ class Retraining:
 
     def run(self, job: Job, advanced: Advanced = lambda count: None) -> Changes:
         """Changes of the queries at each measure of the course."""
+        with warnings.catch_warnings():
+            # torch's, at length, of operations that it takes one by one under vmap: the timed step shows what they cost.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return self._run(job, advanced)
+
+    def _run(self, job: Job, advanced: Advanced) -> Changes:
         found = None
         if self._prefer_side_by_side(job.baseline.start, job.steps[0], len(job.counterfactuals)):
             found = self._side_by_side_changes(job, advanced)
@@ -186,7 +194,7 @@ class Retraining:
 
     def _control_holds(self, states: State, recorded: State, origin: State, steps: Sequence[StepRecord]) -> bool:
         control = State(states.parameters, states.buffers).map(lambda value: value[0])
-        tolerance = CONTROL_TOLERANCE.get(next(iter(control.parameters.values())).dtype, 1e-3)
+        tolerance = CONTROL_TOLERANCE.get(floating_one(control.parameters.values()).dtype, 1e-3)
         missed = {name: drift for name, drift in drifts(control, recorded, origin).items() if drift > tolerance}
         if missed:
             excused = missed_by_rounding(self.training_step, steps, origin, recorded, control)

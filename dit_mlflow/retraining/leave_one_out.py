@@ -58,7 +58,9 @@ def leave_one_out(
     removed = choose_samples(samples, workload.num_samples, sample_seed)
     scores = np.full(question.shape, np.nan)
     scores[:, :, removed], drift = retrain(question, LeftOut(removed), dtype, effort)
-    return question.answer(scores, "leave_one_out", str(dtype or "recorded"), num_removed=len(removed), max_drift=drift)
+    return question.answer(
+        scores, "leave_one_out", str(dtype or "recorded"), asked=removed, num_removed=len(removed), max_drift=drift
+    )
 
 
 def choose_samples(samples: Sequence[int] | int | None, total: int, seed: int) -> np.ndarray:

@@ -18,6 +18,7 @@ import torch
 
 from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course, courses
+from dit_mlflow.influence.query import refuse_not_finite
 from dit_mlflow.influence.question import Question
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.dynamics import Dynamics
@@ -111,7 +112,11 @@ def _baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
         if t in asked:
             states[t] = state
     assert start is not None
-    return Baseline(start, states, {t: here.ask(state) for t, state in states.items()})
+    values = {t: here.ask(state) for t, state in states.items()}
+    for t, state in states.items():
+        for query, value in zip(here.queries, values[t], strict=True):
+            refuse_not_finite(query, value, state, t, replay.dynamics, replay.trajectory)
+    return Baseline(start, states, values)
 
 
 def _run(

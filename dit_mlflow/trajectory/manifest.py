@@ -91,6 +91,12 @@ class ModelLayout(_Part):
     parameters: dict[str, TensorLayout]
     buffers: dict[str, TensorLayout]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes: that of its first floating parameter."""
+        found = [DTYPES[layout.dtype] for layout in self.parameters.values()]
+        return next((dtype for dtype in found if dtype.is_floating_point), found[0])
+
 
 class StepsFile(_Part):
     """The file of the steps ``start … stop - 1``, or of their batches."""

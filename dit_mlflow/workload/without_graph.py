@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dit_mlflow.workload.workload import map_tensors
+from dit_mlflow.workload.batches import map_tensors
 
 Result = TypeVar("Result")
 

@@ -15,14 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from dit_mlflow.errors import TrajectoryError, UnsupportedError, WorkloadError
+from dit_mlflow.errors import UnsupportedError, WorkloadError
 from dit_mlflow.told import text_of
 from dit_mlflow.workload.appearance import Appearance, appearance_of, label_of
+from dit_mlflow.workload.batches import Batch
 from dit_mlflow.workload.random_state import preserved_random_state, seed_generators
 from dit_mlflow.workload.wrappers import plain_copy
-
-Batch = Any
-"""Whatever the collate function returns: a tensor or NumPy array, or lists, tuples and dicts of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,65 +245,5 @@ class Plan:
         return self.epoch_ends[-1]
 
 
-def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh: bool = False) -> Batch:
-    """Move every tensor of ``batch`` to ``device``, and floating ones to ``dtype`` if one is given.
-
-    Containers are rebuilt; ``fresh`` copies tensors even if they need not move, so that a function that works in place
-    cannot change the batch. NumPy arrays of numbers count as tensors, but stay arrays, in the host's memory.
-    """
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=fresh)
-
-    return map_tensors(batch, move)
-
-
-def tensors_of(batch: Batch) -> list[Tensor]:
-    """The tensors in ``batch``, in the order of its containers, and copies of NumPy arrays of numbers."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(batch, note)
-    return found
-
-
-def with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
-    """``batch`` with other tensors in place of its own, in the order of :func:`tensors_of`.
-
-    Raises:
-        TrajectoryError: there are not as many.
-    """
-    expected = len(tensors_of(batch))
-    if expected != len(tensors):
-        raise TrajectoryError(
-            f"a stored batch has {len(tensors)} tensors; the workload's have {expected}. It was recorded with "
-            "another dataset or collate_fn"
-        )
-    given = iter(tensors)
-    return map_tensors(batch, lambda _: next(given))
-
-
 TITLE_CHARACTERS = 100
 """Most characters of the model in a title."""
-
-_NUMBERS = frozenset(map(np.dtype, ("?", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", "c16")))
-"""NumPy's dtypes that torch has too, in this machine's byte order."""
-
-
-def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """``batch`` in new containers, with ``function`` applied to its tensors."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if type(batch) is np.ndarray and batch.dtype in _NUMBERS:
-        return function(torch.from_numpy(batch.copy())).cpu().numpy()
-    if isinstance(batch, Mapping):
-        mapped = {key: map_tensors(value, function) for key, value in batch.items()}
-        return mapped if type(batch) is dict else type(batch)(mapped)  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(value, function) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(map_tensors(value, function) for value in batch)
-    return batch

@@ -295,3 +295,12 @@ def test_methods_that_failed_on_some_trainings_are_told_as_such() -> None:
     alone = summarised(pd.DataFrame(rows[:3]))
     assert np.isnan(alone["spearman_low"][0]), "not None, which the terminal would show"
     assert "1 method that says how" in comparison_note(table[:1], [], 3, "local")
+
+
+def test_coupled_samples_are_said() -> None:
+    found = findings(SCORES)
+    coupled = replace(found, influence=replace(found.influence, metadata={"coupled": True}))
+    assert answer_sentences(coupled)[0] == (
+        f"{answer_sentences(found)[0]} The loss couples the samples of a batch, so removal takes a sample's own loss "
+        "away, while the sample stays in its batches."
+    )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from oracles import finite_difference, window_effect
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adam
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import (
@@ -24,10 +27,12 @@ from dit_mlflow import (
     TrajectoryRecorder,
     Window,
     Workload,
+    WorkloadError,
     leave_one_out,
     track,
     train,
 )
+from dit_mlflow.methods import method
 
 
 class Records(Dataset[Any]):
@@ -184,6 +189,114 @@ def test_buffers_that_do_not_depend_on_the_parameters_are_constants(reassign: bo
         assert np.abs(found.of(window)[samples] - expected).max() < 1e-6 * np.abs(expected).max()
         removed = [window_effect(workload, trajectory, window, "local", j, 0.0) for j in samples]
         np.testing.assert_allclose(exact.of(window)[samples], removed, rtol=1e-8, atol=1e-12)
+
+
+@dataclass
+class Pair:
+    inputs: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenPair:
+    inputs: Tensor
+    labels: Tensor
+
+
+class Opaque:
+    """Knows itself, as graph batches do."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self.stores = {"all": [self, {"inputs": inputs}]}
+        self.labels = labels
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.stores["all"][1]["inputs"]  # type: ignore[index, no-any-return]
+
+    @inputs.setter
+    def inputs(self, value: Tensor) -> None:
+        self.stores["all"][1]["inputs"] = value  # type: ignore[index]
+
+
+class Fields(MutableMapping[str, Any]):
+    """Is made by names, not of a mapping."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self.content = {"inputs": inputs, "labels": labels}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.content[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.content[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+
+def assigning(model: nn.Module, batch: Any) -> Tensor:
+    batch.inputs = batch.inputs * 2 - 1
+    return cross_entropy(model(batch.inputs), batch.labels, reduction="none")
+
+
+def in_place(model: nn.Module, batch: Any) -> Tensor:
+    batch.inputs.mul_(2).sub_(1)
+    return cross_entropy(model(batch.inputs), batch.labels, reduction="none")
+
+
+def assigning_item(model: nn.Module, batch: Any) -> Tensor:
+    batch["inputs"] = batch["inputs"] * 2 - 1
+    return cross_entropy(model(batch["inputs"]), batch["labels"], reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        (Pair, assigning),
+        (Pair, in_place),
+        (FrozenPair, in_place),
+        (Opaque, assigning),
+        (Opaque, in_place),
+        (Fields, assigning_item),
+    ],
+)
+def test_batches_of_any_type_are_new_for_every_step_and_query(kind: Any, loss: Any, tmp_path: Path) -> None:
+    workload = digits_workload(loss=loss, collate_fn=lambda items: kind(*default_collate(items)), epochs=2)
+    trajectory = train(workload, tmp_path / "t")
+    assert trajectory.verify(workload).max_drift == 0
+    windows, samples = [Window(0, 2), Window(2, 4), Window(4, 6)], [0, 7, 13]
+    found = track(trajectory, workload, windows, dtype=torch.float64)
+    exact = leave_one_out(trajectory, workload, windows, samples=samples)
+    static = method("grad_dot")(trajectory, workload, windows).scores
+
+    def plain(model: nn.Module, batch: Any) -> Tensor:
+        return sample_losses(model, (batch[0] * 2 - 1, batch[1]))
+
+    # The oracle is of ordinary batches and an ordinary loss.
+    same = digits_workload(loss=plain, epochs=2)
+    for window in windows:
+        expected = finite_difference(same, trajectory, window, "local", samples, 1e-5)
+        assert np.abs(found.of(window)[samples] - expected).max() < 1e-6 * np.abs(expected).max()
+        removed = [window_effect(same, trajectory, window, "local", j, 0.0) for j in samples]
+        np.testing.assert_allclose(exact.of(window)[samples], removed, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(static, method("grad_dot")(trajectory, same, windows).scores, rtol=1e-4)
+
+
+def test_a_batch_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
+    def locked(items: Any) -> Any:
+        made = Opaque(*default_collate(items))
+        made.lock = threading.Lock()  # type: ignore[attr-defined]
+        return made
+
+    with pytest.raises(WorkloadError, match=r"batches hold a Opaque, which cannot be copied .* Give a collate_fn"):
+        train(digits_workload(loss=in_place, collate_fn=locked), tmp_path / "t")
 
 
 class CodeBook(nn.Module):
@@ -375,3 +488,60 @@ def test_layer_frozen_late_and_unfrozen(to_none: bool, tmp_path: Path) -> None:
     assert found == pytest.approx((loss(1 - 1e-5) - loss(1 + 1e-5)) / 2e-5, rel=1e-6)
     exact = leave_one_out(trajectory, workload, window, samples=[5, 6, 7]).of(0)[5]
     assert exact == pytest.approx(loss(0.0) - loss(1.0), rel=1e-8)
+
+
+class Coded(nn.Module):
+    """Its first tensor is a table of integers: a frozen parameter, or a buffer."""
+
+    def __init__(self, as_parameter: bool = True) -> None:
+        super().__init__()
+        codes = torch.arange(64) % 5 - 2
+        if as_parameter:
+            self.codes = nn.Parameter(codes, requires_grad=False)
+        else:
+            self.register_buffer("codes", codes)
+        self.inner, self.last = nn.Linear(64, 6), nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.inner(inputs * self.codes)))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [value for value in model.parameters() if value.requires_grad]
+
+
+@pytest.mark.parametrize("held", [trainable, lambda model: list(model.parameters())])
+@pytest.mark.parametrize("optimizer", [lambda held: SGD(held, lr=0.3, momentum=0.5), lambda held: Adam(held, lr=0.02)])
+def test_a_first_parameter_of_integers_does_not_give_the_dtype(held: Any, optimizer: Any, tmp_path: Path) -> None:
+    workload = digits_workload(model=Coded, optimizer=lambda model: optimizer(held(model)))
+    trajectory = train(workload, tmp_path / "t")
+    assert trajectory.verify(workload).max_drift == 0
+    windows, samples = [Window(0, 9)], [0, 7, 13]
+    found = track(trajectory, workload, windows, dtype=torch.float64).of(0)
+    expected = finite_difference(workload, trajectory, windows[0], "local", samples, 1e-5)
+    assert np.abs(found[samples] - expected).max() < 1e-6 * np.abs(found).max()
+    single = track(trajectory, workload, windows).of(0)
+    assert np.abs(single - found).max() < 1e-3 * np.abs(found).max()
+    exact = leave_one_out(trajectory, workload, windows, samples=samples).of(0)[samples]
+    removed = [window_effect(workload, trajectory, windows[0], "local", j, 0.0) for j in samples]
+    np.testing.assert_allclose(exact, removed, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tracin", "tracin_renormalized", "grad_dot", "source", "dvemb", "mirrored_influence", "trak", "knn_shapley"),
+        *("influence_function", "influence_function_ekfac", "influence_function_datainf", "representer_points"),
+        *("grad_norm", "loss", "aum", "downsampling"),
+    ],
+)
+def test_methods_take_such_a_parameter_for_a_buffer(name: str, tmp_path: Path) -> None:
+    found = []
+    for as_parameter in (True, False):
+        workload = digits_workload(
+            model=lambda as_parameter=as_parameter: Coded(as_parameter),
+            optimizer=lambda model: SGD(trainable(model), lr=0.3),
+        )
+        trajectory = train(workload, tmp_path / str(as_parameter))
+        found.append(method(name)(trajectory, workload, [Window(0, 9)]).scores)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-7 * np.abs(found[1]).max())

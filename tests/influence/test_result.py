@@ -1,10 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dit_mlflow import Influence, InputError, Window
@@ -65,6 +72,11 @@ def test_shape_that_contradicts_the_axes_is_refused() -> None:
         Influence(np.zeros((1, 1, 3)), (Window(0, 1),), ("loss",), np.arange(4), "local", "dit")
 
 
+def test_infinite_scores_are_refused() -> None:
+    with pytest.raises(InputError, match="a score is infinite"):
+        replace(example(), scores=np.full((2, 1, 4), -np.inf))
+
+
 def with_errors() -> Influence:
     """Scores of 1 to 4 errors each; of the second window from two pairs, where 12.7 errors make an interval."""
     errors = np.array([[[0.4, 0.5, 1.0, 3.0]], [[np.nan, 1.0, 0.05, 0.4]]])
@@ -116,3 +128,145 @@ def test_a_group_is_the_sum_of_its_members() -> None:
     np.testing.assert_array_equal(chosen.of_group([]), [[0.0], [0.0]])
     with pytest.raises(InputError, match=r"samples \[3\] of the group"):
         chosen.of_group([3, 10])
+
+
+def two_queries() -> Influence:
+    """Every score differs from every other."""
+    scores = np.arange(16.0).reshape(2, 2, 4) - 5
+    windows = (Window(0, 2), Window(2, 7))
+    return Influence(scores, windows, ("loss", "margin"), np.array([3, 0, 7, 5]), "local", "dit")
+
+
+def edited(folder: Path, edit: Callable[[pd.DataFrame], pd.DataFrame]) -> Path:
+    two_queries().save(folder)
+    edit(pd.read_parquet(folder / "scores.parquet")).to_parquet(folder / "scores.parquet", index=False)
+    return folder
+
+
+def described(folder: Path, **changes: Any) -> Path:
+    """``None`` takes a key away."""
+    two_queries().save(folder)
+    description = json.loads((folder / "metadata.json").read_text()) | changes
+    kept = {key: value for key, value in description.items() if value is not None}
+    (folder / "metadata.json").write_text(json.dumps(kept))
+    return folder
+
+
+def reversed_in_one_window(frame: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([frame[:8], frame[8:][::-1]])
+
+
+def test_an_order_of_samples_of_its_own_comes_back(tmp_path: Path) -> None:
+    loaded = Influence.load(edited(tmp_path, lambda frame: frame))
+    assert loaded.samples.tolist() == [3, 0, 7, 5]
+    np.testing.assert_array_equal(loaded.scores, two_queries().scores)
+
+
+@pytest.mark.parametrize(
+    ("edit", "field"),
+    [
+        (lambda frame: frame.sample(frac=1, random_state=0), "window_index of row 2 is 1; expected 0"),
+        (reversed_in_one_window, "query of row 8"),
+        (lambda frame: frame[::-1], "window_index of row 0"),
+        (lambda frame: pd.concat([frame[8:], frame[:8]]), "window_index of row 0"),
+        (lambda frame: pd.concat([frame[:4][::-1], frame[4:]]), "sample_index of row 4"),
+        (lambda frame: frame.assign(window_index=frame["window_index"][::-1].to_numpy()), "window_index of row 0"),
+        (lambda frame: frame.assign(window_end=frame["window_end"] + 1), "window_end of row 0 is 3; expected 2"),
+        (lambda frame: frame.assign(window_start=0), "window_start of row 8 is 0; expected 2"),
+        (lambda frame: frame.assign(query="loss"), "query of row 4 is another; expected 'margin'"),
+        (lambda frame: frame.assign(query=1), "'query' holds int64; expected text"),
+        (lambda frame: frame.assign(sample_index=1), "sample_index stands twice"),
+        (lambda frame: frame.assign(sample_index=-frame["sample_index"]), "sample_index -7"),
+        (lambda frame: frame.assign(sample_index=frame["sample_index"].astype(str)), "expected whole numbers"),
+        (lambda frame: frame.assign(sample_index=frame["sample_index"].where(frame["sample_index"] > 0)), "whole"),
+        (lambda frame: frame.assign(score=frame["score"] > 0), "'score' holds bool; expected numbers"),
+        (lambda frame: frame.assign(score=pd.Timestamp("2024-01-01")), "'score' holds timestamp"),
+        (lambda frame: frame.assign(score=frame["score"].astype(str)), "'score' holds"),
+        (lambda frame: frame.assign(score=np.inf), "score of row 0 is inf"),
+        (lambda frame: frame.assign(standard_error=-1.0), "standard_error of row 0 is -1.0"),
+        (lambda frame: frame.drop(columns="score"), "0 columns 'score'"),
+        (lambda frame: frame.drop(columns="window_index"), "0 columns 'window_index'"),
+        (lambda frame: frame[:-1], "has 15 rows"),
+    ],
+)
+def test_rows_that_are_not_those_written_are_refused_by_field(
+    edit: Callable[[pd.DataFrame], pd.DataFrame], field: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=field):
+        Influence.load(edited(tmp_path, edit))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({key: None} for key in ("kind", "method", "queries", "windows", "num_samples")),
+        {"windows": [[2, 7], [0, 2]]},
+        {"windows": [[0, 2], [2, 8]]},
+        {"windows": [[0, 2], [7, 2]]},
+        {"windows": [[0, 2], [2, True]]},
+        {"windows": [[0, 2], "27"]},
+        {"queries": ["margin", "loss"]},
+        {"queries": ["loss", "loss"]},
+        {"queries": "ab"},
+        {"queries": ["loss", 1]},
+        {"num_samples": 4.0},
+        {"num_samples": -4},
+        {"num_samples": 10**30},
+        {"kind": "locally"},
+        {"kind": ["local"]},
+        {"method": 3},
+        {"measures": "length"},
+        {"removed": "most"},
+        {"degrees_of_freedom": [[1, 2]]},
+        {"degrees_of_freedom": [[1, -2], [1, 2]]},
+    ],
+)
+def test_a_description_that_is_not_that_of_the_rows_is_refused_by_field(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    (name,) = changes
+    field = {"queries": "quer", "windows": "window"}.get(name, name)
+    with pytest.raises(InputError, match=field):
+        Influence.load(described(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1, 2]", "{", "\xff", "9" * 10_000])
+def test_what_is_no_description_is_refused(text: str, tmp_path: Path) -> None:
+    (two_queries().save(tmp_path) / "metadata.json").write_text(text)
+    with pytest.raises(InputError, match=r"metadata\.json"):
+        Influence.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "metadata.json"])
+@pytest.mark.parametrize("endless", [True, False])
+def test_what_has_no_end_is_not_read(name: str, endless: bool, tmp_path: Path) -> None:
+    path = two_queries().save(tmp_path) / name
+    path.unlink()
+    if endless:
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(path)
+    with pytest.raises(InputError, match="not a regular file"):
+        Influence.load(tmp_path)
+
+
+def test_memory_is_bounded_by_the_file(tmp_path: Path) -> None:
+    """Ten million rows of nothing, in some thousand bytes; and names of 32 MiB."""
+    rows = 10**7
+    folder = described(tmp_path, windows=[[0, 1]], queries=["loss"], num_samples=rows)
+    part = 10**6
+    columns: dict[str, Any] = {name: np.zeros(part, np.int64) for name in ("sample_index", "window_index")}
+    columns |= {"window_start": np.zeros(part, np.int64), "window_end": np.ones(part, np.int64)}
+    table = pa.table({**columns, "query": pa.array(["loss"] * part), "score": np.zeros(part)})
+    with pq.ParquetWriter(folder / "scores.parquet", table.schema, compression="zstd") as writer:
+        for _ in range(rows // part):
+            writer.write_table(table)
+    with pytest.raises(InputError, match="announces 10000000 rows"):
+        Influence.load(folder)
+    described(tmp_path / "long")
+    frame = pd.read_parquet(tmp_path / "long" / "scores.parquet").assign(query="x" * 2**25)
+    frame.to_parquet(tmp_path / "long" / "scores.parquet", index=False, compression="zstd")
+    written = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="column 'query' takes"):
+        Influence.load(tmp_path / "long")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - written < 50_000

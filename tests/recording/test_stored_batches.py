@@ -25,7 +25,7 @@ from dit_mlflow import (
     leave_one_out,
     track,
 )
-from dit_mlflow.workload.workload import tensors_of, to_like
+from dit_mlflow.workload.batches import tensors_of, to_like
 
 
 class Augmented(Dataset[Any]):
@@ -178,7 +178,9 @@ def test_batches_of_arrays_are_stored_as_tensors_are(tmp_path: Path) -> None:
 def test_arrays_that_torch_does_not_know_are_left_as_they_are(dtype: str) -> None:
     batch = {"x": torch.ones(2), "other": np.zeros(2, dtype)}
     assert len(tensors_of(batch)) == 1
-    assert to_like(batch, torch.device("cpu"), torch.float64)["other"] is batch["other"]
+    moved = to_like(batch, torch.device("cpu"), torch.float64)["other"]
+    assert moved.dtype == batch["other"].dtype and not np.shares_memory(moved, batch["other"])
+    np.testing.assert_array_equal(moved, batch["other"])
 
 
 def test_a_batch_without_tensors_is_refused_when_it_is_drawn(tmp_path: Path) -> None:

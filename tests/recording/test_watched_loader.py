@@ -130,3 +130,103 @@ def test_two_iterations_over_one_loader_at_a_time(workers: int, tmp_path: Path) 
             seen.append([one.tolist(), two.tolist()])
     trajectory = Trajectory.open(tmp_path / "t")
     assert [[part.tolist() for part in trajectory.step(t).indices] for t in range(3)] == seen
+
+
+class Moving(DataLoader[Any]):
+    """Its ``__iter__`` is a generator: the sampler is asked at the first batch."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            yield [part.clone() for part in batch]
+
+
+class Resumable(DataLoader[Any]):
+    """Knows how far it is, and goes on from there, as torchdata's StatefulDataLoader does."""
+
+    begin = done = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        begin, self.begin = self.begin, 0
+        for number, batch in enumerate(super().__iter__()):
+            if number >= begin:
+                self.done = number + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.begin = state["done"]
+
+
+class Ahead(DataLoader[Any]):
+    """Fetches one batch ahead."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        held = next(batches)
+        for batch in batches:
+            yield held
+            held = batch
+        yield held
+
+
+def recorded(loader: DataLoader[Any], folder: Path, stop: int | None = None, epochs: int = 1) -> list[list[int]]:
+    """Trains on samples that say who they are; returns those that the loop saw, and holds the record to it."""
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    seen: list[list[int]] = []
+    with TrajectoryRecorder(model, optimizer, folder) as recorder:
+        for _ in range(epochs):
+            for inputs, who in recorder.watch(loader):
+                optimizer.zero_grad()
+                model(inputs).square().mean().backward()
+                optimizer.step()
+                seen.append(who.tolist())
+                if len(seen) == stop:
+                    break
+    trajectory = Trajectory.open(folder)
+    assert [trajectory.step(t).samples.tolist() for t in range(trajectory.num_steps)] == seen
+    return seen
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_whose_iter_is_a_generator(workers: int, tmp_path: Path) -> None:
+    def make() -> Moving:
+        order = torch.Generator().manual_seed(3)
+        return Moving(Indexed(), 8, shuffle=True, generator=order, num_workers=workers)
+
+    loader = make()
+    expected = [batch[1].tolist() for _ in range(2) for batch in loader]
+    assert recorded(make(), tmp_path / "t", epochs=2) == expected
+
+
+def test_a_loader_that_fetches_ahead_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="__iter__ of Ahead asked for 2 batches and handed out one"):
+        recorded(Ahead(Indexed(), 8), tmp_path / "t")
+
+
+def stateful_loaders() -> list[Any]:
+    loaders: list[Any] = [Resumable]
+    try:
+        from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-not-found]
+    except ImportError:
+        return loaders
+    return [*loaders, StatefulDataLoader]
+
+
+@pytest.mark.parametrize("kind", stateful_loaders())
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_with_a_state_is_resumed_where_it_was(kind: Any, shuffle: bool, tmp_path: Path) -> None:
+    def make() -> Any:
+        return kind(Indexed(), 5, shuffle=shuffle, generator=torch.Generator().manual_seed(3))
+
+    whole = [batch[1].tolist() for batch in make()]
+    first = make()
+    assert recorded(first, tmp_path / "first", stop=2) == whole[:2]
+    state = first.state_dict()
+    unwatched, watched = make(), make()
+    unwatched.load_state_dict(state)
+    watched.load_state_dict(state)
+    assert [batch[1].tolist() for batch in unwatched] == whole[2:]
+    assert recorded(watched, tmp_path / "watched") == whole[2:]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_mlflow.told import logger_of
-from dit_mlflow.workload import Workload, to_like
+from dit_mlflow.workload import Workload, floating_one, to_like
 
 MODEL_NAME = "model"
 
@@ -51,7 +51,7 @@ def _inputs(model: nn.Module, workload: Workload) -> Any:
     hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     # Two samples: an export treats a size of 1 as a constant.
     indices = range(min(2, workload.num_samples))
-    batch = to_like(workload.collate(workload.train_set, indices), next(model.parameters()).device, None)
+    batch = to_like(workload.collate(workload.train_set, indices), floating_one(model.parameters()).device, None)
     try:
         with torch.no_grad():
             workload.sample_losses(model, batch, len(indices))

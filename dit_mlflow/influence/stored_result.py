@@ -1,0 +1,287 @@
+"""An influence result in a folder: ``scores.parquet`` and ``metadata.json``, read with distrust."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dit_mlflow.errors import InputError, first_line
+from dit_mlflow.influence.window import Window
+
+SCORES_FILE = "scores.parquet"
+METADATA_FILE = "metadata.json"
+
+LARGEST_METADATA = 64 * 2**20
+"""Bytes of ``metadata.json``."""
+
+ROWS_OF_ANY_FILE, ROWS_PER_BYTE = 4 * 2**20, 8
+"""Rows of ``scores.parquet`` that are read whatever its size, and for each of its bytes: scores hardly compress."""
+
+ROWS_AT_ONCE = 2**16
+
+KINDS = ("local", "final", "cumulative", "none")
+MEASURES = ("query", "ranking", "suspicion")
+WRITTEN = {"kind", "method", "queries", "windows", "num_samples", "sign_convention", "degrees_of_freedom"}
+"""What :meth:`Influence.save` adds to a result's own metadata."""
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The fields of the :class:`Influence` that was saved in a folder.
+
+    Every row's window, query and sample are held against its place, so that no score stands at another sample.
+
+    Raises:
+        InputError: there is no result, or its two files are not what :meth:`Influence.save` writes, or contradict each
+            other; the message names the field.
+
+    Memory: two to three times the scores, which are at most 64 bytes for each byte of the file (or 32 MiB).
+    """
+    path = folder / METADATA_FILE
+    try:
+        with _regular(path) as file:
+            content = file.read(LARGEST_METADATA + 1)
+        with _regular(folder / SCORES_FILE):
+            pass
+    except OSError as error:
+        raise InputError(f"no influence result in {folder}: {error}") from error
+    if len(content) > LARGEST_METADATA:
+        raise InputError(f"{path} is over {LARGEST_METADATA} bytes, and no description of an influence result")
+    try:
+        description = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"no influence result in {folder}: {path} is not JSON: {first_line(error)}") from error
+    fields = _described(path, description)
+    samples = _natural(path, description, "num_samples")
+    return fields | _scores(folder / SCORES_FILE, fields["windows"], fields["queries"], samples)
+
+
+def _described(path: Path, description: Any) -> dict[str, Any]:
+    if not isinstance(description, dict):
+        raise InputError(f"{path} holds a {type(description).__name__}; expected an object that describes a result")
+    queries = _checked(path, description, "queries", "names, each once", _are_names)
+    bounds = _checked(path, description, "windows", "pairs [start, end] of steps, 0 <= start < end", _are_windows)
+    metadata = {key: value for key, value in description.items() if key not in WRITTEN}
+    if metadata.get("measures", "query") not in MEASURES:
+        raise _refused(path, "measures", metadata["measures"], f"one of {', '.join(MEASURES)}")
+    removed = metadata.get("removed")
+    if removed is not None and not (_is_number(removed) and 0 < removed < 1):
+        raise _refused(path, "removed", removed, "a share between 0 and 1")
+    freedom = description.get("degrees_of_freedom")
+    if freedom is not None and not _is_table(freedom, len(bounds), len(queries)):
+        raise _refused(path, "degrees_of_freedom", freedom, "a number of 0 or more for each window and query")
+    return {
+        "windows": tuple(Window(*pair) for pair in bounds),
+        "queries": tuple(queries),
+        "kind": _checked(path, description, "kind", f"one of {', '.join(KINDS)}", lambda value: value in KINDS),
+        "method": _checked(path, description, "method", "a name", lambda value: isinstance(value, str) and value != ""),
+        "metadata": metadata,
+        "degrees_of_freedom": np.array(freedom) if freedom else None,
+    }
+
+
+def _scores(
+    path: Path, windows: tuple[Window, ...], queries: tuple[str, ...], num_samples: int
+) -> dict[str, np.ndarray | None]:
+    shape = len(windows), len(queries), num_samples
+    try:
+        with _regular(path) as file:
+            table = pq.ParquetFile(file, pre_buffer=False)
+            columns = _columns(path, table, max(map(len, queries), default=0))
+            _check_rows(path, table, shape, os.fstat(file.fileno()).st_size)
+            reader = _Reader(path, windows, queries, num_samples)
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
+                reader.add(batch)
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"no influence result in {path.parent}: {path} is no Parquet: {first_line(error)}") from error
+    if reader.read != int(np.prod(shape)):
+        raise InputError(f"{path} holds {reader.read} rows, and announces {int(np.prod(shape))}; it is damaged")
+    errors = reader.values.get("standard_error")
+    return {
+        "samples": reader.samples,
+        "scores": reader.values["score"].reshape(shape),
+        "standard_error": None if errors is None else errors.reshape(shape),
+    }
+
+
+class _Reader:
+    """Takes the rows in order, and checks that each is what belongs at its place."""
+
+    def __init__(self, path: Path, windows: tuple[Window, ...], queries: tuple[str, ...], num_samples: int) -> None:
+        self._path = path
+        self._queries, self._num_samples = queries, num_samples
+        self._bounds = {
+            "window_start": np.array([window.start for window in windows], dtype=np.int64),
+            "window_end": np.array([window.end for window in windows], dtype=np.int64),
+        }
+        self._size = len(windows) * len(queries) * num_samples
+        self.samples = np.zeros(num_samples, dtype=np.int64)
+        self.values: dict[str, np.ndarray] = {}
+        self.read = 0
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        rows = np.arange(self.read, self.read + batch.num_rows)
+        window, query = rows // (len(self._queries) * self._num_samples), rows // self._num_samples % len(self._queries)
+        self._expect("window_index", rows, self._whole(batch, "window_index"), window)
+        for name, bounds in self._bounds.items():
+            self._expect(name, rows, self._whole(batch, name), bounds[window])
+        self._expect("query", rows, self._query(batch), query)
+        sample, at = self._whole(batch, "sample_index"), rows % self._num_samples
+        first = rows < self._num_samples
+        self.samples[at[first]] = sample[first]
+        self._expect("sample_index", rows, sample, self.samples[at])
+        self.read += batch.num_rows
+        if first.any() and self.read >= self._num_samples:
+            self._check_samples()
+        for name in ("score", "standard_error"):
+            if name in batch.schema.names:
+                self._take(name, rows, batch.column(name))
+
+    def _take(self, name: str, rows: np.ndarray, column: pa.Array) -> None:
+        values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        wrong = np.isinf(values) if name == "score" else np.isinf(values) | (values < 0)
+        if wrong.any():
+            place = int(np.argmax(wrong))
+            expected = "a finite number, or NaN" + ("" if name == "score" else ", of 0 or more")
+            raise self._wrong(name, int(rows[place]), float(values[place]), expected)
+        self.values.setdefault(name, np.empty(self._size))[rows] = values
+
+    def _whole(self, batch: pa.RecordBatch, name: str) -> np.ndarray:
+        column = batch.column(name)
+        if column.null_count:
+            raise InputError(f"{self._path}: column {name!r} has rows without a value")
+        found: np.ndarray = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
+        return found
+
+    def _query(self, batch: pa.RecordBatch) -> np.ndarray:
+        column = batch.column("query")
+        column = column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
+        places = {name: place for place, name in enumerate(self._queries)}
+        known = np.array([places.get(name, -1) for name in column.dictionary.to_pylist()], dtype=np.int64)
+        if column.null_count:
+            raise InputError(f"{self._path}: column 'query' has rows without a value")
+        found: np.ndarray = known[column.indices.to_numpy(zero_copy_only=False)]
+        return found
+
+    def _expect(self, name: str, rows: np.ndarray, found: np.ndarray, expected: np.ndarray) -> None:
+        if (wrong := found != expected).any():
+            place = int(np.argmax(wrong))
+            got, right = int(found[place]), int(expected[place])
+            if name == "query":
+                raise self._wrong(name, int(rows[place]), "another", repr(self._queries[right]))
+            raise self._wrong(name, int(rows[place]), got, str(right))
+
+    def _check_samples(self) -> None:
+        if self.samples.min() < 0:
+            raise InputError(f"{self._path}: sample_index {self.samples.min()}; expected indices of 0 or more")
+        if len(np.unique(self.samples)) < len(self.samples):
+            raise InputError(f"{self._path}: a sample_index stands twice in one window and query; expected each once")
+
+    def _wrong(self, name: str, row: int, found: object, expected: str) -> InputError:
+        return InputError(
+            f"{self._path}: {name} of row {row} is {found}; expected {expected}, by {METADATA_FILE} and the order of "
+            "rows (by window, then query, then sample). The files have been changed; take them from the run again"
+        )
+
+
+def _columns(path: Path, table: pq.ParquetFile, longest: int) -> list[str]:
+    """The columns to read, after a look at their types and sizes."""
+    whole = {"sample_index", "window_index", "window_start", "window_end"}
+    schema = table.schema_arrow
+    columns = [*whole, "query", "score", *(["standard_error"] if "standard_error" in schema.names else [])]
+    for name in columns:
+        if schema.names.count(name) != 1:
+            raise InputError(f"{path} has {schema.names.count(name)} columns {name!r}; expected one")
+        of = schema.field(name).type
+        if name == "query":
+            text = of.value_type if pa.types.is_dictionary(of) else of
+            right, expected = pa.types.is_string(text) or pa.types.is_large_string(text), "text"
+        elif name in whole:
+            right, expected = pa.types.is_integer(of), "whole numbers"
+        else:
+            right, expected = pa.types.is_floating(of) or pa.types.is_integer(of), "numbers"
+        if not right:
+            raise InputError(f"{path}: column {name!r} holds {of}; expected {expected}")
+    allowed = 2**24 + table.metadata.num_rows * (32 + 4 * longest)
+    for group in map(table.metadata.row_group, range(table.metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.total_uncompressed_size > allowed:
+                raise InputError(
+                    f"{path}: column {column.path_in_schema!r} takes {column.total_uncompressed_size} bytes in "
+                    f"{table.metadata.num_rows} rows; expected {allowed} at most"
+                )
+    return columns
+
+
+def _check_rows(path: Path, table: pq.ParquetFile, shape: tuple[int, int, int], size: int) -> None:
+    found, expected = table.metadata.num_rows, shape[0] * shape[1] * shape[2]
+    if found != expected:
+        raise InputError(f"{path} has {found} rows; {METADATA_FILE} announces {shape}")
+    if found > max(ROWS_OF_ANY_FILE, ROWS_PER_BYTE * size):
+        raise InputError(f"{path} announces {found} rows in {size} bytes, more than scores can be in so few")
+
+
+def _regular(path: Path) -> BinaryIO:
+    """The file, opened; what has no end (a device, a pipe) is refused before anything is read."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _checked(path: Path, description: Mapping[str, Any], name: str, expected: str, right: Any) -> Any:
+    if name not in description:
+        raise InputError(f"{path} has no {name!r}; expected {expected}. It is not what Influence.save writes")
+    if not right(description[name]):
+        raise _refused(path, name, description[name], expected)
+    return description[name]
+
+
+def _natural(path: Path, description: Mapping[str, Any], name: str) -> int:
+    found: int = _checked(path, description, name, "a whole number, 0 or more", _is_natural)
+    return found
+
+
+def _refused(path: Path, name: str, found: object, expected: str) -> InputError:
+    text = repr(found)
+    return InputError(f"{path}: {name!r} is {text[:80]}{'…' * (len(text) > 80)}; expected {expected}")
+
+
+def _is_natural(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
+
+
+def _are_windows(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_natural, pair)) and pair[0] < pair[1]
+        for pair in value
+    )
+
+
+def _is_table(value: Any, rows: int, columns: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == rows
+        and all(
+            isinstance(row, list) and len(row) == columns and all(_is_number(x) and x >= 0 for x in row)
+            for row in value
+        )
+    )

@@ -1,0 +1,149 @@
+"""Batches of any kind: their tensors, moved, noted and replaced in copies."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dit_mlflow.errors import TrajectoryError, WorkloadError, first_line
+
+Batch = Any
+"""Whatever the collate function returns: a tensor or NumPy array, lists, tuples, dicts and dataclasses of them, or any
+object that can be copied."""
+
+
+def floating_one(tensors: Iterable[Tensor]) -> Tensor:
+    """The first floating one: of the device and dtype in which a model of these parameters computes.
+
+    Others may come before it: codes of quantised weights, tables of indices.
+    """
+    every = list(tensors)
+    return next((tensor for tensor in every if tensor.is_floating_point()), every[0])
+
+
+def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh: bool = False) -> Batch:
+    """Move every tensor of ``batch`` to ``device``, and floating ones to ``dtype`` if one is given.
+
+    Containers are rebuilt; ``fresh`` copies tensors even if they need not move, so that a function that works in place
+    cannot change the batch. NumPy arrays of numbers count as tensors, but stay arrays, in the host's memory.
+
+    Raises:
+        WorkloadError: the batch holds an object that cannot be copied.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=fresh)
+
+    return map_tensors(batch, move)
+
+
+def tensors_of(batch: Batch, other: Callable[[Any], Any] | None = None) -> list[Tensor]:
+    """The tensors in ``batch``, in the order of its containers, and copies of NumPy arrays of numbers.
+
+    Args:
+        other: see :func:`map_tensors`.
+    """
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(batch, note, other)
+    return found
+
+
+def with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
+    """``batch`` with other tensors in place of its own, in the order of :func:`tensors_of`.
+
+    Raises:
+        TrajectoryError: there are not as many.
+    """
+    expected = len(tensors_of(batch))
+    if expected != len(tensors):
+        raise TrajectoryError(
+            f"a stored batch has {len(tensors)} tensors; the workload's have {expected}. It was recorded with "
+            "another dataset or collate_fn"
+        )
+    given = iter(tensors)
+    return map_tensors(batch, lambda _: next(given))
+
+
+_NUMBERS = frozenset(map(np.dtype, ("?", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", "c16")))
+"""NumPy's dtypes that torch has too, in this machine's byte order."""
+
+
+def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor], other: Callable[[Any], Any] | None = None) -> Batch:
+    """``batch`` in new containers, with ``function`` applied to its tensors.
+
+    Args:
+        other: what becomes of objects of other kinds; default: a deep copy, with ``function`` applied to the tensors
+            that it holds.
+
+    Raises:
+        WorkloadError: an object that cannot be copied.
+    """
+
+    def mapped(value: Any) -> Any:
+        return map_tensors(value, function, other)
+
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if type(batch) is np.ndarray and batch.dtype in _NUMBERS:
+        return function(torch.from_numpy(batch.copy())).cpu().numpy()
+    if isinstance(batch, Mapping) and (type(batch) is dict or _is_its_content(batch)):
+        content = {key: mapped(value) for key, value in batch.items()}
+        return content if type(batch) is dict else type(batch)(content)  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(mapped, batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(map(mapped, batch))
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        made = copy.copy(batch)
+        names = [field.name for field in dataclasses.fields(batch) if hasattr(batch, field.name)]
+        for name in dict.fromkeys([*names, *getattr(batch, "__dict__", {})]):
+            object.__setattr__(made, name, mapped(getattr(batch, name)))
+        return made
+    return _copied(batch, function) if other is None else other(batch)
+
+
+def _is_its_content(batch: Mapping[Any, Any]) -> bool:
+    """Whether its type, called with its content, makes the same again."""
+    try:
+        made: Mapping[Any, Any] = type(batch)(dict(batch))  # type: ignore[call-arg]
+        same = made.keys() == batch.keys() and all(made[key] is batch[key] for key in batch)
+    except (TypeError, ValueError, LookupError, AttributeError):
+        return False
+    return same and sorted(getattr(made, "__dict__", {})) == sorted(getattr(batch, "__dict__", {}))
+
+
+def _copied(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if value is None or isinstance(value, (str, bytes, int, float, complex)):
+        return value
+    try:
+        with _OnTensors(function):
+            return copy.deepcopy(value)
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise WorkloadError(
+            f"batches hold a {type(value).__qualname__}, which cannot be copied ({first_line(error)}); every step "
+            "needs a batch of its own, since a loss may change it. Give a collate_fn that returns tensors, in lists, "
+            "tuples, dicts or dataclasses"
+        ) from error
+
+
+class _OnTensors(TorchFunctionMode):
+    """Inside it, a deep copy of a tensor is what ``function`` makes of it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._function(args[0]) if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))

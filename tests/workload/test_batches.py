@@ -1,0 +1,86 @@
+"""Tensors in batches of any kind: moved in copies, in a stable order, and replaced."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from dataclasses import dataclass, field
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dit_mlflow.workload.batches import tensors_of, to_like, with_tensors
+
+
+@dataclass
+class Nested:
+    x: Tensor
+    inner: dict[str, Any]
+    made: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.made += 1
+
+
+Named = namedtuple("Named", "x y")
+
+
+class Tagged(dict[str, Any]):
+    """A dict with an attribute, which its constructor does not take."""
+
+    def __init__(self, *content: Any) -> None:
+        super().__init__(*content)
+        self.tag = "none"
+
+
+def tagged() -> Tagged:
+    found = Tagged({"x": x()})
+    found.tag = "ours"
+    found.also = x()  # type: ignore[attr-defined]
+    return found
+
+
+def x() -> Tensor:
+    return torch.arange(3.0)
+
+
+KINDS: list[Any] = [
+    x(),
+    [x(), (x(), "a")],
+    {"x": x(), "n": None},
+    OrderedDict(x=x(), y=x()),
+    defaultdict(list, x=[x()]),
+    UserDict({"x": x()}),
+    MappingProxyType({"x": x()}),
+    Named(x(), 1),
+    Nested(x(), {"y": [x()]}),
+    SimpleNamespace(x=x(), deep=SimpleNamespace(y=[x()], of=int, mode=torch.float16)),
+    tagged(),
+]
+
+
+@pytest.mark.parametrize("batch", KINDS, ids=lambda batch: type(batch).__name__)
+def test_tensors_are_moved_in_copies(batch: Any) -> None:
+    before = tensors_of(batch)
+    assert before
+    moved = to_like(batch, torch.device("cpu"), torch.float64, fresh=True)
+    assert type(moved) is type(batch)
+    after = tensors_of(moved)
+    assert [value.dtype for value in after] == [torch.float64] * len(before)
+    for value in after:
+        value.mul_(0)
+    assert all(torch.equal(value, x()) for value in tensors_of(batch))
+    numbered = [torch.full((2,), float(place)) for place in range(len(before))]
+    given = tensors_of(with_tensors(batch, numbered))
+    assert all(torch.equal(one, other) for one, other in zip(given, numbered, strict=True))
+
+
+def test_what_is_not_a_tensor_is_kept() -> None:
+    moved = to_like(KINDS[8], torch.device("cpu"), None)
+    assert moved.made == 1
+    assert to_like(KINDS[9], torch.device("cpu"), None).deep.mode is torch.float16
+    assert to_like(tagged(), torch.device("cpu"), None).tag == "ours"
+    assert to_like({"n": np.arange(2.0)}, torch.device("cpu"), torch.float32)["n"].dtype == np.float32
