@@ -16,7 +16,7 @@ from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
 from dit_mlflow.replay.not_finite import are_finite, refuse_derivative
 from dit_mlflow.replay.replay import Replay
-from dit_mlflow.replay.training_step import TrainingStep, WeightsOf
+from dit_mlflow.replay.training_step import WeightsOf
 from dit_mlflow.trajectory import State
 
 ADJOINTS_IN_MEMORY = 2**30
@@ -37,8 +37,8 @@ class Engine:
         self.replay = replay
         self.memory_budget = memory_budget
         self.shown = shown
-        self.training_step = replay.swept_step
-        self._asked_by: TrainingStep | None = None
+        self.training_step = self._asked_by = replay.training_step
+        self._chosen = False
 
     def parts(self, queries: int, planned: Sequence[Sweep], num_windows: int) -> Iterator[slice]:
         """Which queries to answer in one walk: as many as memory allows."""
@@ -78,6 +78,7 @@ class Engine:
         """
         collected = WindowScores(num_windows, len(queries), self.training_step.dynamics.workload.num_samples, planned)
         first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
+        self._choose(first, last, queries)
         rows: list[Row] = []
         adjoint: Adjoint | None = None
         needs_values = self.training_step.needs_optimizer_values
@@ -104,13 +105,16 @@ class Engine:
                         rows += [Row(sweep, query) for query in range(len(queries))]
         return collected.scores.numpy()
 
-    def _asking(self, queries: Sequence[Query]) -> TrainingStep:
-        """The step whose model gives queries with the right derivative: the traced one, where the sweep takes it."""
-        if self._asked_by is None:
-            check = self.replay.derivative_check
-            swept = self.training_step is not self.replay.training_step
-            self._asked_by = self.training_step if check is None or swept else check.asking(queries)
-        return self._asked_by
+    def _choose(self, first: int, last: int, queries: Sequence[Query]) -> None:
+        """Once: the steps that give gradients of steps and of queries their right derivatives."""
+        if self._chosen:
+            return
+        self._chosen = True
+        check = self.replay.derivative_check(first, last)
+        if check is not None:
+            self.training_step = self._asked_by = check.step()
+            if self.training_step is self.replay.training_step:
+                self._asked_by = check.asking(queries)
 
     @property
     def details(self) -> dict[str, Any]:
@@ -129,7 +133,7 @@ class Engine:
         parameters, buffers = {**state.parameters, **held}, {**state.buffers, **moving}
         by_parameters, by_buffers = [], []
         for query in queries:
-            value = self._asking(queries).ask(parameters, buffers, query)
+            value = self._asked_by.ask(parameters, buffers, query)
             if not value.requires_grad:
                 raise InputError(
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "

@@ -68,7 +68,7 @@ def removal_influence(
 
     Args:
         trajectory, workload, windows, kind, queries, dtype, memory_budget: as for :func:`dit_mlflow.track`.
-        removed: the share of the training samples that one thinks of taking away, at least one and not all.
+        removed: the share of the training samples that one thinks of taking away, two or more and not all.
         trainings: the budget: a quarter of it draws of each kind, and a bank of twice as many retrainings, which take
             the time of a few where they run side by side.
         seed: of draws and bank.
@@ -278,11 +278,13 @@ def _inverse_trigamma(value: float) -> float:
 def _check_exact(exact: Influence, question: Question) -> None:
     asked = tuple(query.name for query in question.queries)
     missing = [window for window in question.windows if window not in exact.windows]
-    if missing or exact.kind != question.kind or exact.queries != asked:
+    others = not np.array_equal(exact.samples, np.arange(question.workload.num_samples))
+    if missing or others or exact.kind != question.kind or exact.queries != asked:
         raise InputError(
             f"exact scores of kind {exact.kind!r}, queries {list(exact.queries)}, windows "
-            f"{', '.join(map(str, exact.windows))}; expected what is asked for: kind {question.kind!r}, queries "
-            f"{list(asked)}, windows {', '.join(map(str, question.windows))}"
+            f"{', '.join(map(str, exact.windows))}, of {len(exact.samples)} samples; expected what is asked for: kind "
+            f"{question.kind!r}, queries {list(asked)}, windows {', '.join(map(str, question.windows))}, of "
+            f"{question.workload.num_samples}"
         )
 
 
@@ -294,10 +296,10 @@ def check_removal(samples: int, removed: Any, trainings: Any, seed: Any) -> None
             f"trainings={trainings!r}, seed={seed!r}; expected a budget of {FEWEST_TRAININGS} trainings or more, and a "
             "seed of 0 or more"
         )
-    if not isinstance(removed, (int, float)) or not 0 < removed < 1 or not 0 < round(removed * samples) < samples:
+    if not isinstance(removed, (int, float)) or not 0 < removed < 1 or not 1 < round(removed * samples) < samples:
         raise InputError(
-            f"removed={removed!r} of {samples} samples; expected a share between 0 and 1 that is at least one sample "
-            f"(1 / {samples}) and not all"
+            f"removed={removed!r} of {samples} samples; expected a share between 0 and 1 that is two samples or more "
+            f"(2 / {samples}) and not all; of one sample alone, leave_one_out tells"
         )
 
 

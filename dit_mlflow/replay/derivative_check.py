@@ -23,10 +23,10 @@ Measure = Callable[[LossStep, int], Slope]
 """A slope by a step's derivatives, in the directions of an attempt."""
 
 LONG = 200
-"""Steps from which a state in the middle is looked at, besides the first and the last stored one."""
+"""Steps from which five stored states are looked at, instead of three."""
 
-QUERIES_CHECKED = 3
-"""Queries that are held against differences, of those that are asked together."""
+QUERIES_CHECKED = 32
+"""Queries that are held against differences at the most: one of each that are the same code."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,13 +41,19 @@ class DerivativeCheck:
     Args:
         trajectory: what was recorded.
         step: its standard step, in the dtype of a replay.
+        first, last: the states between which it is to be swept. What is stored elsewhere is not read: a record may lie
+            far away.
 
     Cost: a copy of the model in float64, and some five training steps for each state that is looked at.
     """
 
-    def __init__(self, trajectory: Record, step: LossStep) -> None:
+    def __init__(self, trajectory: Record, step: LossStep, first: int, last: int) -> None:
         self._trajectory = trajectory
         self._step = step
+        stored = trajectory.checkpoint_steps
+        self._before = max(t for t in stored if t <= first)
+        self._after = min((t for t in stored if t >= last), default=stored[-1])
+        self._stored = [t for t in stored if self._before <= t < max(last, self._before + 1)]
 
     def step(self) -> LossStep:
         """The step given, or, where its derivative is another, the same traced.
@@ -71,9 +77,8 @@ class DerivativeCheck:
         Raises:
             UnsupportedError: there is none.
         """
-        every = max(1, len(queries) // QUERIES_CHECKED)
         *_, (_, state) = self._states()
-        for query in queries[::every]:
+        for query in _one_of_each(queries)[:QUERIES_CHECKED]:
 
             def measure(step: LossStep, attempt: int, query: Callable[[nn.Module], Tensor] = query) -> Slope:
                 return slope_of_query(
@@ -110,18 +115,18 @@ class DerivativeCheck:
         )
 
     def _states(self) -> Iterator[tuple[int, State]]:
-        """Stored states from which a step was made, in float64: the first, a middle and the last one."""
-        stored = [t for t in self._trajectory.checkpoint_steps if t < self._trajectory.num_steps] or [0]
-        middle = [stored[len(stored) // 2]] if self._trajectory.num_steps >= LONG else []
-        for t in dict.fromkeys([stored[0], *middle, stored[-1]]):
+        """Stored states from which a step was made, in float64: the first, the last, and some between."""
+        stored = self._stored
+        parts = 4 if self._after - self._before >= LONG else 2
+        for t in dict.fromkeys(stored[(len(stored) - 1) * part // parts] for part in range(parts + 1)):
             state = self._trajectory.checkpoint(t).to(self._step.dynamics.device, torch.float64)
-            if t == 0 or _finite(state):
+            if t == stored[0] or _finite(state):
                 yield t, state
 
     @cached_property
     def _moved(self) -> Mapping[str, Tensor]:
         """Where training changed parameters."""
-        first, last = (self._trajectory.checkpoint(self._trajectory.checkpoint_steps[place]) for place in (0, -1))
+        first, last = (self._trajectory.checkpoint(t) for t in (self._before, self._after))
         if not _finite(last):
             return {}
         device = self._step.dynamics.device
@@ -137,6 +142,15 @@ class DerivativeCheck:
     @cached_property
     def _traced_in_float64(self) -> TracedStep:
         return TracedStep(self._in_float64.dynamics)
+
+
+def _one_of_each(queries: Sequence[Callable[[nn.Module], Tensor]]) -> list[Callable[[nn.Module], Tensor]]:
+    """The first of all that run the same code, on whatever data."""
+    found: dict[object, Callable[[nn.Module], Tensor]] = {}
+    for query in queries:
+        function = getattr(query, "function", query)
+        found.setdefault(getattr(function, "__code__", function), query)
+    return list(found.values())
 
 
 def _agrees(measure: Measure, step: LossStep) -> bool | None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
 from dit_mlflow.trajectory.manifest import OptimizerLayout
+from dit_mlflow.trajectory.state import COUNTERS
 from dit_mlflow.trajectory.step_record import Hyperparameters
 from dit_mlflow.workload.workload import Workload
 
@@ -100,11 +101,22 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str,
     Raises:
         UnsupportedError: the state holds something else than tensors and numbers.
     """
+    kind = type(optimizer).__name__
     for parameter, entry in optimizer.state.items():
+        if id(parameter) not in names or not isinstance(entry, Mapping):
+            raise UnsupportedError(
+                f"the optimizer {kind} keeps state that belongs to no parameter ({str(parameter)[:50]!r}), which has "
+                "no place in a record; keep it with a parameter"
+            )
         for key, value in entry.items():
+            if key in COUNTERS and isinstance(value, Tensor) and value.dim():
+                raise UnsupportedError(
+                    f"the optimizer {kind} keeps {key!r} as a tensor of shape {list(value.shape)}, and {key!r} is the "
+                    "name of a number in torch's optimizers; give it another name"
+                )
             if value is not None and not isinstance(value, (Tensor, int, float)):
                 raise UnsupportedError(
-                    f"the optimizer {type(optimizer).__name__} keeps its state {key!r} of {names[id(parameter)]!r} "
+                    f"the optimizer {kind} keeps its state {key!r} of {names[id(parameter)]!r} "
                     f"as a {type(value).__name__}; expected tensors and numbers. Keep it in one tensor"
                 )
     return {

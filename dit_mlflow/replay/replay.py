@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -115,22 +114,10 @@ class Replay:
             )
         return self.training_step
 
-    @cached_property
-    def swept_step(self) -> TrainingStep:
-        """The step for a sweep: :attr:`training_step`, or, where its backward pass is not the derivative of its forward
-        pass, the same traced.
-
-        Raises:
-            UnsupportedError: neither has the right derivative.
-        """
+    def derivative_check(self, first: int, last: int) -> DerivativeCheck | None:
+        """Of the standard step, between two states; what another kind of step does is its own to say."""
         step = self.training_step
-        return step if self.derivative_check is None else self.derivative_check.step()
-
-    @cached_property
-    def derivative_check(self) -> DerivativeCheck | None:
-        """Of the standard step; what another kind of step does is its own to say."""
-        step = self.training_step
-        return DerivativeCheck(self.trajectory, step) if type(step) is LossStep else None
+        return DerivativeCheck(self.trajectory, step, first, last) if type(step) is LossStep else None
 
     @property
     def max_drift(self) -> float:

@@ -13,7 +13,7 @@ from dit_mlflow.torch_internals import make_fx, reading_values
 Function = Callable[..., list[Tensor]]
 
 
-def traced(function: Function, inputs: Sequence[Tensor], roots: bool = False) -> Function:
+def traced(function: Function, inputs: Sequence[Tensor], roots: bool = False, functional: bool = True) -> Function:
     """``function``, of tensors as ``inputs`` are, such that autograd follows every operation that it ran.
 
     A backward pass inside ``function`` is part of the graph as it ran: through ``detach``, hooks and autograd functions
@@ -24,6 +24,8 @@ def traced(function: Function, inputs: Sequence[Tensor], roots: bool = False) ->
     Args:
         function: of the inputs, to a list of tensors.
         inputs: to run it with.
+        functional: take the work in place out, which autograd often refuses. Random masks of tensors that are not
+            contiguous are then drawn in another order.
         roots: give square roots the derivative 0 at 0, where it is infinite: an optimizer divides by them.
 
     Cost: the function, two to four times, and 0.1 to 0.3 ms an operation.
@@ -35,11 +37,13 @@ def traced(function: Function, inputs: Sequence[Tensor], roots: bool = False) ->
 
     recorded = make_fx(with_values)(*inputs)
     # What works in place cannot be differentiated where values before it are still needed.
-    graph = make_fx(torch.func.functionalize(recorded, remove="mutations"))(*inputs)
+    graph = make_fx(torch.func.functionalize(recorded, remove="mutations"))(*inputs) if functional else recorded
     for node in list(graph.graph.nodes):
         _below_autograd(node)
         if roots and node.target is torch.ops.aten.sqrt.default:
             node.target = _root
+        if roots and node.target is torch.ops.aten.pow.Tensor_Scalar and node.args[1] == 0.5:
+            node.target, node.args = _root, node.args[:1]
     graph.recompile()
     return graph
 

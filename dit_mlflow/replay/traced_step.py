@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,14 @@ from dit_mlflow.workload.random_state import RandomState, fixed_draws
 
 Values = list[Tensor]
 
-GRAPHS_KEPT = 32
-"""Traces that are kept, one for each shape of a batch (and mode of the model) that was met."""
+Graphs = dict[object, Function]
+Attempt = Literal["kept", "anew", "as it ran"]
+
+ATTEMPTS: tuple[Attempt, ...] = ("kept", "anew", "as it ran")
+"""Which trace to take: one that is kept; a new one; a new one with its work in place, which draws as training did."""
+
+GRAPHS_KEPT = 256
+"""Traces that are kept of steps, one for each shape of a batch (and mode of the model) that was met; and of queries."""
 
 
 class TracedStep(LossStep):
@@ -49,7 +56,8 @@ class TracedStep(LossStep):
     def __init__(self, dynamics: Dynamics) -> None:
         super().__init__(dynamics)
         self.follow(Flat(floating_shapes(dynamics.manifest.model.buffers)))
-        self._graphs: dict[object, Function] = {}
+        self._graphs: Graphs = {}
+        self._queries: Graphs = {}
 
     def gradients(
         self,
@@ -61,20 +69,20 @@ class TracedStep(LossStep):
     ) -> dict[str, Tensor]:
         expected = self._own(parameters, buffers, weights, record, batches)
         before = dict(buffers)
-        for again in (False, True):
+        for attempt in ATTEMPTS:
             buffers.update(before)
             found: dict[str, Tensor] = {}
             try:
                 for part in self._parts(record, batches, weights):
-                    for name, value in self._gradient(part, parameters, buffers, record, again).items():
+                    for name, value in self._gradient(part, parameters, buffers, record, attempt).items():
                         found[name] = found[name] + value if name in found else value
             except RuntimeError:
                 # Shapes that depend on values (a selection by a mask) are those of another step.
-                if again:
+                if attempt == ATTEMPTS[-1]:
                     raise
                 continue
             found |= {name: torch.zeros_like(parameters[name]) for name in record.zero_gradient}
-            if all(map(_alike, [found[name] for name in expected], expected.values())):
+            if _alike([found[name] for name in expected], list(expected.values())):
                 return {name: found[name] for name in expected}
         raise UnsupportedError(
             f"step {record.index}: a trace of the workload's loss gives another gradient than the loss itself, so it "
@@ -94,12 +102,12 @@ class TracedStep(LossStep):
 
         detached = [value.detach() for value in given]
         plain = [{name: value.detach() for name, value in part.items()} for part in (parameters, buffers)]
-        expected = self.dynamics.evaluate(*plain, query).detach()
-        for again in (False, True):
-            graph = self._graph(("query", query), function, detached, again)
+        expected = self.dynamics.evaluate(plain[0], plain[1], query).detach()
+        for attempt in ATTEMPTS:
+            graph = self._graph(self._queries, query, function, detached, attempt)
             with fixed_draws(self.dynamics.device), torch.enable_grad():
                 (value,) = graph(*given)
-            if _alike(value, expected.reshape(())):
+            if _alike([value], [expected.reshape(())]):
                 return value
         raise UnsupportedError(
             f"a trace of query {getattr(query, 'name', query)!r} gives another value than the query itself, so it does "
@@ -122,7 +130,7 @@ class TracedStep(LossStep):
             yield _Part()
 
     def _gradient(
-        self, part: _Part, parameters: Parameters, buffers: Buffers, record: StepRecord, again: bool
+        self, part: _Part, parameters: Parameters, buffers: Buffers, record: StepRecord, attempt: Attempt
     ) -> dict[str, Tensor]:
         """The part's gradient by parameter, with its graph; ``buffers`` go on."""
         absent = record.no_gradient | record.zero_gradient
@@ -152,21 +160,21 @@ class TracedStep(LossStep):
         values = [*parameters.values(), *buffers.values(), *part.tensors]
         key = (part.key, record.evaluation_mode, tuple(trained))
         with self.dynamics.as_recorded(part.random_state):
-            graph = self._graph(key, function, [value.detach() for value in values], again)
+            graph = self._graph(self._graphs, key, function, [value.detach() for value in values], attempt)
         with self.dynamics.as_recorded(part.random_state), torch.enable_grad():
             found = graph(*values)
         for name, value in zip(buffers, found[len(trained) :], strict=True):
             buffers[name] = value
         return dict(zip(trained, found[: len(trained)], strict=True))
 
-    def _graph(self, key: object, function: Function, inputs: Values, again: bool) -> Function:
+    def _graph(self, kept: Graphs, key: object, function: Function, inputs: Values, attempt: Attempt) -> Function:
         key = (key, tuple((value.shape, value.dtype) for value in inputs))
-        if again or key not in self._graphs:
-            if len(self._graphs) >= GRAPHS_KEPT:
-                self._graphs.pop(next(iter(self._graphs)))
+        if attempt != "kept" or key not in kept:
+            if len(kept) >= GRAPHS_KEPT:
+                kept.pop(next(iter(kept)))
             with _naming_what_cannot_be_traced():
-                self._graphs[key] = traced(function, inputs)
-        return self._graphs[key]
+                kept[key] = traced(function, inputs, functional=attempt != "as it ran")
+        return kept[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,11 +212,16 @@ def _followed(value: Tensor) -> Tensor:
     return value.clone().requires_grad_().clone() if value.is_floating_point() else value.clone()
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether they are the same but for rounding."""
-    largest = other.abs().max() if other.numel() else 0.0
-    allowed = torch.finfo(other.dtype).eps ** 0.5 * largest
-    return bool(((one.detach() - other.detach()).abs() <= allowed).all())
+def _alike(ones: Values, others: Values) -> bool:
+    """Whether they are the same but for rounding; a gradient that is 0 in theory is rounding alone."""
+    largest = [float(value.abs().max()) if value.numel() else 0.0 for value in others]
+    overall = max(largest, default=0.0)
+
+    def near(one: Tensor, other: Tensor, own: float) -> bool:
+        share = torch.finfo(other.dtype).eps ** 0.5
+        return bool(((one.detach() - other.detach()).abs() <= share * max(own, share * overall)).all())
+
+    return all(map(near, ones, others, largest))
 
 
 @contextmanager

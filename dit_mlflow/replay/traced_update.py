@@ -51,6 +51,7 @@ class TracedUpdate:
         self._name = type(optimizer).__qualname__
         self._step: Callable[..., Any] = inspect.unwrap(type(optimizer).step)
         self._calls = 0
+        self._numbers: dict[Any, Any] = {}
 
     def __call__(
         self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
@@ -139,9 +140,22 @@ class TracedUpdate:
 
         here = total(found)
         parts = grad_or_zeros(here, leaves, retain_graph=True)
+        update(*inputs)
+        before = self._numbers
+        update(
+            *inputs[:count],
+            *(1.1 * value + 0.1 * value.abs().max() for value in inputs[count : 2 * count]),
+            *inputs[2 * count :],
+        )
+        if moving := [key for key, value in self._numbers.items() if before.get(key) != value]:
+            raise UnsupportedError(
+                f"the optimizer {self._name} keeps the number {moving[0][1]!r}, which depends on the gradients, so "
+                "that influence travels through it; keep it in a tensor of shape [1] with a parameter, or use leave_one_out"
+            )
         # Of the parameters alone: state may take the gradients in, and then their signs.
         moved = grad_or_zeros(total(found[:count]), leaves[count : 2 * count], retain_graph=True)
-        if not any(bool(part.any()) for part in moved):
+        still = all(torch.equal(after, before) for after, before in zip(found[:count], inputs[:count], strict=True))
+        if not still and not any(bool(part.any()) for part in moved):
             raise UnsupportedError(
                 f"the step of the optimizer {self._name} has the derivative 0 in the gradients, as where it depends on "
                 "their signs alone, so that every influence would be 0; use leave_one_out"
@@ -171,6 +185,14 @@ class TracedUpdate:
         optimizer.state = defaultdict(dict, {moved[name]: entry for name, entry in entries.items()})
         try:
             self._step(optimizer)
+            entries_after = {name: optimizer.state.get(value, {}) for name, value in moved.items()}
+            # What the step leaves in numbers: of its state, and of its settings.
+            self._numbers = {
+                (name, key): float(value)
+                for name, entry in [*entries_after.items(), *enumerate(optimizer.param_groups)]
+                for key, value in entry.items()
+                if key != "params" and isinstance(value, (Tensor, int, float)) and not _is_slot(value)
+            }
             return {
                 (name, key): value
                 for name, value_of in moved.items()

@@ -136,7 +136,7 @@ class Retraining:
     def run(self, job: Job, advanced: Advanced = lambda count: None) -> Changes:
         """Changes of the queries at each measure of the course."""
         with warnings.catch_warnings():
-            # torch's, at length, of operations that it takes one by one under vmap: the timed step shows what they cost.
+            # torch's, at length, of operations that vmap takes one by one: the timed step shows their cost.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             return self._run(job, advanced)
 

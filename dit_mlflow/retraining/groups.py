@@ -78,6 +78,12 @@ def check_groups(groups: Groups, samples: int) -> None:
         raise InputError("there are no groups to leave out; expected at least one, such as {'class 7': [3, 14]}")
     for name, indices in groups.items():
         given = np.asarray(list(indices))
-        if not given.size or given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= samples:
+        if (
+            given.ndim != 1
+            or not given.size
+            or given.dtype.kind not in "iu"
+            or given.min() < 0
+            or given.max() >= samples
+        ):
             shown = given[:5].tolist()
             raise InputError(f"group {name!r} holds {shown}; expected one or more indices within 0 … {samples - 1}")
