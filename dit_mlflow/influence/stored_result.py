@@ -105,11 +105,11 @@ def _scores(
         raise InputError(f"no influence result in {path.parent}: {path} is no Parquet: {first_line(error)}") from error
     if reader.read != int(np.prod(shape)):
         raise InputError(f"{path} holds {reader.read} rows, and announces {int(np.prod(shape))}; it is damaged")
-    error = reader.values.get("standard_error")
+    errors = reader.values.get("standard_error")
     return {
         "samples": reader.samples,
         "scores": reader.values["score"].reshape(shape),
-        "standard_error": None if error is None else error.reshape(shape),
+        "standard_error": None if errors is None else errors.reshape(shape),
     }
 
 
