@@ -68,6 +68,19 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
                 "that of the loss; train without it"
             )
     check_modes(model)
+    places: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and (other := places.setdefault(parameter.data_ptr(), name)) != name:
+            raise UnsupportedError(
+                f"parameters {other!r} and {name!r} are two on one memory (tied through .data, or by a new Parameter): "
+                "the optimizer steps it twice, which a copy of the model does not do. Tie them by one Parameter: "
+                "output.weight = embedding.weight"
+            )
+        if parameter.is_complex():
+            raise UnsupportedError(
+                f"parameter {name!r} is complex ({_plain(parameter.dtype)}), which influence is not defined for here; "
+                "hold its real and imaginary parts as two real parameters (torch.view_as_complex in forward)"
+            )
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16) and not low_precision:
             raise UnsupportedError(
