@@ -117,6 +117,15 @@ def exchange_sampler(loader: DataLoader[Any], name: Literal["sampler", "batch_sa
     vars(loader)[name] = sampler
 
 
+def has_gradient_hook(parameter: Tensor) -> bool:
+    """Whether something may change the parameter's gradient (``Tensor.register_hook`` and the one after accumulation).
+
+    If ``_backward_hooks`` or ``_post_accumulate_grad_hooks`` goes, such a hook is not warned of.
+    """
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return any(bool(getattr(parameter, name, None)) for name in names)
+
+
 def found_infinite(optimizer: Optimizer) -> bool:
     """Whether a ``GradScaler`` has told a fused optimizer of infinite gradients, so that its step will do nothing.
 

@@ -71,6 +71,14 @@ def test_hooks_before_a_forward_pass_are_listed() -> None:
     assert list(torch_internals.forward_pre_hooks(module)) == [hook]
 
 
+def test_hooks_of_gradients_are_seen() -> None:
+    for name in ("register_hook", "register_post_accumulate_grad_hook"):
+        parameter = nn.Parameter(torch.ones(2))
+        assert not torch_internals.has_gradient_hook(parameter)
+        getattr(parameter, name)(lambda gradient: None)
+        assert torch_internals.has_gradient_hook(parameter)
+
+
 class Called(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +20,9 @@ from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepFields
 from dit_mlflow.trajectory.steps_file import steps_tensors
 from dit_mlflow.trajectory.tensor_file import write_tensors, written_atomically
+
+CLAIM = ".recording"
+"""A file that stands in a folder while a recorder begins there."""
 
 
 class Written(NamedTuple):
@@ -54,6 +59,29 @@ def check_new(directory: Path) -> None:
             f"{directory} already holds a trajectory (nothing was overwritten); record into a new folder, or go on "
             "with it by resume=True"
         )
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Inside it, no other recorder begins in the folder.
+
+    Raises:
+        TrajectoryError: another one does, or has begun.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / CLAIM
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError as error:
+        raise TrajectoryError(
+            f"another recorder begins in {directory}; record into a folder of its own. If none does (it was killed), "
+            f"remove {path}"
+        ) from error
+    try:
+        check_new(directory)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 class TrajectoryFolder:

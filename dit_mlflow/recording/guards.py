@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
 from dit_mlflow.replay.optimizers import hyperparameters
-from dit_mlflow.torch_internals import forward_pre_hooks, version
+from dit_mlflow.torch_internals import forward_pre_hooks, has_gradient_hook, version
 from dit_mlflow.trajectory.step_record import Hyperparameters
 from dit_mlflow.workload.modes import check_modes
+
+_log = logging.getLogger(__name__)
 
 _INSIST = (
     "or insist with TrajectoryRecorder(..., low_precision=True); its documentation says what the scores are then worth"
@@ -62,12 +66,36 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
                 f"{name or 'the model'} is normalised by torch.nn.utils.weight_norm, whose modules cannot be copied; "
                 "use torch.nn.utils.parametrizations.weight_norm"
             )
+        if any(isinstance(hook, BasePruningMethod) for hook in forward_pre_hooks(module)):
+            raise UnsupportedError(
+                f"{name or 'the model'} is pruned by torch.nn.utils.prune, whose modules cannot be copied; make it "
+                "permanent (prune.remove) and keep the mask by torch.nn.utils.parametrize"
+            )
         if getattr(module, "scale_grad_by_freq", False):
             raise UnsupportedError(
                 f"{name or 'the model'} is an {type(module).__name__}(scale_grad_by_freq=True), whose gradient is not "
                 "that of the loss; train without it"
             )
     check_modes(model)
+    places: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and (other := places.setdefault(parameter.data_ptr(), name)) != name:
+            raise UnsupportedError(
+                f"parameters {other!r} and {name!r} are two on one memory (tied through .data, or by a new Parameter): "
+                "the optimizer steps it twice, which a copy of the model does not do. Tie them by one Parameter: "
+                "output.weight = embedding.weight"
+            )
+        if has_gradient_hook(parameter):
+            _log.warning(
+                "parameter %r has a gradient hook, which is not run when training is replayed: where it changes "
+                "gradients (a mask), replay misses the record. Put masks into the model (torch.nn.utils.parametrize)",
+                name,
+            )
+        if parameter.is_complex():
+            raise UnsupportedError(
+                f"parameter {name!r} is complex ({_plain(parameter.dtype)}), which influence is not defined for here; "
+                "hold its real and imaginary parts as two real parameters (torch.view_as_complex in forward)"
+            )
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16) and not low_precision:
             raise UnsupportedError(

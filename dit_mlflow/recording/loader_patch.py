@@ -59,7 +59,7 @@ class LoaderPatch:
         self._skipped_in: Notes | None = None
         self._name: Literal["sampler", "batch_sampler"] = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self._class, self._original = type(loader), getattr(loader, self._name)
-        self.sampler = noting(self._original, in_main_process=loader.num_workers == 0)
+        self.sampler = noting(self._original, loader)
         set_sampler(loader, self._name, self.sampler)
         loader.__class__ = _patched(self._class, self)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 from collections.abc import Callable
@@ -127,6 +128,7 @@ class TrajectoryRecorder:
         self._changes = ChangeCheck(self._recorded_model.parameters)
         self._finite = FiniteCheck(self._recorded_model.parameters)
         self._step = PendingStep(store_batches, workload)
+        self._entered = False
         self._num_steps = 0
         self._is_checkpoint = is_checkpoint
         self._latest = 0
@@ -166,6 +168,12 @@ class TrajectoryRecorder:
         return self._writer.failure
 
     def __enter__(self) -> TrajectoryRecorder:
+        if self._entered:
+            raise TrajectoryError(
+                f"this recorder has been entered before, and wrote {self.directory}; make a new one for another "
+                "training, or, with resume=True, for more of this one"
+            )
+        self._entered = True
         now = self._recorded_model.snapshot()
         begun = self._resume if isinstance(self._resume, Trajectory) else None
         if self._resume is True and (self.directory / FILE_NAME).is_file():
@@ -179,6 +187,8 @@ class TrajectoryRecorder:
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
         ]
+        # Where nobody leaves the block (a notebook that is closed), what was recorded is kept.
+        atexit.register(self._save)
         self._autocast_hooks = []
         if not self._low_precision:
             check = AutocastCheck(floating_one(self._recorded_model.parameters.values()).device.type)
@@ -188,6 +198,7 @@ class TrajectoryRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        atexit.unregister(self._save)
         for hook in [*self._hooks, *self._autocast_hooks]:
             hook.remove()
         if kind is None:
@@ -252,9 +263,7 @@ class TrajectoryRecorder:
         if self._latest < self._num_steps:
             self._changes.check(self._num_steps)
         self._take_state()
-        self._step.settle(RandomState.capture())
-        self._commit()
-        self._writer.flush()
+        self._save()
 
     def discard(self) -> None:
         """Forget the batches drawn since the last step, which the loop will not use.
@@ -263,6 +272,12 @@ class TrajectoryRecorder:
         ``GradScaler`` skipped. The loop must also drop the gradients accumulated so far (``optimizer.zero_grad()``).
         """
         self._step.discard()
+
+    def _save(self) -> None:
+        """Have all that is recorded on disk."""
+        self._step.settle(RandomState.capture())
+        self._commit()
+        self._writer.flush()
 
     def _go_on_with(self, begun: Trajectory, now: State) -> None:
         """Continue a trajectory from its last state that equals the present one."""

@@ -71,7 +71,7 @@ class WatchedLoader:
         self._loader = loader if self._stateful else copy.copy(loader)
         self._name: Literal["sampler", "batch_sampler"] = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self._original = getattr(loader, self._name)
-        self._sampler = noting(self._original, in_main_process=loader.num_workers == 0)
+        self._sampler = noting(self._original, loader)
         if not self._stateful:
             set_sampler(self._loader, self._name, self._sampler)
 
@@ -160,16 +160,17 @@ class LatestNotes:
         return self._notes.popleft()
 
 
-def noting(sampler: Iterable[Any], in_main_process: bool) -> NotingSampler:
-    """A :class:`NotingSampler`, with a state if ``sampler`` has one."""
-    return (StatefulNotingSampler if _is_stateful(sampler) else NotingSampler)(sampler, in_main_process)
+def noting(sampler: Iterable[Any], loader: DataLoader[Any]) -> NotingSampler:
+    """A :class:`NotingSampler` for a loader, with a state if ``sampler`` has one."""
+    kind = StatefulNotingSampler if _is_stateful(sampler) else NotingSampler
+    return kind(sampler, loader.num_workers == 0, len(loader.dataset))  # type: ignore[arg-type]
 
 
 class NotingSampler:
     """Yields what ``sampler`` yields, and notes it before: in ``latest``, new for every iteration."""
 
-    def __init__(self, sampler: Iterable[Any], in_main_process: bool) -> None:
-        self._sampler = sampler
+    def __init__(self, sampler: Iterable[Any], in_main_process: bool, size: int) -> None:
+        self._sampler, self._size = sampler, size
         self.in_main_process = in_main_process
         self.latest: Notes = deque()
 
@@ -180,22 +181,22 @@ class NotingSampler:
         self.latest = deque()
         drawing = iter(self._sampler)
         kind = _StatefulNotingIterator if _is_stateful(drawing) else _NotingIterator
-        return kind(drawing, self.latest, self.in_main_process)
+        return kind(drawing, self.latest, self.in_main_process, self._size)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_sampler"], name)
 
 
 class _NotingIterator:
-    def __init__(self, drawing: Iterator[Any], notes: Notes, in_main_process: bool) -> None:
-        self._drawing, self._notes, self._in_main_process = drawing, notes, in_main_process
+    def __init__(self, drawing: Iterator[Any], notes: Notes, in_main_process: bool, size: int) -> None:
+        self._drawing, self._notes, self._in_main_process, self._size = drawing, notes, in_main_process, size
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
         drawn = next(self._drawing)
-        self._notes.append((_indices(drawn), RandomState.capture() if self._in_main_process else None))
+        self._notes.append((_indices(drawn, self._size), RandomState.capture() if self._in_main_process else None))
         return drawn
 
     def __getattr__(self, name: str) -> Any:
@@ -243,8 +244,25 @@ def check_loader(loader: Any) -> None:
         raise InputError("recording needs batches in the order of the sampler; use in_order=True")
 
 
-def _indices(drawn: Any) -> Indices:
+def _indices(drawn: Any, size: int) -> Indices:
+    """Of one batch.
+
+    Raises:
+        InputError: they are not numbers of samples.
+    """
     # For what most samplers yield, a tuple is ten times as fast as an array.
     if type(drawn) is list and drawn and type(drawn[0]) is int:
-        return tuple(drawn)
-    return np.atleast_1d(np.asarray(drawn, dtype=np.int64))
+        found: Indices = tuple(drawn)
+        right = all(type(index) is int for index in found) and 0 <= min(found) <= max(found) < size
+    else:
+        found = np.atleast_1d(np.asarray(drawn))
+        right = found.ndim == 1 and found.dtype.kind in "iu" and len(found) > 0
+        right = right and bool(0 <= found.min() <= found.max() < size)
+    if not right:
+        text = repr(drawn)
+        raise InputError(
+            f"the sampler yielded {text[:60]}{'…' * (len(text) > 60)} for a batch; expected one or more indices "
+            f"of samples, whole numbers within 0 … {size - 1}: by them samples are known. Have the dataset take "
+            "such an index alone, and look up by it keys or what else the sampler adds"
+        )
+    return found if isinstance(found, tuple) else found.astype(np.int64)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_mlflow.recording.folder import Segment, TrajectoryFolder, Written
+from dit_mlflow.recording.folder import Segment, TrajectoryFolder, Written, claimed
 from dit_mlflow.recording.recorded_model import TrainingSet
 from dit_mlflow.trajectory.manifest import Manifest, ModelLayout, OptimizerLayout, library_versions
 from dit_mlflow.trajectory.state import State
@@ -88,9 +88,11 @@ class TrajectoryWriter:
 
         Raises:
             UnsupportedError: a tensor that cannot be stored.
+            TrajectoryError: another recorder has begun there.
             OSError: the folder cannot be written.
         """
-        self._write(Segment(0, states={0: initial}), self._facts(complete=False))
+        with claimed(self.directory):
+            self._write(Segment(0, states={0: initial}), self._facts(complete=False))
 
     def resume(self, begun: Manifest, step: int, epoch: int | None) -> None:
         """Go on with a trajectory from its checkpoint at ``step``, in place of :meth:`begin`.

@@ -150,7 +150,8 @@ class LossStep(TrainingStep):
         parts = [gradient(term) for term in self.gradient.terms(record, batches)]
         total = {name: sum(part[name] for part in parts[1:]) + parts[0][name] for name in values}
         total |= {name: torch.zeros_like(rest[name]) for name in record.zero_gradient}
-        return self._updated(after, torch.func.vmap(self.gradient.clip)(total), record)
+        clipped = torch.func.vmap(self.gradient.clip)(total) if total else total
+        return self._updated(after, clipped, record)
 
     def _updated(self, after: State, gradients: Mapping[str, Tensor], record: StepRecord) -> State:
         """One step of PyTorch's optimizer, in place on ``after``."""

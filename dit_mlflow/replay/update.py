@@ -76,6 +76,9 @@ class UpdateAdjoint:
 
         Cost: a few elementwise passes over parameters and state, per row.
         """
+        if not gradients:
+            # The optimizer leaves alone what has none.
+            return Pulled(adjoint, [], list)
         flat = Flat({name: value.shape for name, value in gradients.items()})
         groups = update_groups(self._layout, self._held, state, step, flat)
 

@@ -216,7 +216,8 @@ class Retraining:
             try:
                 together = self._time_step(start, step, size + 1)
             except (RuntimeError, ValueError, NotImplementedError) as error:
-                _log.warning("batched leave-one-out is not possible here (%s); one sample at a time", first_line(error))
+                _log.info("retrainings cannot run side by side: %s", first_line(error))
+                _log.warning("retraining without one sample after the other: this model cannot train side by side")
                 self._side_by_side = False
             else:
                 single = self._time_step(start, step, None)

@@ -29,7 +29,7 @@ class Workload:
 
     Attributes:
         model: a module (copied before use, never changed), or a factory ``() -> module``.
-        loss: ``loss(model, batch) -> [B]``, one value per sample of the batch.
+        loss: ``loss(model, batch) -> [B]``, one value per sample of the batch, in the batch's order.
         train_set: map-style dataset; sample ``i`` is ``train_set[i]``.
         validation_set: map-style dataset of the default query, the mean validation loss.
         optimizer, batch_size, epochs: ``optimizer(model) -> torch.optim.Optimizer``, samples per micro-batch, passes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Iterator, MutableMapping
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import finite_difference, window_effect
+from oracles import finite_difference, validation_loss, window_effect
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adam
@@ -545,3 +546,43 @@ def test_methods_take_such_a_parameter_for_a_buffer(name: str, tmp_path: Path) -
         trajectory = train(workload, tmp_path / str(as_parameter))
         found.append(method(name)(trajectory, workload, [Window(0, 9)]).scores)
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-7 * np.abs(found[1]).max())
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.3}, {"lr": 0.2, "momentum": 0.9}])
+def test_a_step_without_gradients_moves_nothing_and_scores_0(settings: dict[str, float], tmp_path: Path) -> None:
+    """Differences by a plain loop that makes the same step."""
+
+    def run(model: nn.Module, batches: Any, weight: float = 1.0) -> nn.Module:
+        optimizer = SGD(model.parameters(), **settings)  # type: ignore[arg-type]
+        return steps(model, optimizer, batches, weight)
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Any, weight: float = 1.0) -> nn.Module:
+        like = next(model.parameters())
+        for number, (inputs, targets) in enumerate(batches):
+            optimizer.zero_grad()
+            weights = torch.ones(len(inputs), dtype=like.dtype)
+            weights[3] = weight if number == 0 else 1.0
+            if number != 2:
+                (weights * sample_losses(model, (inputs.to(like.dtype), targets))).mean().backward()
+            optimizer.step()
+        return model
+
+    loader = DataLoader(datasets()[0], batch_size=4)
+    torch.manual_seed(0)
+    model = digits_model()
+    start = copy.deepcopy(model)
+    optimizer = SGD(model.parameters(), **settings)  # type: ignore[arg-type]
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        steps(model, optimizer, recorder.watch(loader))
+    trajectory = Trajectory.open(tmp_path / "t")
+    workload = digits_workload(optimizer=None)
+    assert trajectory.verify(workload).max_drift == 0
+
+    def loss(weight: float) -> float:
+        return validation_loss(workload, run(copy.deepcopy(start).double(), loader, weight))
+
+    found = track(trajectory, workload, [Window(0, 6)], dtype=torch.float64).of(0)
+    assert found[3] == pytest.approx((loss(1 - 1e-5) - loss(1 + 1e-5)) / 2e-5, rel=1e-6)
+    exact = leave_one_out(trajectory, workload, [Window(0, 6)], samples=[3, 8, 9]).of(0)
+    assert exact[3] == pytest.approx(loss(0.0) - loss(1.0), rel=1e-8)
+    assert not found[8:12].any() and not exact[8:10].any()

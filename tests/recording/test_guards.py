@@ -15,7 +15,7 @@ from oracles import finite_difference
 from plain_loop import assert_replays, record, whole
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -329,3 +329,18 @@ def test_the_recorded_optimizers_own_steps_are_not_mistaken(
     model = digits_model()
     trajectory = record(tmp_path / "t", model, cls(model.parameters(), lr=0.02, **kind))
     assert trajectory.verify(digits_workload(optimizer=None)).max_drift <= REPLAY_TOLERANCE
+
+
+def test_pruned_modules_and_gradient_masks_are_said_when_recording(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pruned = digits_model()
+    prune.l1_unstructured(pruned[0], "weight", 0.5)  # type: ignore[index]
+    with pytest.raises(UnsupportedError, match=r"0 is pruned by torch.nn.utils.prune"):
+        TrajectoryRecorder(pruned, SGD(pruned.parameters(), lr=0.1), tmp_path / "t")
+    for number, name in enumerate(("register_hook", "register_post_accumulate_grad_hook")):
+        masked = digits_model()
+        getattr(masked[2].weight, name)(lambda gradient: None)  # type: ignore[index]
+        TrajectoryRecorder(masked, SGD(masked.parameters(), lr=0.1), tmp_path / str(number))
+        assert [entry.message for entry in caplog.records if "'2.weight' has a gradient hook" in entry.message]
+        caplog.clear()

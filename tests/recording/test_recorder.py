@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +320,78 @@ def interrupted(workload: Workload, folder: Path) -> None:
             optimizer.zero_grad()
             sample_losses(model, batch).mean().backward()
             optimizer.step()
+
+
+def test_a_recorder_is_entered_once(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    recorder = TrajectoryRecorder(model, optimizer, tmp_path / "t")
+
+    def steps() -> None:
+        with recorder:
+            for batch in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
+                optimizer.zero_grad()
+                sample_losses(model, batch).mean().backward()
+                optimizer.step()
+
+    steps()
+    with pytest.raises(TrajectoryError, match="has been entered before"):
+        steps()
+    assert Trajectory.open(tmp_path / "t").verify(digits_workload()).max_drift == 0
+    assert Trajectory.open(tmp_path / "t").num_steps == 3
+
+
+def test_of_two_recorders_in_a_new_folder_one_begins(tmp_path: Path) -> None:
+    recorders = []
+    for _ in range(2):
+        model = digits_model()
+        recorders.append(TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t"))
+    with recorders[0]:
+        with pytest.raises(TrajectoryError, match="already holds a trajectory"):
+            recorders[1].__enter__()
+        assert Trajectory.open(tmp_path / "t").checkpoint_steps == (0,)
+    # At the same moment.
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u" / ".recording").touch()
+    model = digits_model()
+    late = TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "u")
+    with pytest.raises(TrajectoryError, match="another recorder begins in"):
+        late.__enter__()
+
+
+def test_what_was_recorded_is_kept_where_the_interpreter_ends_without_leaving_the_block(tmp_path: Path) -> None:
+    script = """
+import sys, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from dit_mlflow import TrajectoryRecorder
+torch.manual_seed(0)
+model = nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+recorder = TrajectoryRecorder(model, optimizer, sys.argv[1])
+recorder.__enter__()
+for (x,) in recorder.watch(DataLoader(TensorDataset(torch.randn(10, 3)), 2)):
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path / "t"], check=True, timeout=120)
+    kept = Trajectory.open(tmp_path / "t")
+    assert not kept.complete
+    assert [kept.step(t).samples.tolist() for t in range(kept.num_steps)] == [[k, k + 1] for k in range(0, 10, 2)]
+
+
+def test_complex_parameters_are_refused_by_name(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64))
+    with pytest.raises(UnsupportedError, match=r"parameter '0\.weight' is complex \(complex64\)"):
+        TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t")
+
+
+def test_parameters_that_share_their_memory_are_refused_by_name(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4, bias=False))
+    for tied in (lambda: nn.Parameter(model[0].weight), lambda: nn.Parameter(model[0].weight.data)):
+        model[1].weight = tied()
+        with pytest.raises(UnsupportedError, match=r"'0\.weight' and '1\.weight' are two on one memory"):
+            TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t")
+    model[1].weight = model[0].weight
+    TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t")

@@ -230,3 +230,26 @@ def test_a_loader_with_a_state_is_resumed_where_it_was(kind: Any, shuffle: bool,
     watched.load_state_dict(state)
     assert [batch[1].tolist() for batch in unwatched] == whole[2:]
     assert recorded(watched, tmp_path / "watched") == whole[2:]
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        [-1, 0, 1],
+        [0, SAMPLES],
+        ["s0", "s1"],
+        ["0", "1"],
+        [(0, 1), (1, 2)],
+        [0.0, 1.0],
+        [True, False],
+        [0, "1"],
+    ],
+)
+def test_what_is_no_index_is_refused_at_its_step(sampler: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"the sampler yielded .* expected one or more indices .* 0 … {SAMPLES - 1}"):
+        recorded(DataLoader(Indexed(), batch_size=8, sampler=sampler), tmp_path / "t")
+
+
+def test_empty_batches_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the sampler yielded \[\] for a batch"):
+        recorded(DataLoader(Indexed(), batch_sampler=[[]], collate_fn=list), tmp_path / "t")

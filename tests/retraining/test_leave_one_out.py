@@ -295,3 +295,21 @@ def test_progress_counts_every_step_once(way: str, tmp_path: Any, monkeypatch: p
     assert sum(counted) == totals[0]
     # It moves on while the work goes on, not at its end.
     assert len(counted) >= trajectory.num_steps
+
+
+def test_a_loss_that_cannot_run_side_by_side_is_said_once_in_plain_words(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def in_place(model: nn.Module, batch: Any) -> Any:
+        return nn.functional.cross_entropy(model(batch[0].mul_(0.5)), batch[1], reduction="none")
+
+    workload = digits_workload(loss=in_place, epochs=1)
+    trajectory = train(workload, tmp_path / "t")
+    windows = [Window(0, 1), Window(1, 3)]
+    found = leave_one_out(trajectory, workload, windows, samples=[0, 5])
+    assert [entry.message for entry in caplog.records] == [
+        "retraining without one sample after the other: this model cannot train side by side"
+    ]
+    for window in windows:
+        expected = [window_effect(workload, trajectory, window, "local", j, 0.0) for j in (0, 5)]
+        np.testing.assert_allclose(found.of(window)[[0, 5]], expected, rtol=1e-8, atol=1e-12)
