@@ -9,13 +9,16 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable, one_line
+from dit_mlflow.explanation.markdown import encodable, one_line
 from dit_mlflow.told import logger_of
 from dit_mlflow.workload.appearance import LONGEST_ROW, Appearance, shrunk
 
 _log = logger_of(__name__)
 
 Found = TypeVar("Found")
+
+TOLD_CHARACTERS = 1000
+"""Most characters of a label or a description; most places show fewer."""
 
 NAME_CHARACTERS = 60
 """Characters of a description in a sentence."""
@@ -95,7 +98,7 @@ class Gallery:
     def _told(self, what: str, function: Callable[[int], object], index: int) -> str | None:
         def told(index: int) -> str | None:
             found = function(index)
-            return None if found is None else encodable(str(found), LINE_CHARACTERS)
+            return None if found is None else encodable(str(found), TOLD_CHARACTERS)
 
         return self._of(what, told, index)
 
