@@ -150,7 +150,7 @@ class TracedUpdate:
         if moving := [key for key, value in self._numbers.items() if before.get(key) != value]:
             raise UnsupportedError(
                 f"the optimizer {self._name} keeps the number {moving[0][1]!r}, which depends on the gradients, so "
-                "that influence travels through it; keep it in a tensor of shape [1] with a parameter, or use leave_one_out"
+                "that influence travels through it; keep it in a tensor of shape [1], or use leave_one_out"
             )
         # Of the parameters alone: state may take the gradients in, and then their signs.
         moved = grad_or_zeros(total(found[:count]), leaves[count : 2 * count], retain_graph=True)

@@ -39,7 +39,7 @@ def test_plots_and_pages_that_fail_cost_themselves_alone(store: str, monkeypatch
 
     drawn = [name for name in vars(explanations) if name.startswith("plot_")]
     assert len(drawn) == 7
-    drawn += ["influence_note", "influence_page", "window_note"]
+    drawn += ["influence_note", "explanation_page", "window_note"]
     for name in drawn:
         monkeypatch.setattr(explanations, name, fails)
     run, children = asked(corrupted=(1, 5))
