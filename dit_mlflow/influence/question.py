@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,11 @@ from dit_mlflow.influence.result import Influence
 from dit_mlflow.influence.window import Window, check_windows
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.replay.not_finite import named
+from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory.manifest import library_versions
 from dit_mlflow.workload import Workload
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 @dataclass(frozen=True, eq=False)

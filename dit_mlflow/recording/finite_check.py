@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from dit_mlflow.recording.watched_loader import Drawn
 from dit_mlflow.replay.not_finite import are_finite, named, not_finite
+from dit_mlflow.told import logger_of
 from dit_mlflow.workload.batches import tensors_of
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 _WHAT_FOLLOWS = "No influence can be computed from there on. Training goes on, and is recorded"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
 from dit_mlflow.replay.optimizers import hyperparameters
+from dit_mlflow.told import logger_of
 from dit_mlflow.torch_internals import forward_pre_hooks, has_gradient_hook, version
 from dit_mlflow.trajectory.step_record import Hyperparameters
 from dit_mlflow.workload.modes import check_modes
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 _INSIST = (
     "or insist with TrajectoryRecorder(..., low_precision=True); its documentation says what the scores are then worth"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,12 +11,13 @@ from torch import Tensor
 from dit_mlflow.errors import InputError
 from dit_mlflow.recording.recorded_model import RecordedModel
 from dit_mlflow.recording.watched_loader import Drawn
+from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory.step_record import Hyperparameters, StepFields
 from dit_mlflow.workload.batches import tensors_of
 from dit_mlflow.workload.random_state import RandomState
 from dit_mlflow.workload.workload import Workload
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 class MadeStep(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from dit_mlflow.recording.recorded_model import RecordedModel, TrainingSet, resu
 from dit_mlflow.recording.watched_loader import Drawn, WatchedLoader
 from dit_mlflow.recording.writer import TrajectoryWriter
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.told import logger_of
 from dit_mlflow.torch_internals import found_infinite
 from dit_mlflow.trajectory import Hyperparameters, State
 from dit_mlflow.trajectory.manifest import FILE_NAME
@@ -33,7 +33,7 @@ from dit_mlflow.workload.dataset_digest import is_inert
 from dit_mlflow.workload.random_state import RandomState, preserved_random_state
 from dit_mlflow.workload.wrappers import unwrapped
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class TrajectoryRecorder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from dit_mlflow.recording.folder import Segment, TrajectoryFolder, Written, claimed
 from dit_mlflow.recording.recorded_model import TrainingSet
+from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory.manifest import Manifest, ModelLayout, OptimizerLayout, library_versions
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepFields
@@ -26,7 +26,7 @@ FLUSH_SECONDS = 10.0
 UNWRITTEN_BYTES = 256 * 2**20
 """Size that is kept in memory for a failing disk to recover, before recording stops."""
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class TrajectoryWriter:

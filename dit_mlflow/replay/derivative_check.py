@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from dit_mlflow.errors import TrajectoryError, UnsupportedError
+from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.replay.directional_derivative import slope_of_query, slope_of_step
 from dit_mlflow.replay.double_backward import naming_missing_derivatives
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.slope import STRIDES, Slope
 from dit_mlflow.replay.traced_step import TracedStep
+from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory.record import Record
 from dit_mlflow.trajectory.state import State
 
@@ -28,7 +28,7 @@ LONG = 200
 QUERIES_CHECKED = 32
 """Queries that are held against differences at the most: one of each that are the same code."""
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 class DerivativeCheck:
@@ -95,11 +95,13 @@ class DerivativeCheck:
         try:
             if _agrees(measure, self._in_float64) in (True, None):
                 return True
-        except TrajectoryError as error:
-            _log.info("%s: its derivative was not held against differences: %s", what, error)
-            return True
         except UnsupportedError as error:
             refused = error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Of whatever kind: a loss or a query may well take no float64.
+            _log.info("%s: its derivative was not held against differences: %s", what, error)
+            return True
         try:
             if _agrees(measure, self._traced_in_float64) in (True, None):
                 _log.info("%s: autograd's derivative is not that of what was computed; it is taken from a trace", what)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.data import default_collate
 
 from dit_mlflow.errors import WorkloadError, first_line
 from dit_mlflow.replay.dynamics import Dynamics, Parameters
+from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory.record import Record
 from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.workload.batches import tensors_of, to_like
@@ -29,7 +29,7 @@ STEPS = 4
 LARGEST = 256
 """Samples of a batch that are looked at."""
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.not_finite import refuse_diverged
 from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.training_step import TrainingStep, WeightsOf
+from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory.record import Record
 from dit_mlflow.trajectory.state import REPLAY_TOLERANCE, State, drifts, other_optimizer_state
 from dit_mlflow.workload.dataset_digest import check_dataset
@@ -24,7 +24,7 @@ from dit_mlflow.workload.workload import Workload
 
 MakeStep = Callable[[Dynamics], TrainingStep]
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 STATES_IN_MEMORY = 2**30
 """Bytes that a backward walk may spend on states, unless told otherwise, before it replays a stretch twice instead."""

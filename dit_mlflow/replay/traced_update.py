@@ -161,7 +161,7 @@ class TracedUpdate:
                 "their signs alone, so that every influence would be 0; use leave_one_out"
             )
         taken = sum(float((part * direction).sum()) for part, direction in zip(parts, directions, strict=True))
-        size = sum(float((w * v).abs().sum()) for w, v in zip(weights, found, strict=True))
+        size = sum(float((w * v).abs().sum().detach()) for w, v in zip(weights, found, strict=True))
         slopes = [Slope.between(taken, at(-stride), here.item(), at(stride), stride, size) for stride in STRIDES]
         if not any(slope.tells and slope.agrees for slope in slopes):
             raise UnsupportedError(
@@ -188,7 +188,7 @@ class TracedUpdate:
             entries_after = {name: optimizer.state.get(value, {}) for name, value in moved.items()}
             # What the step leaves in numbers: of its state, and of its settings.
             self._numbers = {
-                (name, key): float(value)
+                (name, key): float(value.detach() if isinstance(value, Tensor) else value)
                 for name, entry in [*entries_after.items(), *enumerate(optimizer.param_groups)]
                 for key, value in entry.items()
                 if key != "params" and isinstance(value, (Tensor, int, float)) and not _is_slot(value)

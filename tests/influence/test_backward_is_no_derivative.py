@@ -239,6 +239,44 @@ def test_a_query_of_its_own(tmp_path: Path) -> None:
     assert np.abs(result.of(0)[SOME] - exact).max() < 1e-6 * np.abs(result.scores).max()
 
 
+def test_each_query_of_its_own_code_is_looked_at(tmp_path: Path) -> None:
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    inputs, targets = datasets()[1].tensors
+
+    def confident(model: nn.Module) -> Tensor:
+        return focal(model, (inputs.to(next(model.parameters()).dtype), targets)).mean()
+
+    others = [Query(f"bias {k}", lambda model, k=k: model[2].bias[k % 3] * (1 + k)) for k in range(6)]
+    last = Query("focal", confident)
+    window = whole(trajectory)
+    alone = track(trajectory, workload, window, queries=[last], dtype=torch.float64)
+    among = track(trajectory, workload, window, queries=[*others[:1], last, *others[1:]], dtype=torch.float64)
+    np.testing.assert_allclose(among.of(0, "focal"), alone.of(0), rtol=1e-9)
+
+
+class Masked(nn.Module):
+    """Attention with dropout, whose masks are of tensors that are not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.2, batch_first=True)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.layer(inputs.view(-1, 8, 8)).mean(dim=1))
+
+
+def test_masks_are_drawn_as_recorded(tmp_path: Path) -> None:
+    workload = digits_workload(model=Masked, loss=focal, optimizer=lambda model: SGD(model.parameters(), lr=0.02))
+    trajectory = train(workload, tmp_path / "t")
+    result = track(trajectory, workload, whole(trajectory), dtype=torch.float64)
+    assert result.metadata["derivative"] == "traced"
+    exact = leave_one_out(trajectory, workload, whole(trajectory), samples=[0, 3, 5, 11, 17]).of(0)
+    known = np.isfinite(exact)
+    assert np.corrcoef(result.of(0)[known], exact[known])[0, 1] > 0.99
+
+
 class Padded(nn.Module):
     """A padding row that training never moves: autograd's derivative is right."""
 

@@ -112,6 +112,35 @@ class Reading(Optimizer):
             value.sub_(0.1 * value.grad / (0.1 + value.grad.norm().item()))
 
 
+class Averaging(Optimizer):
+    """Divides by a mean norm that it keeps as a number."""
+
+    def __init__(self, params: Any, where: str) -> None:
+        super().__init__(params, {"mean": 1.0})
+        self.where = where
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        group = self.param_groups[0]
+        for value in group["params"]:
+            kept = group if self.where == "settings" else self.state[value]
+            mean = 0.9 * kept.get("mean", 1.0) + 0.1 * value.grad.norm()
+            kept["mean"] = float(mean) if self.where != "tensor" else mean
+            value.sub_(0.1 * value.grad / mean)
+
+
+class Warming(Lamb):
+    """Its rate is 0 at first, and in some of its steps it moves nothing."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        group = self.param_groups[0]
+        made = max((entry.get("step", 0) for entry in self.state.values()), default=0)
+        rate, group["lr"] = group["lr"], 0.0 if made % 3 == 0 else group["lr"]
+        super().step()
+        group["lr"] = rate
+
+
 def of(cls: Any, **settings: Any) -> Workload:
     return digits_workload(optimizer=lambda model: cls(model.parameters(), **settings))
 
@@ -131,6 +160,23 @@ def test_scores_and_leave_one_out_are_those_of_the_loop(tmp_path: Path, cls: Any
     removed = leave_one_out(trajectory, workload, [window], kind, samples=SOME).of(0)[SOME]
     expected = [window_effect(workload, trajectory, window, kind, j, 0.0) for j in SOME]
     np.testing.assert_allclose(removed, expected, rtol=1e-7)
+
+
+def test_steps_that_move_nothing_are_no_signs(tmp_path: Path) -> None:
+    workload = of(Warming)
+    trajectory = train(workload, tmp_path / "t")
+    (window,) = whole(trajectory)
+    scores = track(trajectory, workload, [window], dtype=torch.float64).of(0)
+    exact = finite_difference(workload, trajectory, window, "local", SOME, 1e-5)
+    assert np.abs(scores[SOME] - exact).max() < 1e-6 * np.abs(scores).max()
+
+
+@pytest.mark.parametrize("where", ["settings", "number", "tensor"])
+def test_numbers_that_depend_on_gradients_are_refused(tmp_path: Path, where: str) -> None:
+    workload = of(Averaging, where=where)
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(UnsupportedError, match="Averaging keeps the number 'mean', which depends on the gradients"):
+        track(trajectory, workload, whole(trajectory))
 
 
 def test_with_clipping_groups_and_workers(tmp_path: Path) -> None:

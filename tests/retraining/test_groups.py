@@ -72,7 +72,16 @@ def test_an_explanation_has_sums_and_exact_effects(recorded: tuple[Trajectory, W
 
 
 @pytest.mark.parametrize(
-    "groups", [{}, {"empty": []}, {"outside": [0, 24]}, {"negative": [-1]}, {"mask": [True, False]}, {"names": ["a"]}]
+    "groups",
+    [
+        {},
+        {"empty": []},
+        {"outside": [0, 24]},
+        {"negative": [-1]},
+        {"mask": [True, False]},
+        {"table": [[0, 1], [2, 3]]},
+        {"names": ["a"]},
+    ],
 )
 def test_bad_groups_are_refused_before_any_work(recorded: tuple[Trajectory, Workload], groups: Any) -> None:
     trajectory, workload = recorded
