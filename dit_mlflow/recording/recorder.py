@@ -130,6 +130,8 @@ class TrajectoryRecorder:
         self._step = PendingStep(store_batches, workload)
         self._entered = False
         self._num_steps = 0
+        self._stepping: tuple[int, int] | None = None
+        self._depth = 0
         self._is_checkpoint = is_checkpoint
         self._latest = 0
         self._taken: State | None = None
@@ -301,6 +303,12 @@ class TrajectoryRecorder:
         return self._epoch
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # The step of a subclass calls that of its base, whose hooks run too.
+        now = self._num_steps, len(self._step.drawn)
+        self._depth = self._depth + 1 if now == self._stepping else 1
+        self._stepping = now
+        if self._depth > 1:
+            return
         if not self._step.has_batches:
             raise TrajectoryError(
                 "optimizer.step() without a batch from recorder.watch(loader): the samples of this step are "
@@ -327,6 +335,10 @@ class TrajectoryRecorder:
             begun.couples_samples(workload)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        self._stepping = None
         if not self._step.has_batches:
             return
         self._finite.step(self._num_steps, self._step.drawn)

@@ -163,6 +163,26 @@ def test_optimizers_without_a_derivative_are_refused_by_name(optimizer: Any, rea
         TrajectoryRecorder(model, optimizer(model.parameters()), tmp_path / "t")
 
 
+class Decaying(SGD):
+    """Its step is that of its base, and something before and after it."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for value in self.param_groups[0]["params"]:
+                value.mul_(0.99)
+            super().step()
+            for value in self.param_groups[0]["params"]:
+                value.add_(0.001)
+
+
+def test_the_step_of_a_subclass_is_one_step(tmp_path: Path) -> None:
+    SGD(digits_model().parameters(), lr=0.1).register_step_pre_hook(lambda *_: None)
+    workload = digits_workload(optimizer=lambda model: Decaying(model.parameters(), lr=0.3))
+    trajectory = train(workload, tmp_path / "t")
+    assert trajectory.num_steps == 9
+    assert trajectory.verify(workload).max_drift == 0
+
+
 def test_misuse_is_named(tmp_path: Path) -> None:
     model = digits_model()
     optimizer = SGD(model.parameters(), lr=0.1)
