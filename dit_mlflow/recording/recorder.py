@@ -204,6 +204,13 @@ class TrajectoryRecorder:
         for hook in [*self._hooks, *self._autocast_hooks]:
             hook.remove()
         if kind is None:
+            if not self._num_steps and self._step.has_batches:
+                logger.warning(
+                    "batches were drawn, and no step was recorded: %s.step() was never called. An optimizer that moves "
+                    "the parameters by methods of another name (first_step, second_step) is not followed; give it a "
+                    "step() that does all of it",
+                    type(self._optimizer).__name__,
+                )
             self._store_last_state()
         self._step.settle(RandomState.capture())
         self._commit()

@@ -183,6 +183,23 @@ def test_the_step_of_a_subclass_is_one_step(tmp_path: Path) -> None:
     assert trajectory.verify(workload).max_drift == 0
 
 
+class TwoSteps(SGD):
+    def first_step(self) -> None:
+        with torch.no_grad():
+            for value in self.param_groups[0]["params"]:
+                value.sub_(0.1 * value.grad)
+
+
+def test_a_loop_that_never_calls_step_is_warned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = digits_model()
+    optimizer = TwoSteps(model.parameters(), lr=0.1)
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        for batch in recorder.watch(DataLoader(digits_workload().train_set, batch_size=24)):
+            sample_losses(model, batch).mean().backward()
+            optimizer.first_step()
+    assert "no step was recorded: TwoSteps.step() was never called" in caplog.text
+
+
 def test_misuse_is_named(tmp_path: Path) -> None:
     model = digits_model()
     optimizer = SGD(model.parameters(), lr=0.1)
