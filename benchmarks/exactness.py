@@ -247,6 +247,101 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
+def a_step(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Tensor:
+    optimizer.zero_grad()
+    loss = (weights * losses(model, batch)).mean()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+    return loss
+
+
+def three_steps(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Tensor:
+    return [a_step(model, optimizer, batch, weights) for _ in range(3)][-1]
+
+
+def sharpness_aware(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor, adaptive: bool = False) -> Tensor:
+    """SAM (Foret et al. 2021); ``adaptive``: ASAM (Kwon et al. 2021)."""
+
+    def gradients() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weights * losses(model, batch)).mean()
+        loss.backward()
+        return loss
+
+    gradients()
+    held = list(model.parameters())
+    scaled = [value.grad * (value.abs() if adaptive else 1) for value in held]
+    length = torch.stack([part.norm() for part in scaled]).norm() + 1e-12
+    away = [0.05 * part * (value.abs() if adaptive else 1) / length for part, value in zip(scaled, held, strict=True)]
+    with torch.no_grad():
+        for value, part in zip(held, away, strict=True):
+            value.add_(part)
+    loss = gradients()
+    with torch.no_grad():
+        for value, part in zip(held, away, strict=True):
+            value.sub_(part)
+    optimizer.step()
+    return loss
+
+
+class TaughtByAverage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = Net(), Net().requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.student(inputs)
+
+
+def mean_teacher(model: Any, optimizer: Any, batch: Any, weights: Tensor) -> Tensor:
+    optimizer.zero_grad()
+    apart = (model(batch[0]).softmax(dim=1) - model.teacher(batch[0]).softmax(dim=1)).square().sum(dim=1)
+    loss = (weights * (losses(model, batch) + apart)).mean()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        for average, value in zip(model.teacher.parameters(), model.student.parameters(), strict=True):
+            average.lerp_(value, 0.2)
+    return loss
+
+
+class Adversaries(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.critic = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 6)), Net()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.critic(inputs)[:, 0]
+
+
+def against_each_other(
+    model: Any, optimizers: Any, batch: Any, weights: Tensor, made_up: Callable[[Tensor], Tensor], real: Any
+) -> Tensor:
+    """A GAN's two steps: ``real`` and ``made_up`` are the losses of scores."""
+    made = model.maker(batch[0][:, :2])
+    optimizers["critic"].zero_grad()
+    loss = (weights * (real(model(batch[0])) + made_up(model(made.detach())))).mean()
+    loss.backward()
+    optimizers["critic"].step()
+    optimizers["maker"].zero_grad()
+    real(model(made)).mean().backward()
+    optimizers["maker"].step()
+    return loss
+
+
+def adversaries(real: Any, made_up: Any) -> dict[str, Any]:
+    return {
+        "model": Adversaries,
+        "loss": lambda model, batch: real(model(batch[0])),
+        "optimizer": lambda model: {
+            "maker": torch.optim.Adam(model.maker.parameters(), lr=0.02),
+            "critic": torch.optim.Adam(model.critic.parameters(), lr=0.02),
+        },
+        "step": partial(against_each_other, real=real, made_up=made_up),
+    }
+
+
 RATES = {"Adadelta": 1.0, "Rprop": 0.01, "LBFGS": 0.1, "SGD": 0.1, "ASGD": 0.1, "Adagrad": 0.1, "Muon": 0.02}
 OPTIMIZERS = sorted(
     name
@@ -290,6 +385,18 @@ CASES: dict[str, dict[str, Any]] = {
     "gradient reversal": {"model": partial(Net, lambda value: torch.tanh(Reversed.apply(value)))},
     "straight-through rounding": {"model": partial(Net, straight_through)},
     "hook on an activation": {"model": partial(Net, halved)},
+    "a step of one's own: AdamW, clipping": {"step": a_step, "optimizer": of_torch("AdamW")},
+    "a step of one's own: three steps a batch": {"step": three_steps, "optimizer": of_torch("SGD", momentum=0.9)},
+    "a step of one's own: LAMB": {"step": a_step, "optimizer": lambda model: Lamb(model.parameters())},
+    "SAM": {"step": sharpness_aware, "optimizer": of_torch("AdamW")},
+    "ASAM": {"step": partial(sharpness_aware, adaptive=True)},
+    "mean teacher": {
+        "step": mean_teacher,
+        "model": TaughtByAverage,
+        "optimizer": lambda model: torch.optim.SGD(model.student.parameters(), lr=0.1),
+    },
+    "GAN, two optimizers": adversaries(lambda z: nn.functional.softplus(-z), nn.functional.softplus),
+    "GAN by least squares": adversaries(lambda z: (z - 1).square(), torch.square),
     "fake quantisation": {
         "model": partial(Net, lambda v: torch.fake_quantize_per_tensor_affine(torch.tanh(v), 0.1, 0, -128, 127))
     },
@@ -314,19 +421,23 @@ def trained_again(
     """Validation loss at ``until`` of a plain loop, with other weights in ``[first, last)``."""
     assert workload.optimizer is not None
     model = trajectory.checkpoint(0).load_into(workload.build_model())
-    optimizer = workload.optimizer(model)
+    optimizer: Any = workload.optimizer(model)
     model.train()
     for t in range(until):
         model.zero_grad()
         for indices in trajectory.step(t).indices:
             own = torch.from_numpy(weights[np.array(indices)] if first <= t < last else np.ones(len(indices)))
+            if workload.step is not None:
+                workload.step(model, optimizer, workload.batch(indices), own)
+                continue
             loss = workload.loss(model, workload.batch(indices))
             (own * loss / (len(indices) * workload.accumulate)).sum().backward()
         if workload.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), workload.clip_grad_norm)
         if workload.clip_grad_value is not None:
             nn.utils.clip_grad_value_(model.parameters(), workload.clip_grad_value)
-        optimizer.step()
+        if workload.step is None:
+            optimizer.step()
     model.eval()
     return float(workload.loss(model, workload.validation_set.tensors).mean().detach())  # type: ignore[attr-defined]
 

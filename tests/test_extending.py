@@ -17,6 +17,7 @@ from oracles import finite_difference
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload
 
+from dit_mlflow import Trajectory, Window, leave_one_out, track
 from dit_mlflow.cli import cli
 from dit_mlflow.replay.optimizers import SUPPORTED
 from dit_mlflow.tracking import load_trajectory
@@ -60,6 +61,22 @@ def test_the_workload_is_found_trained_and_swept(tmp_path: Path, monkeypatch: py
     assert finished.exit_code == 0, finished.output
     (agreement,) = re.findall(r"^Whole run: Spearman ([01]\.\d+)", finished.stdout, re.M)
     assert float(agreement) > 0.9
+
+
+def test_the_step_is_trained_recorded_and_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = blocks("step.md")
+    page = run(first)
+    workload = page["workload"]
+    assert page["influence"].scores.any(axis=2).all()
+    exec(compile(second, "page", "exec"), page)
+    own = Trajectory.open("own")
+    assert (own.num_steps, own.verify(workload).max_drift) == (3, 0)
+    # What is drawn in a step is drawn again.
+    window = Window(0, 12)
+    (score,) = track(page["trajectory"], workload, [window], dtype=torch.float64).scores[0, 0, :1]
+    exact = leave_one_out(page["trajectory"], workload, [window], samples=[0], dtype=torch.float64).scores[0, 0, 0]
+    np.testing.assert_allclose(score, exact, rtol=0.2)
 
 
 def test_the_optimizers_that_torch_can_differentiate_are_supported() -> None:

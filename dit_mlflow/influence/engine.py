@@ -14,6 +14,7 @@ from dit_mlflow.influence.query import Query, refuse_not_finite
 from dit_mlflow.influence.window_scores import Row, WindowScores
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
+from dit_mlflow.replay.derivative_check import Asking
 from dit_mlflow.replay.not_finite import are_finite, refuse_derivative
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.replay.training_step import WeightsOf
@@ -37,7 +38,8 @@ class Engine:
         self.replay = replay
         self.memory_budget = memory_budget
         self.shown = shown
-        self.training_step = self._asked_by = replay.training_step
+        self.training_step = replay.training_step
+        self._asked_by: Asking = replay.training_step
         self._chosen = False
 
     def parts(self, queries: int, planned: Sequence[Sweep], num_windows: int) -> Iterator[slice]:
@@ -112,15 +114,15 @@ class Engine:
         self._chosen = True
         check = self.replay.derivative_check(first, last)
         if check is not None:
-            self.training_step = self._asked_by = check.step()
+            self._asked_by = self.training_step = check.step()
             if self.training_step is self.replay.training_step:
                 self._asked_by = check.asking(queries)
 
     @property
     def details(self) -> dict[str, Any]:
         """What a result says of the computation."""
-        swept = self.training_step is not self.replay.training_step
-        return {"max_drift": self.replay.max_drift, **({"derivative": "traced"} if swept else {})}
+        traced = {"derivative": "traced"} if self.training_step.by_trace else {}
+        return {"max_drift": self.replay.max_drift, **traced}
 
     def _start(self, state: State, queries: Sequence[Query], t: int | None) -> Adjoint:
         """``lambda = grad q`` at ``state``, one row per query; 0 for the optimizer's state.

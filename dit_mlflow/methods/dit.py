@@ -34,7 +34,7 @@ class Dit(WindowMethod):
     def estimate(self, question: Question) -> Estimate:
         asked = question.trajectory, question.workload, question.windows, question.kind, question.queries
         found = track(*asked, dtype=self.dtype, memory_budget=self.memory_budget)
-        return Estimate(found.scores, found.metadata["dtype"], {"max_drift": found.metadata["max_drift"]})
+        return Estimate(found.scores, found.metadata["dtype"], _of_sweep(found))
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,13 @@ class SgdInfluence(Method):
         steps = map(question.trajectory.step, range(question.trajectory.num_steps))
         momentum = layout.name == "SGD" and any(group["momentum"] for step in steps for group in step.hyperparameters)
         clips = workload.clip_grad_norm is not None or workload.clip_grad_value is not None
-        if layout.name != "SGD" or momentum or clips:
-            what = " and ".join([layout.name, *["momentum"] * momentum, *["clipped gradients"] * clips])
+        own = workload.step is not None
+        if layout.name != "SGD" or momentum or clips or own:
+            said = [layout.name, *["momentum"] * momentum, *["clipped gradients"] * clips, *["a step of its own"] * own]
+            what = " and ".join(said)
             raise UnsupportedError(f"sgd_influence is derived for plain SGD; the training used {what}. Use dit")
         found = track(question.trajectory, workload, question.windows, "final", question.queries, dtype=self.dtype)
-        return Estimate(found.scores, found.metadata["dtype"], {"max_drift": found.metadata["max_drift"]})
+        return Estimate(found.scores, found.metadata["dtype"], _of_sweep(found))
 
 
 @dataclass(frozen=True)
@@ -109,4 +111,9 @@ class SelfInfluence(WindowMethod):
     def estimate(self, question: Question) -> Estimate:
         found = self_influence(question.trajectory, question.workload, question.windows, question.kind, self.dtype)
         scores = np.broadcast_to(-found.scores, question.shape).copy()
-        return Estimate(scores, found.metadata["dtype"], {"max_drift": found.metadata["max_drift"]})
+        return Estimate(scores, found.metadata["dtype"], _of_sweep(found))
+
+
+def _of_sweep(found: Influence) -> dict[str, Any]:
+    """What a result says of the sweep that made it."""
+    return {key: found.metadata[key] for key in ("max_drift", "derivative") if key in found.metadata}

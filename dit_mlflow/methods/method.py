@@ -77,8 +77,9 @@ class Method(ABC):
 
     def _refuse_what_follows_none(self, question: Question) -> None:
         replay = question.trajectory.replay(question.workload)
+        step = replay.loss_step
         check = replay.derivative_check(0, question.trajectory.num_steps)
-        if check is not None and check.step() is not replay.training_step:
+        if check is not None and check.step() is not step:
             raise UnsupportedError(
                 f"{self.name} is made for training that follows the gradient of a loss. This one's backward pass is "
                 "not the derivative of its forward pass: something is detached, or a hook or an autograd function "

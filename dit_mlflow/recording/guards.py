@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
-from dit_mlflow.replay.optimizers import hyperparameters
+from dit_mlflow.replay.optimizers import groups_of, hyperparameters
 from dit_mlflow.told import logger_of
 from dit_mlflow.torch_internals import forward_pre_hooks, has_gradient_hook, version
 from dit_mlflow.trajectory.step_record import Hyperparameters
 from dit_mlflow.workload.modes import check_modes
+from dit_mlflow.workload.workload import Optimizers
 
 _log = logger_of(__name__)
 
@@ -140,9 +140,9 @@ def check_scaler() -> None:
 class Groups:
     """An optimizer's parameter groups; their settings may change in training, their parameters may not."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizers) -> None:
         self._optimizer = optimizer
-        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._sizes = [len(group["params"]) for group in groups_of(optimizer)]
         self._seen: list[dict[str, Any]] = []
         self._settings: tuple[Hyperparameters, ...] = ()
         self._may_change_in_place = False
@@ -153,7 +153,7 @@ class Groups:
         Raises:
             UnsupportedError: groups have been added, or parameters to a group.
         """
-        groups = [{**group, "params": len(group["params"])} for group in self._optimizer.param_groups]
+        groups = [{**group, "params": len(group["params"])} for group in groups_of(self._optimizer)]
         if groups == self._seen and not self._may_change_in_place:
             return self._settings
         if [group["params"] for group in groups] != self._sizes:
@@ -209,9 +209,9 @@ class ChangeCheck:
             raise TrajectoryError(
                 f"parameter {changed[0]!r} changed between step {step - 1} and step {step}, and not by the recorded "
                 "optimizer: a second optimizer, clamping, weights loaded into the model or averaged, or a layer that "
-                "renormalises its weights (Embedding(max_norm=...)) may do that, and replay could not. Train with one "
-                "optimizer, put constraints into the model (torch.nn.utils.parametrize), and load other weights into "
-                "a copy of the model (copy.deepcopy)"
+                "renormalises its weights (Embedding(max_norm=...)) may do that, and replay could not. Make all of it "
+                "inside recorder.one_step(), as Workload.step; or put constraints into the model "
+                "(torch.nn.utils.parametrize), and load other weights into a copy of the model (copy.deepcopy)"
             )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dit_mlflow.errors import InputError, TrainingError, TrajectoryError, WorkloadError
@@ -19,9 +19,9 @@ from dit_mlflow.replay.not_finite import named
 from dit_mlflow.replay.trajectory import Trajectory
 from dit_mlflow.workload.batches import Batch, floating_one, to_like
 from dit_mlflow.workload.random_state import preserved_random_state
-from dit_mlflow.workload.workload import Workload
+from dit_mlflow.workload.workload import Optimizers, Workload
 
-Recording = Callable[[nn.Module, Optimizer], AbstractContextManager[TrajectoryRecorder]]
+Recording = Callable[[nn.Module, Optimizers], AbstractContextManager[TrajectoryRecorder]]
 """Makes the recorder of a model and its optimizer."""
 
 
@@ -109,7 +109,7 @@ def _train(
         torch.manual_seed(init_seed)
         model = workload.build_model().train()
         try:
-            optimizer = workload.optimizer(model)
+            optimizer: Any = workload.optimizer(model)
         except (TypeError, ValueError) as error:
             raise WorkloadError(f"Workload.optimizer cannot be built: {error}") from error
         scheduler = workload.scheduler(optimizer) if workload.scheduler is not None else None
@@ -132,20 +132,21 @@ def _train(
                 last = len(loader) - 1
                 total, rows = 0.0, []
                 for position, batch in enumerate(loader if recorder is None else recorder.watch(loader)):
-                    losses, value = _backward(workload, model, batch, position)
-                    total += value
-                    rows.append(losses)
-                    if (position + 1) % workload.accumulate and position != last:
-                        continue
-                    total += _finish_gradient(workload, model)
-                    if not math.isfinite(total):
-                        raise TrainingError(
-                            f"the loss is {total} at step {made} (epoch {epoch}){_whose(rows, recorder)}; try a lower "
-                            "learning rate, or look for infinite inputs"
-                        )
-                    optimizer.step()
-                    # The model's, not the optimizer's: clipping looks at every gradient.
-                    model.zero_grad()
+                    if workload.step is not None:
+                        with nullcontext() if recorder is None else recorder.one_step():
+                            total = _whole_step(workload, model, optimizer, batch, position)
+                            _refuse_not_finite(total, made, epoch)
+                    else:
+                        losses, value = _backward(workload, model, batch, position)
+                        total += value
+                        rows.append(losses)
+                        if (position + 1) % workload.accumulate and position != last:
+                            continue
+                        total += _finish_gradient(workload, model)
+                        _refuse_not_finite(total, made, epoch, rows, recorder)
+                        optimizer.step()
+                        # The model's, not the optimizer's: clipping looks at every gradient.
+                        model.zero_grad()
                     made += 1
                     if recorder is not None:
                         recorder.log(total)
@@ -158,18 +159,41 @@ def _train(
     return model, recorder
 
 
-def _whose(rows: list[Tensor], recorder: TrajectoryRecorder | None) -> str:
-    """The samples whose losses are not finite, where a recorder knows them."""
-    broken = ~torch.cat(rows).isfinite().cpu().numpy()
-    if recorder is None or not broken.any() or len(broken) != len(recorder.drawn_samples):
-        return ""
-    return f", by {named(recorder.drawn_samples[broken])}"
+def _refuse_not_finite(
+    loss: float, step: int, epoch: int, rows: Sequence[Tensor] = (), recorder: TrajectoryRecorder | None = None
+) -> None:
+    """Raise :class:`TrainingError`, with the samples whose losses are not finite, where a recorder knows them."""
+    if math.isfinite(loss):
+        return
+    whose = ""
+    if recorder is not None and len(rows):
+        broken = ~torch.cat(list(rows)).isfinite().cpu().numpy()
+        if broken.any() and len(broken) == len(recorder.drawn_samples):
+            whose = f", by {named(recorder.drawn_samples[broken])}"
+    raise TrainingError(
+        f"the loss is {loss} at step {step} (epoch {epoch}){whose}; try a lower learning rate, or look for infinite "
+        "inputs"
+    )
+
+
+def _whole_step(workload: Workload, model: nn.Module, optimizer: Any, batch: Batch, position: int) -> float:
+    """Make :attr:`Workload.step` of the epoch's batch number ``position``; returns its loss, 0 if it says none."""
+    assert workload.step is not None
+    like = floating_one(model.parameters())
+    weights = like.new_ones(_size(workload, position))
+    loss = workload.step(model, optimizer, to_like(batch, like.device, None), weights)
+    return 0.0 if loss is None else loss.item()
+
+
+def _size(workload: Workload, position: int) -> int:
+    """Samples of the epoch's micro-batch number ``position``."""
+    assert workload.batch_size is not None
+    return min(workload.batch_size, workload.num_samples - position * workload.batch_size)
 
 
 def _backward(workload: Workload, model: nn.Module, batch: Batch, position: int) -> tuple[Tensor, float]:
     """Accumulate the gradient of the epoch's micro-batch number ``position``; returns its losses and objective."""
-    assert workload.batch_size is not None
-    size = min(workload.batch_size, workload.num_samples - position * workload.batch_size)
+    size = _size(workload, position)
     device = floating_one(model.parameters()).device
     coefficients = workload.batch_coefficients(batch, size).to(device)
     losses = workload.sample_losses(model, to_like(batch, device, None), size)

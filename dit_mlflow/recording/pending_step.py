@@ -99,8 +99,10 @@ class PendingStep:
         else:
             self._made.row["loss"] = loss
 
-    def make(self, index: int, settings: tuple[Hyperparameters, ...], recorded_model: RecordedModel) -> None:
-        """Make the record of the step that the optimizer has just made."""
+    def make(
+        self, index: int, settings: tuple[Hyperparameters, ...], recorded_model: RecordedModel, whole: bool = False
+    ) -> None:
+        """Make the record of the step that has just been made: by an optimizer, or ``whole``, by a step of any kind."""
         drawn = self._drawn
         if drawn[0].epoch != drawn[-1].epoch and not self._warned:
             self._warned = True
@@ -109,7 +111,7 @@ class PendingStep:
                 "it used the last batch, it needs recorder.discard() there: replay counts that batch in",
                 index,
             )
-        absent, zero = recorded_model.missing_gradients()
+        absent, zero = ([], []) if whole else recorded_model.missing_gradients()
         row: StepFields = {
             "index": index,
             "epoch": drawn[-1].epoch,

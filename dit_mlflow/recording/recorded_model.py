@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from dit_mlflow.errors import InputError, TrajectoryError, UnsupportedError
@@ -16,6 +15,7 @@ from dit_mlflow.replay.optimizers import describe_optimizer, optimizer_state
 from dit_mlflow.trajectory import Record, State
 from dit_mlflow.trajectory.manifest import ModelLayout, OptimizerLayout, TensorLayout
 from dit_mlflow.workload.dataset_digest import dataset_digest, is_inert
+from dit_mlflow.workload.workload import Optimizers
 from dit_mlflow.workload.wrappers import plain_name, unwrapped
 
 
@@ -32,7 +32,7 @@ class RecordedModel:
         UnsupportedError: the optimizer's step cannot be differentiated.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizers) -> None:
         self.model = unwrapped(model)
         self.parameters = {plain_name(name): value for name, value in self.model.named_parameters()}
         self._optimizer = optimizer

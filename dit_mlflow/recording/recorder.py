@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,7 @@ from dit_mlflow.recording.recorded_model import RecordedModel, TrainingSet, resu
 from dit_mlflow.recording.watched_loader import Drawn, WatchedLoader
 from dit_mlflow.recording.writer import TrajectoryWriter
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.replay.optimizers import every
 from dit_mlflow.told import logger_of
 from dit_mlflow.torch_internals import found_infinite
 from dit_mlflow.trajectory import Hyperparameters, State
@@ -31,6 +33,7 @@ from dit_mlflow.trajectory.manifest import FILE_NAME
 from dit_mlflow.workload import Workload, WorkloadReference, floating_one
 from dit_mlflow.workload.dataset_digest import is_inert
 from dit_mlflow.workload.random_state import RandomState, preserved_random_state
+from dit_mlflow.workload.workload import Optimizers
 from dit_mlflow.workload.wrappers import unwrapped
 
 logger = logger_of(__name__)
@@ -55,7 +58,7 @@ class TrajectoryRecorder:
     Args:
         model: the module in training. Compiled ones and those in ``DataParallel`` or (in one process)
             ``DistributedDataParallel`` are recorded as what they wrap.
-        optimizer: one of the supported ``torch.optim`` classes, over parameters of ``model``.
+        optimizer: over parameters of ``model``; several by name, if each step is made inside :meth:`one_step`.
         directory: a new folder, or with ``resume`` that of a trajectory.
         workload: what the loop does, if it is known: its reference and coefficients are then recorded too, and the
             first step is replayed from it before the second is made.
@@ -96,7 +99,7 @@ class TrajectoryRecorder:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizers,
         directory: str | Path,
         workload: Workload | None = None,
         checkpoint_every: str | int = "sqrt",
@@ -132,6 +135,7 @@ class TrajectoryRecorder:
         self._num_steps = 0
         self._stepping: tuple[int, int] | None = None
         self._depth = 0
+        self._whole = False
         self._is_checkpoint = is_checkpoint
         self._latest = 0
         self._taken: State | None = None
@@ -186,8 +190,12 @@ class TrajectoryRecorder:
             self._go_on_with(begun, now)
         self._changes.note(now.parameters)
         self._hooks = [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
+            hook
+            for optimizer in every(self._optimizer)
+            for hook in (
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            )
         ]
         # Where nobody leaves the block (a notebook that is closed), what was recorded is kept.
         atexit.register(self._save)
@@ -206,10 +214,10 @@ class TrajectoryRecorder:
         if kind is None:
             if not self._num_steps and self._step.has_batches:
                 logger.warning(
-                    "batches were drawn, and no step was recorded: %s.step() was never called. An optimizer that moves "
-                    "the parameters by methods of another name (first_step, second_step) is not followed; give it a "
-                    "step() that does all of it",
-                    type(self._optimizer).__name__,
+                    "batches were drawn, and no step was recorded: %s.step() was never called. Where parameters are "
+                    "moved by methods of another name (first_step, second_step), make each step inside "
+                    "recorder.one_step(), and give it as Workload.step",
+                    " and ".join(type(optimizer).__name__ for optimizer in every(self._optimizer)),
                 )
             self._store_last_state()
         self._step.settle(RandomState.capture())
@@ -230,6 +238,27 @@ class TrajectoryRecorder:
             self._loaders[id(loader)] = (loader, watched)
             self._training_set.note(loader.dataset)
         return watched
+
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Record all that is done inside it as one step: several optimizers, passes or models, averages of weights.
+
+        Replay and influence need the same step as :attr:`Workload.step <dit_mlflow.Workload>`::
+
+            for batch in recorder.watch(loader):
+                with recorder.one_step():
+                    loss = step(model, optimizers, batch, torch.ones(len(batch[0])))
+
+        The step begins without gradients (it calls ``zero_grad`` itself) and is made of the batches drawn since the
+        last one. An error inside it is not recorded as a step.
+        """
+        self._begin_step()
+        self._whole = True
+        try:
+            yield
+        finally:
+            self._whole = False
+        self._end_step(whole=True)
 
     def receive(self, loader: DataLoader[Any], handed: Handed) -> None:
         """For trainers with loaders of their own (see :class:`LoaderPatch`): this batch is about to be used."""
@@ -310,25 +339,35 @@ class TrajectoryRecorder:
         return self._epoch
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._whole:
+            return
+        if self._optimizer is not optimizer:
+            raise TrajectoryError(
+                "several optimizers are recorded, so that a call of one's step() is not a step of training; make each "
+                "step inside `with recorder.one_step():`, and give the same as Workload.step"
+            )
         # The step of a subclass calls that of its base, whose hooks run too.
         now = self._num_steps, len(self._step.drawn)
         self._depth = self._depth + 1 if now == self._stepping else 1
         self._stepping = now
         if self._depth > 1:
             return
+        if self._num_steps == 0 and not self._low_precision:
+            check_scaler()
+        self._begin_step()
+        if self._low_precision and found_infinite(optimizer):
+            self.discard()
+
+    def _begin_step(self) -> None:
         if not self._step.has_batches:
             raise TrajectoryError(
                 "optimizer.step() without a batch from recorder.watch(loader): the samples of this step are "
                 "not known; iterate over recorder.watch(loader) instead of loader"
             )
-        if self._num_steps == 0 and not self._low_precision:
-            check_scaler()
         self._changes.check(self._num_steps)
         self._commit()
         if self._num_steps == 1 and self._workload is not None:
             self._try_replay(self._workload)
-        if self._low_precision and found_infinite(optimizer):
-            self.discard()
         self._settings = self._groups.settings()
 
     def _try_replay(self, workload: Workload) -> None:
@@ -342,14 +381,18 @@ class TrajectoryRecorder:
             begun.couples_samples(workload)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._whole:
+            return
         self._depth -= 1
         if self._depth:
             return
         self._stepping = None
-        if not self._step.has_batches:
-            return
+        if self._step.has_batches:
+            self._end_step()
+
+    def _end_step(self, whole: bool = False) -> None:
         self._finite.step(self._num_steps, self._step.drawn)
-        self._step.make(self._num_steps, self._settings, self._recorded_model)
+        self._step.make(self._num_steps, self._settings, self._recorded_model, whole)
         self._num_steps += 1
         if self._num_steps == 1:
             self._recorded_model.check_buffers()

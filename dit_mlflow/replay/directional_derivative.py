@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from dit_mlflow.replay.adjoint import grad_or_zeros
+from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
 from dit_mlflow.replay.dynamics import Parameters
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.slope import STRIDES, Slope
+from dit_mlflow.replay.training_step import TrainingStep, slots_of
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.workload.batches import floating_one
@@ -73,6 +74,85 @@ def slope_of_step(step: LossStep, state: State, record: StepRecord, moved: Mappi
     )
     stride = STRIDES[attempt]
     return Slope.between(taken, at(-stride).item(), total.item(), at(stride).item(), stride, size)
+
+
+def slope_of_state(
+    step: TrainingStep, state: State, record: StepRecord, moved: Mapping[str, Tensor], attempt: int
+) -> tuple[Slope, Tensor]:
+    r"""``<u, J v>`` for the Jacobian ``J`` of ``s_{t+1} - s_t`` by ``s_t`` and weights, and ``<u, ds/dw> [sum B]``.
+
+    Of any step, by its vector-Jacobian product; directions and arguments as above, the optimizers' state among them.
+
+    Cost: four steps, and one in reverse.
+    """
+    random = torch.Generator().manual_seed(attempt)
+    ones = floating_one(state.parameters.values()).new_ones(len(record.samples))
+    by_weight = _direction(ones, random)
+    tensors = _tensors(step, state)
+
+    def away(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            # Of the size of each element: second moments stay positive, and what is 0 stays so.
+            key: torch.randn(value.shape, generator=random, dtype=torch.float64).to(value) * value
+            if key not in state.parameters
+            else _direction(value, random, moved.get(key))
+            for key, value in values.items()
+        }
+
+    nudged = away(tensors)
+    near = {key: value + 1e-3 * nudged[key] for key, value in tensors.items()}
+    directions = away(near)
+
+    def placed(values: Mapping[str, Tensor]) -> State:
+        return State(
+            {name: values.get(name, value) for name, value in state.parameters.items()},
+            {name: values.get(f"buffer {name}", value) for name, value in state.buffers.items()},
+            {
+                name: {key: values.get(f"{name}/{key}", value) for key, value in entry.items()}
+                for name, entry in state.optimizer.items()
+            },
+        )
+
+    def moves(length: float) -> dict[str, Tensor]:
+        before = {key: value + length * directions[key] for key, value in near.items()}
+        after = _tensors(step, step(placed(before), record, ones + length * by_weight))
+        return {key: value - before[key] if key in before else value for key, value in after.items()}
+
+    here = moves(0.0)
+    fixed = {k: torch.randn(v.shape, generator=random, dtype=torch.float64).to(v) for k, v in here.items()}
+
+    def total(values: Mapping[str, Tensor]) -> float:
+        return sum(float((fixed[key] * value).sum()) for key, value in values.items())
+
+    rows = {key: value.reshape(1, -1) for key, value in fixed.items()}
+    adjoint = Adjoint(
+        torch.cat([rows[name] for name in step.followed_parameters.shapes], dim=1),
+        torch.cat([ones.new_zeros((1, 0)), *(rows[f"buffer {name}"] for name in step.followed_buffers.shapes)], dim=1),
+        {key: value for key, value in rows.items() if "/" in key},
+    )
+    pulled, weight_rows = step.pull_back(placed(near), record, adjoint)
+    found = dict(
+        zip(step.followed_parameters.shapes, step.followed_parameters.split_rows(pulled.parameters), strict=True)
+    )
+    buffers = step.followed_buffers
+    found |= {f"buffer {n}": v for n, v in zip(buffers.shapes, buffers.split_rows(pulled.buffers), strict=True)}
+    found |= {key: value.view(1, *near[key].shape) for key, value in pulled.optimizer.items() if key in near}
+    taken = float((weight_rows[0] * by_weight).sum())
+    for key, direction in directions.items():
+        if key in found:
+            # Less what a state passes on unchanged, which would hide the rest.
+            taken += float(((found[key][0] - fixed.get(key, torch.zeros_like(direction))) * direction).sum())
+    size = sum(float((fixed[key] * near[key]).abs().sum()) for key in here if key in near)
+    stride = STRIDES[attempt]
+    slope = Slope.between(taken, total(moves(-stride)), total(here), total(moves(stride)), stride, size)
+    return slope, weight_rows[0]
+
+
+def _tensors(step: TrainingStep, state: State) -> dict[str, Tensor]:
+    """What is followed of a state, by name: of the optimizers, ``name/key``."""
+    parameters = {name: state.parameters[name] for name in step.followed_parameters.shapes}
+    buffers = {f"buffer {name}": state.buffers[name] for name in step.followed_buffers.shapes}
+    return {**parameters, **buffers, **{f"{name}/{key}": value for (name, key), value in slots_of(state).items()}}
 
 
 def slope_of_query(

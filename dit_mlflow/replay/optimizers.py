@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dit_mlflow.errors import TrajectoryError, UnsupportedError
+from dit_mlflow.errors import TrajectoryError, UnsupportedError, WorkloadError
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.state import COUNTERS
 from dit_mlflow.trajectory.step_record import Hyperparameters
-from dit_mlflow.workload.workload import Workload
+from dit_mlflow.workload.workload import Optimizers, Workload
 
 SUPPORTED: dict[str, type[Optimizer]] = {
     cls.__name__: cls
@@ -53,8 +53,8 @@ def optimizer_class(name: str) -> type[Optimizer]:
 
 
 def is_others(name: str) -> bool:
-    """Whether a manifest's name is of an optimizer that is none of :data:`SUPPORTED`: with the module before it."""
-    return "." in name
+    """Whether a manifest's name is none of :data:`SUPPORTED`: with the module before it, or of several optimizers."""
+    return "." in name or "+" in name
 
 
 def _name(cls: type[Optimizer]) -> str:
@@ -62,38 +62,64 @@ def _name(cls: type[Optimizer]) -> str:
     return cls.__name__ if SUPPORTED.get(cls.__name__) is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def describe_optimizer(optimizer: Optimizer, model: nn.Module) -> OptimizerLayout:
-    """Class, defaults and parameter names per group.
+def every(optimizer: Optimizers) -> list[Optimizer]:
+    """The optimizers, in order, whether one or several by name."""
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer.values())
+
+
+def groups_of(optimizer: Optimizers) -> list[dict[str, Any]]:
+    """The parameter groups of all, one after the other."""
+    return [group for one in every(optimizer) for group in one.param_groups]
+
+
+def state_of(optimizer: Optimizers) -> dict[Any, Any]:
+    """The state of all, by parameter."""
+    return {parameter: entry for one in every(optimizer) for parameter, entry in one.state.items()}
+
+
+def describe_optimizer(optimizer: Optimizers, model: nn.Module) -> OptimizerLayout:
+    """Class, defaults and parameter names per group; of several, the classes joined by ``+``, what all
+    have defaults for, and all groups.
 
     Raises:
         UnsupportedError: a class that is refused, see :data:`_REFUSED`.
-        TrajectoryError: the optimizer holds tensors that are not parameters of ``model``.
+        TrajectoryError: the optimizer holds tensors that are not parameters of ``model``, or one is held twice.
     """
-    if (reason := _REFUSED.get(type(optimizer))) is not None:
-        raise UnsupportedError(f"optimizer {type(optimizer).__name__} is not supported: {reason}")
+    for one in every(optimizer):
+        if (reason := _REFUSED.get(type(one))) is not None:
+            raise UnsupportedError(f"optimizer {type(one).__name__} is not supported: {reason}")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+    held = [parameter for group in groups_of(optimizer) for parameter in group["params"]]
+    foreign = [parameter for parameter in held if id(parameter) not in names]
     if foreign:
         raise TrajectoryError(
             f"the optimizer holds {len(foreign)} tensors (first shape {list(foreign[0].shape)}) that are not "
-            "parameters of the recorded model; record one model with one optimizer"
+            "parameters of the recorded model; record one module that holds all that is trained"
+        )
+    if len({id(parameter) for parameter in held}) < len(held):
+        raise TrajectoryError(
+            "two of the optimizers hold the same parameter, so that its state has two owners; give each to one of them"
         )
     return OptimizerLayout(
-        name=_name(type(optimizer)),
-        defaults={key: _plain(value) for key, value in optimizer.defaults.items()},
-        groups=tuple(tuple(names[id(parameter)] for parameter in group["params"]) for group in optimizer.param_groups),
+        name="+".join(_name(type(one)) for one in every(optimizer)),
+        defaults={
+            key: _plain(value)
+            for key, value in every(optimizer)[0].defaults.items()
+            if all(key in one.defaults for one in every(optimizer))
+        },
+        groups=tuple(tuple(names[id(parameter)] for parameter in group["params"]) for group in groups_of(optimizer)),
     )
 
 
-def hyperparameters(optimizer: Optimizer) -> tuple[Hyperparameters, ...]:
+def hyperparameters(optimizer: Optimizers) -> tuple[Hyperparameters, ...]:
     """Per group, every setting that a scheduler or the loop can change."""
     return tuple(
         {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names", "initial_lr")}
-        for group in optimizer.param_groups
+        for group in groups_of(optimizer)
     )
 
 
-def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
+def optimizer_state(optimizer: Optimizers, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
     """Detached dense copies of the state, by parameter name (``names``: ``id(parameter) -> name``).
 
     Absent values (SGD's momentum before its first step) are left out.
@@ -101,8 +127,9 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str,
     Raises:
         UnsupportedError: the state holds something else than tensors and numbers.
     """
-    kind = type(optimizer).__name__
-    for parameter, entry in optimizer.state.items():
+    kind = "+".join(type(one).__name__ for one in every(optimizer))
+    state = state_of(optimizer)
+    for parameter, entry in state.items():
         if id(parameter) not in names or not isinstance(entry, Mapping):
             raise UnsupportedError(
                 f"the optimizer {kind} keeps state that belongs to no parameter ({str(parameter)[:50]!r}), which has "
@@ -125,7 +152,7 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str,
             for key, value in entry.items()
             if value is not None
         }
-        for parameter, entry in optimizer.state.items()
+        for parameter, entry in state.items()
     }
 
 
@@ -157,26 +184,37 @@ def _emptied(layout: OptimizerLayout, workload: Workload) -> Optimizer:
             f"the trajectory was recorded with the optimizer {layout.name}, which is none of torch.optim's "
             "differentiable ones, so its code has to come from the workload; give Workload(optimizer=lambda model: …)"
         )
-    optimizer = workload.optimizer(workload.build_model())
-    if _name(type(optimizer)) != layout.name or len(optimizer.param_groups) != len(layout.groups):
-        raise TrajectoryError(
-            f"the workload's optimizer is {_name(type(optimizer))} with {len(optimizer.param_groups)} parameter "
-            f"groups; the trajectory was recorded with {layout.name} and {len(layout.groups)}"
+    optimizer = emptied(workload.optimizer(workload.build_model()), layout)
+    if not isinstance(optimizer, Optimizer):
+        raise WorkloadError(
+            f"Workload.optimizer gives several ({', '.join(optimizer)}), which only Workload.step takes"
         )
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
+    return optimizer
+
+
+def emptied(optimizer: Optimizers, layout: OptimizerLayout) -> Optimizers:
+    """The same over no parameters, if it is what was recorded; else raises :class:`TrajectoryError`."""
+    name, groups = "+".join(_name(type(one)) for one in every(optimizer)), groups_of(optimizer)
+    if name != layout.name or len(groups) != len(layout.groups):
+        raise TrajectoryError(
+            f"the workload's optimizer is {name} with {len(groups)} parameter groups; the trajectory was recorded with "
+            f"{layout.name} and {len(layout.groups)}"
+        )
+    for one in every(optimizer):
+        one.state.clear()
+    for group in groups:
         group["params"] = []
     return optimizer
 
 
-def set_hyperparameters(optimizer: Optimizer, recorded: Sequence[Hyperparameters]) -> None:
+def set_hyperparameters(optimizer: Optimizers, recorded: Sequence[Hyperparameters]) -> None:
     """Give each group its recorded settings, as the scheduler had left them."""
-    if len(recorded) != len(optimizer.param_groups):
+    groups = groups_of(optimizer)
+    if len(recorded) != len(groups):
         raise TrajectoryError(
-            f"a step has settings for {len(recorded)} parameter groups; the optimizer was recorded with "
-            f"{len(optimizer.param_groups)}"
+            f"a step has settings for {len(recorded)} parameter groups; the optimizer was recorded with {len(groups)}"
         )
-    for group, settings in zip(optimizer.param_groups, recorded, strict=True):
+    for group, settings in zip(groups, recorded, strict=True):
         group.update(settings)
 
 

@@ -14,6 +14,7 @@ from dit_mlflow.replay.derivative_check import DerivativeCheck
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.not_finite import refuse_diverged
+from dit_mlflow.replay.own_step import OwnStep
 from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.training_step import TrainingStep, WeightsOf
 from dit_mlflow.told import logger_of
@@ -24,10 +25,21 @@ from dit_mlflow.workload.workload import Workload
 
 MakeStep = Callable[[Dynamics], TrainingStep]
 
+
+def step_of(dynamics: Dynamics) -> TrainingStep:
+    """How a workload's training makes a step: by its own, or by a loss, then an optimizer."""
+    return LossStep(dynamics) if dynamics.workload.step is None else OwnStep(dynamics)
+
+
 _log = logger_of(__name__)
 
 STATES_IN_MEMORY = 2**30
 """Bytes that a backward walk may spend on states, unless told otherwise, before it replays a stretch twice instead."""
+
+MADE_FOR_A_LOSS = (
+    "this method is made for steps of a loss, then an optimizer; here a step is {}. Use dit, removal or leave_one_out, "
+    "which take any"
+)
 
 FEWEST_STATES = 4
 """States that a backward walk needs room for at the least."""
@@ -55,7 +67,7 @@ class Replay:
     Args:
         trajectory, workload: what was recorded.
         dtype: of all computation; ``None`` = as recorded.
-        make_step: how a step is made, from model and data: by default a loss, then an optimizer.
+        make_step: how a step is made, from model and data.
 
     Attributes:
         training_step: one step as a function.
@@ -72,11 +84,13 @@ class Replay:
         trajectory: Record,
         workload: Workload,
         dtype: torch.dtype | None = None,
-        make_step: MakeStep = LossStep,
+        make_step: MakeStep = step_of,
     ) -> None:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InputError(f"dtype is {dtype!r}; expected torch.float64, torch.float32, or None for the recorded one")
         check_dataset(workload.train_set, trajectory.manifest.dataset)
+        if workload.step is not None and make_step is not step_of:
+            raise UnsupportedError(MADE_FOR_A_LOSS.format("one of the workload's own"))
         self.trajectory = trajectory
         self.drift: dict[int, float] = {}
         self.make_step = make_step
@@ -108,16 +122,15 @@ class Replay:
             UnsupportedError: it is of another kind.
         """
         if not isinstance(self.training_step, LossStep):
-            raise UnsupportedError(
-                f"this method is made for steps of a loss, then an optimizer; here a step is a "
-                f"{type(self.training_step).__name__}. Use dit or leave_one_out, which take any"
-            )
+            raise UnsupportedError(MADE_FOR_A_LOSS.format(type(self.training_step).__name__))
         return self.training_step
 
     def derivative_check(self, first: int, last: int) -> DerivativeCheck | None:
-        """Of the standard step, between two states; what another kind of step does is its own to say."""
+        """Between two states; what another kind of step does is its own to say."""
         step = self.training_step
-        return DerivativeCheck(self.trajectory, step, first, last) if type(step) is LossStep else None
+        if isinstance(step, OwnStep) or (isinstance(step, LossStep) and type(step) is LossStep):
+            return DerivativeCheck(self.trajectory, step, first, last)
+        return None
 
     @property
     def max_drift(self) -> float:

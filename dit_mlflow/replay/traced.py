@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -11,6 +11,14 @@ from torch import Tensor, fx
 from dit_mlflow.torch_internals import make_fx, reading_values
 
 Function = Callable[..., list[Tensor]]
+
+Attempt = Literal["kept", "anew", "as it ran"]
+
+ATTEMPTS: tuple[Attempt, ...] = ("kept", "anew", "as it ran")
+"""Which trace to take: one that is kept; a new one; a new one with its work in place, which draws as training did."""
+
+TRACES_KEPT = 256
+"""Of steps, and of queries: one for each shape of a batch (and mode of the model) that was met."""
 
 
 def traced(function: Function, inputs: Sequence[Tensor], roots: bool = False, functional: bool = True) -> Function:
@@ -81,3 +89,38 @@ def _tensor_argument(node: fx.Node, place: int) -> Any:
 
 
 _PASSED_THROUGH = (torch.ops.aten.detach.default, torch.ops.aten.detach_copy.default, torch.ops.aten.alias.default)
+
+
+class Traces:
+    """Traces that are kept, one for each key and shape of the inputs: at most :data:`TRACES_KEPT`."""
+
+    def __init__(self) -> None:
+        self._kept: dict[object, Function] = {}
+
+    def of(
+        self, key: object, function: Function, inputs: Sequence[Tensor], attempt: Attempt, roots: bool = False
+    ) -> Function:
+        """A trace of ``function``: the kept one, if there is one and the attempt allows it."""
+        key = (key, tuple((value.shape, value.dtype) for value in inputs))
+        if attempt != "kept" or key not in self._kept:
+            if len(self._kept) >= TRACES_KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = traced(function, inputs, roots, functional=attempt != "as it ran")
+        return self._kept[key]
+
+
+def alike(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether they are the same but for rounding; what is 0 in theory is rounding alone."""
+    largest = [float(value.abs().max()) if value.numel() else 0.0 for value in others]
+    overall = max(largest, default=0.0)
+
+    def near(one: Tensor, other: Tensor, own: float) -> bool:
+        share = torch.finfo(other.dtype).eps ** 0.5
+        return bool(((one.detach() - other.detach()).abs() <= share * max(own, share * overall)).all())
+
+    return all(map(near, ones, others, largest))
+
+
+def followed(value: Tensor) -> Tensor:
+    """A copy that is no leaf: what works in place on it is followed."""
+    return value.clone().requires_grad_().clone() if value.is_floating_point() else value.clone()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +14,14 @@ from dit_mlflow.replay.adjoint import Flat
 from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
 from dit_mlflow.replay.loss_gradient import Term
 from dit_mlflow.replay.loss_step import LossStep, leaves
-from dit_mlflow.replay.traced import Function, traced
+from dit_mlflow.replay.traced import ATTEMPTS, Attempt, Traces, alike, followed
+from dit_mlflow.replay.traced_query import WITHOUT_TRACE, TracedQueries, naming_what_cannot_be_traced
 from dit_mlflow.replay.training_step import floating_shapes
 from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.workload.batches import tensors_of, with_tensors
-from dit_mlflow.workload.random_state import RandomState, fixed_draws
+from dit_mlflow.workload.random_state import RandomState
 
 Values = list[Tensor]
-
-Graphs = dict[object, Function]
-Attempt = Literal["kept", "anew", "as it ran"]
-
-ATTEMPTS: tuple[Attempt, ...] = ("kept", "anew", "as it ran")
-"""Which trace to take: one that is kept; a new one; a new one with its work in place, which draws as training did."""
-
-GRAPHS_KEPT = 256
-"""Traces that are kept of steps, one for each shape of a batch (and mode of the model) that was met; and of queries."""
 
 
 class TracedStep(LossStep):
@@ -53,11 +43,13 @@ class TracedStep(LossStep):
     Cost: in reverse, three to four training steps; a trace, up to some seconds, for every shape of a batch.
     """
 
+    by_trace = True
+
     def __init__(self, dynamics: Dynamics) -> None:
         super().__init__(dynamics)
         self.follow(Flat(floating_shapes(dynamics.manifest.model.buffers)))
-        self._graphs: Graphs = {}
-        self._queries: Graphs = {}
+        self._traces = Traces()
+        self._queries = TracedQueries(dynamics)
 
     def gradients(
         self,
@@ -82,7 +74,7 @@ class TracedStep(LossStep):
                     raise
                 continue
             found |= {name: torch.zeros_like(parameters[name]) for name in record.zero_gradient}
-            if _alike([found[name] for name in expected], list(expected.values())):
+            if alike([found[name] for name in expected], list(expected.values())):
                 return {name: found[name] for name in expected}
         raise UnsupportedError(
             f"step {record.index}: a trace of the workload's loss gives another gradient than the loss itself, so it "
@@ -91,28 +83,7 @@ class TracedStep(LossStep):
         )
 
     def ask(self, parameters: Parameters, buffers: Parameters, query: Callable[[nn.Module], Tensor]) -> Tensor:
-        """The query's own derivative, whatever its backward pass would say."""
-        names, given = [*parameters, *buffers], [*parameters.values(), *buffers.values()]
-
-        def function(*values: Tensor) -> Values:
-            of = dict(zip(names, values, strict=True))
-            left = {name: _followed(of[name]) for name in buffers}
-            with self.differentiable(), sdpa_kernel(SDPBackend.MATH):
-                return [self.dynamics.evaluate({name: of[name] for name in parameters}, left, query).reshape(())]
-
-        detached = [value.detach() for value in given]
-        plain = [{name: value.detach() for name, value in part.items()} for part in (parameters, buffers)]
-        expected = self.dynamics.evaluate(plain[0], plain[1], query).detach()
-        for attempt in ATTEMPTS:
-            graph = self._graph(self._queries, query, function, detached, attempt)
-            with fixed_draws(self.dynamics.device), torch.enable_grad():
-                (value,) = graph(*given)
-            if _alike([value], [expected.reshape(())]):
-                return value
-        raise UnsupportedError(
-            f"a trace of query {getattr(query, 'name', query)!r} gives another value than the query itself, so it does "
-            f"not do the same each time it is called. {WITHOUT_TRACE}"
-        )
+        return self._queries.ask(parameters, buffers, query)
 
     def _own(
         self, parameters: Parameters, buffers: Buffers, weights: Tensor, record: StepRecord, batches: list[MicroBatch]
@@ -143,7 +114,7 @@ class TracedStep(LossStep):
             for name in trained:
                 theta[name].requires_grad_()
             # Not leaves: what works in place on them is followed.
-            left = {name: _followed(of[name]) for name in buffers}
+            left = {name: followed(of[name]) for name in buffers}
             with torch.enable_grad(), self.differentiable(), sdpa_kernel(SDPBackend.MATH):
                 term, weights = part.term(self, values[len(names) :])
                 value = term(theta, left, weights)
@@ -159,22 +130,13 @@ class TracedStep(LossStep):
 
         values = [*parameters.values(), *buffers.values(), *part.tensors]
         key = (part.key, record.evaluation_mode, tuple(trained))
-        with self.dynamics.as_recorded(part.random_state):
-            graph = self._graph(self._graphs, key, function, [value.detach() for value in values], attempt)
+        with self.dynamics.as_recorded(part.random_state), naming_what_cannot_be_traced():
+            graph = self._traces.of(key, function, [value.detach() for value in values], attempt)
         with self.dynamics.as_recorded(part.random_state), torch.enable_grad():
             found = graph(*values)
         for name, value in zip(buffers, found[len(trained) :], strict=True):
             buffers[name] = value
         return dict(zip(trained, found[: len(trained)], strict=True))
-
-    def _graph(self, kept: Graphs, key: object, function: Function, inputs: Values, attempt: Attempt) -> Function:
-        key = (key, tuple((value.shape, value.dtype) for value in inputs))
-        if attempt != "kept" or key not in kept:
-            if len(kept) >= GRAPHS_KEPT:
-                kept.pop(next(iter(kept)))
-            with _naming_what_cannot_be_traced():
-                kept[key] = traced(function, inputs, functional=attempt != "as it ran")
-        return kept[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,38 +168,3 @@ class _Part:
             return step.gradient.data_term(micro, slice(None), parameters, buffers, weights)
 
         return term, weights
-
-
-def _followed(value: Tensor) -> Tensor:
-    return value.clone().requires_grad_().clone() if value.is_floating_point() else value.clone()
-
-
-def _alike(ones: Values, others: Values) -> bool:
-    """Whether they are the same but for rounding; a gradient that is 0 in theory is rounding alone."""
-    largest = [float(value.abs().max()) if value.numel() else 0.0 for value in others]
-    overall = max(largest, default=0.0)
-
-    def near(one: Tensor, other: Tensor, own: float) -> bool:
-        share = torch.finfo(other.dtype).eps ** 0.5
-        return bool(((one.detach() - other.detach()).abs() <= share * max(own, share * overall)).all())
-
-    return all(map(near, ones, others, largest))
-
-
-@contextmanager
-def _naming_what_cannot_be_traced() -> Iterator[None]:
-    try:
-        yield
-    except (UnsupportedError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UnsupportedError(
-            f"the operations of the workload's loss cannot be traced: {type(error).__name__}: {error}. {WITHOUT_TRACE}"
-        ) from error
-
-
-WITHOUT_TRACE = (
-    "Its backward pass is not the derivative of its forward pass (something is detached, or a hook or an autograd "
-    "function changes gradients), and influence then takes a trace. Make it so that it can be traced (no .item(), "
-    "numpy() or branch on a tensor's value), or use leave_one_out, which takes no derivative"
-)

@@ -64,9 +64,11 @@ class TrainingStep(ABC):
             for: here, all floating ones.
         batched: whether a backward pass of many rows at once pays; through convolutions it does not.
         needs_optimizer_values: whether :meth:`pull_back` needs the optimizer's state, or its keys alone.
+        by_trace: whether :meth:`pull_back` goes through a trace of what ran, rather than by autograd.
     """
 
     needs_optimizer_values: bool = True
+    by_trace: bool = False
 
     def __init__(self, dynamics: Dynamics) -> None:
         self.dynamics = dynamics
@@ -169,8 +171,7 @@ class TrainingStep(ABC):
         """What :meth:`pull_back` gives, for ``weights [sum B]`` that require a gradient: by autograd through
         :meth:`forward`. Rows of the optimizer's state go by ``name/key``."""
         before = state.map(lambda value: value.detach().requires_grad_(value.is_floating_point()), counters=False)
-        with torch.enable_grad(), self.differentiable(), sdpa_kernel(SDPBackend.MATH):
-            after = self.forward(before, batches, weights, record)
+        after = self.with_graph(before, batches, weights, record)
         parameters, buffers, slots = self._followed(before)
         moved, left, stored = self._followed(after)
         reached = [key for key in adjoint.optimizer if key in stored]
@@ -194,13 +195,17 @@ class TrainingStep(ABC):
             {key: value.reshape(rows, -1) for key, value in zip(slots, by_slots, strict=True)},
         ), by_weight
 
+    def with_graph(self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord) -> State:
+        """``s_{t+1}``, such that autograd leads back to the tensors of state and weights: here, :meth:`forward`."""
+        with torch.enable_grad(), self.differentiable(), sdpa_kernel(SDPBackend.MATH):
+            return self.forward(state, batches, weights, record)
+
     def _followed(self, state: State) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
         """Its parameters and buffers that are followed, and the optimizer's floating tensors by ``name/key``."""
-        slots = {f"{name}/{key}": value for name, entry in _slots(state).items() for key, value in entry.items()}
         return (
             [state.parameters[name] for name in self.followed_parameters.shapes],
             [state.buffers[name] for name in self.followed_buffers.shapes],
-            {key: value for key, value in slots.items() if value.is_floating_point()},
+            {f"{name}/{key}": value for (name, key), value in slots_of(state).items()},
         )
 
     def ask(self, parameters: Parameters, buffers: Parameters, query: Callable[[nn.Module], Tensor]) -> Tensor:
@@ -217,6 +222,20 @@ class TrainingStep(ABC):
         with _Made() as made:
             self(state, record)
         return made.nbytes
+
+
+Slot = tuple[str, str]
+"""Name of a parameter, and key of its state."""
+
+
+def slots_of(state: State) -> dict[Slot, Tensor]:
+    """The optimizer's floating tensors, but for counters."""
+    return {
+        (name, key): value
+        for name, entry in _slots(state).items()
+        for key, value in entry.items()
+        if value.is_floating_point()
+    }
 
 
 _Slots = dict[str, dict[str, Tensor]]

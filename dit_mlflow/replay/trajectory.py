@@ -11,8 +11,7 @@ import torch
 
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.loss_rows import samples_are_coupled
-from dit_mlflow.replay.loss_step import LossStep
-from dit_mlflow.replay.replay import MakeStep, Replay
+from dit_mlflow.replay.replay import MakeStep, Replay, step_of
 from dit_mlflow.trajectory.manifest import Manifest
 from dit_mlflow.trajectory.record import Fetch, Record
 from dit_mlflow.trajectory.state import State
@@ -56,7 +55,7 @@ class Trajectory(Record):
         """
         yield from self.replay(workload, dtype).forward(a, b)
 
-    def replay(self, workload: Workload, dtype: torch.dtype | None = None, make_step: MakeStep = LossStep) -> Replay:
+    def replay(self, workload: Workload, dtype: torch.dtype | None = None, make_step: MakeStep = step_of) -> Replay:
         """The machinery behind :meth:`states`, for callers that walk the trajectory more than once."""
         return Replay(self, workload, dtype, make_step)
 
@@ -66,6 +65,8 @@ class Trajectory(Record):
         Raises:
             WorkloadError: rows of the loss are those of other samples.
         """
+        if workload.step is not None:
+            return False  # How samples enter a step of one's own is its own to say.
         if workload not in self._coupled:
             self._coupled[workload] = samples_are_coupled(self, workload)
         return self._coupled[workload]

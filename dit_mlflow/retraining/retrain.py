@@ -89,8 +89,11 @@ class _Shared:
     @classmethod
     def of(cls, question: Question, replay: Replay, memory_budget: int) -> _Shared:
         # Without what only training and reports need, which may be hard to pickle.
-        optimizer = question.workload.optimizer if is_others(question.trajectory.manifest.optimizer.name) else None
-        lean = replace(question.workload, optimizer=optimizer, scheduler=None, test_set=None, metrics=None)
+        workload = question.workload
+        steps_it = workload.step is not None or is_others(question.trajectory.manifest.optimizer.name)
+        lean = replace(
+            workload, optimizer=workload.optimizer if steps_it else None, scheduler=None, test_set=None, metrics=None
+        )
         lean = replace(lean, describe=None, show=None, label=None)
         manifest, stored = question.trajectory.manifest, question.trajectory.batches
         dtype = replay.dynamics.dtype

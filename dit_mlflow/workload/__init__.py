@@ -3,10 +3,11 @@
 from dit_mlflow.workload.batches import Batch, floating_one, to_like
 from dit_mlflow.workload.consent import comes_with_package, load_recorded
 from dit_mlflow.workload.projects import WorkloadReference, load_workload
-from dit_mlflow.workload.workload import Plan, Workload
+from dit_mlflow.workload.workload import Optimizers, Plan, Workload
 
 __all__ = [
     "Batch",
+    "Optimizers",
     "Plan",
     "Workload",
     "WorkloadReference",

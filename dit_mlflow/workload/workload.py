@@ -22,6 +22,9 @@ from dit_mlflow.workload.batches import Batch
 from dit_mlflow.workload.random_state import preserved_random_state, seed_generators
 from dit_mlflow.workload.wrappers import plain_copy
 
+Optimizers = Optimizer | Mapping[str, Optimizer]
+"""What trains a model: one optimizer, or several by name."""
+
 
 @dataclass(frozen=True, eq=False)
 class Workload:
@@ -32,8 +35,8 @@ class Workload:
         loss: ``loss(model, batch) -> [B]``, one value per sample of the batch, in the batch's order.
         train_set: map-style dataset; sample ``i`` is ``train_set[i]``.
         validation_set: map-style dataset of the default query, the mean validation loss.
-        optimizer, batch_size, epochs: ``optimizer(model) -> torch.optim.Optimizer``, samples per micro-batch, passes
-            over ``train_set``; only :func:`train` needs them.
+        optimizer, batch_size, epochs: ``optimizer(model) -> torch.optim.Optimizer`` (with :attr:`step`, also a mapping
+            of several, by name), samples per micro-batch, passes over ``train_set``; only :func:`train` needs them.
         scheduler: ``scheduler(optimizer)``, stepped after each optimizer step.
         test_set: judged at the end of training, never used to choose anything.
         coefficients: ``coefficients(batch) -> [B]``, the factor ``c_i`` with which each sample's loss enters
@@ -52,6 +55,11 @@ class Workload:
         targets: ``targets(batch) -> [B]``, the class of each sample, for queries and methods that ask for it; default
             ``batch[1]`` or ``batch["labels"]``.
         metrics: ``metrics(model, batch) -> {name: [B]}``, averaged over validation and test set and logged.
+        step: ``step(model, optimizer, batch, weights) -> loss | None``: the whole training step of one batch, where it
+            is not "the loss, then the optimizer": several networks, optimizers or passes, averages of weights. Ordinary
+            PyTorch, from ``zero_grad`` to ``optimizer.step()``, in which sample ``i`` counts ``weights[i]`` times
+            (``weights [B]``, all 1 in training): ``(weights * losses).mean()``. Its state is in ``model`` (one module
+            that holds all networks) and in ``optimizer``, what :attr:`optimizer` gives; the loss is logged.
         reference, settings: where the workload came from; set by :func:`load_workload`, recorded with the
             trajectory, so that a later run can build the same workload.
     """
@@ -60,10 +68,10 @@ class Workload:
     loss: Callable[[nn.Module, Batch], Tensor]
     train_set: Dataset[Any]
     validation_set: Dataset[Any]
-    optimizer: Callable[[nn.Module], Optimizer] | None = None
+    optimizer: Callable[[nn.Module], Optimizers] | None = None
     batch_size: int | None = None
     epochs: int | None = None
-    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    scheduler: Callable[[Any], LRScheduler] | None = None
     test_set: Dataset[Any] | None = None
     coefficients: Callable[[Batch], Tensor] | None = None
     accumulate: int = 1
@@ -78,6 +86,7 @@ class Workload:
     outputs: Callable[[nn.Module, Batch], Tensor] | None = None
     targets: Callable[[Batch], Tensor] | None = None
     metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
+    step: Callable[[nn.Module, Any, Batch, Tensor], Tensor | None] | None = None
     reference: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -97,9 +106,21 @@ class Workload:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise WorkloadError(f"Workload.{name} is {value}; expected 1 or more")
+        if self.step is not None:
+            self._check_step()
         outside = [index for index in self.corrupted if not 0 <= index < self.num_samples]
         if outside:
             raise WorkloadError(f"Workload.corrupted names samples {outside[:5]} outside 0 … {self.num_samples - 1}")
+
+    def _check_step(self) -> None:
+        if self.optimizer is None:
+            raise WorkloadError("Workload.step is given without Workload.optimizer, which makes what it steps")
+        parts = {"accumulate": 1, **dict.fromkeys(("coefficients", "clip_grad_norm", "clip_grad_value", "regularizer"))}
+        for name, default in parts.items():
+            if getattr(self, name) != default:
+                raise WorkloadError(
+                    f"Workload.step makes the whole step; do there what Workload.{name} does, and omit it"
+                )
 
     @property
     def title(self) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import mlflow
 from mlflow import MlflowClient
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from dit_mlflow.evaluation import mean_scores
@@ -23,7 +22,7 @@ from dit_mlflow.tracking.store.datasets import SampleSet, log_dataset, workload_
 from dit_mlflow.tracking.store.models import log_model
 from dit_mlflow.tracking.store.names import KIND, TRAJECTORY
 from dit_mlflow.tracking.store.run_log import log_metrics, log_series, project_run
-from dit_mlflow.workload import Workload
+from dit_mlflow.workload import Optimizers, Workload
 from dit_mlflow.workload.dataset_digest import dataset_digest
 
 PARAM_CHARACTERS = 6000
@@ -60,7 +59,7 @@ def run_training(
             }
         )
 
-        def recording(model: nn.Module, optimizer: Optimizer) -> AbstractContextManager[TrajectoryRecorder]:
+        def recording(model: nn.Module, optimizer: Optimizers) -> AbstractContextManager[TrajectoryRecorder]:
             return record_trajectory(model, optimizer, workload, checkpoint_every=checkpoint_every)
 
         started = time.perf_counter()

@@ -13,7 +13,6 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from torch import nn
-from torch.optim import Optimizer
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.recording import TrajectoryRecorder
@@ -24,7 +23,7 @@ from dit_mlflow.tracking.store.artifacts import active_run_id, artifact_folder, 
 from dit_mlflow.tracking.store.datasets import SampleSet, log_dataset, workload_source
 from dit_mlflow.tracking.store.names import KIND, RECORDING, TRAJECTORY
 from dit_mlflow.tracking.ui.notes import note_training
-from dit_mlflow.workload import Workload
+from dit_mlflow.workload import Optimizers, Workload
 
 logger = logger_of(__name__)
 
@@ -32,7 +31,7 @@ logger = logger_of(__name__)
 @contextmanager
 def record_trajectory(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizers,
     workload: Workload | None = None,
     run_id: str | None = None,
     *,

@@ -1,0 +1,316 @@
+"""A training step of the workload's own: run as it is, and in reverse through a trace of it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from dit_mlflow.errors import DitError, TrajectoryError, UnsupportedError, first_line
+from dit_mlflow.replay.dynamics import Dynamics, MicroBatch
+from dit_mlflow.replay.optimizers import emptied, every, groups_of, set_hyperparameters
+from dit_mlflow.replay.traced import Attempt, Function, Traces, followed
+from dit_mlflow.replay.training_step import Slot, TrainingStep, slots_of
+from dit_mlflow.trajectory.state import State
+from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload.batches import tensors_of, with_tensors
+
+WAYS: tuple[tuple[Attempt, bool], ...] = (("kept", True), ("anew", True), ("anew", False), ("as it ran", False))
+"""How to come by a trace, and whether counters and learning rates are inputs of it or numbers in it."""
+
+
+class OwnStep(TrainingStep):
+    """:attr:`Workload.step`: several optimizers, models or passes, averages of weights, whatever a loop does in a step.
+
+    Forwards, the step runs as it is. In reverse, its operations are recorded below autograd, backward passes and
+    optimizers among them, and differentiated as they ran. A trace serves all steps of its shapes: counters and learning
+    rates are inputs of it, where the optimizers take them as tensors (those of ``torch.optim`` that have a flag
+    ``differentiable``). Where it leads is held against where the step itself leads, each time; where that is another
+    place (a branch, a counter that is a number), the step is traced anew.
+
+    Followed are all floating parameters and buffers, and the optimizers' state.
+
+    Args:
+        dynamics: model and data; its workload has a step.
+
+    Raises:
+        TrajectoryError: the workload's optimizers are not those recorded.
+        UnsupportedError: in reverse, the step cannot be traced, or its trace leads elsewhere.
+
+    Cost: forwards, the step; in reverse, the step and three to four more; a trace, some 1 ms an operation.
+    """
+
+    by_trace = True
+
+    def __init__(self, dynamics: Dynamics) -> None:
+        super().__init__(dynamics)
+        workload = dynamics.workload
+        assert workload.step is not None and workload.optimizer is not None
+        self._step = workload.step
+        self._layout = dynamics.manifest.optimizer
+        model = workload.build_model()
+        self._trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._optimizer = emptied(workload.optimizer(model), self._layout)
+        self._traces = Traces()
+        self._slots: dict[object, list[Slot]] = {}
+        self._takes_tensors: dict[object, bool] = {}
+
+    def forward(
+        self,
+        state: State,
+        batches: list[MicroBatch],
+        weights: Tensor | None,
+        record: StepRecord,
+        over: State | None = None,
+    ) -> State:
+        micro = _only(batches, record)
+        after = state.copy(over)
+        if weights is None:
+            weights = torch.ones(micro.size, dtype=self.dynamics.floating_dtype, device=self.dynamics.device)
+        try:
+            with torch.enable_grad():
+                return self._made(after, micro, weights, record)
+        except (DitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise TrajectoryError(
+                f"Workload.step cannot make step {record.index} of the record: {type(error).__name__}: {error}"
+            ) from error
+
+    def with_graph(self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord) -> State:
+        trace = self._trace(state, batches, weights, record)
+        with self.dynamics.as_recorded(_only(batches, record).random_state), torch.enable_grad():
+            return trace.state(trace.function(*trace.inputs))
+
+    def forward_side_by_side(
+        self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, over: State | None = None
+    ) -> State:
+        """By one ``vmap`` of the trace."""
+        first = state.map(lambda value: value[0], counters=False)
+        trace = self._trace(first, batches, weights[0], record)
+        inputs = [*trace.inputs]
+        copies = [*state.parameters.values(), *state.buffers.values(), *slots_of(state).values()]
+        inputs[: len(copies)], inputs[trace.weights] = copies, weights
+        dims = [0 if place < len(copies) or place == trace.weights else None for place in range(len(inputs))]
+        with self.dynamics.as_recorded(_only(batches, record).random_state), torch.no_grad():
+            return trace.state(torch.func.vmap(trace.function, tuple(dims), randomness="same")(*inputs))
+
+    def _made(
+        self,
+        state: State,
+        micro: MicroBatch,
+        weights: Tensor,
+        record: StepRecord,
+        rates: Sequence[Tensor] | None = None,
+    ) -> State:
+        """The step on the tensors of ``state``, in place; with ``rates`` (may be empty), such that it can be traced."""
+        parameters, buffers = state.parameters, dict(state.buffers)
+        for name in self._trained:
+            parameters[name].requires_grad_()
+        set_hyperparameters(self._optimizer, record.hyperparameters)
+        for group, names in zip(groups_of(self._optimizer), self._layout.groups, strict=True):
+            group["params"] = [parameters[name] for name in names]
+        names_of = {parameters[name]: name for names in self._layout.groups for name in names}
+        for optimizer in every(self._optimizer):
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            entries = {parameter: state.optimizer.get(names_of[parameter]) for parameter in own}
+            optimizer.state = defaultdict(dict, {p: dict(entry) for p, entry in entries.items() if entry})
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self.dynamics.as_recorded(micro.random_state))
+                if rates is not None:
+                    stack.enter_context(_traceable(every(self._optimizer), rates))
+                self.dynamics.call(
+                    parameters, buffers, lambda model: self._step(model, self._optimizer, micro.batch, weights)
+                )
+            after = {
+                names_of[parameter]: {key: value for key, value in entry.items() if value is not None}
+                for optimizer in every(self._optimizer)
+                for parameter, entry in optimizer.state.items()
+            }
+        finally:
+            for optimizer in every(self._optimizer):
+                optimizer.state = defaultdict(dict)
+            for group in groups_of(self._optimizer):
+                group["params"] = []
+            for parameter in parameters.values():
+                parameter.grad = None
+        return State(parameters, buffers, after).map(Tensor.detach)
+
+    def _trace(self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord) -> _Trace:
+        """A trace that leads from ``state`` where the step does."""
+        micro = _only(batches, record)
+        plain = state.map(Tensor.detach)
+        expected = self.forward(plain, self.dynamics.load(record), weights.detach(), record)
+        slots = slots_of(state)
+        rest = {
+            (name, key): value
+            for name, entry in state.optimizer.items()
+            for key, value in entry.items()
+            if (name, key) not in slots
+        }
+        counters = {slot: value.double() for slot, value in rest.items() if isinstance(value, Tensor)}
+        rates = [torch.tensor(float(settings.get("lr", 0)), dtype=torch.float64) for settings in record.hyperparameters]
+        inputs = [*state.parameters.values(), *state.buffers.values(), *slots.values(), *counters.values(), *rates]
+        place = len(inputs)
+        inputs += [weights, *tensors_of(micro.batch)]
+        takes_tensors = True
+        key = (record.evaluation_mode, tuple(slots), tuple(rest))
+        shapes = (key, tuple(value.shape for value in inputs))
+
+        def function(*values: Tensor) -> list[Tensor]:
+            given = (value.clone() for value in values)
+            parameters = {name: next(given) for name in state.parameters}
+            buffers = {name: followed(next(given)) for name in state.buffers}
+            entries: dict[str, dict[str, Any]] = defaultdict(dict)
+            for name, key in slots:
+                entries[name][key] = next(given)
+            for name, key in counters:
+                counter = next(given)
+                entries[name][key] = counter if takes_tensors else rest[name, key].clone()
+            for (name, key), value in rest.items():
+                entries[name].setdefault(key, value)
+            own_rates = [next(given) for _ in rates]
+            own_weights = next(given)
+            own = replace(micro, batch=with_tensors(micro.batch, list(given)))
+            with torch.enable_grad(), self.differentiable(), sdpa_kernel(SDPBackend.MATH):
+                before = State(parameters, buffers, entries)
+                after = self._made(before, own, own_weights, record, own_rates if takes_tensors else ())
+            self._slots[shapes] = [*slots_of(after)]
+            return [*after.parameters.values(), *after.buffers.values(), *slots_of(after).values()]
+
+        detached = [value.detach() for value in inputs]
+        problem = "it leads elsewhere than the step itself"
+        for attempt, takes_tensors in WAYS:
+            if takes_tensors and not self._takes_tensors.get(key, True):
+                continue
+            try:
+                graph = self._traces.of(key, function, detached, attempt, roots=True)
+                with torch.no_grad(), self.dynamics.as_recorded(micro.random_state):
+                    trace = _Trace(graph, inputs, place, state, self._slots[shapes], expected)
+                    found = trace.state(graph(*detached))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                problem = f"{type(error).__name__}: {first_line(error)}"
+                continue
+            if _same_place(found, expected, plain):
+                self._takes_tensors[key] = takes_tensors
+                return trace
+        raise UnsupportedError(
+            f"step {record.index}: Workload.step cannot be followed by a trace: {problem}. Influence needs its "
+            "derivative: do the same each time it is called, on tensors alone (no numpy(), no work on .data), or use "
+            "leave_one_out, which takes no derivative"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Trace:
+    """A traced step, what it is called with, and how its results are read.
+
+    Attributes:
+        weights: place of the samples' weights among the inputs.
+        slots: the optimizers' tensors after the step.
+        expected: ``s_{t+1}``, with the optimizers' counters.
+    """
+
+    function: Function
+    inputs: list[Tensor]
+    weights: int
+    before: State
+    slots: list[Slot]
+    expected: State
+
+    def state(self, results: Sequence[Tensor]) -> State:
+        given = iter(results)
+        parameters = {name: next(given) for name in self.before.parameters}
+        buffers = {name: next(given) for name in self.before.buffers}
+        entries = {name: dict(entry) for name, entry in self.expected.optimizer.items()}
+        for name, key in self.slots:
+            entries[name][key] = next(given)
+        return State(parameters, buffers, entries)
+
+
+@contextmanager
+def _traceable(optimizers: Sequence[Optimizer], rates: Sequence[Tensor]) -> Iterator[None]:
+    """Optimizers step parameter by parameter, at ``rates`` that are tensors if there are any, and keep every graph."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group.update({flag: False for flag in ("foreach", "fused", "capturable") if flag in group})
+    for group, rate in zip(groups, rates, strict=False):
+        if "differentiable" in group:
+            # SGD reads a rate that needs no gradient as a number.
+            group.update(differentiable=True, lr=rate.requires_grad_())
+    for optimizer in optimizers:
+        optimizer.step = torch.no_grad()(partial(inspect.unwrap(type(optimizer).step), optimizer))  # type: ignore[method-assign]
+    try:
+        with _KeepingGraphs(), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=r"Using backward\(\) with create_graph=True", category=UserWarning
+            )
+            yield
+    finally:
+        for optimizer in optimizers:
+            vars(optimizer).pop("step", None)
+
+
+class _KeepingGraphs(TorchFunctionMode):
+    """Of the formulas for a backward pass, autograd takes those that can be differentiated; lists of tensors
+    (``torch._foreach_…``, as in ``clip_grad_norm_``) are worked on one by one, which can be too."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if (name := getattr(func, "__name__", "")).startswith(_ON_LISTS):
+            one = getattr(Tensor, name.removeprefix(_ON_LISTS))
+            parts = [
+                one(*(arg[place] if isinstance(arg, (list, tuple)) else arg for arg in args), **kwargs)
+                for place in range(len(args[0]))
+            ]
+            return None if name.endswith("_") else parts
+        if len(args) < _CREATE_GRAPH.get(func, 0):
+            kwargs["create_graph"] = True
+        return func(*args, **kwargs)
+
+
+_ON_LISTS = "_foreach_"
+
+_CREATE_GRAPH = {Tensor.backward: 4, torch.autograd.grad: 5}
+"""Positional arguments up to ``create_graph``."""
+
+
+def _only(batches: list[MicroBatch], record: StepRecord) -> MicroBatch:
+    if len(batches) != 1:
+        raise TrajectoryError(
+            f"step {record.index} was recorded with {len(batches)} batches; Workload.step makes a step of one"
+        )
+    return batches[0]
+
+
+def _same_place(found: State, expected: State, before: State) -> bool:
+    """Whether two states after a step are the same but for rounding."""
+    pairs = []
+    for part in ("parameters", "buffers"):
+        pairs += [(getattr(found, part)[n], v, getattr(before, part)[n]) for n, v in getattr(expected, part).items()]
+    ours, old = slots_of(found), slots_of(before)
+    pairs += [(ours[slot], value, old.get(slot, torch.zeros_like(value))) for slot, value in slots_of(expected).items()]
+    pairs = [pair for pair in pairs if pair[1].is_floating_point() and pair[1].numel()]
+    ways = [float((value - start).abs().max()) for _, value, start in pairs]
+    longest = max(ways, default=0.0)
+
+    def near(ours: Tensor, theirs: Tensor, way: float) -> bool:
+        eps = torch.finfo(theirs.dtype).eps
+        allowed = eps**0.5 * max(way, eps**0.5 * longest) + 8 * eps * float(theirs.abs().max())
+        return bool(((ours - theirs).abs() <= allowed).all())
+
+    return all(near(ours, theirs, way) for (ours, theirs, _), way in zip(pairs, ways, strict=True))
