@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from dit_mlflow.errors import UnsupportedError
-from dit_mlflow.influence import expected_influence, self_influence, track
+from dit_mlflow.influence import Influence, expected_influence, self_influence, track
 from dit_mlflow.influence.draws import check_draws
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method, WindowMethod

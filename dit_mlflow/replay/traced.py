@@ -44,6 +44,11 @@ def traced(function: Function, inputs: Sequence[Tensor], roots: bool = False, fu
             return function(*values)
 
     recorded = make_fx(with_values)(*inputs)
+    for node in reversed(recorded.graph.nodes):
+        # It raised, and what was done in its place follows (RecordedDtype).
+        if node.op == "call_function" and not node.users and "val" not in node.meta:
+            recorded.graph.erase_node(node)
+    recorded.recompile()
     # What works in place cannot be differentiated where values before it are still needed.
     graph = make_fx(torch.func.functionalize(recorded, remove="mutations"))(*inputs) if functional else recorded
     for node in list(graph.graph.nodes):

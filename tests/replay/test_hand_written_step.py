@@ -241,5 +241,5 @@ def test_a_step_written_by_hand_leaves_samples_out(
 
 def test_methods_made_for_a_loss_and_an_optimizer_refuse_other_steps(hand_written: Any) -> None:
     trajectory, workload, _ = hand_written
-    with pytest.raises(UnsupportedError, match=r"here a step is a \w+Step\. Use dit or leave_one_out"):
+    with pytest.raises(UnsupportedError, match=r"here a step is a \w+Step\. Use dit, removal or leave_one_out"):
         _ = trajectory.replay(workload).loss_step
