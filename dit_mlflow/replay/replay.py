@@ -122,7 +122,7 @@ class Replay:
             UnsupportedError: it is of another kind.
         """
         if not isinstance(self.training_step, LossStep):
-            raise UnsupportedError(MADE_FOR_A_LOSS.format(type(self.training_step).__name__))
+            raise UnsupportedError(MADE_FOR_A_LOSS.format(f"a {type(self.training_step).__name__}"))
         return self.training_step
 
     def derivative_check(self, first: int, last: int) -> DerivativeCheck | None:
