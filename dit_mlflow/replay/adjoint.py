@@ -86,11 +86,6 @@ class Adjoint:
             {key: stacked(key, size) for key, size in sizes.items()},
         )
 
-    def slot(self, key: str) -> Tensor:
-        """``optimizer[key]``, or its zeros ``[A, N]``."""
-        value = self.optimizer.get(key)
-        return torch.zeros_like(self.parameters) if value is None else value
-
     def keep(self, rows: Sequence[int]) -> Adjoint:
         """Only the given rows."""
         picked = list(rows)

@@ -14,8 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.replay.adjoint import Adjoint, vector_jacobian
 from dit_mlflow.replay.optimizers import optimizer_class
-from dit_mlflow.replay.step_adjoint import PulledGroup
-from dit_mlflow.replay.update_groups import UpdateGroup
+from dit_mlflow.replay.step_adjoint import PulledGroup, UpdateGroup
 from dit_mlflow.trajectory.state import COUNTERS, State
 
 
@@ -42,14 +41,14 @@ class AutogradStep:
         self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
     ) -> list[PulledGroup]:
         clipped = gradients()
-        return [self.pull(state, group, clipped[group.gradient], adjoint) for group in groups]
+        return [self._pull(state, group, clipped[group.gradient], adjoint) for group in groups]
 
-    def pull(self, state: State, group: UpdateGroup, gradient: Tensor, adjoint: Adjoint) -> PulledGroup:
+    def _pull(self, state: State, group: UpdateGroup, gradient: Tensor, adjoint: Adjoint) -> PulledGroup:
         """One run's part, from its gradient ``[size]``."""
         if group.settings["lr"] == 0.0 and self._divides_by_rate:
             # At the start of a warm-up only the state moves, as it does at any other rate.
             still = Adjoint(torch.zeros_like(adjoint.parameters), adjoint.buffers, adjoint.optimizer)
-            moving = self.pull(state, replace(group, settings={**group.settings, "lr": 1.0}), gradient, still)
+            moving = self._pull(state, replace(group, settings={**group.settings, "lr": 1.0}), gradient, still)
             return replace(moving, parameters=moving.parameters + adjoint.parameters[:, group.part])
         theta = group.parameters(state).requires_grad_()
         stored = {key: _stored(state, group, key, value) for key, value in group.entry.items()}

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import groupby
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from dit_mlflow.replay.adjoint import Adjoint
-from dit_mlflow.replay.update_groups import UpdateGroup
-from dit_mlflow.trajectory.state import State
+from dit_mlflow.replay.adjoint import Adjoint, Flat
+from dit_mlflow.trajectory.manifest import OptimizerLayout
+from dit_mlflow.trajectory.state import COUNTERS, State
+from dit_mlflow.trajectory.step_record import StepRecord
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateGroup:
+    """Neighbouring parameters with a gradient that share param group, counters and kinds of state.
+
+    Attributes:
+        names: of the parameters.
+        part: where they stand among all that the optimizer holds.
+        gradient: where their gradients stand among the step's gradients.
+        settings: hyperparameters of their group.
+        entry: the optimizer's state of the first of them; its counters are those of all.
+    """
+
+    names: Sequence[str]
+    part: slice
+    gradient: slice
+    settings: Mapping[str, Any]
+    entry: Mapping[str, Any]
+
+    def parameters(self, state: State) -> Tensor:
+        """Their values in ``state``, ``[size]``."""
+        return torch.cat([state.parameters[name].detach().reshape(-1) for name in self.names])
+
+    def slot(self, state: State, key: str) -> Tensor:
+        """Their optimizer state ``key`` in ``state``, ``[size]``."""
+        return torch.cat([state.optimizer[name][key].detach().reshape(-1) for name in self.names])
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,3 +83,33 @@ class StepAdjoint(Protocol):
             adjoint: at ``t + 1``.
         """
         ...
+
+
+def update_groups(
+    layout: OptimizerLayout, held: Flat, state: State, step: StepRecord, gradients: Flat
+) -> list[UpdateGroup]:
+    """The runs of a step, in the optimizer's order; parameters without a gradient are in none.
+
+    Args:
+        layout: the recorded optimizer.
+        held: the parameters that it holds, group after group.
+        state: ``s_t``.
+        step: its hyperparameters.
+        gradients: layout of the gradients: first those of parameters in ``held``, in that order.
+    """
+
+    def kind(name: str) -> Any:
+        entry = state.optimizer.get(name, {})
+        return name in gradients.shapes, [(key, float(v) if key in COUNTERS else None) for key, v in entry.items()]
+
+    def span(flat: Flat, names: Sequence[str]) -> slice:
+        return slice(flat.slices[names[0]].start, flat.slices[names[-1]].stop)
+
+    groups = []
+    for group, settings in zip(layout.groups, step.hyperparameters, strict=True):
+        for (active, _), members in groupby(group, key=kind):
+            if active:
+                names = tuple(members)
+                entry = state.optimizer.get(names[0], {})
+                groups.append(UpdateGroup(names, span(held, names), span(gradients, names), settings, entry))
+    return groups

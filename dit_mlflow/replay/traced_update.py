@@ -14,9 +14,8 @@ from torch.optim import Optimizer
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.replay.adjoint import Adjoint, Flat, grad_or_zeros, vector_jacobian
 from dit_mlflow.replay.slope import STRIDES, Slope
-from dit_mlflow.replay.step_adjoint import PulledGroup
+from dit_mlflow.replay.step_adjoint import PulledGroup, UpdateGroup
 from dit_mlflow.replay.traced import Function, traced
-from dit_mlflow.replay.update_groups import UpdateGroup
 from dit_mlflow.trajectory.state import State
 
 Slot = tuple[str, str]

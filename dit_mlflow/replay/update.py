@@ -12,11 +12,9 @@ from torch.optim import Optimizer
 
 from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
 from dit_mlflow.replay.autograd_step import AutogradStep
-from dit_mlflow.replay.closed_forms import AdamStep, SgdStep
 from dit_mlflow.replay.optimizers import is_others
-from dit_mlflow.replay.step_adjoint import PulledGroup, StepAdjoint
+from dit_mlflow.replay.step_adjoint import PulledGroup, StepAdjoint, UpdateGroup, update_groups
 from dit_mlflow.replay.traced_update import TracedUpdate
-from dit_mlflow.replay.update_groups import UpdateGroup, update_groups
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
@@ -123,6 +121,46 @@ class UpdateAdjoint:
         return Adjoint(parameters, adjoint.buffers, optimizer)
 
 
+class SgdStep:
+    """SGD, which is linear in parameters, momentum and gradient: its transpose needs neither their values nor a graph.
+
+    ``h = ± g + weight_decay * theta``, ``m' = momentum * m + (1 - dampening) * h`` and ``theta' = theta - lr * d``,
+    where ``d`` is ``m'``, or ``h + momentum * m'`` (Nesterov), or ``h`` (no momentum). Autograd through PyTorch's code
+    is wrong for the first step with momentum, whose buffer that code detaches from the gradient.
+
+    Cost: three or four elementwise passes per row.
+    """
+
+    needs_values = False
+
+    def __call__(
+        self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
+    ) -> list[PulledGroup]:
+        return [self._pull(group, adjoint) for group in groups]
+
+    def _pull(self, group: UpdateGroup, adjoint: Adjoint) -> PulledGroup:
+        settings = group.settings
+        rate, momentum = settings["lr"], settings["momentum"]
+        parameters = adjoint.parameters[:, group.part]
+        if not momentum:
+            by_h, optimizer = parameters * -rate, {}
+        else:
+            through = -rate * momentum if settings["nesterov"] else -rate
+            later = adjoint.optimizer.get("momentum_buffer")
+            # In place: the adjoint after the step is not needed any more.
+            by_buffer = parameters * through if later is None else later[:, group.part].add_(parameters, alpha=through)
+            # The first buffer is the gradient itself, whatever the dampening.
+            first = "momentum_buffer" not in group.entry
+            share = 1.0 if first else 1.0 - settings["dampening"]
+            by_h = by_buffer if share == 1.0 else by_buffer * share
+            if settings["nesterov"]:
+                by_h = by_h.add(parameters, alpha=-rate)
+            optimizer = {} if first else {"momentum_buffer": by_buffer * momentum}
+        if settings["weight_decay"]:
+            parameters = torch.add(parameters, by_h, alpha=settings["weight_decay"])
+        return PulledGroup(parameters, -by_h if settings["maximize"] else by_h, optimizer)
+
+
 def _undefined(groups: Sequence[UpdateGroup], pulled: Sequence[PulledGroup], flat: Flat) -> list[Tensor]:
     found = torch.zeros((1, flat.size), dtype=torch.bool, device=pulled[0].gradients.device if pulled else None)
     for group, part in zip(groups, pulled, strict=True):
@@ -136,6 +174,4 @@ def _step_adjoint(layout: OptimizerLayout, held: Flat, optimizer: Optimizer) -> 
         return TracedUpdate(optimizer, layout.groups, held)
     if layout.name == "SGD":
         return SgdStep()
-    if layout.name in ("Adam", "AdamW"):
-        return AdamStep(layout.name)
     return AutogradStep(layout.name)
