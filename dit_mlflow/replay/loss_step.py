@@ -13,12 +13,11 @@ from torch import Tensor
 
 from dit_mlflow.errors import DitError, TrajectoryError
 from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
-from dit_mlflow.replay.buffers import BuffersApart
 from dit_mlflow.replay.double_backward import PlainAttention, refuse_dead_ends
 from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
 from dit_mlflow.replay.loss_gradient import LossGradient, Term
 from dit_mlflow.replay.optimizers import build_optimizer, is_others, set_hyperparameters
-from dit_mlflow.replay.running_statistics import running_statistics
+from dit_mlflow.replay.running_statistics import BuffersApart, running_statistics
 from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.replay.update import Pulled, UpdateAdjoint
 from dit_mlflow.trajectory.state import State
