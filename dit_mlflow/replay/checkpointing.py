@@ -1,8 +1,8 @@
-"""Gradient checkpointing (``torch.utils.checkpoint``) left out where a replay calls the model.
+"""Gradient checkpointing (``torch.utils.checkpoint``) is skipped where a replay calls the model.
 
-A checkpointed part runs again when the gradient is taken. By then a replayed model has given its values back, and the
-older, reentrant form cannot be differentiated twice. Called once, plainly, the part gives the same values and the same
-gradients: torch runs it the second time under the random state of the first.
+A checkpointed part runs again when the gradient is taken. By then a replayed model no longer holds the values of the
+call, and the older, reentrant form cannot be differentiated twice. Without checkpointing, values and gradients are the
+same: torch runs the part the second time under the random state of the first.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.utils import checkpoint
 class WithoutRecomputation:
     """A context in which this thread's checkpointed functions are plain calls, whichever way they were imported.
 
-    Two public classes are patched meanwhile, once for all threads:
+    Inside it, two public classes are patched, once for all threads:
 
-    - the reentrant form is ``CheckpointFunction``, whose ``apply`` calls the function;
-    - the other form knows what to run again by its own ``saved_tensors_hooks``, which are not set here; others' are.
+    - ``CheckpointFunction`` is the reentrant form: its ``apply`` calls the function plainly;
+    - the other form sets ``saved_tensors_hooks`` of its own: these are skipped; hooks of others are set.
 
-    The memory is that without checkpointing. A torch that does it otherwise gives no wrong numbers: what runs again
-    meets a model without values (:meth:`dit_mlflow.replay.substitution.Substitution.withdraw`), and what is reentrant
-    refuses ``torch.autograd.grad``. The same holds for checkpointing by other libraries.
+    Memory is that without checkpointing. A torch that works otherwise gives an error, not wrong numbers: a part that
+    runs again finds a model without values (:meth:`dit_mlflow.replay.substitution.Substitution.withdraw`), and the
+    reentrant form refuses ``torch.autograd.grad``. The same holds for checkpointing by other libraries.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class WithoutRecomputation:
 
 
 class _Patch:
-    """Another attribute of a class, until it is undone."""
+    """Replaces an attribute of a class until :meth:`undo`."""
 
     def __init__(self, cls: type, name: str, value: object) -> None:
         self._cls, self._name = cls, name

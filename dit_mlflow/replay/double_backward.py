@@ -1,4 +1,4 @@
-"""What the second derivative of a step needs of its operations, and errors that name those without one."""
+"""Replace or refuse operations that torch does not differentiate twice, or differentiates wrongly."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from dit_mlflow.torch_internals import MISSING_DERIVATIVE, REFUSING_NODE, weight
 
 
 class TwiceDifferentiable:
-    """Makes a model, and contexts in which it is called, such that it can be differentiated twice.
+    """Changes a model so that it can be differentiated twice; the instance is the context in which to call it.
 
     Args:
-        model: one's own copy; it is changed.
+        model: a copy that may be changed.
 
-    - Sparse gradients (``Embedding(sparse=True)``) are made dense; the optimizers that take both make the same step.
-    - Weight normalisation: the second derivative of torch's kernel is wrong (torch 2.13, without an error); bags of
-      embeddings have none. Both are written out.
-    - Gradient checkpointing is left out: see :mod:`dit_mlflow.replay.checkpointing`.
+    - Sparse gradients (``Embedding(sparse=True)``) become dense; optimizers that accept both make the same step.
+    - Weight normalisation and bags of embeddings are written out: the second derivative of torch's kernel for the first
+      is wrong (torch 2.13, without an error), and the second has none.
+    - Gradient checkpointing is skipped, see :mod:`dit_mlflow.replay.checkpointing`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,9 +71,9 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Sums, means or largest elements of rows of ``weight``, bag by bag, as :func:`torch.nn.functional.embedding_bag`.
+    """:func:`torch.nn.functional.embedding_bag` in ordinary operations.
 
-    ``max_norm`` and ``scale_grad_by_freq`` are torch's own: a recorder refuses them.
+    Calls with ``max_norm`` or ``scale_grad_by_freq`` go to torch's kernel; the recorder refuses such models.
     """
     if max_norm is not None or scale_grad_by_freq:
         return F.embedding_bag(
@@ -105,9 +105,9 @@ def embedding_bag(
 
 
 class PlainAttention:
-    """A context: of the attention kernels, only the plain one can be differentiated twice.
+    """A context that selects the plain attention kernel, the only one that can be differentiated twice.
 
-    Choosing it takes a tenth of a small model's step, so the first step shows whether there is attention at all.
+    Selecting it takes a tenth of a small model's step, so this is skipped if the first step calls no attention.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class PlainAttention:
 
 @contextmanager
 def naming_missing_derivatives() -> Iterator[None]:
-    """Inside it, an error of torch about a missing derivative becomes :class:`UnsupportedError`."""
+    """Inside it, torch's error about a missing derivative becomes an :class:`UnsupportedError`."""
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
@@ -138,7 +138,7 @@ def naming_missing_derivatives() -> Iterator[None]:
 
 
 def refuse_dead_ends(gradients: Iterable[Tensor]) -> None:
-    """Refuse gradients that autograd would take for constants: it does not run into the error that it planted there."""
+    """Raise for gradients that ``once_differentiable`` cut off: autograd would treat them as constants."""
     seen: set[Any] = set()
     left = [gradient.grad_fn for gradient in gradients]
     while left:
@@ -152,8 +152,6 @@ def refuse_dead_ends(gradients: Iterable[Tensor]) -> None:
 
 
 class _Calls(TorchFunctionMode):
-    """Notes which functions are called."""
-
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[Any] = set()

@@ -38,12 +38,12 @@ _NORMALISATIONS = (
 class DifferentiableStatistics(TorchFunctionMode):
     """Inside it, ``batch_norm`` and ``instance_norm`` can be differentiated in their running statistics.
 
-    PyTorch's kernels update them, and normalise by them, without a derivative. Here the update in training is
+    PyTorch's kernels have no derivative in them. Here ordinary operations do the normalisation in evaluation, and, in
+    place, the update in training:
 
     ``running = (1 - momentum) * running + momentum * statistic of the layer's input``
 
-    in place, by ordinary operations, and so is the normalisation in evaluation. Calls without running statistics, or
-    whose running statistics need no gradient, are PyTorch's own.
+    Calls whose running statistics are missing or need no gradient go to PyTorch's kernels.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,7 +107,7 @@ def _normalise(
 
 
 class BuffersApart:
-    """Finds buffers that move with the parameters in a way that cannot be differentiated.
+    """Finds buffers that a sweep does not follow, although their updates depend on the parameters.
 
     A running mean of the inputs, a counter or a schedule do not depend on the parameters and are constants for
     influence; a code book or the vectors of spectral norm are not.
@@ -125,10 +125,10 @@ class BuffersApart:
         self._harmless: set[str] = set()
 
     def check(self, before: State, after: Buffers, record: StepRecord) -> None:
-        """Raise :class:`UnsupportedError` if the step moved such a buffer, from ``before`` to ``after``.
+        """Raise :class:`UnsupportedError` if the step changed such a buffer, from ``before`` to ``after``.
 
-        Whether the parameters matter is tried, once per buffer that is seen to move: with other parameters, the step's
-        forward passes must leave the very same values. Cost: two forward passes per moving buffer, once.
+        A changed buffer passes if the step's forward passes leave the same values with perturbed parameters.
+        Cost: two forward passes, once for each buffer that changes.
         """
         for name, value in before.buffers.items():
             if name in self._followed or name in self._harmless or not value.is_floating_point():
@@ -143,7 +143,7 @@ class BuffersApart:
             if not torch.equal(left, expected):
                 raise UnsupportedError(
                     f"buffer {name!r} changes in training (step {record.index}) with the model's parameters, so a "
-                    "sample's influence travels through it, but its update cannot be differentiated. Followed are the "
+                    "sample has influence through it, but its update cannot be differentiated. A sweep follows the "
                     "running statistics of BatchNorm and InstanceNorm; leave_one_out follows all buffers"
                 )
             self._harmless.add(name)

@@ -1,4 +1,4 @@
-"""The contract of vector-Jacobian products of an optimizer's step, without clipping."""
+"""The interface of vector-Jacobian products of an optimizer's step, without clipping."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from dit_mlflow.trajectory.step_record import StepRecord
 
 @dataclass(frozen=True, eq=False)
 class UpdateGroup:
-    """Neighbouring parameters with a gradient that share param group, counters and kinds of state.
+    """Consecutive parameters that an optimizer steps alike, so that they can be treated as one vector of ``size``.
+
+    They have gradients, and share param group, counters and keys of state.
 
     Attributes:
         names: of the parameters.
-        part: where they stand among all that the optimizer holds.
-        gradient: where their gradients stand among the step's gradients.
-        settings: hyperparameters of their group.
-        entry: the optimizer's state of the first of them; its counters are those of all.
+        part: their elements among those of all parameters that the optimizer holds.
+        gradient: the elements of their gradients among those of all gradients of the step.
+        settings: hyperparameters of their param group.
+        entry: the optimizer's state of the first parameter; its counters are those of all.
     """
 
     names: Sequence[str]
@@ -45,14 +47,14 @@ class UpdateGroup:
 
 @dataclass(frozen=True, eq=False)
 class PulledGroup:
-    """Adjoints of one run before the step: of its parameters, gradients and optimizer state.
+    """Derivatives with respect to a group's parameters, gradients and optimizer state before the step.
 
     Attributes:
-        parameters: ``[A, size]``; may be the adjoint's own part, which is not needed any more.
+        parameters: ``[A, size]``; may be a view of the adjoint after the step, which is not needed any more.
         gradients: ``[A, size]``.
         optimizer: ``[A, size]`` by key of the state.
-        undefined: gives bool ``[size]``: where the step has no derivative, because every gradient there was 0 up to and
-            including this step (Adam's ``v = 0``); ``None`` = nowhere.
+        undefined: returns bool ``[size]``: the elements at which the step has no derivative, because every gradient
+            was 0 up to and including this step (Adam's ``v = 0``); ``None`` = there are none.
     """
 
     parameters: Tensor
@@ -62,10 +64,10 @@ class PulledGroup:
 
 
 class StepAdjoint(Protocol):
-    """How adjoints travel back through one step of an optimizer, run by run.
+    """Pulls adjoints back through one step of an optimizer, group by group.
 
     Attributes:
-        needs_values: whether the optimizer's state must have its values, or only its keys.
+        needs_values: whether the optimizer's state must have its values; ``False`` = its keys are enough.
     """
 
     @property
@@ -74,27 +76,26 @@ class StepAdjoint(Protocol):
     def __call__(
         self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
     ) -> list[PulledGroup]:
-        """From ``adjoint`` at ``t + 1`` to the runs' parts at ``t``.
+        """The groups' derivatives at ``t``, in the order of ``groups``.
 
         Args:
             state: ``s_t``.
-            runs: of this step.
-            gradients: the step's gradients, clipped, ``[sum of sizes]``; asked only if their values matter.
+            groups: of this step.
+            gradients: returns the step's clipped gradients, ``[sum of sizes]``; called only if their values matter.
             adjoint: at ``t + 1``.
         """
-        ...
 
 
 def update_groups(
     layout: OptimizerLayout, held: Flat, state: State, step: StepRecord, gradients: Flat
 ) -> list[UpdateGroup]:
-    """The runs of a step, in the optimizer's order; parameters without a gradient are in none.
+    """The groups of a step, in the optimizer's order; parameters without a gradient are in none.
 
     Args:
         layout: the recorded optimizer.
-        held: the parameters that it holds, group after group.
+        held: the parameters that it holds, param group after param group.
         state: ``s_t``.
-        step: its hyperparameters.
+        step: the record of step ``t``, for its hyperparameters.
         gradients: layout of the gradients: first those of parameters in ``held``, in that order.
     """
 

@@ -1,4 +1,4 @@
-"""The vector-Jacobian product of what stands between a gradient and the next state: clipping and optimizer."""
+"""The vector-Jacobian product of what turns a gradient into the next state: clipping and the optimizer's step."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from dit_mlflow.trajectory.step_record import StepRecord
 
 @dataclass(frozen=True, eq=False)
 class Pulled:
-    """What :class:`UpdateAdjoint` gives.
+    """What :class:`UpdateAdjoint` returns.
 
     Attributes:
         adjoint: at ``t``, without the Hessian term.
-        gradients: ``lambda_g``, ``[A, *shape]`` each, in the order of the gradients given.
-        undefined: gives bool, ``[*shape]`` each: where the step has no derivative, because every gradient there was 0
-            up to and including this step.
+        gradients: ``lambda_g``, ``[A, *shape]`` each, in the order of the given gradients.
+        undefined: returns bool, ``[*shape]`` each: the elements at which the step has no derivative, because every
+            gradient was 0 up to and including this step.
     """
 
     adjoint: Adjoint
@@ -41,9 +41,9 @@ class UpdateAdjoint:
 
     Args:
         layout: the recorded optimizer.
-        held: the parameters that it holds, group after group.
-        optimizer: itself, over no parameters.
-        clip: clips gradients by name, differentiably; ``None`` = they are not clipped.
+        held: the parameters that it holds, param group after param group.
+        optimizer: the optimizer, over no parameters.
+        clip: differentiable clipping of gradients by name; ``None`` = no clipping.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class UpdateAdjoint:
 
     @property
     def needs_values(self) -> bool:
-        """Whether the optimizer's state must have its values, or only its keys."""
+        """Whether the optimizer's state must have its values; ``False`` = its keys are enough."""
         return self._step.needs_values
 
     def __call__(self, state: State, gradients: Mapping[str, Tensor], step: StepRecord, adjoint: Adjoint) -> Pulled:
@@ -69,13 +69,13 @@ class UpdateAdjoint:
         Args:
             state: ``s_t``.
             gradients: ``g_t`` (before clipping) by parameter name: first those that the optimizer holds, in its order.
-            step: the recorded hyperparameters.
+            step: the record of step ``t``, for its hyperparameters.
             adjoint: at ``t + 1``.
 
         Cost: a few elementwise passes over parameters and state, per row.
         """
         if not gradients:
-            # The optimizer leaves alone what has none.
+            # Parameters without a gradient are not stepped.
             return Pulled(adjoint, [], list)
         flat = Flat({name: value.shape for name, value in gradients.items()})
         groups = update_groups(self._layout, self._held, state, step, flat)
@@ -107,7 +107,7 @@ class UpdateAdjoint:
         return by_gradient
 
     def _replaced(self, adjoint: Adjoint, groups: Sequence[UpdateGroup], pulled: Sequence[PulledGroup]) -> Adjoint:
-        """``adjoint`` with the runs' parts replaced by what was pulled back; the rest passes a step unchanged."""
+        """``adjoint`` with each group's part replaced by what was pulled back; the step leaves the rest unchanged."""
         if len(groups) == 1 and groups[0].part == slice(0, self._held.size):
             return Adjoint(pulled[0].parameters, adjoint.buffers, pulled[0].optimizer)
         parameters = adjoint.parameters.clone()
