@@ -1,4 +1,4 @@
-"""An influence result in a folder: ``scores.parquet`` and ``metadata.json``, read with distrust."""
+"""Read an influence result, ``scores.parquet`` and ``metadata.json``, from an untrusted folder."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ SCORES_FILE = "scores.parquet"
 METADATA_FILE = "metadata.json"
 
 LARGEST_METADATA = 64 * 2**20
-"""Bytes of ``metadata.json``."""
+"""Largest size of ``metadata.json``, in bytes."""
 
 ROWS_OF_ANY_FILE, ROWS_PER_BYTE = 4 * 2**20, 8
-"""Rows of ``scores.parquet`` that are read whatever its size, and for each of its bytes: scores hardly compress."""
+"""Largest number of rows of ``scores.parquet``, in any file and per byte of a larger file: scores hardly compress."""
 
 ROWS_AT_ONCE = 2**16
 
 KINDS = ("local", "final", "cumulative", "none")
 MEASURES = ("query", "ranking", "suspicion")
 WRITTEN = {"kind", "method", "queries", "windows", "num_samples", "sign_convention", "degrees_of_freedom"}
-"""What :meth:`Influence.save` adds to a result's own metadata."""
+"""Keys that :meth:`Influence.save` adds to a result's own metadata."""
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The fields of the :class:`Influence` that was saved in a folder.
 
-    Every row's window, query and sample are held against its place, so that no score stands at another sample.
+    Every row's window, query and sample are compared with its position, so that no score is given to another sample.
 
     Raises:
-        InputError: there is no result, or its two files are not what :meth:`Influence.save` writes, or contradict each
-            other; the message names the field.
+        InputError: there is no result, its two files are not what :meth:`Influence.save` writes, or they contradict
+            each other; the message names the field.
 
     Memory: two to three times the scores, which are at most 64 bytes for each byte of the file (or 32 MiB).
     """
@@ -53,13 +53,13 @@ def read_result(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"no influence result in {folder}: {error}") from error
     if len(content) > LARGEST_METADATA:
-        raise InputError(f"{path} is over {LARGEST_METADATA} bytes, and no description of an influence result")
+        raise InputError(f"{path} is larger than {LARGEST_METADATA} bytes; it is no description of an influence result")
     try:
         description = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"no influence result in {folder}: {path} is not JSON: {first_line(error)}") from error
     fields = _described(path, description)
-    samples = _natural(path, description, "num_samples")
+    samples = _checked(path, description, "num_samples", "a whole number, 0 or more", _is_natural)
     return fields | _scores(folder / SCORES_FILE, fields["windows"], fields["queries"], samples)
 
 
@@ -104,7 +104,7 @@ def _scores(
             raise
         raise InputError(f"no influence result in {path.parent}: {path} is no Parquet: {first_line(error)}") from error
     if reader.read != int(np.prod(shape)):
-        raise InputError(f"{path} holds {reader.read} rows, and announces {int(np.prod(shape))}; it is damaged")
+        raise InputError(f"{path} holds {reader.read} rows; expected {int(np.prod(shape))}. It is damaged")
     errors = reader.values.get("standard_error")
     return {
         "samples": reader.samples,
@@ -114,7 +114,7 @@ def _scores(
 
 
 class _Reader:
-    """Takes the rows in order, and checks that each is what belongs at its place."""
+    """Reads the rows in order, and checks window, query and sample of each by its position."""
 
     def __init__(self, path: Path, windows: tuple[Window, ...], queries: tuple[str, ...], num_samples: int) -> None:
         self._path = path
@@ -184,17 +184,17 @@ class _Reader:
         if self.samples.min() < 0:
             raise InputError(f"{self._path}: sample_index {self.samples.min()}; expected indices of 0 or more")
         if len(np.unique(self.samples)) < len(self.samples):
-            raise InputError(f"{self._path}: a sample_index stands twice in one window and query; expected each once")
+            raise InputError(f"{self._path}: a sample_index occurs twice in one window and query; expected each once")
 
     def _wrong(self, name: str, row: int, found: object, expected: str) -> InputError:
         return InputError(
             f"{self._path}: {name} of row {row} is {found}; expected {expected}, by {METADATA_FILE} and the order of "
-            "rows (by window, then query, then sample). The files have been changed; take them from the run again"
+            "rows (by window, then query, then sample). The files have been changed; download them from the run again"
         )
 
 
 def _columns(path: Path, table: pq.ParquetFile, longest: int) -> list[str]:
-    """The columns to read, after a look at their types and sizes."""
+    """The columns to read; their types and sizes are checked."""
     whole = {"sample_index", "window_index", "window_start", "window_end"}
     schema = table.schema_arrow
     columns = [*whole, "query", "score", *(["standard_error"] if "standard_error" in schema.names else [])]
@@ -225,13 +225,13 @@ def _columns(path: Path, table: pq.ParquetFile, longest: int) -> list[str]:
 def _check_rows(path: Path, table: pq.ParquetFile, shape: tuple[int, int, int], size: int) -> None:
     found, expected = table.metadata.num_rows, shape[0] * shape[1] * shape[2]
     if found != expected:
-        raise InputError(f"{path} has {found} rows; {METADATA_FILE} announces {shape}")
+        raise InputError(f"{path} has {found} rows; expected {expected}, since {METADATA_FILE} has the shape {shape}")
     if found > max(ROWS_OF_ANY_FILE, ROWS_PER_BYTE * size):
-        raise InputError(f"{path} announces {found} rows in {size} bytes, more than scores can be in so few")
+        raise InputError(f"{path} claims {found} rows in {size} bytes, more scores than so few bytes can hold")
 
 
 def _regular(path: Path) -> BinaryIO:
-    """The file, opened; what has no end (a device, a pipe) is refused before anything is read."""
+    """The opened file; a device or a pipe, which may have no end, is refused before anything is read."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -245,11 +245,6 @@ def _checked(path: Path, description: Mapping[str, Any], name: str, expected: st
     if not right(description[name]):
         raise _refused(path, name, description[name], expected)
     return description[name]
-
-
-def _natural(path: Path, description: Mapping[str, Any], name: str) -> int:
-    found: int = _checked(path, description, name, "a whole number, 0 or more", _is_natural)
-    return found
 
 
 def _refused(path: Path, name: str, found: object, expected: str) -> InputError:

@@ -259,7 +259,11 @@ STEPS: dict[str, tuple[str, Callable[[list[Row]], Any], str]] = {
     "a rate that is a word": ("momentum", settings(lr="fast"), "'lr' is not of the kind of its default 0.2"),
     "a rate beyond 64 bits": ("momentum", settings(lr=-(2**63)), "'lr' is not of the kind of its default 0.2"),
     "a rate of any size": ("momentum", settings(lr=10**4000), "'lr' is not of the kind of its default 0.2"),
-    "a rate that is none": ("momentum", settings(lr=None), "torch.optim.SGD cannot make step 1 with the recorded settings"),
+    "a rate that is none": (
+        "momentum",
+        settings(lr=None),
+        "SGD cannot make step 1 with the recorded settings",
+    ),
     "one beta": ("dropout", settings(betas=[0.9]), "'betas' is not of the kind"),
     "a beta that diverges": ("dropout", settings(betas=[0.9, 1.5]), "torch.optim.Adam cannot make step 1"),
     "a state of nothing": ("dropout", put(random_states=[{}, None]), "a random state is that of no generator"),
