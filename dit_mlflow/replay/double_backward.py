@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
@@ -104,25 +103,6 @@ def embedding_bag(
     return total / sizes.unsqueeze(1)
 
 
-class PlainAttention:
-    """A context that selects the plain attention kernel, the only one that can be differentiated twice.
-
-    Selecting it takes a tenth of a small model's step, so this is skipped if the first step calls no attention.
-    """
-
-    def __init__(self) -> None:
-        self._attends: bool | None = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        if self._attends is False:
-            yield
-            return
-        with sdpa_kernel(SDPBackend.MATH), _Calls() as calls:
-            yield
-        self._attends = not calls.seen.isdisjoint(_ATTENTION)
-
-
 @contextmanager
 def naming_missing_derivatives() -> Iterator[None]:
     """Inside it, torch's error about a missing derivative becomes an :class:`UnsupportedError`."""
@@ -149,16 +129,3 @@ def refuse_dead_ends(gradients: Iterable[Tensor]) -> None:
         if node.name() == REFUSING_NODE:
             raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
         left += [following for following, _ in node.next_functions]
-
-
-class _Calls(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[Any] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(func)
-        return func(*args, **(kwargs or {}))
-
-
-_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_mlflow.errors import DitError, TrajectoryError
 from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
-from dit_mlflow.replay.double_backward import PlainAttention, refuse_dead_ends
+from dit_mlflow.replay.double_backward import refuse_dead_ends
 from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
 from dit_mlflow.replay.loss_gradient import LossGradient, Term
 from dit_mlflow.replay.optimizers import build_optimizer, is_others, set_hyperparameters
@@ -93,7 +94,6 @@ class LossStep(TrainingStep):
         self._looked_for_dead_ends = False
         self._warned = False
         self._largest: list[float] = []
-        self.plain_attention = PlainAttention()
 
     def follow(self, buffers: Flat) -> None:
         """Set the buffers that an adjoint has rows for."""
@@ -211,7 +211,7 @@ class LossStep(TrainingStep):
         batches: list[MicroBatch],
     ) -> dict[str, Tensor]:
         """``g_t(theta, b, w)`` by parameter, before clipping; ``buffers`` become ``B_t``. Both keep their graph."""
-        with self.differentiable(), self.plain_attention():
+        with self.differentiable(), sdpa_kernel(SDPBackend.MATH):
             gradients = self.gradient(parameters, buffers, record, batches, weights, create_graph=True)
         if not self._looked_for_dead_ends:
             refuse_dead_ends(gradients.values())
