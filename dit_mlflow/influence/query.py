@@ -53,11 +53,10 @@ def mean_validation_loss(workload: Workload) -> Query:
     """
     size = len(workload.validation_set)  # type: ignore[arg-type]
     parts = np.array_split(np.arange(size), -(-size // CHUNK))
-    batches = [workload.unvarying(workload.validation_set, part) for part in parts]
+    batches = [(workload.unvarying(workload.validation_set, part), len(part)) for part in parts]
 
     def rows(model: nn.Module) -> Tensor:
-        pairs = zip(batches, parts, strict=True)
-        return torch.cat([workload.sample_losses(model, _moved(batch, model), len(part)) for batch, part in pairs])
+        return torch.cat([workload.sample_losses(model, _moved(batch, model), size) for batch, size in batches])
 
     return Query("mean_validation_loss", lambda model: rows(model).mean(), rows)
 

@@ -70,7 +70,8 @@ def sample_as_row(workload: Workload, index: int = 0) -> tuple[np.ndarray, np.nd
 def _pair(workload: Workload, index: int) -> tuple[Any, Any]:
     with preserved_random_state():
         sample = workload.train_set[index]
-    if isinstance(sample, (tuple, list)) and len(sample) == 2 and _is_array(sample[0]):
+    pair = isinstance(sample, (tuple, list)) and len(sample) == 2
+    if pair and isinstance(sample[0], (Tensor, np.ndarray)) and sample[0].ndim > 0:
         return sample[0], sample[1]
     shown = f"{len(sample)} parts" if isinstance(sample, (tuple, list)) else f"type {type(sample).__name__}"
     raise InputError(
@@ -88,10 +89,6 @@ def _as_samples(workload: Workload, features: Features, targets: np.ndarray) -> 
         return TensorDataset(torch.stack(inputs), torch.stack(labels))
     samples: Any = list(zip(inputs, labels, strict=True))
     return samples
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
 
 
 def _like(example: Any, values: np.ndarray, what: str, part: str) -> list[Any]:
@@ -168,13 +165,10 @@ def _as_array(features: Features) -> np.ndarray:
                 f"columns {words[:5]} do not hold numbers; leave them out, name the target's column as targets, or "
                 "give batch(features, targets)"
             )
-        return features.to_numpy(dtype=None if all(_is_plain(dtype) for dtype in features.dtypes) else float)
+        # Of other dtypes than NumPy's (``Int64``, which may hold ``pd.NA``), pandas makes arrays of objects.
+        plain = all(isinstance(dtype, np.dtype) for dtype in features.dtypes)
+        return features.to_numpy(dtype=None if plain else float)
     return features
-
-
-def _is_plain(dtype: Any) -> bool:
-    """Whether it is NumPy's own; pandas converts others (``Int64``, which may hold ``pd.NA``) to arrays of objects."""
-    return isinstance(dtype, np.dtype)
 
 
 def _stacked(cells: list[Any], what: str) -> np.ndarray:

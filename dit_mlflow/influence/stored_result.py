@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence.window import Window
@@ -27,8 +27,6 @@ ROWS_OF_ANY_FILE, ROWS_PER_BYTE = 4 * 2**20, 8
 
 ROWS_AT_ONCE = 2**16
 
-KINDS = ("local", "final", "cumulative", "none")
-MEASURES = ("query", "ranking", "suspicion")
 WRITTEN = {"kind", "method", "queries", "windows", "num_samples", "sign_convention", "degrees_of_freedom"}
 """Keys that :meth:`Influence.save` adds to a result's own metadata."""
 
@@ -59,30 +57,54 @@ def read_result(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"no influence result in {folder}: {path} is not JSON: {first_line(error)}") from error
     fields = _described(path, description)
-    samples = _checked(path, description, "num_samples", "a whole number, 0 or more", _is_natural)
-    return fields | _scores(folder / SCORES_FILE, fields["windows"], fields["queries"], samples)
+    return fields | _scores(folder / SCORES_FILE, fields["windows"], fields["queries"], description["num_samples"])
+
+
+Natural = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _Description(BaseModel):
+    """The keys of ``metadata.json`` that are checked."""
+
+    model_config = ConfigDict(strict=True)
+
+    kind: Literal["local", "final", "cumulative", "none"]
+    method: Annotated[str, Field(min_length=1)]
+    queries: list[str]
+    windows: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]
+    num_samples: Natural
+    measures: Literal["query", "ranking", "suspicion"] = "query"
+    removed: Annotated[float, Field(gt=0, lt=1)] | None = None
+    degrees_of_freedom: list[list[Annotated[float, Field(ge=0)]]] | None = None
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for values that do not fit each other."""
+        if len(set(self.queries)) < len(self.queries):
+            raise ValueError(f"queries: {self.queries[:5]} are not all different")
+        if any(start >= end for start, end in self.windows):
+            raise ValueError(f"windows: expected start < end in each, got {self.windows[:5]}")
+        rows = self.degrees_of_freedom
+        if rows and [len(row) for row in rows] != [len(self.queries)] * len(self.windows):
+            raise ValueError("degrees_of_freedom: expected a number for each window and query")
 
 
 def _described(path: Path, description: Any) -> dict[str, Any]:
-    if not isinstance(description, dict):
-        raise InputError(f"{path} holds a {type(description).__name__}; expected an object that describes a result")
-    queries = _checked(path, description, "queries", "names, each once", _are_names)
-    bounds = _checked(path, description, "windows", "pairs [start, end] of steps, 0 <= start < end", _are_windows)
-    metadata = {key: value for key, value in description.items() if key not in WRITTEN}
-    if metadata.get("measures", "query") not in MEASURES:
-        raise _refused(path, "measures", metadata["measures"], f"one of {', '.join(MEASURES)}")
-    removed = metadata.get("removed")
-    if removed is not None and not (_is_number(removed) and 0 < removed < 1):
-        raise _refused(path, "removed", removed, "a share between 0 and 1")
-    freedom = description.get("degrees_of_freedom")
-    if freedom is not None and not _is_table(freedom, len(bounds), len(queries)):
-        raise _refused(path, "degrees_of_freedom", freedom, "a number of 0 or more for each window and query")
+    try:
+        checked = _Description.model_validate(description)
+        checked.check()
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise InputError(f"{path} is not what Influence.save writes: {where}: {first['msg']}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not what Influence.save writes: {error}") from error
+    freedom = checked.degrees_of_freedom
     return {
-        "windows": tuple(Window(*pair) for pair in bounds),
-        "queries": tuple(queries),
-        "kind": _checked(path, description, "kind", f"one of {', '.join(KINDS)}", lambda value: value in KINDS),
-        "method": _checked(path, description, "method", "a name", lambda value: isinstance(value, str) and value != ""),
-        "metadata": metadata,
+        "windows": tuple(Window(*pair) for pair in checked.windows),
+        "queries": tuple(checked.queries),
+        "kind": checked.kind,
+        "method": checked.method,
+        "metadata": {key: value for key, value in description.items() if key not in WRITTEN},
         "degrees_of_freedom": np.array(freedom) if freedom else None,
     }
 
@@ -237,46 +259,3 @@ def _regular(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise OSError(f"{path} is not a regular file")
     return os.fdopen(descriptor, "rb")
-
-
-def _checked(path: Path, description: Mapping[str, Any], name: str, expected: str, right: Any) -> Any:
-    if name not in description:
-        raise InputError(f"{path} has no {name!r}; expected {expected}. It is not what Influence.save writes")
-    if not right(description[name]):
-        raise _refused(path, name, description[name], expected)
-    return description[name]
-
-
-def _refused(path: Path, name: str, found: object, expected: str) -> InputError:
-    text = repr(found)
-    return InputError(f"{path}: {name!r} is {text[:80]}{'…' * (len(text) > 80)}; expected {expected}")
-
-
-def _is_natural(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**62
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
-
-
-def _are_windows(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(map(_is_natural, pair)) and pair[0] < pair[1]
-        for pair in value
-    )
-
-
-def _is_table(value: Any, rows: int, columns: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == rows
-        and all(
-            isinstance(row, list) and len(row) == columns and all(_is_number(x) and x >= 0 for x in row)
-            for row in value
-        )
-    )

@@ -68,10 +68,12 @@ def parse_windows(text: str, trajectory: Timeline) -> list[Window]:
     if steps == 0:
         raise InputError("training has no steps, so there are no windows")
     if text == "epochs":
-        bounds = [0, *trajectory.epoch_ends]
-        return [Window(a, b) for a, b in pairwise(bounds)]
+        return [Window(a, b) for a, b in pairwise([0, *trajectory.epoch_ends])]
     if NUMBER.fullmatch(text):
-        return _equal_windows(int(text), steps)
+        count = int(text)
+        if not 1 <= count <= steps:
+            raise InputError(f"{count} windows were asked over {steps} steps; expected 1 … {steps}")
+        return [Window(a, b) for a, b in pairwise(k * steps // count for k in range(count + 1))]
     windows = [_parse_range(part, text) for part in text.split(",")]
     check_windows(windows, steps)
     return windows
@@ -95,13 +97,6 @@ def check_windows(windows: Sequence[Window], num_steps: int) -> None:
             f"window {late[0].start}:{late[0].end} ends past training, which has {num_steps} steps "
             f"(0 … {num_steps - 1}); the last window can end at {num_steps}"
         )
-
-
-def _equal_windows(count: int, steps: int) -> list[Window]:
-    if not 1 <= count <= steps:
-        raise InputError(f"{count} windows were asked over {steps} steps; expected 1 … {steps}")
-    bounds = [k * steps // count for k in range(count + 1)]
-    return [Window(a, b) for a, b in pairwise(bounds)]
 
 
 def _parse_range(part: str, text: str) -> Window:

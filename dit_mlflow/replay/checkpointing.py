@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
+from unittest import mock
 
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
@@ -34,7 +35,7 @@ class WithoutRecomputation:
         self._here = ContextVar("without recomputation", default=False)
         self._lock = threading.Lock()
         self._inside = 0
-        self._patches: list[_Patch] = []
+        self._patches = ExitStack()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -42,18 +43,17 @@ class WithoutRecomputation:
         with self._lock:
             self._inside += 1
             if self._inside == 1:
-                self._patches = self._patch()
+                self._patch()
         try:
             yield
         finally:
             with self._lock:
                 self._inside -= 1
                 if self._inside == 0:
-                    for patch in self._patches:
-                        patch.undo()
+                    self._patches.close()
             self._here.reset(before)
 
-    def _patch(self) -> list[_Patch]:
+    def _patch(self) -> None:
         apply, enter = checkpoint.CheckpointFunction.apply, saved_tensors_hooks.__enter__
         leave = saved_tensors_hooks.__exit__
 
@@ -70,26 +70,12 @@ class WithoutRecomputation:
             if not getattr(hooks, "left_out", False):
                 leave(hooks, *error)
 
-        return [
-            _Patch(checkpoint.CheckpointFunction, "apply", staticmethod(call)),
-            _Patch(saved_tensors_hooks, "__enter__", enter_unless_checkpointing),
-            _Patch(saved_tensors_hooks, "__exit__", leave_what_was_entered),
-        ]
-
-
-class _Patch:
-    """Replaces an attribute of a class until :meth:`undo`."""
-
-    def __init__(self, cls: type, name: str, value: object) -> None:
-        self._cls, self._name = cls, name
-        self._own, self._original = name in vars(cls), vars(cls).get(name)
-        setattr(cls, name, value)
-
-    def undo(self) -> None:
-        if self._own:
-            setattr(self._cls, self._name, self._original)
-        else:
-            delattr(self._cls, self._name)
+        for cls, name, value in (
+            (checkpoint.CheckpointFunction, "apply", staticmethod(call)),
+            (saved_tensors_hooks, "__enter__", enter_unless_checkpointing),
+            (saved_tensors_hooks, "__exit__", leave_what_was_entered),
+        ):
+            self._patches.enter_context(mock.patch.object(cls, name, value))
 
 
 WITHOUT_RECOMPUTATION = WithoutRecomputation()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -67,15 +67,10 @@ class DerivativeCheck:
         Raises:
             UnsupportedError: the step cannot be traced, or the trace's derivative is wrong too.
         """
-        for t, state in self._states():
-            record = self._trajectory.step(t)
-
-            def measure(step: LossStep, attempt: int, state: State = state, record: StepRecord = record) -> Slope:
-                return slope_of_step(step, state, record, self._moved, attempt)
-
-            if not self._right(measure, f"step {t}"):
-                return TracedStep(self._step.dynamics)
-        return self._step
+        return self._first_right(
+            (f"step {t}", partial(slope_of_step, state, self._trajectory.step(t), self._moved))
+            for t, state in self._states()
+        )
 
     def asking(self, queries: Sequence[Ask]) -> LossStep:
         """The step whose :meth:`~LossStep.ask` differentiates the queries rightly: the given one, or a traced one.
@@ -84,14 +79,15 @@ class DerivativeCheck:
             UnsupportedError: a query cannot be traced, or the trace's derivative is wrong too.
         """
         *_, (_, state) = self._states()
-        for query in _one_of_each(queries)[:QUERIES_CHECKED]:
+        return self._first_right(
+            (f"query {getattr(query, 'name', query)!r}", partial(slope_of_query, query, state, self._moved))
+            for query in _one_of_each(queries)[:QUERIES_CHECKED]
+        )
 
-            def measure(step: LossStep, attempt: int, query: Ask = query) -> Slope:
-                return slope_of_query(step, query, state, self._moved, attempt)
-
-            if not self._right(measure, f"query {getattr(query, 'name', query)!r}"):
-                return TracedStep(self._step.dynamics)
-        return self._step
+    def _first_right(self, measures: Iterable[tuple[str, Measure]]) -> LossStep:
+        """The first of the given step and the traced one whose derivatives are all right."""
+        right = all(self._right(measure, what) for what, measure in measures)
+        return self._step if right else TracedStep(self._step.dynamics)
 
     def _right(self, measure: Measure, what: str) -> bool:
         """``True``: autograd's derivative is right, or cannot be compared. ``False``: only the trace's is right."""
@@ -150,7 +146,7 @@ class DerivativeCheck:
         return TracedStep(self._in_float64.dynamics)
 
 
-def slope_of_step(step: LossStep, state: State, record: StepRecord, moved: Mapping[str, Tensor], attempt: int) -> Slope:
+def slope_of_step(state: State, record: StepRecord, moved: Mapping[str, Tensor], step: LossStep, attempt: int) -> Slope:
     r"""``<u, J v>`` for the Jacobian ``J`` of a step's gradients and buffers by parameters, buffers and weights.
 
     The directions ``u, v`` are random; ``v`` is 0 where training never ``moved`` a parameter: such an element
@@ -158,10 +154,10 @@ def slope_of_step(step: LossStep, state: State, record: StepRecord, moved: Mappi
     zeros of the initialisation may lie on a kink.
 
     Args:
-        step: in float64.
         state: ``s_t``, in float64.
         record: step ``t``.
         moved: bool by parameter.
+        step: in float64.
         attempt: position in :data:`STRIDES`, and the seed of the directions.
 
     Cost: three gradients, one of them differentiated.
@@ -194,7 +190,7 @@ def slope_of_step(step: LossStep, state: State, record: StepRecord, moved: Mappi
     return _slope(value, near | others, directions, STRIDES[attempt])
 
 
-def slope_of_query(step: LossStep, query: Ask, state: State, moved: Mapping[str, Tensor], attempt: int) -> Slope:
+def slope_of_query(query: Ask, state: State, moved: Mapping[str, Tensor], step: LossStep, attempt: int) -> Slope:
     """The derivative of a query in a random direction; arguments as for :func:`slope_of_step`.
 
     Cost: three evaluations of the query, and one gradient.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
@@ -47,58 +48,34 @@ class DifferentiableStatistics(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
-        if func is F.instance_norm:
-            return _instance_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func not in (F.batch_norm, F.instance_norm):
+            return func(*args, **(kwargs or {}))
+        given = inspect.signature(func).bind(*args, **(kwargs or {}))
+        given.apply_defaults()
+        return _normalised(func, *given.args)
 
 
-def _batch_norm(
+def _normalised(
+    norm: Callable[..., Tensor],
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
 ) -> Tensor:
-    if running_mean is None or running_var is None or not running_mean.requires_grad:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if not training:
-        return _normalise(input, running_mean, running_var, weight, bias, eps)
-    over = [0, *range(2, input.dim())]
-    variance, mean = torch.var_mean(input, dim=over)
-    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    running_var.mul_(1 - momentum).add_(variance, alpha=momentum)
-    return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if running_mean is None or running_var is None or not running_mean.requires_grad:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    if not use_input_stats:
-        return _normalise(input, running_mean, running_var, weight, bias, eps)
-    variance, mean = torch.var_mean(input, dim=list(range(2, input.dim())))
-    running_mean.mul_(1 - momentum).add_(mean.mean(dim=0), alpha=momentum)
-    running_var.mul_(1 - momentum).add_(variance.mean(dim=0), alpha=momentum)
-    return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
-
-
-def _normalise(
-    input: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+    if mean is None or variance is None or not mean.requires_grad:
+        return norm(input, mean, variance, weight, bias, training, momentum, eps)
+    if training:
+        over = [0] if norm is F.batch_norm else []
+        new_variance, new_mean = torch.var_mean(input, dim=[*over, *range(2, input.dim())])
+        if norm is F.instance_norm:
+            new_variance, new_mean = new_variance.mean(dim=0), new_mean.mean(dim=0)
+        mean.mul_(1 - momentum).add_(new_mean, alpha=momentum)
+        variance.mul_(1 - momentum).add_(new_variance, alpha=momentum)
+        return norm(input, None, None, weight, bias, True, momentum, eps)
     shape = (1, -1, *(1 for _ in range(input.dim() - 2)))
     scale = torch.rsqrt(variance + eps)
     scale = scale if weight is None else scale * weight

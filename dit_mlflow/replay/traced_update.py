@@ -96,7 +96,7 @@ class TracedUpdate:
         cotangents = [
             *(adjoint.parameters[:, places[name]].view(-1, *self._held.shapes[name]) for name in names),
             *(
-                _taken(adjoint, key, self._place(name, value)).view(-1, *value.shape)
+                self._cotangent(adjoint, name, key, value)
                 for (name, key), value in zip(after, found[len(names) :], strict=True)
             ),
         ]
@@ -212,6 +212,12 @@ class TracedUpdate:
             )
         return slice(place.start, place.start + value.numel())
 
+    def _cotangent(self, adjoint: Adjoint, name: str, key: str, value: Tensor) -> Tensor:
+        place, found = self._place(name, value), adjoint.optimizer.get(key)
+        if found is None:
+            return adjoint.parameters.new_zeros((adjoint.rows, *value.shape))
+        return found[:, place].view(-1, *value.shape)
+
     def _joined(
         self,
         group: UpdateGroup,
@@ -238,8 +244,3 @@ class TracedUpdate:
 def _is_slot(value: Any) -> bool:
     """Whether an adjoint follows a value of the state; other values are constants of the trace."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.is_floating_point()
-
-
-def _taken(adjoint: Adjoint, key: str, place: slice) -> Tensor:
-    value = adjoint.optimizer.get(key)
-    return adjoint.parameters.new_zeros((adjoint.rows, place.stop - place.start)) if value is None else value[:, place]

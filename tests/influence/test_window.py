@@ -54,7 +54,7 @@ def test_windows_that_cannot_be_used_are_refused(text: str, message: str) -> Non
         ([], "no window was given"),
         ([Window(0, 3), (3, 6)], r"got \(3, 6\); expected a list such as \[Window\(0, 80\)"),
         (Window(0, 3), r"got Window\(start=0, end=3\); expected a list"),
-        ("epochs", r"parse_windows\('epochs', trajectory\) makes a list"),
+        ("epochs", r"parse_windows\('epochs', trajectory\) gives"),
     ],
 )
 def test_what_is_no_list_of_windows_is_refused(windows: Any, message: str) -> None:
