@@ -27,7 +27,7 @@ from torch.utils.data import TensorDataset
 
 from dit_mlflow import Trajectory, Workload, leave_one_out, parse_windows, track, train
 from dit_mlflow.influence.engine import Engine
-from dit_mlflow.influence.kind import sweeps
+from dit_mlflow.influence.kind import courses, sweeps
 from dit_mlflow.influence.query import mean_validation_loss
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory import State
@@ -111,7 +111,7 @@ class InMemory(Replay):
 
 def sweep_in_memory(trajectory: Trajectory, workload: Workload) -> Work:
     replay = InMemory(trajectory, workload)
-    planned = sweeps("local", parse_windows("1", trajectory), trajectory.num_steps)
+    planned = sweeps(courses("local", parse_windows("1", trajectory), trajectory.num_steps))
     return lambda: Engine(replay).run([mean_validation_loss(workload)], planned, 1)
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.engine import Engine
-from dit_mlflow.influence.kind import Kind, courses, sweeps_along
+from dit_mlflow.influence.kind import Kind, courses, sweeps
 from dit_mlflow.influence.query import Query
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.result import Influence
@@ -48,45 +48,46 @@ def expected_influence(
 
     .. math:: s_j = - E_w \Big[ \frac{\partial f}{\partial w_j}(w) \Big], \qquad w_i \sim U(0, 1) \text{ independent},
 
-    estimated by ``draws`` derivatives in antithetic pairs ``w, 1 - w``. Each is exact (:func:`dit_mlflow.track` at
-    these weights), their mean is not: it has the error of drawing, except for what of ``f`` is quadratic in ``w``,
-    since a linear derivative has its mean at the middle of every pair.
+    estimated by ``draws`` derivatives in antithetic pairs ``w, 1 - w``. Each derivative is exact
+    (:func:`dit_mlflow.track` at these weights); their mean has the error of drawing, except from the part of ``f`` that
+    is quadratic in ``w``: its derivative is linear, so that every pair has the exact mean.
 
-    A sum of scores foretells the removal of **many** samples (about half: there the weights are as far from 1 as from
-    0), where the derivative at ``w = 1`` may be an accident of one point of a kinked ``f``. For a few samples,
-    ``track`` and :func:`dit_mlflow.leave_one_out` are often nearer.
+    A sum of scores predicts the removal of **many** samples (about half, where weights are as far from 1 as from 0).
+    The derivative at ``w = 1`` depends on one point of ``f``, which may have kinks. For the removal of a few samples,
+    ``track`` and :func:`dit_mlflow.leave_one_out` are often closer.
 
-    Other values of the game "train on a subset": where ``f`` is linear in each single weight, ``-s_j`` is exactly the
+    Related values of the game "train on a subset": where ``f`` is linear in each single weight, ``-s_j`` is exactly the
     Banzhaf value (Wang and Jia 2023, arXiv 2205.15466), the mean change of the query by ``j`` over random subsets of
     the others, and the coefficient of a linear datamodel (Ilyas et al. 2022, arXiv 2202.00622) fitted to all subsets.
-    Elsewhere it differs from both, by how much is not known; both retrain on subsets, which this does not. In-Run Data
+    Elsewhere it differs from both by an unknown amount; both retrain on subsets, which this does not. In-Run Data
     Shapley (Wang et al. 2024, arXiv 2406.11011) adds up the values of single steps, each from the recorded state; here
     a draw's effects go through all later steps.
 
     Args:
-        trajectory, workload, windows, kind, queries, dtype, memory_budget: as for :func:`dit_mlflow.track`, and there:
-            where weights hold. All windows have the same draws, each along a training of its own.
-        draws: how many, an even number.
+        trajectory, workload, windows, kind, queries, dtype, memory_budget: as for :func:`dit_mlflow.track`, whose
+            ``weights`` say in which steps the drawn weights hold. All windows share the draws; each window's draws
+            have trainings of their own.
+        draws: their number, even.
         seed: of the weights.
         power: the weights are ``u ** power``, ``u ~ U(0, 1)``, in pairs ``u, 1 - u``: nearer to 1 for fewer removals.
             1/2 is Beta(2, 1), of mean 2/3.
 
     Returns:
         Scores ``[windows, queries, training samples]`` in units of the query. **Sign**: change of the query caused by
-        removing the sample; for a loss, positive = helpful, negative = harmful. ``standard_error``: of the drawing
-        alone (removal of a set is still not the sum of its scores), over pairs, from four draws on; with few pairs its
-        intervals are wide. A draw whose derivative, as a vector over samples, is longer than three medians or not
-        finite is left out with its partner, for that window and query: under Adam, one such draw can outweigh all
-        others. ``metadata["draws_left_out"]`` counts them, the most for any window and query.
+        removing the sample; for a loss, positive = helpful, negative = harmful. ``standard_error``, from four draws on:
+        the error of drawing alone, over pairs (the removal of a set is still not the sum of its scores); with few pairs
+        its intervals are wide. Under Adam, one draw can outweigh all others; so a draw whose derivative, as a vector
+        over samples, is not finite or longer than three medians is left out with its partner, for that window and
+        query. ``metadata["draws_left_out"]`` is the largest number of them for any window and query.
 
     Raises:
-        InputError: a number of draws, a seed, or what :func:`dit_mlflow.track` refuses.
+        InputError: ``draws``, ``seed`` or ``power`` cannot be used, or as :func:`dit_mlflow.track`.
         TrajectoryError: the trajectory is damaged, or the workload is not the recorded one.
-        UnsupportedError: the training cannot be differentiated here, or diverges under most draws.
+        UnsupportedError: a step or a query cannot be differentiated, or training diverges in every pair of draws.
 
-    Cost: ``draws`` times a replay and a sweep (three to four trainings): for disjoint ``local`` windows over their
-    steps, for each ``final`` window from its start to the end of training, for all ``cumulative`` ones once, with
-    adjoints for each. One draw after the other. Memory: as ``track``, and ``draws / 2`` times the scores.
+    Cost: ``draws`` times a replay and a sweep (three to four trainings): over the steps of disjoint ``local`` windows;
+    from each ``final`` window's start to the end of training; once for all ``cumulative`` windows, with adjoints for
+    each. Draws run one after the other. Memory: as ``track``, and ``draws / 2`` times the scores.
     """
     check_draws(draws, seed)
     if not 0 < power < np.inf:
@@ -101,10 +102,10 @@ def expected_influence(
     steps = sum(course.stop - course.start for course in trainings)
     with preserved_random_state(), progress_bar(draws * steps * num_queries, "expected influence") as progress:
         engine = Engine(trajectory.replay(workload, dtype), memory_budget, shown=False)
-        # Course by course, so that all draws set out from a state that is rebuilt once.
+        # Course by course, so that the state from which all draws start is rebuilt once.
         for course in trainings:
             own = sorted({window for _, window, _ in course.measures})
-            for part in engine.parts(num_queries, sweeps_along([course]), num_windows + len(own) * draws // 2):
+            for part in engine.parts(num_queries, sweeps([course]), num_windows + len(own) * draws // 2):
                 asked = question.queries[part]
                 means, lengths = [], []
                 for pair in pairs:
@@ -118,14 +119,14 @@ def expected_influence(
     if not counted.all():
         window = windows[int(np.argwhere(counted == 0)[0, 0])]
         raise UnsupportedError(
-            f"window {window}: under random sample weights the derivative is not finite in any pair of draws, as where "
-            "training diverges; use track, which needs the recorded training alone, or shorter local windows"
+            f"window {window}: under random sample weights the derivative is not finite in any pair of draws (training "
+            "may diverge); use track, which needs the recorded training alone, or shorter local windows"
         )
     left_out = draws - 2 * int(counted.min())
     if left_out:
         _log.warning(
-            "expected influence: for some window and query, %d of %d draws are left out: their derivatives, or their "
-            "partners', are longer than %g medians, or not finite",
+            "expected influence: for some window and query, %d of %d draws are left out, because their derivatives or "
+            "their partners' are longer than %g medians, or not finite",
             left_out,
             draws,
             LONGEST,
@@ -144,24 +145,24 @@ def expected_influence(
 
 
 def check_draws(draws: Any, seed: Any) -> None:
-    """Raise :class:`InputError` unless they are pairs."""
+    """Raise :class:`InputError` unless ``draws`` is even and positive, and ``seed`` is not negative."""
     if not isinstance(draws, Integral) or draws < 2 or draws % 2 or not isinstance(seed, Integral) or seed < 0:
         raise InputError(
             f"draws={draws!r}, seed={seed!r}; expected an even number of draws, 2 or more (they come in pairs w, "
-            "1 - w, and a standard error takes two pairs), and a seed of 0 or more"
+            "1 - w, and a standard error needs two pairs), and a seed of 0 or more"
         )
 
 
 def over_pairs(means: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean over pairs of draws, without those that are too long.
+    """The mean over pairs of draws, without pairs of which one is too long.
 
     Args:
         means: of each pair's derivatives, ``[pairs, windows, queries, samples]``.
         lengths: of each draw's derivative, ``[pairs, 2, windows, queries]``.
 
     Returns:
-        Means and their standard errors ``[windows, queries, samples]``, and how many pairs they are of, ``[windows,
-        queries]``: NaN for no pair, and the error for one.
+        Means and their standard errors, ``[windows, queries, samples]``, and the number of pairs kept, ``[windows,
+        queries]``. Means are NaN where no pair is kept, errors where fewer than two are.
     """
     scores, errors = np.full((2, *means.shape[1:]), np.nan)
     counted = np.zeros(means.shape[1:3], dtype=np.int64)
@@ -169,7 +170,7 @@ def over_pairs(means: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.n
         length = lengths[:, :, window, query]
         finite = np.isfinite(length)
         median = np.median(length[finite]) if finite.any() else 0.0
-        # Where most draws have no derivative at all, a length is no reason.
+        # If the median is 0, most derivatives are 0, and any other would be too long.
         kept = (finite & ((length <= LONGEST * median) | (median == 0))).all(axis=1)
         own = means[kept, window, query]
         counted[window, query] = len(own)

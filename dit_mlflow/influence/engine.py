@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.kind import Sweep
 from dit_mlflow.influence.query import Query, refuse_not_finite
-from dit_mlflow.influence.window_scores import Row, WindowScores
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
 from dit_mlflow.replay.derivative_check import Asking
@@ -21,16 +22,16 @@ from dit_mlflow.replay.training_step import WeightsOf
 from dit_mlflow.trajectory import State
 
 ADJOINTS_IN_MEMORY = 2**30
-"""Bytes that adjoints may take, unless told otherwise, before queries are answered in several walks."""
+"""Default bytes for adjoints; queries that need more are answered in several walks."""
 
 
 class Engine:
-    """Walks the trajectory backwards and carries all live adjoints along.
+    """Walks a trajectory backwards and pulls all adjoints of the current step back together.
 
     Args:
-        replay: of the trajectory; its drift is known afterwards.
-        memory_budget: bytes for the states that the walk holds, and as many again for adjoints; ``None`` =
-            what :meth:`Replay.backward` takes, and :data:`ADJOINTS_IN_MEMORY`.
+        replay: of the trajectory.
+        memory_budget: bytes for the states that the walk holds, and as many again for adjoints; ``None`` = the default
+            of :meth:`Replay.backward`, and :data:`ADJOINTS_IN_MEMORY`.
         shown: whether each walk has a progress bar.
     """
 
@@ -43,28 +44,20 @@ class Engine:
         self._chosen = False
 
     def parts(self, queries: int, planned: Sequence[Sweep], num_windows: int) -> Iterator[slice]:
-        """Which queries to answer in one walk: as many as memory allows."""
-        size = queries if queries == 1 else min(queries, self.queries_at_once(planned, num_windows))
-        return (slice(first, first + size) for first in range(0, queries, size))
+        """Slices of the queries, each of as many as the memory budget allows in one walk.
 
-    def queries_at_once(self, planned: Sequence[Sweep], num_windows: int) -> int:
-        """How many queries the memory budget allows in one walk.
-
-        A row of the adjoint takes its parameters and optimizer state, before and after a step, what a step's backward
-        pass keeps, and two lines of scores.
+        Each row of an adjoint takes memory for parameters and optimizer state before and after a step, for what a
+        step's backward pass keeps, and for scores.
         """
-        at_once = max(sum(other.stop < sweep.start <= other.start for other in planned) for sweep in planned)
-        first = self.replay.trajectory.step(0)
-        state, step = self.replay.checkpoint(0), self.training_step
-        kept = step.bytes_kept(state, first) if step.batched else 0
-        scores = 8 * step.dynamics.workload.num_samples * (num_windows + at_once)
-        each = at_once * (4 * self._state_bytes + 2 * kept) + scores
-        return max(1, (self.memory_budget or ADJOINTS_IN_MEMORY) // each)
-
-    @property
-    def _state_bytes(self) -> int:
-        last = self.replay.trajectory.checkpoint_steps[-1]
-        return self.replay.trajectory.checkpoint(last).nbytes
+        size = queries
+        if queries > 1:
+            trajectory, step = self.replay.trajectory, self.training_step
+            at_once = max(sum(other.stop < sweep.start <= other.start for other in planned) for sweep in planned)
+            kept = step.bytes_kept(self.replay.checkpoint(0), trajectory.step(0)) if step.batched else 0
+            scores = 8 * step.dynamics.workload.num_samples * (num_windows + at_once)
+            each = at_once * (4 * trajectory.checkpoint(trajectory.checkpoint_steps[-1]).nbytes + 2 * kept) + scores
+            size = min(queries, max(1, (self.memory_budget or ADJOINTS_IN_MEMORY) // each))
+        return (slice(first, first + size) for first in range(0, queries, size))
 
     def run(
         self,
@@ -75,8 +68,7 @@ class Engine:
     ) -> np.ndarray:
         """Scores ``[windows, queries, samples]``, float64: ``-dq / dw``, at ``w = 1``.
 
-        With ``weights``, at these, along the training that they make: it leaves the recorded one at the first step that
-        is swept.
+        With ``weights``, the derivative is taken at these, along the training under them from the first swept step on.
         """
         collected = WindowScores(num_windows, len(queries), self.training_step.dynamics.workload.num_samples, planned)
         first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
@@ -90,10 +82,10 @@ class Engine:
                     record = self.replay.trajectory.step(t)
                     at = None if weights is None else weights(record)
                     adjoint, by_weight = self.training_step.pull_back(state, record, adjoint, at)
-                    # Along another training, a draw that diverged is left out.
+                    # Under other weights, training may diverge; the caller leaves such a draw out.
                     if weights is None and not are_finite([by_weight, adjoint.parameters, adjoint.buffers]):
                         refuse_derivative(self.training_step, state, record, adjoint)
-                    # Removal takes the weight away.
+                    # Removal lowers the weight.
                     collected.add(rows, t, torch.from_numpy(record.samples), -by_weight)
                     alive = [position for position, row in enumerate(rows) if row.sweep.stop < t]
                     if len(alive) < len(rows):
@@ -108,7 +100,7 @@ class Engine:
         return collected.scores.numpy()
 
     def _choose(self, first: int, last: int, queries: Sequence[Query]) -> None:
-        """Once: the steps that give gradients of steps and of queries their right derivatives."""
+        """On the first call, choose steps whose derivatives, of gradients and of queries, are right."""
         if self._chosen:
             return
         self._chosen = True
@@ -120,14 +112,14 @@ class Engine:
 
     @property
     def details(self) -> dict[str, Any]:
-        """What a result says of the computation."""
+        """Metadata of the computation, for a result."""
         traced = {"derivative": "traced"} if self.training_step.by_trace else {}
         return {"max_drift": self.replay.max_drift, **traced}
 
     def _start(self, state: State, queries: Sequence[Query], t: int | None) -> Adjoint:
         """``lambda = grad q`` at ``state``, one row per query; 0 for the optimizer's state.
 
-        At a recorded ``s_t``, both must be finite.
+        If ``state`` is the recorded ``s_t``, raises unless queries and gradients are finite.
         """
         step = self.training_step
         held = {name: state.parameters[name].detach().requires_grad_() for name in step.followed_parameters.shapes}
@@ -146,10 +138,54 @@ class Engine:
                 refuse_not_finite(query, value, state, t, step.dynamics, self.replay.trajectory)
                 if not are_finite(found):
                     raise UnsupportedError(
-                        f"the derivative of query {query.name!r} is not finite at step {t}: a root, a norm or a "
-                        "standard deviation at 0, or a division by what can be 0. Add a small number inside the root, "
-                        "or use leave_one_out, which takes no derivative"
+                        f"the derivative of query {query.name!r} is not finite at step {t}. Look for a root, a norm or "
+                        "a standard deviation at 0 (add a small number inside the root), or a division by 0; or use "
+                        "leave_one_out, which takes no derivative"
                     )
             by_parameters.append(step.followed_parameters.join(found[: len(held)]))
             by_buffers.append(torch.cat([value.new_zeros(0), *(part.reshape(-1) for part in found[len(held) :])]))
         return Adjoint(torch.stack(by_parameters), torch.stack(by_buffers))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the adjoint: its sweep, and the position of its query."""
+
+    sweep: Sweep
+    query: int
+
+
+class WindowScores:
+    """Scores ``[windows, queries, samples]``, float64, filled in by a backward walk.
+
+    Weight gradients are first summed per row over steps that belong to the same windows, then added to these windows,
+    so that a step costs one addition, however many windows there are.
+
+    Args:
+        num_windows, num_queries, num_samples: of the scores.
+        sweeps: of the walk; sums end where one of them, or a share of one, begins or ends.
+    """
+
+    def __init__(self, num_windows: int, num_queries: int, num_samples: int, sweeps: Sequence[Sweep]) -> None:
+        self.scores = torch.zeros((num_windows, num_queries, num_samples), dtype=torch.float64)
+        shares = [share for sweep in sweeps for share in sweep.shares]
+        self._bounds = {sweep.start for sweep in sweeps} | {step for share in shares for step in (share.lo, share.hi)}
+        self._rows: Sequence[Row] = ()
+        self._pending = self.scores.new_zeros((0, num_samples))
+
+    def add(self, rows: Sequence[Row], t: int, samples: Tensor, weight_gradients: Tensor) -> None:
+        """Add the weight gradients ``[rows, sum B]`` of step ``t``; repeated samples add up.
+
+        ``rows`` may change only where a sweep begins or ends.
+        """
+        if len(self._rows) == 0:
+            self._rows = list(rows)
+            self._pending = self.scores.new_zeros((len(rows), self.scores.shape[2]))
+        self._pending.index_add_(1, samples, weight_gradients.detach().to(self._pending))
+        if t not in self._bounds:
+            return
+        for row, weight_gradients in zip(self._rows, self._pending, strict=True):
+            for share in row.sweep.shares:
+                if share.lo <= t < share.hi:
+                    self.scores[share.window, row.query].add_(weight_gradients, alpha=share.sign)
+        self._rows = ()

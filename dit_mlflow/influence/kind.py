@@ -1,7 +1,6 @@
-"""The three kinds of window score, as what must be swept and what must be retrained for them.
+"""The three kinds of window score, as the trainings and the sweeps that they need.
 
-Both computations are laid out here side by side, so that an estimate and its ground truth answer the
-same question by construction.
+The sweeps are derived from the trainings, so that an estimate and its ground truth answer the same question.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ Kind = Literal["local", "final", "cumulative"]
 
 @dataclass(frozen=True)
 class Share:
-    """Kicks at steps ``lo <= t < hi`` add ``sign`` times their value to the score of window ``window``."""
+    """Weight gradients of steps ``lo <= t < hi`` are added to the scores of window ``window``, times ``sign``."""
 
     window: int
     sign: int
@@ -28,7 +27,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One adjoint: starts as the query's gradient at step ``start``, runs down to the lowest share."""
+    """One adjoint: the query's gradient at step ``start``, pulled back to the first step of its shares."""
 
     start: int
     shares: tuple[Share, ...]
@@ -42,7 +41,8 @@ class Sweep:
 class Course:
     """One counterfactual training: from the recorded ``s_start``, with other weights at ``start <= t < until``.
 
-    ``measures``: at step ``c``, the query's change adds to window ``k`` with a sign: ``(c, k, sign)``.
+    Attributes:
+        measures: ``(c, k, sign)``: the query's change at step ``c`` is added to window ``k``, times ``sign``.
     """
 
     start: int
@@ -64,13 +64,8 @@ def check_kind(kind: str) -> Kind:
     return kind  # type: ignore[return-value]
 
 
-def sweeps(kind: Kind, windows: Sequence[Window], num_steps: int) -> list[Sweep]:
-    """The adjoints that the windows need, at most one per starting step."""
-    return sweeps_along(courses(kind, windows, num_steps))
-
-
-def sweeps_along(trainings: Sequence[Course]) -> list[Sweep]:
-    """The adjoints of what the courses measure, at most one per starting step; as recorded, all courses are one."""
+def sweeps(trainings: Sequence[Course]) -> list[Sweep]:
+    """The adjoints of what the courses measure, along one training, at most one per starting step."""
     shares: dict[int, list[Share]] = {}
     for course in trainings:
         for step, window, sign in course.measures:
@@ -79,10 +74,10 @@ def sweeps_along(trainings: Sequence[Course]) -> list[Sweep]:
 
 
 def courses(kind: Kind, windows: Sequence[Window], num_steps: int) -> list[Course]:
-    """The trainings that exact leave-one-out needs per sample, and a derivative per vector of weights.
+    """The trainings that leave-one-out needs for each sample, and a derivative for each vector of weights.
 
-    Trainings under the same weights from ``a`` on have the same past at every later step, so courses that share their
-    start and measure only while the weights still hold are one.
+    Courses with the same start are one if they measure only at steps up to which all their weights hold: their states
+    are the same there.
     """
     if kind == "final":
         return [Course(window.start, window.end, ((num_steps, k, 1),)) for k, window in enumerate(windows)]

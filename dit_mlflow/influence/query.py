@@ -1,9 +1,10 @@
-"""What influence is asked on: a differentiable scalar of the model."""
+"""Queries: the differentiable scalars of a model that influence is computed on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -19,18 +20,18 @@ from dit_mlflow.workload.batches import Batch
 
 Dataset = Literal["validation", "training", "test"]
 CHUNK = 1024
-"""Validation samples per forward pass."""
+"""Largest number of validation samples per forward pass."""
 
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """A named scalar of the model, evaluated in evaluation mode; what it draws from torch is the same every time.
+    """A named scalar of the model, computed in evaluation mode, with the same random draws of torch every time.
 
     Attributes:
         name: appears in every result.
         function: ``function(model) -> scalar tensor``, differentiable. It may be called with float64 parameters,
             so it should move its data to the parameters' dtype (:func:`dit_mlflow.workload.to_like`).
-        rows: ``rows(model) -> [B]``, the values of single samples that it is made of, if there are such.
+        rows: ``rows(model) -> [B]``, the values of single samples that the scalar is computed from; ``None`` = unknown.
     """
 
     name: str
@@ -52,14 +53,10 @@ def mean_validation_loss(workload: Workload) -> Query:
     """
     size = len(workload.validation_set)  # type: ignore[arg-type]
     parts = np.array_split(np.arange(size), -(-size // CHUNK))
-    batches = [workload.unvarying(workload.validation_set, part) for part in parts]
+    batches = [(workload.unvarying(workload.validation_set, part), len(part)) for part in parts]
 
     def rows(model: nn.Module) -> Tensor:
-        losses = [
-            workload.sample_losses(model, _moved(batch, model), len(part))
-            for batch, part in zip(batches, parts, strict=True)
-        ]
-        return torch.cat(losses)
+        return torch.cat([workload.sample_losses(model, _moved(batch, model), size) for batch, size in batches])
 
     return Query("mean_validation_loss", lambda model: rows(model).mean(), rows)
 
@@ -71,21 +68,19 @@ def sample_losses(workload: Workload, samples: Sequence[int] | None = None, of: 
     every validation sample.
 
     Args:
-        workload: with the data set.
+        workload: loss and data sets.
         samples: indices; default: all.
-        of: ``validation``, ``training`` or ``test``.
+        of: the data set: ``validation``, ``training`` or ``test``.
 
     Raises:
         InputError: there is no such data set or sample.
     """
-    return [
-        loss_of_batch(workload, batch, f"loss of {of} sample {index}")
-        for index, batch in _single_samples(workload, samples, of)
-    ]
+    single = _single_samples(workload, samples, of)
+    return [loss_of_batch(workload, batch, f"loss of {of} sample {index}") for index, batch in single]
 
 
 def loss_of_batch(workload: Workload, batch: Batch, name: str) -> Query:
-    """The loss of a batch that holds one sample, as a query with this name."""
+    """The loss of a batch of one sample, as a query with this name."""
     return Query(name, lambda model: workload.sample_losses(model, _moved(batch, model), 1))
 
 
@@ -109,12 +104,11 @@ def logits(
 def margins(workload: Workload, samples: Sequence[int] | None = None, of: Dataset = "validation") -> list[Query]:
     """The logit of a sample's own class minus the largest other one, named ``margin of validation sample 3``.
 
-    Arguments and errors as for :func:`logits`; labels are what ``Workload.targets`` says.
+    Arguments and errors as for :func:`logits`; classes are those of ``Workload.targets``.
     """
 
     def margin(z: Tensor, y: int) -> Tensor:
-        others = torch.cat([z[:y], z[y + 1 :]])
-        return z[y] - others.max()
+        return z[y] - torch.cat([z[:y], z[y + 1 :]]).max()
 
     return _output_queries(workload, "margin", margin, samples, of)
 
@@ -131,7 +125,7 @@ def parameter_value(name: str, *position: int) -> Query:
     """One coordinate of a parameter, named ``fc.weight[2, 5]``.
 
     Raises:
-        InputError: when asked, if the model has no such parameter or coordinate.
+        InputError: when the query is evaluated, if the model has no such parameter or coordinate.
     """
 
     def function(model: nn.Module) -> Tensor:
@@ -154,19 +148,15 @@ def _output_queries(
     of: Dataset,
     label: int | None = None,
 ) -> list[Query]:
-    def value(batch: Batch) -> Callable[[nn.Module], Tensor]:
-        def function(model: nn.Module) -> Tensor:
-            found = workload.class_logits(model, _moved(batch, model), 1)[0]
-            of_class = int(workload.class_labels(batch, len(found))[0]) if label is None else label
-            if not 0 <= of_class < len(found):
-                raise InputError(f"query {name!r} on class {of_class}: the model has classes 0 … {len(found) - 1}")
-            return measure(found, of_class)
+    def value(batch: Batch, model: nn.Module) -> Tensor:
+        found = workload.class_logits(model, _moved(batch, model), 1)[0]
+        of_class = int(workload.class_labels(batch, len(found))[0]) if label is None else label
+        if not 0 <= of_class < len(found):
+            raise InputError(f"query {name!r} on class {of_class}: the model has classes 0 … {len(found) - 1}")
+        return measure(found, of_class)
 
-        return function
-
-    return [
-        Query(f"{name} of {of} sample {index}", value(batch)) for index, batch in _single_samples(workload, samples, of)
-    ]
+    single = _single_samples(workload, samples, of)
+    return [Query(f"{name} of {of} sample {index}", partial(value, batch)) for index, batch in single]
 
 
 def _single_samples(workload: Workload, samples: Sequence[int] | None, of: Dataset) -> list[tuple[int, Batch]]:
@@ -186,11 +176,11 @@ def _single_samples(workload: Workload, samples: Sequence[int] | None, of: Datas
 def refuse_not_finite(
     query: Query, value: Tensor, state: State, t: int, dynamics: Dynamics, trajectory: Record | None = None
 ) -> None:
-    """Raise where the query is not finite at ``s_t``, for influence is undefined there.
+    """Raise if the query's ``value`` at ``s_t`` is not finite: influence is undefined there.
 
     Raises:
         TrajectoryError: training diverged.
-        InputError: the state is finite, and the query is not; by its samples, where they are known.
+        InputError: the state is finite, the query is not; names the samples, where :attr:`Query.rows` are known.
     """
     if bool(value.isfinite().all()):
         return
@@ -199,10 +189,10 @@ def refuse_not_finite(
     if query.rows is not None:
         with torch.no_grad():
             rows = dynamics.evaluate(state.parameters, state.buffers, query.rows)
-        who = f", by {named((~rows.isfinite()).nonzero().flatten().tolist())} of its data"
+        who = f", because of {named((~rows.isfinite()).nonzero().flatten().tolist())} of its data"
     raise InputError(
-        f"query {query.name!r} is {value.item()} at step {t}{who}, and influence on it is undefined. Look for NaN and "
-        "infinity in the data that it is asked on, and for training that diverges"
+        f"query {query.name!r} is {value.item()} at step {t}{who}, so influence on it is undefined. Look for NaN and "
+        "infinity in the query's data, and for training that diverges"
     )
 
 
@@ -216,5 +206,5 @@ def resolve_queries(queries: Sequence[Query] | None, workload: Workload) -> list
     resolved = [mean_validation_loss(workload)] if queries is None else list(queries)
     names = [query.name for query in resolved]
     if not names or len(set(names)) != len(names):
-        raise InputError(f"queries are named {names}; expected at least one, each with a name of its own")
+        raise InputError(f"queries are named {names}; expected at least one, with different names")
     return resolved

@@ -1,4 +1,4 @@
-"""What is asked of a trajectory, checked once, the same for every method."""
+"""The question that a method answers about a trajectory, checked once, in the same way for every method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _log = logger_of(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Windows, kind and queries for a trajectory and its workload; made by :meth:`of`, answered by :meth:`answer`."""
+    """Windows, kind and queries for a trajectory and its workload; :meth:`of` checks them, :meth:`answer` answers."""
 
     trajectory: Trajectory
     workload: Workload
@@ -47,7 +47,7 @@ class Question:
 
         Raises:
             InputError: a window, kind or query that cannot be used.
-            WorkloadError: rows of the per-sample loss are those of other samples.
+            WorkloadError: rows of the per-sample loss belong to other samples.
         """
         check_windows(windows, trajectory.num_steps)
         trajectory.couples_samples(workload)
@@ -72,13 +72,14 @@ class Question:
     ) -> Influence:
         """The result, with trajectory digest, library versions, and the seconds since the question was asked.
 
+        An infinite score, and a NaN of a sample in ``asked``, becomes NaN, with a warning, and its sample is listed in
+        the metadata as ``not_finite``.
+
         Args:
             asked: samples that must have scores; ``None`` = NaN means not computed.
 
-        A score that is not finite becomes NaN, is told, and listed in the metadata as ``not_finite``.
-
         Raises:
-            UnsupportedError: no sample that was asked for has a finite score.
+            UnsupportedError: no sample in ``asked`` has a finite score for some window and query.
         """
         scores, flagged = self._finite(scores, method, asked)
         return Influence(
@@ -102,14 +103,14 @@ class Question:
         )
 
     def _finite(self, scores: np.ndarray, method: str, asked: np.ndarray | None) -> tuple[np.ndarray, list[int]]:
-        """Scores with NaN for what is not finite, and the samples that this is about."""
+        """Scores with NaN in place of those that are not finite, and the samples of these."""
         wrong = np.isinf(scores)
         if asked is not None:
             wrong[:, :, asked] |= np.isnan(scores[:, :, asked])
             for window, query in np.argwhere(wrong[:, :, asked].all(axis=2)):
                 raise UnsupportedError(
                     f"{method} gives no finite score for steps {self.windows[window]} and query "
-                    f"{self.queries[query].name!r}: without any of the samples, training diverges, or the query has "
+                    f"{self.queries[query].name!r}: whichever sample is left out, training diverges, or the query has "
                     "no finite value"
                 )
         flagged: list[int] = np.flatnonzero(wrong.any(axis=(0, 1))).tolist()

@@ -1,4 +1,4 @@
-"""Find out before a long training whether influence can be computed on it."""
+"""Check before a long training whether influence can be computed on it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ STEPS = 2
 
 
 def rehearse(workload: Workload, memory_budget: int | None = None) -> None:
-    """Train :data:`STEPS` steps into a temporary folder, replay them and sweep them, for the sake of the errors.
+    """Train :data:`STEPS` steps into a temporary folder, replay and sweep them, so that errors come early.
 
     Args:
         workload: to be trained.
-        memory_budget: as for :func:`dit_mlflow.track`; one that holds too few states is refused here.
+        memory_budget: as for :func:`dit_mlflow.track`, which refuses one that holds too few states.
 
     Raises:
-        DitError: what :func:`dit_mlflow.train` and :func:`dit_mlflow.track` raise: the training does not replay, an
-            operation has no second derivative, a buffer moves in a way that cannot be followed.
+        DitError: as :func:`dit_mlflow.train` and :func:`dit_mlflow.track`: the training does not replay, an operation
+            has no second derivative, or a buffer changes in a way that cannot be followed.
 
     Cost: about ten training steps, and the validation loss with its gradient.
     """

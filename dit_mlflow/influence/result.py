@@ -31,14 +31,14 @@ class Influence:
 
     Attributes:
         scores: float64 ``[windows, queries, samples]``, in units of the query; NaN = not computed.
-        windows: the windows, in the order of the first axis.
+        windows: in the order of the first axis.
         queries: their names, in the order of the second axis.
         samples: int64 ``[samples]``, training set indices in the order of the third axis.
         kind: ``local``, ``final`` or ``cumulative``; ``none`` for methods without one.
         method: the estimator's name.
-        metadata: whatever else describes the result (trajectory digest, dtype, cost); JSON values.
-        standard_error: float64, like ``scores``; NaN = not known; ``None`` = known of none.
-        degrees_of_freedom: ``[windows, queries]``, of the standard errors; ``None`` = so many that it does not matter.
+        metadata: further description (trajectory digest, dtype, cost); JSON values.
+        standard_error: float64, like ``scores``; NaN = unknown; ``None`` = all unknown.
+        degrees_of_freedom: of the standard errors, ``[windows, queries]``; ``None`` = infinitely many.
     """
 
     scores: np.ndarray
@@ -58,7 +58,7 @@ class Influence:
                 f"scores have shape {self.scores.shape}; expected [windows, queries, samples] = {expected}"
             )
         if np.isinf(self.scores).any():
-            raise InputError("a score is infinite; expected finite numbers, and NaN where there is none")
+            raise InputError("a score is infinite; expected finite numbers, and NaN where there is no score")
         for name, found, wanted in (
             ("standard_error", self.standard_error, expected),
             ("degrees_of_freedom", self.degrees_of_freedom, expected[:2]),
@@ -72,31 +72,31 @@ class Influence:
 
     @property
     def measures(self) -> str:
-        """``query``: scores are amounts, in units of the query; ``ranking``, ``suspicion``: see the method's class."""
+        """``query``: scores are in units of the query; ``ranking``, ``suspicion``: see the method's class."""
         return str(self.metadata.get("measures", "query"))
 
     @property
     def removed(self) -> float | None:
-        """The share of the samples whose removal the scores are of (``removal_influence``); ``None`` = of one alone."""
+        """The fraction of samples whose removal the scores predict (``removal_influence``); ``None`` = one sample's."""
         share = self.metadata.get("removed")
         return None if share is None else float(share)
 
     @property
     def coupled(self) -> bool:
-        """Whether the loss couples samples (contrastive terms, mixup, batch statistics). Removal then takes the
-        sample's own loss away, while the sample stays in its batches."""
+        """Whether the loss couples samples (contrastive terms, mixup, batch statistics). Removal then means that the
+        sample's own loss is absent, while the sample stays in its batches."""
         return bool(self.metadata.get("coupled", False))
 
     @property
     def unclear(self) -> np.ndarray:
-        """Which scores have a 95 % interval that holds 0, bool, like ``scores``: neither helpful nor harmful."""
+        """Which scores have a 95 % interval that contains 0, bool, like ``scores``: neither helpful nor harmful."""
         if self.standard_error is None:
             return np.zeros(self.scores.shape, dtype=bool)
         low, high = self.interval()
         return (low <= 0) & (high >= 0)
 
     def of(self, window: Window | int, query: str | None = None) -> np.ndarray:
-        """Scores ``[samples]`` of one window (itself or its position) and query (default: the first)."""
+        """Scores ``[samples]`` of one window, or its position, and one query (default: the first)."""
         position = self.windows.index(window) if isinstance(window, Window) else window
         return self.scores[position, 0 if query is None else self.queries.index(query)]
 
@@ -113,33 +113,33 @@ class Influence:
         )
 
     def of_group(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """What removing the samples together does to first order: the sum of their scores, ``[windows, queries]``.
+        """The first-order effect of removing samples together: the sum of their scores, ``[windows, queries]``.
 
-        NaN where one of them was not computed. Without a standard error: those of single samples come from the same
-        draws, and do not add up.
+        NaN where one of the scores was not computed. It has no standard error: those of single samples come from the
+        same draws, and cannot be added up.
 
         Args:
             indices: training set indices; each counts once.
 
         Raises:
-            InputError: one of them is not among :attr:`samples`.
+            InputError: an index is not among :attr:`samples`.
         """
         group = np.unique(np.asarray(indices, dtype=np.int64))
         if len(missing := np.setdiff1d(group, self.samples)):
             raise InputError(
-                f"samples {missing[:5].tolist()} of the group have no scores here; expected some of samples"
+                f"samples {missing[:5].tolist()} of the group have no scores here; expected indices among samples"
             )
         total: np.ndarray = self.scores[:, :, np.isin(self.samples, group)].sum(axis=2)
         return total
 
     def interval(self, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends of each score's interval, like ``scores``, by Student's t; NaN where not known.
+        """Lower and upper ends of each score's interval, like ``scores``, by Student's t; NaN = unknown.
 
         Raises:
             InputError: there is no :attr:`standard_error`.
         """
         if self.standard_error is None:
-            raise InputError(f"scores by {self.method} have no standard error, so no interval")
+            raise InputError(f"scores by {self.method} have no standard error, so they have no interval")
         freedom = np.inf if self.degrees_of_freedom is None else self.degrees_of_freedom[:, :, None]
         half = stats.t.ppf((1 + confidence) / 2, freedom) * self.standard_error
         return self.scores - half, self.scores + half
@@ -147,7 +147,7 @@ class Influence:
     def to_frame(self) -> pd.DataFrame:
         """Long form: ``sample_index, window_index, window_start, window_end, query, score, standard_error``.
 
-        The last only where it is known.
+        Without the last column if :attr:`standard_error` is ``None``.
         """
         window, query, sample = (axis.ravel() for axis in np.indices(self.scores.shape))
         bounds = np.array([(window.start, window.end) for window in self.windows]).reshape(-1, 2)
@@ -167,7 +167,7 @@ class Influence:
         """The ``k`` most harmful and the ``k`` most helpful samples of each window and query.
 
         Columns as :meth:`to_frame`, and ``side`` (``harmful``: negative scores, most negative first; ``helpful``:
-        positive scores, largest first) and ``rank`` from 1. A sample whose interval of 95 % holds 0 is neither.
+        positive scores, largest first) and ``rank`` from 1. A sample whose 95 % interval contains 0 is neither.
         """
         frame = self.to_frame()[~self.unclear.ravel()].dropna(subset=["score"])
         keys = ["window_index", "query"]
@@ -206,7 +206,7 @@ class Influence:
         """Read what :meth:`save` wrote.
 
         Raises:
-            InputError: the folder does not hold a result, or its two files contradict each other; the message names the
-                field. Nothing is run, and no more memory is taken than the scores in the file need.
+            InputError: the folder holds no result, or its two files contradict each other; the message names the
+                field. No code from the files runs, and memory is bounded by the size of the scores.
         """
         return cls(**read_result(Path(directory)))

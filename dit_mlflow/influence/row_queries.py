@@ -1,4 +1,4 @@
-"""New samples as rows of a table: their losses as queries, through the model exactly as validation samples go."""
+"""Queries on new samples, given as rows of a table: their losses, computed as those of validation samples."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dit_mlflow.workload.random_state import preserved_random_state
 
 Features = pd.DataFrame | np.ndarray
 BatchOfRow = Callable[[Any, np.ndarray], Batch]
-"""``batch(features, targets) -> batch`` for one row: features as they came (a frame or array of one row), targets
-``[1, …]``; what it returns is what the workload's loss takes, for a batch of one."""
+"""``batch(features, targets) -> batch`` for one row: features as given (a frame or array of one row), targets
+``[1, …]``; returns a batch of one sample, as the workload's loss takes it."""
 
 MOST_CLASSES = 20
-"""A training set with more different targets than these is not taken for one of classes."""
+"""A training set with more different targets is not treated as a classification."""
 
 
 def row_losses(
@@ -32,19 +32,19 @@ def row_losses(
 ) -> list[Query]:
     """The loss of new samples, one query each, named ``loss of row 3``.
 
-    Without ``batch``, a row stands for a sample ``(input, target)`` of the training set: its values in order, reshaped
-    to the input's shape and cast to its dtype, and its target likewise; then it is collated as validation samples are.
-    Rows are therefore given as ``train_set[i]`` gives samples, after whatever preprocessing it does.
+    Without ``batch``, a row becomes a sample ``(input, target)`` like those of the training set: its values and its
+    target are reshaped and cast to shape and dtype of the training set's, then collated as validation samples are.
+    Rows therefore hold what ``train_set[i]`` returns, after its preprocessing.
 
     Args:
-        workload: with the training set that rows are held against.
+        workload: loss, and the training set whose samples the rows are like.
         features: a frame whose columns are the input's values in C order, or one column of arrays; or an array
             ``[rows, …]``.
         targets: ``[rows, …]``, as in the training set.
-        batch: makes the batch of each row in another way.
+        batch: builds the batch of each row, in place of the above.
 
     Raises:
-        InputError: no rows, no targets, or values that are not of the trained sample's shape and dtype.
+        InputError: there are no rows or targets, or values do not fit the training set's shape and dtype.
     """
     found = _checked_targets(features, targets)
     if batch is not None:
@@ -55,19 +55,6 @@ def row_losses(
     rows = _as_samples(workload, features, found)
     queries = sample_losses(replace(workload, test_set=rows), of="test")
     return [replace(query, name=f"loss of row {row}") for row, query in enumerate(queries)]
-
-
-class _Samples(Dataset[tuple[Any, Any]]):
-    """Rows as samples of the training set's types."""
-
-    def __init__(self, inputs: list[Any], targets: list[Any]) -> None:
-        self._samples = list(zip(inputs, targets, strict=True))
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return self._samples[index]
 
 
 def sample_as_row(workload: Workload, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -83,12 +70,13 @@ def sample_as_row(workload: Workload, index: int = 0) -> tuple[np.ndarray, np.nd
 def _pair(workload: Workload, index: int) -> tuple[Any, Any]:
     with preserved_random_state():
         sample = workload.train_set[index]
-    if isinstance(sample, (tuple, list)) and len(sample) == 2 and _is_array(sample[0]):
+    pair = isinstance(sample, (tuple, list)) and len(sample) == 2
+    if pair and isinstance(sample[0], (Tensor, np.ndarray)) and sample[0].ndim > 0:
         return sample[0], sample[1]
     shown = f"{len(sample)} parts" if isinstance(sample, (tuple, list)) else f"type {type(sample).__name__}"
     raise InputError(
-        f"samples of the training set have {shown}; rows are mapped by themselves only to (array, target). Give "
-        "batch, a function batch(features, targets) that makes the batch of one row"
+        f"samples of the training set have {shown}; without batch, rows can only become samples (array, target). Give "
+        "batch, a function batch(features, targets) that returns the batch of one row"
     )
 
 
@@ -99,11 +87,8 @@ def _as_samples(workload: Workload, features: Features, targets: np.ndarray) -> 
     _check_classes(workload.train_set, targets)
     if type(workload.train_set) is TensorDataset:
         return TensorDataset(torch.stack(inputs), torch.stack(labels))
-    return _Samples(inputs, labels)
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
+    samples: Any = list(zip(inputs, labels, strict=True))
+    return samples
 
 
 def _like(example: Any, values: np.ndarray, what: str, part: str) -> list[Any]:
@@ -114,7 +99,7 @@ def _like(example: Any, values: np.ndarray, what: str, part: str) -> list[Any]:
     if width != expected:
         raise InputError(
             f"{what}: {width} values; the training set's {part} has shape {list(shape)}, that is {expected}. Rows hold "
-            "what train_set[i] gives, flattened; other forms need batch(features, targets)"
+            "what train_set[i] returns, flattened; other forms need batch(features, targets)"
         )
     dtype = str(example.dtype if array else np.asarray(example).dtype).removeprefix("torch.")
     if not dtype.startswith(("bool", "int", "uint", "float", "bfloat")):
@@ -141,7 +126,7 @@ def _check_values(values: np.ndarray, integral: bool, what: str, expected: str) 
 
 
 def _check_classes(train_set: Dataset[Any], targets: np.ndarray) -> None:
-    """A target that no training sample has is rather another coding of the labels than a new class."""
+    """Refuse a target that no training sample has: it is more likely another coding of labels than a new class."""
     if type(train_set) is not TensorDataset or train_set.tensors[1].dim() != 1:
         return
     known = np.unique(train_set.tensors[1].cpu().double().numpy())
@@ -161,7 +146,7 @@ def _checked_targets(features: Features, targets: Sequence[Any] | np.ndarray | N
     if len(features) == 0:
         raise InputError("there are no rows; expected at least one")
     if targets is None:
-        raise InputError("no targets were given; they are needed, since what is asked is the loss of each row")
+        raise InputError("no targets were given; they are needed for the loss of each row")
     found = np.asarray(targets)
     if found.dtype == object:
         found = _stacked(list(found), "targets")
@@ -180,13 +165,10 @@ def _as_array(features: Features) -> np.ndarray:
                 f"columns {words[:5]} do not hold numbers; leave them out, name the target's column as targets, or "
                 "give batch(features, targets)"
             )
-        return features.to_numpy(dtype=None if all(_is_plain(dtype) for dtype in features.dtypes) else float)
+        # Of other dtypes than NumPy's (``Int64``, which may hold ``pd.NA``), pandas makes arrays of objects.
+        plain = all(isinstance(dtype, np.dtype) for dtype in features.dtypes)
+        return features.to_numpy(dtype=None if plain else float)
     return features
-
-
-def _is_plain(dtype: Any) -> bool:
-    """Whether it is NumPy's own: of others (``Int64``, which may hold ``pd.NA``), pandas makes an array of objects."""
-    return isinstance(dtype, np.dtype)
 
 
 def _stacked(cells: list[Any], what: str) -> np.ndarray:
@@ -200,5 +182,5 @@ def _batch_of_row(batch: BatchOfRow, features: Features, targets: np.ndarray, ro
     one = features.iloc[row : row + 1] if isinstance(features, pd.DataFrame) else features[row : row + 1]
     try:
         return batch(one, targets[row : row + 1])
-    except Exception as error:  # Of whatever kind: it is the caller's function.
+    except Exception as error:  # Any kind: it is the caller's function.
         raise InputError(f"batch(features, targets) failed on row {row}: {type(error).__name__}: {error}") from error

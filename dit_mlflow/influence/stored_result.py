@@ -1,17 +1,17 @@
-"""An influence result in a folder: ``scores.parquet`` and ``metadata.json``, read with distrust."""
+"""Read an influence result, ``scores.parquet`` and ``metadata.json``, from an untrusted folder."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence.window import Window
@@ -20,27 +20,25 @@ SCORES_FILE = "scores.parquet"
 METADATA_FILE = "metadata.json"
 
 LARGEST_METADATA = 64 * 2**20
-"""Bytes of ``metadata.json``."""
+"""Largest size of ``metadata.json``, in bytes."""
 
 ROWS_OF_ANY_FILE, ROWS_PER_BYTE = 4 * 2**20, 8
-"""Rows of ``scores.parquet`` that are read whatever its size, and for each of its bytes: scores hardly compress."""
+"""Largest number of rows of ``scores.parquet``, in any file and per byte of a larger file: scores hardly compress."""
 
 ROWS_AT_ONCE = 2**16
 
-KINDS = ("local", "final", "cumulative", "none")
-MEASURES = ("query", "ranking", "suspicion")
 WRITTEN = {"kind", "method", "queries", "windows", "num_samples", "sign_convention", "degrees_of_freedom"}
-"""What :meth:`Influence.save` adds to a result's own metadata."""
+"""Keys that :meth:`Influence.save` adds to a result's own metadata."""
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The fields of the :class:`Influence` that was saved in a folder.
 
-    Every row's window, query and sample are held against its place, so that no score stands at another sample.
+    Every row's window, query and sample are compared with its position, so that no score is given to another sample.
 
     Raises:
-        InputError: there is no result, or its two files are not what :meth:`Influence.save` writes, or contradict each
-            other; the message names the field.
+        InputError: there is no result, its two files are not what :meth:`Influence.save` writes, or they contradict
+            each other; the message names the field.
 
     Memory: two to three times the scores, which are at most 64 bytes for each byte of the file (or 32 MiB).
     """
@@ -53,36 +51,60 @@ def read_result(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"no influence result in {folder}: {error}") from error
     if len(content) > LARGEST_METADATA:
-        raise InputError(f"{path} is over {LARGEST_METADATA} bytes, and no description of an influence result")
+        raise InputError(f"{path} is larger than {LARGEST_METADATA} bytes; it is no description of an influence result")
     try:
         description = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"no influence result in {folder}: {path} is not JSON: {first_line(error)}") from error
     fields = _described(path, description)
-    samples = _natural(path, description, "num_samples")
-    return fields | _scores(folder / SCORES_FILE, fields["windows"], fields["queries"], samples)
+    return fields | _scores(folder / SCORES_FILE, fields["windows"], fields["queries"], description["num_samples"])
+
+
+Natural = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _Description(BaseModel):
+    """The keys of ``metadata.json`` that are checked."""
+
+    model_config = ConfigDict(strict=True)
+
+    kind: Literal["local", "final", "cumulative", "none"]
+    method: Annotated[str, Field(min_length=1)]
+    queries: list[str]
+    windows: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]
+    num_samples: Natural
+    measures: Literal["query", "ranking", "suspicion"] = "query"
+    removed: Annotated[float, Field(gt=0, lt=1)] | None = None
+    degrees_of_freedom: list[list[Annotated[float, Field(ge=0)]]] | None = None
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for values that do not fit each other."""
+        if len(set(self.queries)) < len(self.queries):
+            raise ValueError(f"queries: {self.queries[:5]} are not all different")
+        if any(start >= end for start, end in self.windows):
+            raise ValueError(f"windows: expected start < end in each, got {self.windows[:5]}")
+        rows = self.degrees_of_freedom
+        if rows and [len(row) for row in rows] != [len(self.queries)] * len(self.windows):
+            raise ValueError("degrees_of_freedom: expected a number for each window and query")
 
 
 def _described(path: Path, description: Any) -> dict[str, Any]:
-    if not isinstance(description, dict):
-        raise InputError(f"{path} holds a {type(description).__name__}; expected an object that describes a result")
-    queries = _checked(path, description, "queries", "names, each once", _are_names)
-    bounds = _checked(path, description, "windows", "pairs [start, end] of steps, 0 <= start < end", _are_windows)
-    metadata = {key: value for key, value in description.items() if key not in WRITTEN}
-    if metadata.get("measures", "query") not in MEASURES:
-        raise _refused(path, "measures", metadata["measures"], f"one of {', '.join(MEASURES)}")
-    removed = metadata.get("removed")
-    if removed is not None and not (_is_number(removed) and 0 < removed < 1):
-        raise _refused(path, "removed", removed, "a share between 0 and 1")
-    freedom = description.get("degrees_of_freedom")
-    if freedom is not None and not _is_table(freedom, len(bounds), len(queries)):
-        raise _refused(path, "degrees_of_freedom", freedom, "a number of 0 or more for each window and query")
+    try:
+        checked = _Description.model_validate(description)
+        checked.check()
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise InputError(f"{path} is not what Influence.save writes: {where}: {first['msg']}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not what Influence.save writes: {error}") from error
+    freedom = checked.degrees_of_freedom
     return {
-        "windows": tuple(Window(*pair) for pair in bounds),
-        "queries": tuple(queries),
-        "kind": _checked(path, description, "kind", f"one of {', '.join(KINDS)}", lambda value: value in KINDS),
-        "method": _checked(path, description, "method", "a name", lambda value: isinstance(value, str) and value != ""),
-        "metadata": metadata,
+        "windows": tuple(Window(*pair) for pair in checked.windows),
+        "queries": tuple(checked.queries),
+        "kind": checked.kind,
+        "method": checked.method,
+        "metadata": {key: value for key, value in description.items() if key not in WRITTEN},
         "degrees_of_freedom": np.array(freedom) if freedom else None,
     }
 
@@ -104,7 +126,7 @@ def _scores(
             raise
         raise InputError(f"no influence result in {path.parent}: {path} is no Parquet: {first_line(error)}") from error
     if reader.read != int(np.prod(shape)):
-        raise InputError(f"{path} holds {reader.read} rows, and announces {int(np.prod(shape))}; it is damaged")
+        raise InputError(f"{path} holds {reader.read} rows; expected {int(np.prod(shape))}. It is damaged")
     errors = reader.values.get("standard_error")
     return {
         "samples": reader.samples,
@@ -114,7 +136,7 @@ def _scores(
 
 
 class _Reader:
-    """Takes the rows in order, and checks that each is what belongs at its place."""
+    """Reads the rows in order, and checks window, query and sample of each by its position."""
 
     def __init__(self, path: Path, windows: tuple[Window, ...], queries: tuple[str, ...], num_samples: int) -> None:
         self._path = path
@@ -184,17 +206,17 @@ class _Reader:
         if self.samples.min() < 0:
             raise InputError(f"{self._path}: sample_index {self.samples.min()}; expected indices of 0 or more")
         if len(np.unique(self.samples)) < len(self.samples):
-            raise InputError(f"{self._path}: a sample_index stands twice in one window and query; expected each once")
+            raise InputError(f"{self._path}: a sample_index occurs twice in one window and query; expected each once")
 
     def _wrong(self, name: str, row: int, found: object, expected: str) -> InputError:
         return InputError(
             f"{self._path}: {name} of row {row} is {found}; expected {expected}, by {METADATA_FILE} and the order of "
-            "rows (by window, then query, then sample). The files have been changed; take them from the run again"
+            "rows (by window, then query, then sample). The files have been changed; download them from the run again"
         )
 
 
 def _columns(path: Path, table: pq.ParquetFile, longest: int) -> list[str]:
-    """The columns to read, after a look at their types and sizes."""
+    """The columns to read; their types and sizes are checked."""
     whole = {"sample_index", "window_index", "window_start", "window_end"}
     schema = table.schema_arrow
     columns = [*whole, "query", "score", *(["standard_error"] if "standard_error" in schema.names else [])]
@@ -225,63 +247,15 @@ def _columns(path: Path, table: pq.ParquetFile, longest: int) -> list[str]:
 def _check_rows(path: Path, table: pq.ParquetFile, shape: tuple[int, int, int], size: int) -> None:
     found, expected = table.metadata.num_rows, shape[0] * shape[1] * shape[2]
     if found != expected:
-        raise InputError(f"{path} has {found} rows; {METADATA_FILE} announces {shape}")
+        raise InputError(f"{path} has {found} rows; expected {expected}, since {METADATA_FILE} has the shape {shape}")
     if found > max(ROWS_OF_ANY_FILE, ROWS_PER_BYTE * size):
-        raise InputError(f"{path} announces {found} rows in {size} bytes, more than scores can be in so few")
+        raise InputError(f"{path} claims {found} rows in {size} bytes, more scores than so few bytes can hold")
 
 
 def _regular(path: Path) -> BinaryIO:
-    """The file, opened; what has no end (a device, a pipe) is refused before anything is read."""
+    """The opened file; a device or a pipe, which may have no end, is refused before anything is read."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(f"{path} is not a regular file")
     return os.fdopen(descriptor, "rb")
-
-
-def _checked(path: Path, description: Mapping[str, Any], name: str, expected: str, right: Any) -> Any:
-    if name not in description:
-        raise InputError(f"{path} has no {name!r}; expected {expected}. It is not what Influence.save writes")
-    if not right(description[name]):
-        raise _refused(path, name, description[name], expected)
-    return description[name]
-
-
-def _natural(path: Path, description: Mapping[str, Any], name: str) -> int:
-    found: int = _checked(path, description, name, "a whole number, 0 or more", _is_natural)
-    return found
-
-
-def _refused(path: Path, name: str, found: object, expected: str) -> InputError:
-    text = repr(found)
-    return InputError(f"{path}: {name!r} is {text[:80]}{'…' * (len(text) > 80)}; expected {expected}")
-
-
-def _is_natural(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**62
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
-
-
-def _are_windows(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(map(_is_natural, pair)) and pair[0] < pair[1]
-        for pair in value
-    )
-
-
-def _is_table(value: Any, rows: int, columns: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == rows
-        and all(
-            isinstance(row, list) and len(row) == columns and all(_is_number(x) and x >= 0 for x in row)
-            for row in value
-        )
-    )

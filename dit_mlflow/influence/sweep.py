@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence.engine import Engine
-from dit_mlflow.influence.kind import Course, Kind, courses, sweeps_along
+from dit_mlflow.influence.kind import Course, Kind, courses, sweeps
 from dit_mlflow.influence.query import Query, sample_losses
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.result import Influence
@@ -37,16 +37,16 @@ def track(
 ) -> Influence:
     r"""Influence of every training sample, for each window and query, by Dynamic Influence Tracking.
 
-    First order in the sample's weight ``w_j``, at ``w = 1``, or at other ``weights``. The adjoint starts at the query's
-    gradient, ``lambda = grad q``, and runs back through the optimizer step and the gradient of each recorded step,
+    First order in the sample's weight ``w_j``, at ``w = 1``, or at other ``weights``. The adjoint starts as the query's
+    gradient, ``lambda = grad q``, and is pulled back through the optimizer step and the gradient of each recorded step,
 
     .. math::
         \lambda_g = U_t'^{\top} \lambda, \quad
         \text{weight gradient}_t[j] = -\partial_{w_j} \langle g_t, \lambda_g \rangle, \quad
-        \lambda_\theta \mathrel{+}= \partial_\theta \langle g_t, \lambda_g \rangle;
+        \lambda_\theta \mathrel{+}= \partial_\theta \langle g_t, \lambda_g \rangle.
 
-    a score is the sum of the weight gradients of its window. For plain SGD this is the recursion of Xu and Wu 2025
-    (arXiv 2502.10793); here it goes through PyTorch's own optimizer code.
+    A score is the sum of the weight gradients of its window. For plain SGD this is the recursion of Xu and Wu 2025
+    (arXiv 2502.10793); for other optimizers, ``U_t`` is differentiated through their own code.
 
     Args:
         trajectory: recorded; may be incomplete.
@@ -55,30 +55,30 @@ def track(
         kind: ``local`` (absent in the window, effect at its end), ``final`` (absent in the window, effect at the end of
             training) or ``cumulative`` (absent from step 0, change over the window).
         queries: default: the mean validation loss.
-        weights: ``[training samples]``, finite: the derivative is taken at these, along the training that they make.
-            They hold where the kind has a sample absent: ``local`` and ``final`` set out from the recorded ``s_a`` and
-            weigh the window's steps, ``cumulative`` from ``s_0`` and weighs all; other steps weigh every sample 1. They
-            do not enter the coefficients: a batch is divided by as much as was recorded. ``None`` = all 1.
+        weights: ``[training samples]``, finite: the derivative is taken at these, along the training under them.
+            They hold in the steps in which the kind has a sample absent: ``local`` and ``final`` start from the
+            recorded ``s_a`` and weigh the window's steps, ``cumulative`` starts from ``s_0`` and weighs all steps; all
+            other weights are 1. Coefficients, such as a batch's denominator, stay as recorded. ``None`` = all 1.
         dtype: ``None`` = as recorded; ``torch.float64`` replays one float64 trajectory from ``s_0``.
-        memory_budget: bytes for the states held on the way, and as many again for adjoints. Less memory takes more
-            replays (binomial checkpointing, :meth:`Replay.backward`) and, for many queries, more sweeps; scores are
-            the same bit for bit but for the rounding of queries that are pulled back together. Default: about
-            ``2 sqrt(T)`` states or 1 GiB, whichever is more, and 1 GiB of adjoints.
+        memory_budget: bytes for the states held at one time, and as many again for adjoints. A smaller budget takes
+            more replays (binomial checkpointing, :meth:`Replay.backward`) and, for many queries, more sweeps; scores
+            are the same up to the rounding of queries that are pulled back together. Default: about ``2 sqrt(T)``
+            states or 1 GiB, whichever is more, and 1 GiB of adjoints.
 
     Returns:
         Scores ``[windows, queries, training samples]`` in units of the query. **Sign**: change of the query caused by
-        removing the sample; for a loss, positive = helpful, negative = harmful. Samples that a window never
-        met score exactly 0 (``local``, ``final``).
+        removing the sample; for a loss, positive = helpful, negative = harmful. Samples that are in no step of a
+        window score exactly 0 (``local``, ``final``).
 
     Raises:
         InputError: a window, kind or query that cannot be used.
         TrajectoryError: the trajectory is damaged, or the workload is not the recorded one.
-        UnsupportedError: the training does something that cannot be differentiated here.
+        UnsupportedError: a step or a query cannot be differentiated.
 
-    Cost: the replay (one training) and two to three more trainings for the sweep, whatever the number of disjoint
-    ``local`` windows or of ``final`` windows; each ``cumulative`` window and each query adds an adjoint, that is one
-    backward pass per step of the shared graph. With ``weights``, overlapping ``local`` windows and all ``final`` ones
-    are trainings of their own: a replay and a sweep each, from the window's start to where the query is asked.
+    Cost: a replay (one training) and a sweep (two to three more), however many disjoint ``local`` windows or ``final``
+    windows; each ``cumulative`` window and each query adds an adjoint, that is one backward pass through each step's
+    shared graph. With ``weights``, each overlapping ``local`` window and each ``final`` window needs a replay and a
+    sweep of its own, from the window's start to the step at which the query is asked.
     """
     question = Question.of(trajectory, workload, windows, kind, queries)
     at = None if weights is None else _checked(weights, workload.num_samples)
@@ -90,7 +90,7 @@ def track(
         np.concatenate(parts, axis=1),
         "dit",
         str(dtype or "recorded"),
-        asked=_every(workload),
+        asked=np.arange(workload.num_samples),
         **engine.details,
         **details,
     )
@@ -104,14 +104,14 @@ def self_influence(
     dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> Influence:
-    """Influence of every training sample on its own loss: how much the model had to memorise it.
+    """Influence of every training sample on its own loss: how much the model memorised the sample.
 
     Args:
         trajectory, workload, windows, kind, dtype, memory_budget: as for :func:`track`.
 
     Returns:
         Scores ``[windows, 1, training samples]`` for the query ``own loss``, each sample's in evaluation mode.
-        Positive = the sample's loss would be higher had it been left out, which is the rule.
+        Positive, as for most samples: without the sample, its loss would be higher.
 
     Raises:
         As :func:`track`.
@@ -128,24 +128,20 @@ def self_influence(
             samples = np.arange(first, first + scores.shape[1])
             own[:, 0, samples] = scores[:, samples - first, samples]
     return replace(question, queries=(Query("own loss", queries[0].function),)).answer(
-        own, "dit", str(dtype or "recorded"), asked=_every(workload), **engine.details
+        own, "dit", str(dtype or "recorded"), asked=np.arange(workload.num_samples), **engine.details
     )
 
 
-def _every(workload: Workload) -> np.ndarray:
-    return np.arange(workload.num_samples)
-
-
 def in_parts(engine: Engine, question: Question, weights: Tensor | None = None) -> Iterator[tuple[int, np.ndarray]]:
-    """Number of the first query, and scores ``[windows, some queries, samples]``: as many queries as memory allows."""
+    """Yield position of the first query, and scores ``[windows, queries, samples]``, of as many as memory allows."""
     trainings = courses(question.kind, question.windows, question.trajectory.num_steps)
     num_windows = len(question.windows)
-    for part in engine.parts(len(question.queries), sweeps_along(trainings), num_windows):
+    for part in engine.parts(len(question.queries), sweeps(trainings), num_windows):
         queries = question.queries[part]
         if weights is None:
-            yield part.start, engine.run(queries, sweeps_along(trainings), num_windows)
+            yield part.start, engine.run(queries, sweeps(trainings), num_windows)
             continue
-        # A window has its scores from one course, and zeros from the others.
+        # A window's scores come from one course; the others give zeros.
         own = (scores_under(engine, queries, course, num_windows, weights) for course in trainings)
         yield part.start, reduce(operator.iadd, own)
 
@@ -155,7 +151,7 @@ def scores_under(
 ) -> np.ndarray:
     """``-dq / dw`` at ``weights [samples]`` for the windows of one course, 0 for the others."""
     of = SampleWeights(weights, course.start, course.until)
-    return engine.run(queries, sweeps_along([course]), num_windows, of)
+    return engine.run(queries, sweeps([course]), num_windows, of)
 
 
 def _checked(weights: Sequence[float] | np.ndarray | Tensor, samples: int) -> Tensor:

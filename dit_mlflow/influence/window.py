@@ -39,7 +39,7 @@ class Window:
 
 
 class Timeline(Protocol):
-    """What windows are laid out on: a trajectory, or the plan of one."""
+    """Steps and epochs of a training: of a trajectory, or of the plan of one."""
 
     @property
     def num_steps(self) -> int: ...
@@ -49,15 +49,15 @@ class Timeline(Protocol):
 
 
 def parse_windows(text: str, trajectory: Timeline) -> list[Window]:
-    """Read windows as a user writes them.
+    """Parse windows as a user writes them.
 
     Args:
         text: ``"epochs"`` for one window per epoch; ``"8"`` for 8 equal windows that cover training (bounds
             ``floor(k * T / 8)``); ``"0:80,80:160"`` for explicit step ranges, end excluded.
-        trajectory: anything with ``num_steps`` and ``epoch_ends``.
+        trajectory: a trajectory, or anything else with ``num_steps`` and ``epoch_ends``.
 
     Raises:
-        InputError: the text is none of these, or a window lies outside training.
+        InputError: the text has another form, or a window lies outside training.
 
     >>> from dit_mlflow.workload import Plan
     >>> [str(window) for window in parse_windows("3", Plan((5, 10)))]
@@ -68,10 +68,12 @@ def parse_windows(text: str, trajectory: Timeline) -> list[Window]:
     if steps == 0:
         raise InputError("training has no steps, so there are no windows")
     if text == "epochs":
-        bounds = [0, *trajectory.epoch_ends]
-        return [Window(a, b) for a, b in pairwise(bounds)]
+        return [Window(a, b) for a, b in pairwise([0, *trajectory.epoch_ends])]
     if NUMBER.fullmatch(text):
-        return _equal_windows(int(text), steps)
+        count = int(text)
+        if not 1 <= count <= steps:
+            raise InputError(f"{count} windows were asked over {steps} steps; expected 1 … {steps}")
+        return [Window(a, b) for a, b in pairwise(k * steps // count for k in range(count + 1))]
     windows = [_parse_range(part, text) for part in text.split(",")]
     check_windows(windows, steps)
     return windows
@@ -81,10 +83,12 @@ def check_windows(windows: Sequence[Window], num_steps: int) -> None:
     """Raise :class:`InputError` unless there is a window and all end within training."""
     given: object = windows
     if isinstance(given, str):
-        raise InputError(f"windows is {given!r}; parse_windows({given!r}, trajectory) makes a list of Window of it")
+        raise InputError(
+            f"windows={given!r}; expected a list of Window: parse_windows({given!r}, trajectory) gives one"
+        )
     others = [given] if isinstance(given, Window) else [one for one in windows if not isinstance(one, Window)]
     if others:
-        raise InputError(f"windows: {others[0]!r} came; expected a list such as [Window(0, 80), Window(80, 160)]")
+        raise InputError(f"windows: got {others[0]!r}; expected a list such as [Window(0, 80), Window(80, 160)]")
     if not windows:
         raise InputError("no window was given; expected at least one")
     late = [window for window in windows if window.end > num_steps]
@@ -93,13 +97,6 @@ def check_windows(windows: Sequence[Window], num_steps: int) -> None:
             f"window {late[0].start}:{late[0].end} ends past training, which has {num_steps} steps "
             f"(0 … {num_steps - 1}); the last window can end at {num_steps}"
         )
-
-
-def _equal_windows(count: int, steps: int) -> list[Window]:
-    if not 1 <= count <= steps:
-        raise InputError(f"{count} windows were asked over {steps} steps; expected 1 … {steps}")
-    bounds = [k * steps // count for k in range(count + 1)]
-    return [Window(a, b) for a, b in pairwise(bounds)]
 
 
 def _parse_range(part: str, text: str) -> Window:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.engine import Engine
@@ -100,7 +101,7 @@ class _GradientsForHessians(LossStep):
         parameters = {**state.parameters, **held}
         buffers = {name: value.clone() for name, value in state.buffers.items()}
         total = {name: torch.zeros_like(value) for name, value in held.items()}
-        with self.plain_attention():
+        with sdpa_kernel(SDPBackend.MATH):
             for position, term in enumerate(self.gradient.terms(record, batches)):
                 value, of_data = term(parameters, buffers, weights), position < len(batches)
                 found = torch.autograd.grad(value, inputs, create_graph=not of_data, allow_unused=True)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from dit_mlflow.errors import UnsupportedError
-from dit_mlflow.influence.kind import Sweep, sweeps
+from dit_mlflow.influence.kind import Sweep, courses, sweeps
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.window import Window
 from dit_mlflow.methods.hessian import Curvature, by_parameter, flattened
@@ -71,7 +71,7 @@ class Source(WindowMethod):
     def estimate(self, question: Question) -> Estimate:
         replay = question.trajectory.replay(question.workload)
         _refuse_other_optimizers(replay)
-        planned = sweeps(question.kind, question.windows, question.trajectory.num_steps)
+        planned = sweeps(courses(question.kind, question.windows, question.trajectory.num_steps))
         segments = self._segments(question.trajectory.num_steps)
         gradients = _visit(replay, segments, {sweep.start for sweep in planned}, question)
         scores = np.zeros(question.shape)

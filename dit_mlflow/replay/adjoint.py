@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Flat:
-    """Named tensors one after the other in one vector of :attr:`size` elements.
+    """The layout of named tensors that are joined to one vector of :attr:`size` elements.
 
-    Elementwise work on it costs one call, however many tensors there are.
+    An elementwise operation on the vector is one call, however many tensors there are.
 
     Attributes:
         shapes: shape by name, in order.
@@ -25,12 +26,9 @@ class Flat:
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """Where each tensor stands."""
-        slices, start = {}, 0
-        for name, shape in self.shapes.items():
-            slices[name] = slice(start, start + shape.numel())
-            start += shape.numel()
-        return slices
+        """The elements of each tensor in the vector, by name."""
+        ends = accumulate(self.lengths)
+        return {name: slice(end - n, end) for name, n, end in zip(self.shapes, self.lengths, ends, strict=True)}
 
     @property
     def size(self) -> int:
@@ -41,15 +39,15 @@ class Flat:
         return [shape.numel() for shape in self.shapes.values()]
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """``[*shape]`` each, in order, to ``[size]``."""
+        """Join ``[*shape]`` each, in order, to ``[size]``."""
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
     def join_rows(self, tensors: Sequence[Tensor], rows: int) -> Tensor:
-        """``[rows, *shape]`` each, in order, to ``[rows, size]``."""
+        """Join ``[rows, *shape]`` each, in order, to ``[rows, size]``."""
         return torch.cat([tensor.reshape(rows, -1) for tensor in tensors], dim=1)
 
     def split_rows(self, flat: Tensor) -> list[Tensor]:
-        """``[rows, size]`` to views ``[rows, *shape]``, in order."""
+        """Split ``[rows, size]`` into views ``[rows, *shape]``, in order."""
         parts = flat.split(self.lengths, dim=1)
         return [part.view(len(flat), *shape) for part, shape in zip(parts, self.shapes.values(), strict=True)]
 
@@ -59,9 +57,9 @@ class Adjoint:
     """``lambda``: derivatives of ``A`` scalars with respect to ``s_t``.
 
     Attributes:
-        parameters: ``[A, N]``, of the parameters that the optimizer holds.
-        buffers: ``[A, M]``, of the running statistics.
-        optimizer: ``[A, size]`` by key of the optimizer's state (as the step names them); absent = 0.
+        parameters: ``[A, N]``, with respect to the parameters that the step follows.
+        buffers: ``[A, M]``, with respect to the buffers that the step follows.
+        optimizer: ``[A, size]`` by key of the optimizer's state, as the step names the keys; an absent key means 0.
     """
 
     parameters: Tensor
@@ -73,7 +71,7 @@ class Adjoint:
         return len(self.parameters)
 
     def append(self, other: Adjoint) -> Adjoint:
-        """Both adjoints' rows, this one's first."""
+        """The rows of both adjoints, those of ``self`` first."""
         both = (self, other)
         sizes = {key: value.shape[1] for adjoint in both for key, value in adjoint.optimizer.items()}
 
@@ -86,19 +84,10 @@ class Adjoint:
             {key: stacked(key, size) for key, size in sizes.items()},
         )
 
-    def slot(self, key: str) -> Tensor:
-        """``optimizer[key]``, or its zeros ``[A, N]``."""
-        value = self.optimizer.get(key)
-        return torch.zeros_like(self.parameters) if value is None else value
-
-    def keep(self, rows: Sequence[int]) -> Adjoint:
+    def keep(self, rows: list[int]) -> Adjoint:
         """Only the given rows."""
-        picked = list(rows)
-        return Adjoint(
-            self.parameters[picked],
-            self.buffers[picked],
-            {key: value[picked] for key, value in self.optimizer.items()},
-        )
+        optimizer = {key: value[rows] for key, value in self.optimizer.items()}
+        return Adjoint(self.parameters[rows], self.buffers[rows], optimizer)
 
 
 def grad_or_zeros(
@@ -109,7 +98,7 @@ def grad_or_zeros(
 ) -> list[Tensor]:
     """``torch.autograd.grad`` with zeros for inputs that no output depends on.
 
-    Those of its own ``materialize_grads`` require a gradient themselves in torch 2.6.
+    Not by ``materialize_grads``, whose zeros require a gradient in torch 2.6.
     """
     found = torch.autograd.grad(outputs, inputs, cotangents, retain_graph, allow_unused=True)
     return [torch.zeros_like(value) if part is None else part for value, part in zip(inputs, found, strict=True)]
@@ -120,7 +109,7 @@ def vector_jacobian(
 ) -> list[Tensor]:
     """``cotangents^T d outputs / d inputs``, ``[A, *input shape]`` each, for ``A = rows`` cotangents ``[A, *shape]``.
 
-    Inputs that no output depends on get zeros; so do all inputs for an output that is constant.
+    The result is 0 for inputs that no output depends on, and constant outputs add 0.
     Cost: ``A`` backward passes, in one vectorised pass if ``batched``.
     """
     moving = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
@@ -128,7 +117,7 @@ def vector_jacobian(
         return [value.new_zeros((rows, *value.shape)) for value in inputs]
     outputs, cotangents = zip(*moving, strict=True)
     if rows > 1 and batched:
-        # Some operations have a second derivative, and none for rows side by side (GroupNorm, in torch 2.13).
+        # Some operations have a second derivative that does not run under vmap (GroupNorm, in torch 2.13).
         with suppress(RuntimeError):
             found = torch.autograd.grad(
                 outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True

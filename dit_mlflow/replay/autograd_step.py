@@ -14,15 +14,15 @@ from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.replay.adjoint import Adjoint, vector_jacobian
 from dit_mlflow.replay.optimizers import optimizer_class
-from dit_mlflow.replay.step_adjoint import PulledGroup
-from dit_mlflow.replay.update_groups import UpdateGroup
+from dit_mlflow.replay.step_adjoint import PulledGroup, UpdateGroup
+from dit_mlflow.replay.traced import root
 from dit_mlflow.trajectory.state import COUNTERS, State
 
 
 class AutogradStep:
     """Any optimizer that works elementwise: one step of PyTorch's own code with ``differentiable=True``.
 
-    A run's parameters and state are non-leaf clones of the recorded ones, joined to one vector each.
+    A group's parameters, and each kind of its state, are joined to one vector.
 
     Args:
         name: of the class in ``torch.optim``.
@@ -42,14 +42,14 @@ class AutogradStep:
         self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
     ) -> list[PulledGroup]:
         clipped = gradients()
-        return [self.pull(state, group, clipped[group.gradient], adjoint) for group in groups]
+        return [self._pull(state, group, clipped[group.gradient], adjoint) for group in groups]
 
-    def pull(self, state: State, group: UpdateGroup, gradient: Tensor, adjoint: Adjoint) -> PulledGroup:
-        """One run's part, from its gradient ``[size]``."""
+    def _pull(self, state: State, group: UpdateGroup, gradient: Tensor, adjoint: Adjoint) -> PulledGroup:
+        """One group's part, from its gradient ``[size]``."""
         if group.settings["lr"] == 0.0 and self._divides_by_rate:
-            # At the start of a warm-up only the state moves, as it does at any other rate.
+            # PyTorch divides by lr. At 0 (the start of a warm-up) only the state moves, as at any other rate.
             still = Adjoint(torch.zeros_like(adjoint.parameters), adjoint.buffers, adjoint.optimizer)
-            moving = self.pull(state, replace(group, settings={**group.settings, "lr": 1.0}), gradient, still)
+            moving = self._pull(state, replace(group, settings={**group.settings, "lr": 1.0}), gradient, still)
             return replace(moving, parameters=moving.parameters + adjoint.parameters[:, group.part])
         theta = group.parameters(state).requires_grad_()
         stored = {key: _stored(state, group, key, value) for key, value in group.entry.items()}
@@ -97,32 +97,29 @@ _DENOMINATORS = {
     "Adagrad": "sum",
     "RMSprop": "square_avg",
 }
-"""Optimizers that divide by something which has no derivative at 0, and the state it is made from."""
+"""Optimizers whose denominator has no derivative at 0, and the key of the state that it is computed from."""
 
 
 class _DifferentiableArithmetic(TorchFunctionMode):
-    """Two corrections to what an optimizer computes when it is differentiated.
+    """Two corrections to what an optimizer computes with ``differentiable=True``.
 
-    The square root gets the derivative 0 at 0, where it is infinite. Adam-like optimizers divide by
-    ``sqrt(v) + eps``; an element whose gradient was always 0 has ``v = 0`` and does not move, whatever the adjoint, but
-    ``0 * inf`` would turn every score into NaN.
+    The square root has the derivative 0 at 0, see :func:`root`. Adam-like optimizers divide by ``sqrt(v) + eps``; an
+    element whose gradient was always 0 has ``v = 0`` and does not move, but ``0 * inf`` would make every score NaN.
 
-    Step counters are float64. As tensors in float32, which the optimizers make for themselves, the bias correction
+    Step counters are float64. In float32, in which the optimizers create them, the bias correction
     ``1 - beta ** step`` would be off by 6e-5 at ``beta = 0.999``; without ``differentiable`` it is in double precision.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _SQUARE_ROOTS and not kwargs:
-            (value,) = args
-            zero = value == 0
-            return torch.where(zero, 0.0, torch.where(zero, 1.0, value).sqrt())
+            return root(*args)
         if func is torch.tensor and kwargs.get("dtype") == torch.float32:
             kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
 
 
-# In place only on temporaries, whose result is used.
+# Optimizers call the one in place on temporaries only, and use its result.
 _SQUARE_ROOTS = (torch.sqrt, Tensor.sqrt, Tensor.sqrt_)
 
 

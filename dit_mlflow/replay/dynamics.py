@@ -1,4 +1,4 @@
-"""A workload's model on a copy, as a function of tensors, fed with the recorded batches."""
+"""A copy of a workload's model as a function of tensors, and the recorded batches."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dit_mlflow.errors import TrajectoryError
-from dit_mlflow.replay.differentiable import TwiceDifferentiable
+from dit_mlflow.replay.double_backward import TwiceDifferentiable
+from dit_mlflow.replay.optimizers import describe_optimizer
 from dit_mlflow.replay.recorded_dtype import RecordedDtype
-from dit_mlflow.replay.recorded_workload import check_recorded
 from dit_mlflow.replay.substitution import Substitution
 from dit_mlflow.trajectory.manifest import Manifest
 from dit_mlflow.trajectory.step_record import StepRecord
@@ -25,14 +25,15 @@ from dit_mlflow.workload.workload import Workload
 
 Parameters = Mapping[str, Tensor]
 Buffers = MutableMapping[str, Tensor]
-"""Every call leaves here what the model made of them, in place or anew."""
+"""Buffers by name; after a call, those that the model left, whether changed in place or assigned anew."""
 Stored = Callable[[int], list[list[Tensor]] | None]
+"""``step -> tensors of each micro-batch``, or ``None`` if the record stores none."""
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """One forward pass of a step: the collated samples, their ``c_i`` [B], the random state before it."""
+    """One forward pass of a step: the collated samples, their ``c_i`` ``[B]``, the random state before the pass."""
 
     batch: Batch
     coefficients: Tensor
@@ -48,10 +49,10 @@ class Dynamics:
 
     Args:
         workload: model and data.
-        manifest: what was recorded; the model's tensors must match it by name and shape.
+        manifest: of the record; the model's tensors must match it by name and shape.
         dtype: floating dtype of all computation; ``None`` = as recorded. Random numbers are drawn in the
             recorded dtype and then cast.
-        stored: the recorded tensors of a step's micro-batches, if there are any.
+        stored: the recorded tensors of a step's micro-batches; ``None`` = all batches are fetched again.
 
     Raises:
         TrajectoryError: model or data are not those of the trajectory.
@@ -67,7 +68,7 @@ class Dynamics:
         model = workload.build_model()
         check_recorded(workload, model, manifest)
         check_modes(model)
-        # Before the cast, which makes two tensors of a buffer that is known by two names.
+        # Before the cast, which makes two tensors of a buffer that has two names.
         self._substituted = Substitution(model)
         if dtype is not None:
             model.to(dtype)
@@ -93,7 +94,7 @@ class Dynamics:
                 batch = self.workload.batch(indices)
                 before_forward = RandomState.capture() if state is not None else None
             if stored is not None:
-                # Drawn for its containers alone; the recorded state is that after the draw.
+                # Fetched for its containers alone; the recorded random state is that after the fetch.
                 batch, before_forward = with_tensors(batch, stored[position]), state
             if step.coefficients is not None:
                 coefficients = torch.from_numpy(step.coefficients[position])
@@ -105,14 +106,14 @@ class Dynamics:
         return loaded
 
     def coefficients(self, step: StepRecord) -> np.ndarray:
-        """``c_j`` of every training sample in a step, ``[n]``: 0 for those not met; of those met twice, the sum.
+        """``c_j`` of every training sample in a step, ``[n]``: 0 for samples not in the step; repeats add up.
 
-        Loads no data, unless the workload computes them from its batches.
+        Loads no data, unless the workload computes coefficients from its batches.
         """
         if step.coefficients is not None:
             parts: Sequence[np.ndarray] = step.coefficients
         elif self.workload.coefficients is None:
-            parts = [np.full(len(met), 1 / (len(met) * self.workload.accumulate)) for met in step.indices]
+            parts = [np.full(len(batch), 1 / (len(batch) * self.workload.accumulate)) for batch in step.indices]
         else:
             parts = [micro.coefficients.double().cpu().numpy() for micro in self.load(step)]
         found = np.zeros(self.workload.num_samples)
@@ -121,7 +122,7 @@ class Dynamics:
 
     @contextmanager
     def as_recorded(self, state: RandomState | None = None) -> Iterator[None]:
-        """Inside it, what is drawn is what was drawn from ``state`` on, in every dtype; afterwards, nothing was."""
+        """Inside it, random draws repeat those made from ``state`` on, in every dtype; the generators are put back."""
         with replaying(state), self._recorded_dtype:
             yield
 
@@ -129,7 +130,7 @@ class Dynamics:
         """``function(model)`` with the given tensors in place of the model's own."""
 
         def called(model: nn.Module) -> Result:
-            # With the given tensors in place, from which such a method may compute what the forward pass takes.
+            # Now, since train() or eval() may compute values for the forward pass from the given tensors.
             if self._act and self._evaluation_mode is not None:
                 set_modes(self._modules, self._evaluation_mode)
             return function(model)
@@ -140,8 +141,8 @@ class Dynamics:
     def evaluate(self, parameters: Parameters, buffers: Parameters, function: Callable[..., Result]) -> Result:
         """``function(model)`` in evaluation mode; ``buffers`` are left alone.
 
-        What a model or a loss draws in that mode as well (the noise of an autoencoder or a diffusion model) is the
-        same every time, so that values of two models differ by the models alone.
+        Random draws in that mode (the noise of an autoencoder or a diffusion model) are the same every time, so that
+        values of two models differ by the models alone.
         """
         self._set(frozenset(self._modules))
         with fixed_draws(self.device), self._recorded_dtype:
@@ -154,7 +155,7 @@ class Dynamics:
         if unknown := step.evaluation_mode - self._modules.keys():
             raise TrajectoryError(
                 f"step {step.index} was recorded with module {sorted(unknown)[0]!r} in evaluation mode; the workload's "
-                f"model ({type(self.model).__name__}) has none of that name"
+                f"model ({type(self.model).__name__}) has no such module"
             )
         self._set(step.evaluation_mode)
 
@@ -173,3 +174,51 @@ def replaying(state: RandomState | None) -> Iterator[None]:
     with preserved_random_state():
         state.restore()
         yield
+
+
+def check_recorded(workload: Workload, model: nn.Module, manifest: Manifest) -> None:
+    """Compare a workload and the ``model`` that it built with the record.
+
+    Raises:
+        TrajectoryError: parameters, buffers, the optimizer or the number of samples differ.
+    """
+    _check_model(model, manifest)
+    _check_optimizer(workload, model, manifest)
+    if manifest.num_samples not in (None, workload.num_samples):
+        raise TrajectoryError(
+            f"the trajectory was recorded on {manifest.num_samples} training samples; the workload's "
+            f"train_set has {workload.num_samples}"
+        )
+
+
+def _check_model(model: nn.Module, manifest: Manifest) -> None:
+    buffers = dict(model.named_buffers())
+    if odd := sorted(buffers.keys() ^ manifest.model.buffers.keys()):
+        raise TrajectoryError(
+            f"the workload's model ({type(model).__name__}) is not the recorded one ({manifest.model.name}): "
+            f"buffer {odd[0]!r} is in {'the workload' if odd[0] in buffers else 'the record'} only"
+        )
+    recorded = {name: layout.shape for name, layout in manifest.model.parameters.items()}
+    given = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    if recorded == given:
+        return
+    name = next(name for name in [*recorded, *given] if recorded.get(name) != given.get(name))
+    raise TrajectoryError(
+        f"the workload's model ({type(model).__name__}) is not the recorded one ({manifest.model.name}): "
+        f"parameter {name!r} has shape {given.get(name, 'none')}, recorded {recorded.get(name, 'none')}"
+    )
+
+
+def _check_optimizer(workload: Workload, model: nn.Module, manifest: Manifest) -> None:
+    if workload.optimizer is None:
+        return
+    given, recorded = describe_optimizer(workload.optimizer(model), model), manifest.optimizer
+    if given.name != recorded.name:
+        raise TrajectoryError(
+            f"the workload's optimizer is {given.name}; the trajectory was recorded with {recorded.name}"
+        )
+    if [set(group) for group in given.groups] != [set(group) for group in recorded.groups]:
+        raise TrajectoryError(
+            "the workload's optimizer has other parameter groups than the recorded one: "
+            f"{[len(group) for group in given.groups]} parameters, recorded {[len(group) for group in recorded.groups]}"
+        )

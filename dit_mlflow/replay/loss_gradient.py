@@ -14,7 +14,7 @@ from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
 from dit_mlflow.trajectory.step_record import StepRecord
 
 Term = Callable[[Parameters, Buffers, Tensor | None], Tensor]
-"""``(parameters, buffers, weights [sum B]) -> scalar``: a part of the objective of a step."""
+"""``(parameters, buffers, weights [sum B]) -> scalar``: one of the terms that add up to a step's objective."""
 
 
 class LossGradient:
@@ -40,12 +40,13 @@ class LossGradient:
     ) -> dict[str, Tensor]:
         """``g_t(theta, b, w)`` by parameter name, before clipping.
 
-        Parameters whose recorded gradient was ``None`` are absent; frozen ones that were stepped all the same have 0.
-        Micro-batches are added in the order in which ``backward()`` accumulates them, so that the sum is the recorded
-        one bit for bit.
+        Parameters whose recorded gradient was ``None`` are absent; frozen ones that the optimizer still stepped have 0.
+        Micro-batches are added in the order in which ``backward()`` accumulates them, so that the sum equals the
+        recorded one bit for bit.
 
         Args:
             weights: ``w_i`` for all samples of the step in batch order, ``[sum B]``; ``None`` = all 1.
+            create_graph: keep the graph of the gradients, for a second derivative.
         """
         inputs = {
             name: value
@@ -69,9 +70,9 @@ class LossGradient:
         }
 
     def terms(self, record: StepRecord, batches: list[MicroBatch]) -> Iterator[Term]:
-        """The scalars whose gradients add up to ``g_t``: one per micro-batch, then the regularizer.
+        """Yield the terms whose gradients add up to ``g_t``: one per micro-batch, then the regularizer.
 
-        Each is yielded under the random state that its forward pass needs; use it before asking for the next.
+        The random state is the one that a term's forward pass needs; call the term before asking for the next.
         """
         self.dynamics.set_modes(record)
         offset = 0
@@ -104,14 +105,14 @@ class LossGradient:
         return clipped
 
     def buffers_after(self, parameters: Parameters, buffers: Buffers, record: StepRecord) -> Buffers:
-        """What the step's forward passes make of the buffers: ``B_t``."""
+        """``B_t``, the buffers after the step's forward passes."""
         made = {name: value.clone() for name, value in buffers.items()}
         for term in self.terms(record, self.dynamics.load(record)):
             term(parameters, made, None)
         return made
 
     def bytes_kept(self, parameters: Parameters, buffers: Buffers, record: StepRecord) -> int:
-        """What the forward passes of a step keep for the backward pass, in bytes."""
+        """Bytes that the forward passes of a step keep for the backward pass."""
         kept = 0
 
         def pack(tensor: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class LossGradient:
         coefficients = micro.coefficients.to(losses.dtype)
         if weights is None:
             return (coefficients * losses).sum()
-        # A loss may come out in another dtype than the parameters, by its targets.
+        # Targets may give the loss another dtype than the parameters have.
         return torch.dot(weights[part] * coefficients.to(weights.dtype), losses.to(weights.dtype))
 
     def regularizer_term(self, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
@@ -146,7 +147,7 @@ class LossGradient:
 
     @contextmanager
     def _naming(self, record: StepRecord) -> Iterator[None]:
-        """A loss may well fail on a batch, a buffer or a mode that it never met: these come from the record."""
+        """Name the step where a loss fails: its batch, buffers and modes come from the record."""
         try:
             yield
         except (DitError, torch.OutOfMemoryError):
@@ -157,7 +158,7 @@ class LossGradient:
                 why = (
                     f"This is computed in {self.dynamics.dtype} (dtype=…): tensors that the model or the loss makes "
                     "must have the dtype of its parameters or inputs. Or compute in the recorded one (dtype=None). If "
-                    "it fails there too, it is not the recorded workload"
+                    "the loss fails there too, it is not the recorded workload"
                 )
             raise TrajectoryError(
                 f"the workload's loss fails on the record of step {record.index}: {type(error).__name__}: {error}. "

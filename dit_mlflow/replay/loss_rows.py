@@ -1,4 +1,4 @@
-"""Whether row ``i`` of the per-sample loss is that of sample ``i``, and of no other sample."""
+"""Whether row ``i`` of the per-sample loss depends on sample ``i``, and on no other sample."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from dit_mlflow.workload.random_state import RandomState, preserved_random_state
 from dit_mlflow.workload.workload import Workload
 
 FEW, MANY = 2, 8
-"""Samples that are changed, one at a time: always, and where one changes rows of others."""
+"""Number of samples that are replaced, one at a time: at first, and if one of these changes rows of others."""
 
 STEPS = 4
-"""Steps among which a batch of two samples is looked for."""
+"""Number of steps that are searched for a batch of two or more samples."""
 
 LARGEST = 256
-"""Samples of a batch that are looked at."""
+"""Largest number of a batch's samples that are used."""
 
 _log = logger_of(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """What another sample in place of that at ``position`` changes: each row by ``size [B]``, 0 up to rounding."""
+    """The effect of another sample at ``position``: ``size [B]`` is the change of each row, 0 if it is rounding."""
 
     position: int
     size: Tensor
@@ -53,14 +53,14 @@ class Move:
 
 
 class RowProbe:
-    """Changes samples of a recorded batch, one at a time, and looks which rows of the loss change.
+    """Replaces samples of a recorded batch, one at a time, and observes which rows of the loss change.
 
     Args:
         trajectory, workload: what was recorded.
         record: the step.
-        indices: some of the samples of one of its micro-batches, all different.
+        indices: different samples of one of its micro-batches.
 
-    Cost: a copy of the model, and five forward passes; some thirty where samples are coupled.
+    Cost: a copy of the model, and five forward passes; about thirty where samples are coupled.
     """
 
     def __init__(self, trajectory: Record, workload: Workload, record: StepRecord, indices: Sequence[int]) -> None:
@@ -74,14 +74,14 @@ class RowProbe:
         self._drew = False
 
     def coupled(self) -> bool:
-        """Whether rows depend on other samples.
+        """Whether rows depend on other samples besides their own.
 
         Raises:
-            WorkloadError: rows are those of other samples.
+            WorkloadError: rows depend on other samples in place of their own.
         """
         found = self._moves(FEW)
         if not found:
-            # At a start of zeros, all samples may have the same loss.
+            # If all parameters are 0 at the start, all samples may have the same loss.
             self._parameters = {name: _jittered(value) for name, value in self._parameters.items()}
             found = self._moves(FEW)
         if not any(move.others for move in found):
@@ -96,7 +96,7 @@ class RowProbe:
     def _refuse_misaligned(self, found: list[Move]) -> None:
         lost = [move for move in found if not move.own]
         if 2 * len(lost) <= len(found):
-            # A loss that couples samples takes them in any order; draws (mixup) belong to places.
+            # A loss that couples samples does not depend on their order, unless draws (mixup) belong to positions.
             own = sum(move.own_most for move in found)
             if self._drew or 2 * own >= len(found) or self._follows_order():
                 return
@@ -104,18 +104,18 @@ class RowProbe:
         move = lost[0]
         row = int(move.size.argmax())
         raise WorkloadError(
-            f"Workload.loss gives rows that belong to other samples: with another sample in place of sample "
+            "Workload.loss gives rows that belong to other samples: with another sample in place of sample "
             f"{self._indices[move.position]}, at place {move.position} of its batch, row {row} changes, and row "
-            f"{move.position} {'less' if move.own else 'does not'}. Row i must be the loss of sample i of the batch: "
-            "return the losses in the batch's order, not flipped, rolled, sorted or shuffled"
+            f"{move.position} {'changes less' if move.own else 'does not'}. Row i must be the loss of sample i of the "
+            "batch: return the losses in the batch's order, not flipped, rolled, sorted or shuffled"
         )
 
     def _moves(self, count: int) -> list[Move]:
-        """Those of up to ``count`` samples that change anything."""
+        """The effects of replacing up to ``count`` samples, without those that change nothing."""
         size = len(self._items)
         base = self._rows(range(size))
         if not _same(base, self._rows(range(size)), 0.75).all():
-            _log.info("the loss draws from generators of its own, so whose its rows are was not looked at")
+            _log.info("the loss draws from generators of its own, so the order of its rows was not checked")
             return []
         places = dict.fromkeys(position * size // count for position in range(count))
         return [move for place in places if (move := self._move(place, base)) is not None]
@@ -136,9 +136,9 @@ class RowProbe:
         return None
 
     def _follows_order(self) -> bool:
-        """Whether rows change places with their samples."""
+        """Whether permuting the samples permutes the rows alike."""
         order = list(range(len(self._items)))
-        # No reflection, no rotation.
+        # A permutation that is neither a reflection nor a rotation, which a flipped or rolled loss would pass.
         order = [*order[1:2], *order[:1], *order[3:], *order[2:3]]
         return bool(_same(self._rows(order), self._rows(range(len(order)))[order], 0.5).all())
 
@@ -183,17 +183,17 @@ class RowProbe:
 def samples_are_coupled(trajectory: Record, workload: Workload) -> bool:
     """Whether rows of the workload's loss depend on other samples of the batch (contrastive terms, batch statistics).
 
-    Looked at in one of the first batches; ``False`` where that cannot be told.
+    Checked on one of the first batches; ``False`` where the check fails.
 
     Raises:
-        WorkloadError: rows are those of other samples.
+        WorkloadError: rows depend on other samples in place of their own.
     """
     for record, indices in _batches(trajectory):
         try:
             with preserved_random_state():
                 return RowProbe(trajectory, workload, record, indices).coupled()
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
-            _log.info("whose the rows of the loss are could not be looked at: %s", first_line(error))
+            _log.info("the order of the loss's rows could not be checked: %s", first_line(error))
             return False
     return False
 
@@ -208,7 +208,7 @@ def _batches(trajectory: Record) -> Iterator[tuple[StepRecord, list[int]]]:
 
 
 def _same(found: Tensor, expected: Tensor, power: float) -> Tensor:
-    """Which rows are the same, but for rounding: ``eps ** power`` of the largest."""
+    """Which rows are equal up to rounding: ``eps ** power`` times the largest."""
     if not found.is_floating_point():
         return found == expected
     finite = expected[expected.isfinite()]

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_mlflow.errors import DitError, TrajectoryError
 from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
-from dit_mlflow.replay.buffers import BuffersApart
-from dit_mlflow.replay.double_backward import PlainAttention, refuse_dead_ends
+from dit_mlflow.replay.double_backward import refuse_dead_ends
 from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
 from dit_mlflow.replay.loss_gradient import LossGradient, Term
 from dit_mlflow.replay.optimizers import build_optimizer, is_others, set_hyperparameters
-from dit_mlflow.replay.running_statistics import running_statistics
+from dit_mlflow.replay.running_statistics import BuffersApart, running_statistics
 from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.replay.update import Pulled, UpdateAdjoint
 from dit_mlflow.trajectory.state import State
@@ -27,16 +27,15 @@ from dit_mlflow.trajectory.step_record import StepRecord
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """``m(theta, b, w) = <g_t(theta, b, w), lambda_g> + <B_t(theta, b), lambda_b>``, for ``rows`` adjoints.
+    """``m(theta, b, w) = <g_t(theta, b, w), lambda_g> + <B_t(theta, b), lambda_b>``, for ``A = rows`` adjoints.
 
     Attributes:
         gradients: ``g_t`` by parameter, with its graph.
-        statistics: ``B_t``, with its graph.
+        statistics: the followed parts of ``B_t``, with their graph.
         weights: ``w``, ``[sum B]``.
-        held: ``theta``: the parameters that the optimizer holds.
-        moving: ``b``: the running statistics.
+        held: ``theta``, the parameters that the optimizer holds, by name.
+        moving: ``b``, the followed buffers.
         by_gradient, by_statistic: ``lambda_g`` and ``lambda_b``, ``[A, *shape]`` each.
-        rows: ``A``.
     """
 
     gradients: Mapping[str, Tensor]
@@ -61,22 +60,21 @@ class LossStep(TrainingStep):
         g_t(\theta, b, w) &= \sum_{i \in S_t} w_i c_{t,i} \nabla l_i(\theta, b) + \nabla R(\theta) \\
         (\theta, o)_{t+1} &= U_t((\theta, o)_t, g_t), \quad b_{t+1} = B_t(\theta_t, b_t)
 
-    ``U_t``: the workload's clipping, then PyTorch's own optimizer; ``B_t``: what the forward passes do to the buffers.
-    In reverse, with ``m`` of :class:`Objective`,
+    ``U_t`` is the workload's clipping, then PyTorch's own optimizer; ``B_t`` is what the forward passes do to the
+    buffers. In reverse, with ``m`` of :class:`Objective`,
 
     .. math::
         (\lambda_\theta, \lambda_o), \lambda_g = U_t'^{\top} \lambda, \quad
         \mu = \partial_w m, \quad \lambda_\theta \mathrel{+}= \partial_\theta m, \quad \lambda_b = \partial_b m,
 
-    the three of ``m`` by one backward pass through the graph of ``g_t``, for all rows. No gradient of a single sample
-    is formed.
-
-    Followed are the parameters that the optimizer holds, and the running statistics of BatchNorm and InstanceNorm.
+    One backward pass through the graph of ``g_t`` gives the three derivatives of ``m`` for all rows. No gradient of a
+    single sample is formed. An adjoint follows the parameters that the optimizer holds, and the running statistics of
+    BatchNorm and InstanceNorm.
 
     Args:
         dynamics: model and data; its manifest describes the optimizer.
 
-    Cost: forwards, a training step; in reverse, two to three.
+    Cost: one training step forwards, two to three in reverse.
     """
 
     def __init__(self, dynamics: Dynamics) -> None:
@@ -96,10 +94,9 @@ class LossStep(TrainingStep):
         self._looked_for_dead_ends = False
         self._warned = False
         self._largest: list[float] = []
-        self.plain_attention = PlainAttention()
 
     def follow(self, buffers: Flat) -> None:
-        """Of these buffers, an adjoint has rows."""
+        """Set the buffers that an adjoint has rows for."""
         self.followed_buffers = buffers
         self._apart = BuffersApart(buffers.shapes, self.gradient.buffers_after)
 
@@ -119,19 +116,19 @@ class LossStep(TrainingStep):
         except (DitError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            # Settings and state come from the record, and optimizers take what they are given on trust.
+            # Settings and state come from the record, and optimizers do not check them.
             name = self._layout.name if is_others(self._layout.name) else f"torch.optim.{self._layout.name}"
             raise TrajectoryError(
-                f"{name} cannot make step {record.index} with the settings and the state "
-                f"that are recorded: {type(error).__name__}: {error}"
+                f"{name} cannot make step {record.index} with the recorded settings and state: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
     def forward_side_by_side(
         self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, over: State | None = None
     ) -> State:
-        """Gradients by one ``vmap``; the optimizers act on each element alone, and so on all copies at once."""
+        """Gradients by one ``vmap``, then one step of the optimizer, which treats each element by itself."""
         if is_others(self._layout.name):
-            raise NotImplementedError(f"{self._layout.name} may step elements together")
+            raise NotImplementedError(f"{self._layout.name} may not treat each element by itself")
         after = state.copy(over)
         values = dict(after.parameters)
         rest = {name: values.pop(name) for name in record.no_gradient | record.zero_gradient if name in values}
@@ -154,7 +151,7 @@ class LossStep(TrainingStep):
         return self._updated(after, clipped, record)
 
     def _updated(self, after: State, gradients: Mapping[str, Tensor], record: StepRecord) -> State:
-        """One step of PyTorch's optimizer, in place on ``after``."""
+        """One step of the optimizer, in place on ``after``."""
         optimizer, parameters = self._optimizer, after.parameters
         set_hyperparameters(optimizer, record.hyperparameters)
         for group, names in zip(optimizer.param_groups, self._layout.groups, strict=True):
@@ -178,11 +175,11 @@ class LossStep(TrainingStep):
     def vjp(
         self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, adjoint: Adjoint
     ) -> tuple[Adjoint, Tensor]:
-        # Clipping looks at every gradient, also of parameters that the optimizer does not hold.
+        # Clipping needs every gradient, also those of parameters that the optimizer does not hold.
         held = leaves({name: state.parameters[name] for name in self.followed_parameters.shapes})
         theta = {**held, **leaves({name: value for name, value in state.parameters.items() if name not in held})}
         moving = leaves({name: state.buffers[name] for name in self.followed_buffers.shapes})
-        # The forward pass works in place on buffers, and the state is still needed.
+        # The forward pass changes buffers in place, and the state is still needed.
         buffers = {name: value.clone() for name, value in {**state.buffers, **moving}.items()}
         gradients = self.gradients(theta, buffers, weights, record, batches)
         self._apart.check(state, buffers, record)
@@ -213,8 +210,8 @@ class LossStep(TrainingStep):
         record: StepRecord,
         batches: list[MicroBatch],
     ) -> dict[str, Tensor]:
-        """``g_t(theta, b, w)`` by parameter, before clipping; ``buffers`` become ``B_t``. Both have their graph."""
-        with self.differentiable(), self.plain_attention():
+        """``g_t(theta, b, w)`` by parameter, before clipping; ``buffers`` become ``B_t``. Both keep their graph."""
+        with self.differentiable(), sdpa_kernel(SDPBackend.MATH):
             gradients = self.gradient(parameters, buffers, record, batches, weights, create_graph=True)
         if not self._looked_for_dead_ends:
             refuse_dead_ends(gradients.values())
@@ -224,7 +221,7 @@ class LossStep(TrainingStep):
     def derivatives(
         self, objective: Objective, state: State, record: StepRecord, batches: list[MicroBatch]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Of ``m``: by the samples' weights ``[A, sum B]``, by the parameters (the Hessian), by the statistics."""
+        """Derivatives of ``m`` by the weights ``[A, sum B]``, the parameters (the Hessian term) and the statistics."""
         inputs = [objective.weights, *objective.held.values(), *objective.moving]
         by_weight, *rest = objective.derivatives(inputs, self.batched)
         return by_weight, rest[: len(objective.held)], rest[len(objective.held) :]
@@ -235,9 +232,10 @@ class LossStep(TrainingStep):
     def _watch(
         self, record: StepRecord, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float
     ) -> None:
-        """Warn once if a sample has a gradient where the total has been 0 so far, and the step has no derivative.
+        """Warn once if a sample has a gradient where the batch's has been 0 so far: the step has no derivative there.
 
-        Such a weight gradient carries ``1 / eps``; looked at are steps whose largest one stands out, and the first few.
+        Such a sample's weight gradient contains ``1 / eps``. The check runs at the first few steps, and at steps whose
+        largest weight gradient stands out.
         """
         if self._warned or not gradients:
             return
@@ -250,7 +248,7 @@ class LossStep(TrainingStep):
             list(gradients.values()), [weights], cotangents, len(cotangents[0]), self.batched
         )
         row, place = divmod(int(by_weight.abs().argmax()), by_weight.shape[1])
-        # Below that it is rounding, as in elements whose gradient is 0 by symmetry (the bias of attention's keys).
+        # Anything smaller is rounding, as in elements whose gradient is 0 by symmetry (the bias of attention's keys).
         if by_weight[row, place].abs() > 1e-6 * largest:
             self._warned = True
             names = [name for name, mask in zip(gradients, undefined, strict=True) if bool(mask.any())]

@@ -1,4 +1,4 @@
-"""Where numbers that are not finite come from: the step, the samples, the parameter."""
+"""Find where numbers that are not finite come from: the step, the samples, the parameter."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
 
 NAMED = 10
-"""Samples that a message names."""
+"""Largest number of samples that a message names."""
 
 LOOKED_AT = 64
-"""Samples of a step whose derivatives are looked at one by one, once something is wrong."""
+"""Largest number of a step's samples whose derivatives are computed one by one, once the step's is not finite."""
 
 
 class NotFiniteError(UnsupportedError):
-    """The derivative of a step is not finite, at a state that is."""
+    """The derivative of a step is not finite, although the state is."""
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
@@ -45,7 +45,7 @@ def not_finite(parameters: Mapping[str, Tensor]) -> str | None:
 
 
 def refuse_diverged(state: State, t: int, trajectory: Record | None = None) -> None:
-    """Raise :class:`TrajectoryError` for a state ``s_t`` of training that diverged."""
+    """Raise :class:`TrajectoryError` if a parameter of ``s_t`` is not finite."""
     name = not_finite(state.parameters)
     if name is None:
         return
@@ -53,36 +53,36 @@ def refuse_diverged(state: State, t: int, trajectory: Record | None = None) -> N
     if trajectory is not None:
         stored = (step for step in reversed(trajectory.checkpoint_steps) if step < t)
         good = next((step for step in stored if not_finite(trajectory.checkpoint(step).parameters) is None), 0)
-        until = f" (step {good} is the last stored one that is)"
+        until = f" (at step {good}, the last such stored state)"
     raise TrajectoryError(
-        f"training diverged: parameter {name!r} is not finite at step {t}, so nothing can be asked there. Ask for "
+        f"training diverged: parameter {name!r} is not finite at step {t}, so influence is undefined there. Ask for "
         f"windows that end where it was finite{until}, or train with a lower learning rate"
     )
 
 
 def refuse_derivative(step: TrainingStep, state: State, record: StepRecord, adjoint: Adjoint) -> None:
-    """Raise for a step whose derivative is not finite, by its samples.
+    """Raise for a step whose derivative is not finite; the message names the samples.
 
     Args:
-        adjoint: any, for its shape.
+        adjoint: only its shape matters.
 
     Raises:
         TrajectoryError: the state is not finite.
-        NotFiniteError: the state is, its derivative is not.
+        NotFiniteError: the state is finite, its derivative is not.
     """
     refuse_diverged(state, record.index)
     found = _at_fault(step, state, record, adjoint)
     who = f"for {named(found)}" if found else f"for its batch ({named(dict.fromkeys(record.samples.tolist()))})"
     raise NotFiniteError(
-        f"step {record.index}: the second derivative of the loss is not finite {who}, so that no score of an earlier "
-        "or of this step is known: a root, a norm or a standard deviation at 0, or a division by what can be 0 (add a "
-        f"small number inside the root). Ask for windows from step {record.index + 1} on, or use leave_one_out, which "
+        f"step {record.index}: the second derivative of the loss is not finite {who}, so no score of this or an "
+        "earlier step is known. Look for a root, a norm or a standard deviation at 0 (add a small number inside the "
+        f"root), or a division by 0. Ask for windows from step {record.index + 1} on, or use leave_one_out, which "
         "takes no derivative"
     )
 
 
 def _at_fault(step: TrainingStep, state: State, record: StepRecord, like: Adjoint) -> list[int]:
-    """Samples whose own derivatives are not finite; none where one sample cannot be looked at alone."""
+    """Samples whose own derivatives are not finite; empty where the step cannot be made of one sample."""
     found = []
     for sample in list(dict.fromkeys(record.samples.tolist()))[:LOOKED_AT]:
         alone = replace(record, indices=(np.array([sample]),), coefficients=(np.ones(1),), random_states=(None,))

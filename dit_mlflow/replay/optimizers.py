@@ -1,4 +1,4 @@
-"""PyTorch's optimizers by parameter name: read them, build them again, know which can be differentiated."""
+"""Optimizers by parameter name: describe, read and rebuild them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SUPPORTED: dict[str, type[Optimizer]] = {
         torch.optim.ASGD,
     )
 }
-"""Optimizers whose step the sweep has been checked to differentiate, against finite differences: all of
+"""Optimizers that the sweep differentiates through PyTorch's own code, as tested against finite differences: all of
 ``torch.optim`` that accept ``differentiable=True``, except Rprop."""
 
 _REFUSED: dict[type[Optimizer], str] = {
@@ -53,12 +53,11 @@ def optimizer_class(name: str) -> type[Optimizer]:
 
 
 def is_others(name: str) -> bool:
-    """Whether a manifest's name is none of :data:`SUPPORTED`: with the module before it, or of several optimizers."""
+    """Whether a manifest's name is of an optimizer that :data:`SUPPORTED` lacks (``module.class``) or several (``+``)."""
     return "." in name or "+" in name
 
 
 def _name(cls: type[Optimizer]) -> str:
-    """As manifests have it."""
     return cls.__name__ if SUPPORTED.get(cls.__name__) is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -82,7 +81,7 @@ def describe_optimizer(optimizer: Optimizers, model: nn.Module) -> OptimizerLayo
     have defaults for, and all groups.
 
     Raises:
-        UnsupportedError: a class that is refused, see :data:`_REFUSED`.
+        UnsupportedError: a class in :data:`_REFUSED`.
         TrajectoryError: the optimizer holds tensors that are not parameters of ``model``, or one is held twice.
     """
     for one in every(optimizer):
@@ -112,7 +111,7 @@ def describe_optimizer(optimizer: Optimizers, model: nn.Module) -> OptimizerLayo
 
 
 def hyperparameters(optimizer: Optimizers) -> tuple[Hyperparameters, ...]:
-    """Per group, every setting that a scheduler or the loop can change."""
+    """Per group, all settings but ``initial_lr``."""
     return tuple(
         {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names", "initial_lr")}
         for group in groups_of(optimizer)
@@ -125,15 +124,15 @@ def optimizer_state(optimizer: Optimizers, names: Mapping[int, str]) -> dict[str
     Absent values (SGD's momentum before its first step) are left out.
 
     Raises:
-        UnsupportedError: the state holds something else than tensors and numbers.
+        UnsupportedError: the state belongs to no parameter, or is neither tensor nor number.
     """
     kind = "+".join(type(one).__name__ for one in every(optimizer))
     state = state_of(optimizer)
     for parameter, entry in state.items():
         if id(parameter) not in names or not isinstance(entry, Mapping):
             raise UnsupportedError(
-                f"the optimizer {kind} keeps state that belongs to no parameter ({str(parameter)[:50]!r}), which has "
-                "no place in a record; keep it with a parameter"
+                f"the optimizer {kind} keeps state that belongs to no parameter ({str(parameter)[:50]!r}), which a "
+                "record cannot hold; keep it with a parameter"
             )
         for key, value in entry.items():
             if key in COUNTERS and isinstance(value, Tensor) and value.dim():
@@ -157,12 +156,12 @@ def optimizer_state(optimizer: Optimizers, names: Mapping[int, str]) -> dict[str
 
 
 def build_optimizer(layout: OptimizerLayout, workload: Workload) -> Optimizer:
-    """The optimizer as recorded, over no parameters yet: one empty group for each of the layout.
+    """The recorded optimizer, over no parameters yet: one empty param group for each in the layout.
 
-    One that is none of :data:`SUPPORTED` is made by the workload: a record names no code to run.
+    If it is not in :data:`SUPPORTED`, the workload builds it: a record is data, and none of its code is run.
 
     Raises:
-        TrajectoryError: it cannot be built, or the workload makes another one.
+        TrajectoryError: it cannot be built, or the workload builds another one.
     """
     if is_others(layout.name):
         return _emptied(layout, workload)
@@ -174,7 +173,7 @@ def build_optimizer(layout: OptimizerLayout, workload: Workload) -> Optimizer:
         return cls([{"params": []} for _ in layout.groups], **defaults)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TrajectoryError(
-            f"torch.optim.{layout.name} cannot be built with the settings that are recorded, {defaults}: {error}"
+            f"torch.optim.{layout.name} cannot be built with the recorded settings {defaults}: {error}"
         ) from error
 
 
@@ -182,7 +181,7 @@ def _emptied(layout: OptimizerLayout, workload: Workload) -> Optimizer:
     if workload.optimizer is None:
         raise TrajectoryError(
             f"the trajectory was recorded with the optimizer {layout.name}, which is none of torch.optim's "
-            "differentiable ones, so its code has to come from the workload; give Workload(optimizer=lambda model: …)"
+            "differentiable ones, so its code must come from the workload; give Workload(optimizer=lambda model: …)"
         )
     optimizer = emptied(workload.optimizer(workload.build_model()), layout)
     if not isinstance(optimizer, Optimizer):
@@ -208,7 +207,7 @@ def emptied(optimizer: Optimizers, layout: OptimizerLayout) -> Optimizers:
 
 
 def set_hyperparameters(optimizer: Optimizers, recorded: Sequence[Hyperparameters]) -> None:
-    """Give each group its recorded settings, as the scheduler had left them."""
+    """Give each param group its recorded settings."""
     groups = groups_of(optimizer)
     if len(recorded) != len(groups):
         raise TrajectoryError(

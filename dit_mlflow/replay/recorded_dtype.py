@@ -1,4 +1,4 @@
-"""Compute in another floating dtype than the recorded one, and still do what was recorded."""
+"""Make a model do in another floating dtype what it did in the recorded one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dit_mlflow.workload.batches import map_tensors, tensors_of
 class RecordedDtype(TorchFunctionMode):
     """Inside it, a model that was cast to another floating dtype does what it did in the recorded one, ``dtype``.
 
-    A generator gives other numbers for float64 than for float32; a replay in float64 needs those of the record, so
+    A generator draws other numbers for float64 than for float32, and a replay in float64 needs those of the record. So
     random numbers for tensors of another dtype are drawn in ``dtype`` and then cast. Dropout draws the same mask in
-    every dtype, and factories such as ``torch.randn(3)`` do not depend on the model's dtype. Factories that are told a
-    dtype are taken to mean the model's (``torch.randn(3, dtype=x.dtype)``).
+    every dtype, and ``torch.randn(3)`` does not depend on the model's dtype. A dtype that is given to a factory is
+    taken for the model's (``torch.randn(3, dtype=x.dtype)``).
 
-    Tensors that a model or a loss makes for itself (class weights, the first state of a recurrent layer) still have the
-    recorded dtype. Where torch does not take the two together, the narrower is cast.
+    Tensors that a model or a loss creates (class weights, the first state of a recurrent layer) still have the
+    recorded dtype. Where torch refuses to mix the two, tensors of the narrower dtype are cast.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -36,9 +36,9 @@ class RecordedDtype(TorchFunctionMode):
             asked = kwargs.get("dtype") or (args[0].dtype if func in _DRAWS_LIKE else None)
             if asked is not None and asked.is_floating_point:
                 return func(*args, **{**kwargs, "dtype": self.dtype}).to(asked)
-        if func in self._draws_from and (asked := _floating(*args, *kwargs.values())) is not None:
+        if func in self._draws_from and (given := list(filter(_is_floating, (*args, *kwargs.values())))):
             found = func(*map(self._narrow, args), **{name: self._narrow(value) for name, value in kwargs.items()})
-            return found.to(asked) if found.is_floating_point() else found
+            return found.to(given[0].dtype) if found.is_floating_point() else found
         if func is F.gumbel_softmax:
             return self._gumbel_softmax(*args, **kwargs)
         if func in _DRAWS_INTO and args[0].is_floating_point():
@@ -47,9 +47,9 @@ class RecordedDtype(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except (RuntimeError, ValueError):
-            given = [tensor.dtype for tensor in tensors_of((args, kwargs), _as_it_is) if tensor.is_floating_point()]
-            widest = max(given, key=_digits, default=self.dtype)
-            if all(dtype == widest for dtype in given):
+            dtypes = {tensor.dtype for tensor in tensors_of((args, kwargs), _as_it_is) if tensor.is_floating_point()}
+            widest = min(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=self.dtype)
+            if len(dtypes) < 2:
                 raise
         args, kwargs = map_tensors((args, kwargs), lambda t: t.to(widest) if t.is_floating_point() else t, _as_it_is)
         return func(*args, **kwargs)
@@ -57,7 +57,7 @@ class RecordedDtype(TorchFunctionMode):
     def _gumbel_softmax(
         self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
     ) -> Tensor:
-        """Written out: what torch's draws inside does not come by here."""
+        """Written out, since this mode does not see the draw inside torch's."""
         noise = torch.empty_like(logits, dtype=self.dtype, memory_format=torch.legacy_contiguous_format).exponential_()
         soft = ((logits - noise.to(logits.dtype).log()) / tau).softmax(dim)
         if not hard:
@@ -69,21 +69,12 @@ class RecordedDtype(TorchFunctionMode):
         return value.to(self.dtype) if _is_floating(value) else value
 
 
-def _floating(*values: Any) -> torch.dtype | None:
-    """Dtype of the first floating tensor."""
-    return next((value.dtype for value in values if _is_floating(value)), None)
-
-
 def _as_it_is(value: Any) -> Any:
     return value
 
 
 def _is_floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _digits(dtype: torch.dtype) -> float:
-    return -torch.finfo(dtype).eps
 
 
 _DRAWS_ANEW = {torch.rand, torch.randn, torch.normal}

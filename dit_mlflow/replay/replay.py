@@ -34,21 +34,27 @@ def step_of(dynamics: Dynamics) -> TrainingStep:
 _log = logger_of(__name__)
 
 STATES_IN_MEMORY = 2**30
-"""Bytes that a backward walk may spend on states, unless told otherwise, before it replays a stretch twice instead."""
+"""Default bytes for the states of a backward walk; steps whose states need more are replayed several times."""
 
 MADE_FOR_A_LOSS = (
-    "this method is made for steps of a loss, then an optimizer; here a step is {}. Use dit, removal or leave_one_out, "
-    "which take any"
+    "this method needs steps of a loss, then an optimizer; here a step is {}. Use dit, removal or leave_one_out, "
+    "which take any step"
 )
 
 FEWEST_STATES = 4
-"""States that a backward walk needs room for at the least."""
+"""Smallest number of states that a backward walk needs room for."""
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """How a walk makes states (under which weights) and holds them: in how many bytes, with which parts, over which
-    that it is done with."""
+    """How a walk makes and holds states.
+
+    Attributes:
+        weights: of the samples; ``None`` = as recorded.
+        budget: bytes for the states held at one time.
+        optimizer_values: whether states between checkpoints keep the values of the optimizer's state.
+        recycled: states that are no longer needed, whose memory is used again.
+    """
 
     weights: WeightsOf | None = None
     budget: int = 0
@@ -59,15 +65,15 @@ class _Walk:
 class Replay:
     """Walks a trajectory in the recorded dtype, or in another from ``s_0``.
 
-    Construction replays the steps before the first checkpoint after ``s_0`` (one step, by default) and compares,
-    so that a workload which is not the recorded one is refused before any long work (a warning, where nothing is
-    stored to compare with). In another dtype nothing later can be compared, so all checkpoints are met first, in the
-    recorded dtype, at the cost of one training.
+    Construction replays the steps up to the first checkpoint after ``s_0`` (one step, by default) and compares the
+    states, so that a workload which is not the recorded one is refused before any long work. It warns where no such
+    checkpoint is stored. In another dtype, states cannot be compared, so construction first replays up to the last
+    checkpoint in the recorded dtype, at the cost of one training.
 
     Args:
         trajectory, workload: what was recorded.
         dtype: of all computation; ``None`` = as recorded.
-        make_step: how a step is made, from model and data.
+        make_step: builds the step from model and data; default: the workload's own, or a loss, then an optimizer.
 
     Attributes:
         training_step: one step as a function.
@@ -75,7 +81,7 @@ class Replay:
         drift: checkpoint step -> relative drift found there so far (recorded dtype only).
 
     Raises:
-        InputError: ``dtype`` is not one, or not a floating one.
+        InputError: ``dtype`` is not a floating dtype.
         TrajectoryError: the workload is not the recorded one.
     """
 
@@ -101,8 +107,8 @@ class Replay:
             self._meet(self._anchors[1])
         elif trajectory.num_steps:
             _log.warning(
-                "no state after the first is stored in %s (training was broken off, with checkpoint_every=0): whether "
-                "the workload is the recorded one cannot be told",
+                "no state after the first is stored in %s (training was interrupted, with checkpoint_every=0), so "
+                "replay cannot check whether the workload is the recorded one",
                 trajectory.directory,
             )
         if dtype is not None and dtype != trajectory.manifest.model.dtype:
@@ -116,17 +122,17 @@ class Replay:
 
     @property
     def loss_step(self) -> LossStep:
-        """The step, for methods that look into its loss or its optimizer.
+        """The step, for methods that use its loss or its optimizer.
 
         Raises:
-            UnsupportedError: it is of another kind.
+            UnsupportedError: it is not a :class:`LossStep`.
         """
         if not isinstance(self.training_step, LossStep):
             raise UnsupportedError(MADE_FOR_A_LOSS.format(f"a {type(self.training_step).__name__}"))
         return self.training_step
 
     def derivative_check(self, first: int, last: int) -> DerivativeCheck | None:
-        """Between two states; what another kind of step does is its own to say."""
+        """The check of the step between two states; ``None`` for kinds of step that are not checked."""
         step = self.training_step
         if isinstance(step, OwnStep) or (isinstance(step, LossStep) and type(step) is LossStep):
             return DerivativeCheck(self.trajectory, step, first, last)
@@ -138,7 +144,7 @@ class Replay:
         return max(self.drift.values(), default=0.0)
 
     def forward(self, a: int, b: int, weights: WeightsOf | None = None) -> Iterator[State]:
-        """Yield ``s_a … s_b``; with ``weights``, ``s_a`` as recorded and what follows from it under them."""
+        """Yield ``s_a … s_b``; with ``weights``, ``s_a`` is the recorded one and later states follow the weights."""
         if not 0 <= a <= b <= self.trajectory.num_steps:
             raise InputError(f"states {a} … {b} were asked; the trajectory has 0 … {self.trajectory.num_steps}")
         self._refuse_diverged(b)
@@ -165,26 +171,26 @@ class Replay:
     ) -> Iterator[tuple[int, State]]:
         """Yield ``(b, s_b), (b - 1, s_{b-1}), …, (a, s_a)``: the states of :meth:`forward`, last first.
 
-        A state keeps its values until the next but one is asked for; then its memory is used again.
+        A yielded state is valid until the second next one is asked for; then its memory is used again.
 
         Args:
             a, b: ``0 <= a <= b <= T``.
             memory_budget: bytes that the states held at one time may take. Default: enough for every stretch between
                 checkpoints (about ``2 sqrt(T)`` states as recorded by default), and up to :data:`STATES_IN_MEMORY`.
             optimizer_values: ``False`` = between checkpoints, the optimizer's state has its keys only (values
-                ``None``), for less memory.
+                ``None``), which takes less memory.
             weights: as for :meth:`forward`.
 
-        A stretch that does not fit is walked in pieces, from states placed as in binomial checkpointing (Griewank and
-        Walther 2000, doi 10.1145/347837.347846): with room for ``c`` states, ``C(c + r, r)`` steps are walked at the
-        cost of at most ``r`` replays. The states are the same bit for bit.
+        Steps between checkpoints whose states do not fit are replayed in pieces, from states placed as in binomial
+        checkpointing (Griewank and Walther 2000, doi 10.1145/347837.347846): with room for ``c`` states,
+        ``C(c + r, r)`` steps cost at most ``r`` replays. The states are the same bit for bit.
 
         Raises:
             InputError: the budget does not hold :data:`FEWEST_STATES` states.
         """
         self._refuse_diverged(b)
         walk = _Walk(weights, self._budget(memory_budget), optimizer_values)
-        # No checkpoint was ever under other weights.
+        # Checkpoints are of the recorded weights alone.
         anchors = [step for step in self._anchors if step < b] if weights is None else [a]
         hi, first = self._next_anchor(b) if weights is None else b, True
         previous: State | None = None
@@ -197,7 +203,7 @@ class Replay:
                     yield t, state
                 if previous is not None:
                     walk.recycled.append(previous)
-                # Checkpoints come on top of what is held; kept, they would pile up.
+                # Recycled checkpoints would pile up, since each is loaded into new memory.
                 previous = state if lo < t < hi else None
             if lo <= a:
                 return
@@ -239,7 +245,7 @@ class Replay:
             yield thin
             over = walk.recycled.pop() if walk.recycled else State({})
             if not walk.optimizer_values and state is not start:
-                # Nobody has seen the optimizer's values.
+                # The optimizer's values were not yielded, so their memory is free.
                 over = State(over.parameters, over.buffers, state.optimizer)
             record = self.trajectory.step(t)
             state = self.training_step(state, record, None if walk.weights is None else walk.weights(record), over)
@@ -252,24 +258,24 @@ class Replay:
         yield thin
 
     def _recorded(self, a: int) -> State:
-        """``s_a`` as recorded; the last one is kept, since many walks under weights set out from the same state."""
+        """``s_a`` as recorded; the last one is kept, since many walks under weights start at the same state."""
         if self._outset is None or self._outset[0] != a:
             self._outset = a, next(self.forward(a, a))
         return self._outset[1]
 
     def _refuse_diverged(self, b: int) -> None:
-        """In another dtype, states may stay finite where those of the training did not."""
+        """Raise if training diverged before ``s_b``: in another dtype, the replayed states may stay finite."""
         if self.dynamics.dtype is not None:
             last = max(step for step in self.trajectory.checkpoint_steps if step <= b)
             refuse_diverged(self.trajectory.checkpoint(last), last, self.trajectory)
 
     def _meet(self, checkpoint: int) -> None:
-        """Replay up to a checkpoint for the sake of the comparison."""
+        """Replay up to a checkpoint, in order to compare."""
         for _ in self.forward(0, checkpoint):
             pass
 
     def _next_anchor(self, t: int) -> int:
-        """The first anchor at ``t`` or later, or ``t`` if there is none: a stretch should end in a comparison."""
+        """The first anchor at ``t`` or later, where a replay can be compared, or ``t`` if there is none."""
         return min((step for step in self._anchors if step >= t), default=t)
 
     def _compare(self, lo: int, hi: int, replayed: State, recorded: State, origin: State) -> None:
@@ -288,14 +294,14 @@ class Replay:
                 f"replaying up to step {hi} misses the checkpoint there by {drift:.2g} of the distance that "
                 f"training moved {worst!r} (allowed {REPLAY_TOLERANCE:g}): the workload does not do what the recorded "
                 "loop did. Compare its loss (one value per sample), coefficients, accumulate, clipping, "
-                "regularizer and data with the loop's. Batches that the loop drew but did not use (continue, break, a "
-                "step that a GradScaler skipped) need recorder.discard() there; a loss scaled by hand needs "
+                "regularizer and data with the loop's. Where the loop draws a batch but does not use it (continue, "
+                "break, a step that a GradScaler skips), call recorder.discard(); for a loss scaled by hand, give "
                 "coefficients"
             )
-        # Where rounding is the same, it is so in the optimizer's state; elsewhere the next checkpoint tells.
+        # Where rounding is the same, the optimizer's state must be too; elsewhere the next checkpoint shows it.
         if drift == 0.0 and (wrong := other_optimizer_state(replayed, recorded)):
             raise TrajectoryError(
-                f"replaying up to step {hi} meets the parameters of the checkpoint bit for bit, but not its "
+                f"replaying up to step {hi} gives the parameters of the checkpoint bit for bit, but not its "
                 f"optimizer's state: {wrong}. The checkpoint has been changed"
             )
 
@@ -305,7 +311,7 @@ class Replay:
 
 
 def refuse_what_diverged(lo: int, hi: int, replayed: State, recorded: State) -> None:
-    """Raise where neither the replay nor the record holds numbers, but not the same."""
+    """Raise if a parameter is finite neither in the replay nor in the record, so that they cannot be compared."""
     for name, value in recorded.parameters.items():
         if not (value.isfinite().all() or replayed.parameters[name].isfinite().all()):
             raise TrajectoryError(
@@ -315,7 +321,7 @@ def refuse_what_diverged(lo: int, hi: int, replayed: State, recorded: State) -> 
 
 
 def _first_piece(length: int, room: int) -> int:
-    """Where to hold a state within ``length`` steps, if ``room`` states fit: ``1 <= piece < length``."""
+    """After how many of ``length`` steps to hold a state, if ``room`` states fit: ``1 <= piece < length``."""
     repeats = 1
     while math.comb(room + repeats, repeats) < length:
         repeats += 1

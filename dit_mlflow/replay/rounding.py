@@ -1,4 +1,4 @@
-"""What rounding alone does to the states of a stretch of training."""
+"""Whether rounding alone explains that a replay misses a recorded state."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
 
 NUDGES = 3
-"""Times that a stretch is replayed with other rounding."""
+"""Number of replays with changed rounding."""
 
 NUDGE = 4
-"""Units in the last place by which weights and the samples' losses are changed, up or down at random."""
+"""Units in the last place by which parameters and the samples' losses are changed, up or down at random."""
 
 MARGIN = 10
-"""How many times the effect of nudges a miss may be and still be put down to rounding."""
+"""A miss of up to this many times the largest effect of the nudges counts as rounding."""
 
 
 def missed_by_rounding(
     training_step: TrainingStep, records: Sequence[StepRecord], start: State, replayed: State, other: State
 ) -> set[str]:
-    """Names of the tensors by which ``replayed`` and ``other`` differ by no more than what rounding alone may do.
+    """Names of the tensors in which ``replayed`` and ``other`` differ by no more than rounding may cause.
 
-    Some training amplifies rounding without limit: a gradient that is 0 but for rounding (attention's key bias, a bias
-    before BatchNorm) moves a parameter under Adam as far as any other, in a direction that each machine rounds for
-    itself. So the stretch is replayed :data:`NUDGES` times with parameters and losses changed in their last places; a
-    miss (root mean square over a tensor's elements, which single signs that flip do not decide) is put down to rounding
-    up to :data:`MARGIN` times the largest effect that this had.
+    Some training amplifies rounding without limit: a gradient that is 0 up to rounding (attention's key bias, a bias
+    before BatchNorm) moves a parameter under Adam as far as any other, and its sign depends on the machine. So the
+    steps are replayed :data:`NUDGES` times with parameters and losses changed in their last places. A miss is the root
+    mean square over a tensor's elements, so that a few flipped signs do not decide; it counts as rounding up to
+    :data:`MARGIN` times the largest effect of a nudge.
 
     Args:
-        training_step: how a step is made.
+        training_step: one step as a function.
         records: the steps from ``start`` to ``replayed``.
-        replayed: what replay, without any nudge, makes of ``start``.
-        other: what should be the same but for rounding.
+        start, replayed: a state, and the state that replay makes of it without nudges.
+        other: the state that should equal ``replayed`` up to rounding.
 
     Raises:
-        TrajectoryError: the stretch comes out otherwise each time, and that alone explains all that was missed.
+        TrajectoryError: each replay gives another result, and that alone explains all misses.
 
-    Cost: the stretch, ``NUDGES + 1`` times.
+    Cost: the steps, ``NUDGES + 1`` times.
     """
     generator = torch.Generator().manual_seed(0)
     effects = dict.fromkeys(_tensors(replayed), 0.0)
@@ -53,8 +53,8 @@ def missed_by_rounding(
     if excused == effects.keys() and any(_distances(_replay(training_step, records, start), replayed).values()):
         raise TrajectoryError(
             f"replaying steps {records[0].index} to {records[-1].index} twice gives two results: data or model draw "
-            "from a random generator of their own, whose state is not recorded. Draw from the global ones of torch, "
-            "NumPy and random; or, if it is the data, record with store_batches=True"
+            "from a random generator of their own, whose state is not recorded. Draw from the global generators of "
+            "torch, NumPy and random; or, if it is the data, record with store_batches=True"
         )
     return excused
 
@@ -65,7 +65,7 @@ def _replay(
     start: State,
     nudges: torch.Generator | None = None,
 ) -> State:
-    """Where the steps lead, with parameters and losses nudged, if there are nudges."""
+    """The state after the steps, with parameters and losses nudged if ``nudges`` is given."""
     parameters = {name: _nudged(value, nudges) for name, value in start.parameters.items()}
     like = next(value for value in parameters.values() if value.is_floating_point())
 
@@ -84,7 +84,7 @@ def _nudged(value: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _distances(one: State, other: State) -> dict[str, float]:
-    """Root mean square of the differences, by name; infinite if there is no saying."""
+    """Root mean square of the differences, by name; infinite for other shapes and NaN."""
     theirs = _tensors(other)
     return {name: _distance(value.detach(), theirs[name]) for name, value in _tensors(one).items()}
 

@@ -1,13 +1,22 @@
-"""Running statistics of normalisation layers, updated and used by operations that autograd can follow."""
+"""Running statistics, made differentiable, and other buffers, which must not carry influence."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.replay.dynamics import Buffers, Parameters
+from dit_mlflow.trajectory.state import State
+from dit_mlflow.trajectory.step_record import StepRecord
+from dit_mlflow.workload.without_graph import without_graph
 
 
 def running_statistics(model: nn.Module) -> frozenset[str]:
@@ -30,69 +39,93 @@ _NORMALISATIONS = (
 class DifferentiableStatistics(TorchFunctionMode):
     """Inside it, ``batch_norm`` and ``instance_norm`` can be differentiated in their running statistics.
 
-    PyTorch's kernels update them, and normalise by them, without a derivative. Here the update in training is
+    PyTorch's kernels have no derivative in them. Here ordinary operations do the normalisation in evaluation, and, in
+    place, the update in training:
 
     ``running = (1 - momentum) * running + momentum * statistic of the layer's input``
 
-    in place, by ordinary operations, and so is the normalisation in evaluation. Calls without running statistics, or
-    whose running statistics need no gradient, are PyTorch's own.
+    Calls whose running statistics are missing or need no gradient go to PyTorch's kernels.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
-        if func is F.instance_norm:
-            return _instance_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func not in (F.batch_norm, F.instance_norm):
+            return func(*args, **(kwargs or {}))
+        given = inspect.signature(func).bind(*args, **(kwargs or {}))
+        given.apply_defaults()
+        return _normalised(func, *given.args)
 
 
-def _batch_norm(
+def _normalised(
+    norm: Callable[..., Tensor],
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
 ) -> Tensor:
-    if running_mean is None or running_var is None or not running_mean.requires_grad:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if not training:
-        return _normalise(input, running_mean, running_var, weight, bias, eps)
-    over = [0, *range(2, input.dim())]
-    variance, mean = torch.var_mean(input, dim=over)
-    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    running_var.mul_(1 - momentum).add_(variance, alpha=momentum)
-    return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if running_mean is None or running_var is None or not running_mean.requires_grad:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    if not use_input_stats:
-        return _normalise(input, running_mean, running_var, weight, bias, eps)
-    variance, mean = torch.var_mean(input, dim=list(range(2, input.dim())))
-    running_mean.mul_(1 - momentum).add_(mean.mean(dim=0), alpha=momentum)
-    running_var.mul_(1 - momentum).add_(variance.mean(dim=0), alpha=momentum)
-    return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
-
-
-def _normalise(
-    input: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+    if mean is None or variance is None or not mean.requires_grad:
+        return norm(input, mean, variance, weight, bias, training, momentum, eps)
+    if training:
+        over = [0] if norm is F.batch_norm else []
+        new_variance, new_mean = torch.var_mean(input, dim=[*over, *range(2, input.dim())])
+        if norm is F.instance_norm:
+            new_variance, new_mean = new_variance.mean(dim=0), new_mean.mean(dim=0)
+        mean.mul_(1 - momentum).add_(new_mean, alpha=momentum)
+        variance.mul_(1 - momentum).add_(new_variance, alpha=momentum)
+        return norm(input, None, None, weight, bias, True, momentum, eps)
     shape = (1, -1, *(1 for _ in range(input.dim() - 2)))
     scale = torch.rsqrt(variance + eps)
     scale = scale if weight is None else scale * weight
     normalised = (input - mean.view(shape)) * scale.view(shape)
     return normalised if bias is None else normalised + bias.view(shape)
+
+
+class BuffersApart:
+    """Finds buffers that a sweep does not follow, although their updates depend on the parameters.
+
+    A running mean of the inputs, a counter or a schedule do not depend on the parameters and are constants for
+    influence; a code book or the vectors of spectral norm are not.
+
+    Args:
+        followed: names of the buffers that the sweep follows.
+        buffers_after: ``(parameters, buffers, record)`` -> the buffers after the step's forward passes.
+    """
+
+    def __init__(
+        self, followed: Container[str], buffers_after: Callable[[Parameters, Buffers, StepRecord], Buffers]
+    ) -> None:
+        self._followed = followed
+        self._buffers_after = buffers_after
+        self._harmless: set[str] = set()
+
+    def check(self, before: State, after: Buffers, record: StepRecord) -> None:
+        """Raise :class:`UnsupportedError` if the step changed such a buffer, from ``before`` to ``after``.
+
+        A changed buffer passes if the step's forward passes leave the same values with perturbed parameters.
+        Cost: two forward passes, once for each buffer that changes.
+        """
+        for name, value in before.buffers.items():
+            if name in self._followed or name in self._harmless or not value.is_floating_point():
+                continue
+            if torch.equal(value, after[name]):
+                continue
+            other = {key: _perturbed(tensor) for key, tensor in before.parameters.items()}
+            left, expected = (
+                without_graph(partial(self._buffers_after, parameters, before.buffers, record))[name]
+                for parameters in (other, before.parameters)
+            )
+            if not torch.equal(left, expected):
+                raise UnsupportedError(
+                    f"buffer {name!r} changes in training (step {record.index}) with the model's parameters, so a "
+                    "sample has influence through it, but its update cannot be differentiated. A sweep follows the "
+                    "running statistics of BatchNorm and InstanceNorm; leave_one_out follows all buffers"
+                )
+            self._harmless.add(name)
+
+
+def _perturbed(tensor: Tensor) -> Tensor:
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+    return tensor + 0.1 * noise

@@ -1,4 +1,4 @@
-"""Put other tensors in place of a module's parameters and buffers while a function runs."""
+"""Replace a module's parameters and buffers by other tensors while a function runs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Result = TypeVar("Result")
 
 
 class Substitution:
-    """What ``torch.func.functional_call`` does, prepared once for a module, and for any function of it.
+    """``torch.func.functional_call``, prepared once for a module, and for any function of it.
 
-    Unlike there, a buffer that the function assigns anew (``self.mean = …``) is not lost.
+    Unlike there, a buffer that the function assigns anew (``self.mean = …``) is kept.
 
     Args:
         module: its structure must not change afterwards.
@@ -32,9 +32,9 @@ class Substitution:
         buffers: MutableMapping[str, Tensor],
         function: Callable[[nn.Module], Result],
     ) -> Result:
-        """``function(module)`` with the given tensors, by name; tied ones by their first name.
+        """``function(module)`` with the given tensors by name; tied tensors have their first name.
 
-        ``buffers`` holds afterwards what the function left in the module's.
+        Afterwards ``buffers`` holds the module's buffers as the function left them.
         """
         places = [(at, parameters[name]) for at, name in self._parameters]
         places += [(at, buffers[name]) for at, name in self._buffers]
@@ -51,9 +51,9 @@ class Substitution:
                 owner[key] = tensor
 
     def withdraw(self) -> None:
-        """Leave the module without values, so that it cannot run but in a call.
+        """Remove the module's values, so that it can run only inside a call.
 
-        What runs when a gradient is taken, after the call, would not do so with the tensors of the call.
+        Code that runs later, when a gradient is taken, would otherwise use other tensors than those of the call.
         """
         withdrawn: dict[int, Tensor] = {}
         for (owner, key), _ in [*self._parameters, *self._buffers]:
@@ -62,7 +62,7 @@ class Substitution:
 
 
 class _Withdrawn(Tensor):
-    """Has a shape and a dtype, and refuses to be computed with."""
+    """Has a shape and a dtype; every operation on it raises."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,9 +70,9 @@ class _Withdrawn(Tensor):
             return super().__torch_function__(func, types, args, kwargs)
         raise UnsupportedError(
             "a part of the model runs again when its gradient is taken (gradient checkpointing by other means than "
-            "torch.utils.checkpoint, a reversible layer or another autograd function that calls modules): a replayed "
-            "model no longer has the parameters of its forward pass then. Train without it, or with "
-            "torch.utils.checkpoint, which is left out in a replay"
+            "torch.utils.checkpoint, a reversible layer or another autograd function that calls modules), and a "
+            "replayed model no longer has the parameters of its forward pass then. Train without it, or with "
+            "torch.utils.checkpoint, which a replay skips"
         )
 
 
@@ -80,7 +80,7 @@ _Place = tuple[dict[str, Tensor], str]
 
 
 def _places(module: nn.Module, kind: Literal["parameters", "buffers"]) -> list[tuple[_Place, str]]:
-    """Every slot of a tensor in the tree of modules, and the first name under which the tensor is known."""
+    """Every place of a tensor in the tree of modules, and the first name of that tensor."""
     first: dict[int, str] = {}
     found = []
     for prefix, child in module.named_modules():

@@ -52,8 +52,8 @@ class TracedQueries:
             if alike([value], [expected.reshape(())]):
                 return value
         raise UnsupportedError(
-            f"a trace of query {getattr(query, 'name', query)!r} gives another value than the query itself, so it does "
-            f"not do the same each time it is called. {WITHOUT_TRACE}"
+            f"a trace of query {getattr(query, 'name', query)!r} gives another value than the query itself, so the "
+            f"query does not do the same each time it is called. {WITHOUT_TRACE}"
         )
 
 
@@ -71,6 +71,6 @@ def naming_what_cannot_be_traced() -> Iterator[None]:
 
 WITHOUT_TRACE = (
     "Its backward pass is not the derivative of its forward pass (something is detached, or a hook or an autograd "
-    "function changes gradients), and influence then takes a trace. Make it so that it can be traced (no .item(), "
+    "function changes gradients), so influence needs a trace of it. Change it so that it can be traced (no .item(), "
     "numpy() or branch on a tensor's value), or use leave_one_out, which takes no derivative"
 )

@@ -14,9 +14,8 @@ from torch.optim import Optimizer
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.replay.adjoint import Adjoint, Flat, grad_or_zeros, vector_jacobian
 from dit_mlflow.replay.slope import STRIDES, Slope
-from dit_mlflow.replay.step_adjoint import PulledGroup
+from dit_mlflow.replay.step_adjoint import PulledGroup, UpdateGroup
 from dit_mlflow.replay.traced import Function, traced
-from dit_mlflow.replay.update_groups import UpdateGroup
 from dit_mlflow.trajectory.state import State
 
 Slot = tuple[str, str]
@@ -24,22 +23,23 @@ Slot = tuple[str, str]
 
 
 class TracedUpdate:
-    """An optimizer that is not one of PyTorch's differentiable ones: its ``step``, as it ran, operation by operation.
+    """An optimizer that is not one of PyTorch's differentiable ones: a trace of its own ``step``.
 
-    State of another shape than its parameter (factored moments) takes the first elements of the parameter's place in
-    an adjoint.
+    State of another shape than its parameter (factored moments) uses the first of the parameter's elements in an
+    adjoint.
 
     Args:
-        optimizer: over no parameters; its groups are the recorded ones.
-        groups: names of the parameters in each.
-        held: all of them, group after group.
+        optimizer: over no parameters; its param groups are the recorded ones.
+        groups: names of the parameters in each param group.
+        held: layout of all of them, in that order.
 
     Raises:
-        UnsupportedError: its step cannot be traced, has larger state than parameters, or has no derivative in the
-            gradients, or another one than the trace: it reads values out of tensors, rounds, or takes signs alone.
+        UnsupportedError: the step cannot be traced; its state is larger than the parameter; it has no derivative in
+            the gradients (it takes their signs alone); or its derivative is not the trace's (it reads values out of
+            tensors, or rounds).
 
-    Cost: a trace for each step (its counters are numbers there), and a backward pass through it. The first, second,
-    fourth, eighth … are held against differences, at the cost of some ten steps of the optimizer.
+    Cost: a trace for each step, since its counters are constants of the trace, and a backward pass through it. The
+    derivative of the first, second, fourth, eighth … step is compared with differences, at about ten optimizer steps.
     """
 
     needs_values = True
@@ -85,7 +85,7 @@ class TracedUpdate:
 
         inputs = [*(state.parameters[name].detach() for name in names), *grads, *slots.values()]
         self._calls += 1
-        # At the first steps, and ever more rarely: some steps go another way than others.
+        # Early steps and ever rarer later ones, since a step may take another branch than those before it.
         if self._calls & (self._calls - 1) == 0:
             self._check(update, [value.double() for value in inputs], len(names))
         graph = self._traced(update, inputs)
@@ -96,7 +96,7 @@ class TracedUpdate:
         cotangents = [
             *(adjoint.parameters[:, places[name]].view(-1, *self._held.shapes[name]) for name in names),
             *(
-                _taken(adjoint, key, self._place(name, value)).view(-1, *value.shape)
+                self._cotangent(adjoint, name, key, value)
                 for (name, key), value in zip(after, found[len(names) :], strict=True)
             ),
         ]
@@ -115,9 +115,11 @@ class TracedUpdate:
             ) from error
 
     def _check(self, update: Function, inputs: Sequence[Tensor], count: int) -> None:
-        """Hold a directional derivative of the trace, in float64, against central differences of the step.
+        """Compare a directional derivative of the trace, in float64, with central differences of the step.
 
-        The inputs are ``count`` parameters, their gradients, and state.
+        Args:
+            update: the step, as a function of ``inputs``.
+            inputs: ``count`` parameters, their gradients, and state.
         """
         random = torch.Generator().manual_seed(0)
 
@@ -128,7 +130,7 @@ class TracedUpdate:
         with torch.enable_grad():
             found = self._traced(update, inputs)(*leaves)
         weights = [drawn(value) for value in found]
-        # Each element changes by a share of itself: second moments stay positive, and what is 0 stays so.
+        # Relative to each element, so that second moments stay positive, and zeros stay 0.
         directions = [drawn(value) * value for value in inputs]
 
         def total(values: Sequence[Tensor]) -> Tensor:
@@ -149,55 +151,52 @@ class TracedUpdate:
         )
         if moving := [key for key, value in self._numbers.items() if before.get(key) != value]:
             raise UnsupportedError(
-                f"the optimizer {self._name} keeps the number {moving[0][1]!r}, which depends on the gradients, so "
-                "that influence travels through it; keep it in a tensor of shape [1], or use leave_one_out"
+                f"the optimizer {self._name} keeps the number {moving[0][1]!r}, which depends on the gradients, so a "
+                "sample has influence through it; keep it in a tensor of shape [1], or use leave_one_out"
             )
-        # Of the parameters alone: state may take the gradients in, and then their signs.
+        # Of the parameters alone: state may depend on the gradients where the parameters depend on signs.
         moved = grad_or_zeros(total(found[:count]), leaves[count : 2 * count], retain_graph=True)
         still = all(torch.equal(after, before) for after, before in zip(found[:count], inputs[:count], strict=True))
         if not still and not any(bool(part.any()) for part in moved):
             raise UnsupportedError(
                 f"the step of the optimizer {self._name} has the derivative 0 in the gradients, as where it depends on "
-                "their signs alone, so that every influence would be 0; use leave_one_out"
+                "their signs alone, so every influence would be 0; use leave_one_out"
             )
         taken = sum(float((part * direction).sum()) for part, direction in zip(parts, directions, strict=True))
         size = sum(float((w * v).abs().sum().detach()) for w, v in zip(weights, found, strict=True))
         slopes = [Slope.between(taken, at(-stride), here.item(), at(stride), stride, size) for stride in STRIDES]
         if not any(slope.tells and slope.agrees for slope in slopes):
             raise UnsupportedError(
-                f"the step of the optimizer {self._name} changes by {slopes[0].difference:.6g} in a random direction "
-                f"where the derivative of its trace is {taken:.6g}, so scores would be wrong: it reads values out of "
-                "tensors (.item()), or computes in low precision. Use leave_one_out, which takes no derivative"
+                f"the step of the optimizer {self._name} changes by {slopes[0].difference:.6g} in a random direction, "
+                f"but the derivative of its trace is {taken:.6g} there, so scores would be wrong: it reads values out "
+                "of tensors (.item()), or computes in low precision. Use leave_one_out, which takes no derivative"
             )
 
     def _stepped(
         self, moved: dict[str, Tensor], settings: dict[str, dict[str, Any]], entries: dict[str, dict[str, Any]]
     ) -> dict[Slot, Tensor]:
-        """One step in place on ``moved``; returns the state that is tensors."""
+        """Make one step in place on ``moved``; returns the state that :func:`_is_slot`."""
         optimizer = self._optimizer
         for group, names in zip(optimizer.param_groups, self._groups, strict=True):
             own = [name for name in names if name in moved]
             if own:
                 group.update(settings[own[0]])
             group["params"] = [moved[name] for name in own]
-            # Lists of tensors are stepped as single ones are; only the latter can be traced.
+            # Only steps of single tensors can be traced; those of lists of tensors give the same.
             group.update({flag: False for flag in ("foreach", "fused", "capturable") if flag in group})
         optimizer.state = defaultdict(dict, {moved[name]: entry for name, entry in entries.items()})
         try:
             self._step(optimizer)
-            entries_after = {name: optimizer.state.get(value, {}) for name, value in moved.items()}
-            # What the step leaves in numbers: of its state, and of its settings.
+            left = {name: optimizer.state.get(value, {}) for name, value in moved.items()}
+            # Numbers among the state and the settings after the step.
             self._numbers = {
                 (name, key): float(value.detach() if isinstance(value, Tensor) else value)
-                for name, entry in [*entries_after.items(), *enumerate(optimizer.param_groups)]
+                for name, entry in [*left.items(), *enumerate(optimizer.param_groups)]
                 for key, value in entry.items()
                 if key != "params" and isinstance(value, (Tensor, int, float)) and not _is_slot(value)
             }
             return {
-                (name, key): value
-                for name, value_of in moved.items()
-                for key, value in optimizer.state.get(value_of, {}).items()
-                if _is_slot(value)
+                (name, key): value for name, entry in left.items() for key, value in entry.items() if _is_slot(value)
             }
         finally:
             optimizer.state = defaultdict(dict)
@@ -208,10 +207,16 @@ class TracedUpdate:
         place = self._held.slices[name]
         if value.numel() > place.stop - place.start:
             raise UnsupportedError(
-                f"the optimizer {self._name} keeps state of shape {list(value.shape)} for parameter {name!r}, more "
-                "than the parameter has elements, which a sweep cannot carry; use leave_one_out"
+                f"the optimizer {self._name} keeps state of shape {list(value.shape)} for parameter {name!r}, which "
+                "has fewer elements; a sweep cannot follow it. Use leave_one_out"
             )
         return slice(place.start, place.start + value.numel())
+
+    def _cotangent(self, adjoint: Adjoint, name: str, key: str, value: Tensor) -> Tensor:
+        place, found = self._place(name, value), adjoint.optimizer.get(key)
+        if found is None:
+            return adjoint.parameters.new_zeros((adjoint.rows, *value.shape))
+        return found[:, place].view(-1, *value.shape)
 
     def _joined(
         self,
@@ -237,10 +242,5 @@ class TracedUpdate:
 
 
 def _is_slot(value: Any) -> bool:
-    """State that is data; counters are numbers of the trace."""
+    """Whether an adjoint follows a value of the state; other values are constants of the trace."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.is_floating_point()
-
-
-def _taken(adjoint: Adjoint, key: str, place: slice) -> Tensor:
-    value = adjoint.optimizer.get(key)
-    return adjoint.parameters.new_zeros((adjoint.rows, place.stop - place.start)) if value is None else value[:, place]

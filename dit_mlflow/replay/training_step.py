@@ -50,20 +50,21 @@ class TrainingStep(ABC):
                                          \frac{\partial s_{t+1}}{\partial w}^{\top} \lambda_{t+1} \Big)
 
     Batch, coefficients and random draws (:class:`MicroBatch`), modes and settings (:class:`StepRecord`) are those of
-    the record. Replay is the first line at ``w = 1``, leave-one-out the same with a weight 0, the sweep the second.
+    the record. Replay computes the first equation at ``w = 1``, leave-one-out computes it with one weight 0, and the
+    sweep computes the second.
 
-    A kind of step gives :meth:`forward`; the rest follows from it, by autograd and ``vmap``. Where that is slow, it may
-    give :meth:`vjp`, :meth:`forward_side_by_side` and :meth:`bytes_kept` as well. Nothing else knows how a step is
-    made.
+    A subclass defines :meth:`forward`; the rest follows from it, by autograd and ``vmap``. Where that is slow, it may
+    override :meth:`vjp`, :meth:`forward_side_by_side` and :meth:`bytes_kept`. Nothing else knows how a step is made.
 
     Args:
         dynamics: model and data.
 
     Attributes:
-        followed_parameters, followed_buffers: the parts of a state, besides the optimizer's, that an adjoint has rows
+        followed_parameters, followed_buffers: layout of the parameters and buffers that an adjoint has derivatives
             for: here, all floating ones.
-        batched: whether a backward pass of many rows at once pays; through convolutions it does not.
-        needs_optimizer_values: whether :meth:`pull_back` needs the optimizer's state, or its keys alone.
+        batched: whether one backward pass for many rows is faster than one after the other; not with convolutions.
+        needs_optimizer_values: whether :meth:`pull_back` needs the values of the optimizer's state; ``False`` = its
+            keys are enough.
         by_trace: whether :meth:`pull_back` goes through a trace of what ran, rather than by autograd.
     """
 
@@ -87,9 +88,9 @@ class TrainingStep(ABC):
             state: ``s_t``; of ``K`` trainings side by side, with a leading dimension ``K``.
             record: step ``t``.
             weights: ``[sum B]`` in batch order, ``[K, sum B]`` for ``K`` trainings; ``None`` = all 1, as recorded.
-            over: a state that nobody needs any more, maybe ``state`` itself; its memory may be used for the result.
+            over: a state that is no longer needed, maybe ``state`` itself; its memory may be used for the result.
 
-        Cost: one training step; of ``K`` side by side, about ``K`` at once, and ``K`` times the memory.
+        Cost: one training step; for ``K`` side by side, up to ``K`` training steps and ``K`` times the memory.
         """
         self.dynamics.set_modes(record)
         batches = self.dynamics.load(record)
@@ -105,7 +106,7 @@ class TrainingStep(ABC):
         weights: WeightsOf | None = None,
         over: State | None = None,
     ) -> State:
-        """Where the steps lead from ``state``. Memory: one more state, or ``over``."""
+        """The state after the steps, from ``state``. Memory: one more state, or ``over``."""
         for record in records:
             state = over = self(state, record, None if weights is None else weights(record), over)
         return state
@@ -118,8 +119,8 @@ class TrainingStep(ABC):
         Args:
             state: ``s_t``.
             record: step ``t``.
-            adjoint: ``lambda_{t+1}``, ``A`` rows; may be worked on in place.
-            weights: as for a call, of one training.
+            adjoint: ``lambda_{t+1}``, ``A`` rows; may be changed in place.
+            weights: ``[sum B]``; ``None`` = all 1.
 
         Raises:
             UnsupportedError: an operation has no second derivative, or a buffer cannot be followed.
@@ -140,18 +141,18 @@ class TrainingStep(ABC):
         record: StepRecord,
         over: State | None = None,
     ) -> State:
-        """``s_{t+1}``, leaving ``state`` and ``weights`` alone; modules are in the modes of ``record``.
+        """``s_{t+1}``; ``state`` and ``weights`` must not be changed. Modules are in the modes of ``record``.
 
-        Of ordinary operations on the tensors of state and weights, unless :meth:`vjp` is given too: gradients taken by
-        ``torch.func.grad`` (or ``create_graph=True``, where one training at a time will do). Draws are the recorded
-        ones inside ``self.dynamics.as_recorded(micro.random_state)``. A loss may work in place on its batch, which is
-        loaded for this call alone. ``over`` may be ignored.
+        Unless :meth:`vjp` is overridden too, use ordinary operations on the tensors of state and weights, and take
+        gradients by ``torch.func.grad`` (or with ``create_graph=True``, which excludes trainings side by side). Random
+        draws are the recorded ones inside ``self.dynamics.as_recorded(micro.random_state)``. The batches are loaded for
+        this call alone, so a loss may change them in place. ``over`` may be ignored.
         """
 
     def forward_side_by_side(
         self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, over: State | None = None
     ) -> State:
-        """:meth:`forward` of ``K`` trainings, which draw the same, under one ``vmap``."""
+        """:meth:`forward` of ``K`` trainings with the same random draws, under one ``vmap``."""
         counters: dict[str, dict[str, Any]] = {}
 
         def one(slots: _Slots, parameters: dict[str, Tensor], buffers: dict[str, Tensor], row: Tensor) -> Any:
@@ -168,8 +169,8 @@ class TrainingStep(ABC):
     def vjp(
         self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, adjoint: Adjoint
     ) -> tuple[Adjoint, Tensor]:
-        """What :meth:`pull_back` gives, for ``weights [sum B]`` that require a gradient: by autograd through
-        :meth:`forward`. Rows of the optimizer's state go by ``name/key``."""
+        """The result of :meth:`pull_back`, for ``weights [sum B]`` that require a gradient; by autograd through
+        :meth:`forward`. The adjoint's keys for the optimizer's state are ``name/key``."""
         before = state.map(lambda value: value.detach().requires_grad_(value.is_floating_point()), counters=False)
         after = self.with_graph(before, batches, weights, record)
         parameters, buffers, slots = self._followed(before)
@@ -201,7 +202,7 @@ class TrainingStep(ABC):
             return self.forward(state, batches, weights, record)
 
     def _followed(self, state: State) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
-        """Its parameters and buffers that are followed, and the optimizer's floating tensors by ``name/key``."""
+        """The followed parameters and buffers, and the optimizer's floating tensors by ``name/key``."""
         return (
             [state.parameters[name] for name in self.followed_parameters.shapes],
             [state.buffers[name] for name in self.followed_buffers.shapes],
@@ -209,7 +210,7 @@ class TrainingStep(ABC):
         )
 
     def ask(self, parameters: Parameters, buffers: Parameters, query: Callable[[nn.Module], Tensor]) -> Tensor:
-        """The query's value ``[]`` with its graph, in evaluation mode, with the given tensors in the model."""
+        """The query's value ``[]`` with its graph, in evaluation mode, for the model with the given tensors."""
         with self.differentiable():
             return self.dynamics.evaluate(parameters, buffers, query)
 
@@ -218,7 +219,7 @@ class TrainingStep(ABC):
         return DifferentiableStatistics() if self._has_statistics else nullcontext()
 
     def bytes_kept(self, state: State, record: StepRecord) -> int:
-        """What a step keeps for its backward pass, in bytes: here, all that its operations make, which is not less."""
+        """Upper bound of the bytes that a step keeps for its backward pass: here, of all tensors that it creates."""
         with _Made() as made:
             self(state, record)
         return made.nbytes
@@ -242,7 +243,7 @@ _Slots = dict[str, dict[str, Tensor]]
 
 
 def _slots(state: State) -> _Slots:
-    """The optimizer's tensors that are each copy's own."""
+    """The optimizer's tensors, by parameter name and key, without :data:`COUNTERS`."""
     return {
         name: {key: value for key, value in entry.items() if key not in COUNTERS and isinstance(value, Tensor)}
         for name, entry in state.optimizer.items()
@@ -258,7 +259,7 @@ def floating_shapes(layouts: Mapping[str, TensorLayout]) -> dict[str, torch.Size
 
 
 class _Made(TorchFunctionMode):
-    """Adds up the bytes of the tensors that are made."""
+    """Adds up the bytes of all tensors that functions return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,4 +274,4 @@ class _Made(TorchFunctionMode):
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-"""Layers through which a backward pass of many rows at once is slower than one after the other."""
+"""Layers through which one backward pass for many rows is slower than one after the other."""

@@ -1,4 +1,4 @@
-"""A recorded training that can be replayed: every state between its checkpoints."""
+"""A recorded training trajectory that can be replayed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Verification:
     """What :meth:`Trajectory.verify` found.
 
     Attributes:
-        drift: for each checkpoint after the first, the replay's relative drift against it; 0 = bit for bit.
+        drift: relative drift of the replay at each checkpoint after the first, by step; 0 = bit for bit.
     """
 
     drift: dict[int, float]
@@ -44,27 +44,23 @@ class Trajectory(Record):
     def states(self, workload: Workload, a: int, b: int, dtype: torch.dtype | None = None) -> Iterator[State]:
         """Yield ``s_a, …, s_b`` (both ends included), rebuilt by replay from the checkpoint before ``a``.
 
-        In the recorded dtype the replay continues from each checkpoint it meets, and the difference to it is
-        held against :data:`REPLAY_TOLERANCE`; with ``dtype`` it runs from ``s_0`` without re-anchoring.
+        In the recorded dtype the replay compares its state with each checkpoint that it reaches, and continues from the
+        checkpoint; in another ``dtype`` it runs from ``s_0`` without re-anchoring.
 
         Raises:
             InputError: not ``0 <= a <= b <= num_steps``.
-            TrajectoryError: the replay does not meet a checkpoint, or the workload is another one.
+            TrajectoryError: the replay's drift exceeds :data:`REPLAY_TOLERANCE`, or the workload is another one.
 
         Cost: one training step per state, and up to ``2 sqrt(T)`` steps before the first.
         """
         yield from self.replay(workload, dtype).forward(a, b)
 
     def replay(self, workload: Workload, dtype: torch.dtype | None = None, make_step: MakeStep = step_of) -> Replay:
-        """The machinery behind :meth:`states`, for callers that walk the trajectory more than once."""
+        """A :class:`Replay`, for callers that walk the trajectory more than once."""
         return Replay(self, workload, dtype, make_step)
 
     def couples_samples(self, workload: Workload) -> bool:
-        """Whether a sample's loss depends on the others of its batch; see :func:`samples_are_coupled`. Looked at once.
-
-        Raises:
-            WorkloadError: rows of the loss are those of other samples.
-        """
+        """:func:`samples_are_coupled`, computed once per workload."""
         if workload.step is not None:
             return False  # How samples enter a step of one's own is its own to say.
         if workload not in self._coupled:
@@ -74,14 +70,13 @@ class Trajectory(Record):
     def verify(self, workload: Workload) -> Verification:
         """Check the record (:meth:`check_record`), and the replay of every segment against the next checkpoint.
 
-        Then the states are those of the training, up to the drift. Not known by replay, and taken from the record as
-        they are: what has no influence on states (logged losses, epochs' numbers, settings that the optimizer does not
-        read, ``complete``, versions, thread count, the workload's reference, the model's class name). Of tensors that
-        are stored once for several checkpoints, because they were not trained, it is known that they lead to the states
-        that the others are in.
+        Then the states are those of the training, up to the drift. Replay cannot check fields that no state depends on:
+        logged losses, epoch numbers, settings that the optimizer does not read, ``complete``, versions, thread count,
+        the workload's reference, the model's class name. Untrained tensors, which are stored once for several
+        checkpoints, are checked only through the other tensors that they lead to.
 
         Raises:
-            TrajectoryError: naming the first thing that does not hold.
+            TrajectoryError: names the first check that fails.
 
         Cost: one training, without its evaluation.
         """
@@ -89,7 +84,7 @@ class Trajectory(Record):
         return self.check_replay(workload)
 
     def check_replay(self, workload: Workload) -> Verification:
-        """The second half of :meth:`verify`."""
+        """The replay of :meth:`verify` alone; arguments, errors and cost are the same."""
         replay = self.replay(workload)
         states = replay.forward(0, self.num_steps)
         with progress_bar(self.num_steps + 1, "replay") as progress:

@@ -1,4 +1,4 @@
-"""The vector-Jacobian product of what stands between a gradient and the next state: clipping and optimizer."""
+"""The vector-Jacobian product of what turns a gradient into the next state: clipping and the optimizer's step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from torch.optim import Optimizer
 
 from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
 from dit_mlflow.replay.autograd_step import AutogradStep
-from dit_mlflow.replay.closed_forms import AdamStep, SgdStep
 from dit_mlflow.replay.optimizers import is_others
-from dit_mlflow.replay.step_adjoint import PulledGroup, StepAdjoint
+from dit_mlflow.replay.step_adjoint import PulledGroup, StepAdjoint, UpdateGroup, update_groups
 from dit_mlflow.replay.traced_update import TracedUpdate
-from dit_mlflow.replay.update_groups import UpdateGroup, update_groups
 from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
@@ -24,13 +22,13 @@ from dit_mlflow.trajectory.step_record import StepRecord
 
 @dataclass(frozen=True, eq=False)
 class Pulled:
-    """What :class:`UpdateAdjoint` gives.
+    """What :class:`UpdateAdjoint` returns.
 
     Attributes:
         adjoint: at ``t``, without the Hessian term.
-        gradients: ``lambda_g``, ``[A, *shape]`` each, in the order of the gradients given.
-        undefined: gives bool, ``[*shape]`` each: where the step has no derivative, because every gradient there was 0
-            up to and including this step.
+        gradients: ``lambda_g``, ``[A, *shape]`` each, in the order of the given gradients.
+        undefined: returns bool, ``[*shape]`` each: the elements at which the step has no derivative, because every
+            gradient was 0 up to and including this step.
     """
 
     adjoint: Adjoint
@@ -43,9 +41,9 @@ class UpdateAdjoint:
 
     Args:
         layout: the recorded optimizer.
-        held: the parameters that it holds, group after group.
-        optimizer: itself, over no parameters.
-        clip: clips gradients by name, differentiably; ``None`` = they are not clipped.
+        held: the parameters that it holds, param group after param group.
+        optimizer: the optimizer, over no parameters.
+        clip: differentiable clipping of gradients by name; ``None`` = no clipping.
     """
 
     def __init__(
@@ -62,7 +60,7 @@ class UpdateAdjoint:
 
     @property
     def needs_values(self) -> bool:
-        """Whether the optimizer's state must have its values, or only its keys."""
+        """Whether the optimizer's state must have its values; ``False`` = its keys are enough."""
         return self._step.needs_values
 
     def __call__(self, state: State, gradients: Mapping[str, Tensor], step: StepRecord, adjoint: Adjoint) -> Pulled:
@@ -71,13 +69,13 @@ class UpdateAdjoint:
         Args:
             state: ``s_t``.
             gradients: ``g_t`` (before clipping) by parameter name: first those that the optimizer holds, in its order.
-            step: the recorded hyperparameters.
+            step: the record of step ``t``, for its hyperparameters.
             adjoint: at ``t + 1``.
 
         Cost: a few elementwise passes over parameters and state, per row.
         """
         if not gradients:
-            # The optimizer leaves alone what has none.
+            # Parameters without a gradient are not stepped.
             return Pulled(adjoint, [], list)
         flat = Flat({name: value.shape for name, value in gradients.items()})
         groups = update_groups(self._layout, self._held, state, step, flat)
@@ -109,7 +107,7 @@ class UpdateAdjoint:
         return by_gradient
 
     def _replaced(self, adjoint: Adjoint, groups: Sequence[UpdateGroup], pulled: Sequence[PulledGroup]) -> Adjoint:
-        """``adjoint`` with the runs' parts replaced by what was pulled back; the rest passes a step unchanged."""
+        """``adjoint`` with each group's part replaced by what was pulled back; the step leaves the rest unchanged."""
         if len(groups) == 1 and groups[0].part == slice(0, self._held.size):
             return Adjoint(pulled[0].parameters, adjoint.buffers, pulled[0].optimizer)
         parameters = adjoint.parameters.clone()
@@ -121,6 +119,46 @@ class UpdateAdjoint:
             for key, value in part.optimizer.items():
                 optimizer.setdefault(key, torch.zeros_like(parameters))[:, group.part] = value
         return Adjoint(parameters, adjoint.buffers, optimizer)
+
+
+class SgdStep:
+    """SGD, which is linear in parameters, momentum and gradient: its transpose needs neither their values nor a graph.
+
+    ``h = ± g + weight_decay * theta``, ``m' = momentum * m + (1 - dampening) * h`` and ``theta' = theta - lr * d``,
+    where ``d`` is ``m'``, or ``h + momentum * m'`` (Nesterov), or ``h`` (no momentum). Autograd through PyTorch's code
+    is wrong for the first step with momentum, whose buffer that code detaches from the gradient.
+
+    Cost: three or four elementwise passes per row.
+    """
+
+    needs_values = False
+
+    def __call__(
+        self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
+    ) -> list[PulledGroup]:
+        return [self._pull(group, adjoint) for group in groups]
+
+    def _pull(self, group: UpdateGroup, adjoint: Adjoint) -> PulledGroup:
+        settings = group.settings
+        rate, momentum = settings["lr"], settings["momentum"]
+        parameters = adjoint.parameters[:, group.part]
+        if not momentum:
+            by_h, optimizer = parameters * -rate, {}
+        else:
+            through = -rate * momentum if settings["nesterov"] else -rate
+            later = adjoint.optimizer.get("momentum_buffer")
+            # In place: the adjoint after the step is not needed any more.
+            by_buffer = parameters * through if later is None else later[:, group.part].add_(parameters, alpha=through)
+            # The first buffer is the gradient itself, whatever the dampening.
+            first = "momentum_buffer" not in group.entry
+            share = 1.0 if first else 1.0 - settings["dampening"]
+            by_h = by_buffer if share == 1.0 else by_buffer * share
+            if settings["nesterov"]:
+                by_h = by_h.add(parameters, alpha=-rate)
+            optimizer = {} if first else {"momentum_buffer": by_buffer * momentum}
+        if settings["weight_decay"]:
+            parameters = torch.add(parameters, by_h, alpha=settings["weight_decay"])
+        return PulledGroup(parameters, -by_h if settings["maximize"] else by_h, optimizer)
 
 
 def _undefined(groups: Sequence[UpdateGroup], pulled: Sequence[PulledGroup], flat: Flat) -> list[Tensor]:
@@ -136,6 +174,4 @@ def _step_adjoint(layout: OptimizerLayout, held: Flat, optimizer: Optimizer) -> 
         return TracedUpdate(optimizer, layout.groups, held)
     if layout.name == "SGD":
         return SgdStep()
-    if layout.name in ("Adam", "AdamW"):
-        return AdamStep(layout.name)
     return AutogradStep(layout.name)

@@ -1,4 +1,4 @@
-"""Ground truth: train again as recorded, without a sample, a group, or on a part of them."""
+"""Ground truth: train again as recorded, without a sample or a group of samples, or on a subset of them."""
 
 from dit_mlflow.retraining.effort import Effort
 from dit_mlflow.retraining.groups import Groups, leave_groups_out

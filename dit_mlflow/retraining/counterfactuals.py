@@ -1,4 +1,4 @@
-"""Train again along the record with other weights on the samples: many counterfactuals at once."""
+"""Repeat a recorded training under other weights on the samples: many counterfactuals at once."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from dit_mlflow.workload.without_graph import without_graph
 _log = logger_of(__name__)
 
 CONTROL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Largest drift of the control (all weights 1) of a batched retraining, relative to how far training moved."""
+"""Largest drift of the control (all weights 1) of retrainings side by side, relative to how far training moved."""
 
 
 @dataclass(frozen=True, eq=False)
 class Counterfactuals(ABC):
-    """Trainings that differ from the recorded one by the weights of samples, numbered ``0 … R - 1``.
+    """Trainings that differ from the recorded one in the weights of samples, numbered ``0 … R - 1``.
 
     Attributes:
-        rows: ``[R, …]``, one for each, as the subclass says.
+        rows: ``[R, …]``, one for each; the subclass says what they are.
     """
 
     rows: np.ndarray
@@ -48,9 +48,9 @@ class Counterfactuals(ABC):
     def at(self, samples: np.ndarray) -> np.ndarray:
         """Weights ``[R, B]``, float64, of ``samples [B]``."""
 
-    @abstractmethod
     def changed_by(self, samples: np.ndarray) -> np.ndarray:
-        """Which of them, ``[R]``, differ from the recorded training if that meets only ``samples``."""
+        """Which of them, bool ``[R]``, give one of ``samples`` another weight than 1."""
+        return (self.at(samples) != 1).any(axis=1)
 
     def part(self, chosen: np.ndarray) -> Counterfactuals:
         """The counterfactuals numbered ``chosen``."""
@@ -68,6 +68,7 @@ class LeftOut(Counterfactuals):
         return (self.rows[:, None] != samples[None, :]).astype(np.float64)
 
     def changed_by(self, samples: np.ndarray) -> np.ndarray:
+        # Without the weights [R, samples].
         return np.isin(self.rows, samples)
 
 
@@ -77,20 +78,17 @@ class Reweighted(Counterfactuals):
     def at(self, samples: np.ndarray) -> np.ndarray:
         return self.rows[:, samples].astype(np.float64)
 
-    def changed_by(self, samples: np.ndarray) -> np.ndarray:
-        return (self.rows[:, samples] != 1).any(axis=1)
-
 
 Changes = dict[int, np.ndarray]
 """Step of measurement -> change of each query ``[queries, R]``."""
 
 Advanced = Callable[[int], object]
-"""Called with the number of steps of retraining made; a negative one takes back steps that must be repeated."""
+"""Called with the number of steps made since the last call; negative if steps must be made again."""
 
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """The recorded run along a course: its start, and its states and query values ``[queries]`` at the measures."""
+    """The recorded run along a course: its start, and states and query values ``[queries]`` by step of measurement."""
 
     start: State
     states: dict[int, State]
@@ -99,7 +97,7 @@ class Baseline:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One course, its recorded steps, and what is to be run along it."""
+    """One course, its recorded steps and run, and the counterfactuals to run along it."""
 
     course: Course
     steps: list[StepRecord]
@@ -110,7 +108,7 @@ class Job:
         return replace(self, counterfactuals=self.counterfactuals.part(rows))
 
     def weights(self, step: StepRecord) -> Tensor:
-        """``w`` of the step, ``[R, sum B]``: 1 outside of the course."""
+        """``w`` of the step, ``[R, sum B]``; 1 outside of the course's ``start <= t < until``."""
         weights = self.counterfactuals.at(step.samples)
         if not self.course.start <= step.index < self.course.until:
             weights[:] = 1
@@ -118,11 +116,11 @@ class Job:
 
 
 class Retraining:
-    """Runs counterfactuals along a course, side by side or one after the other, whichever a timed step shows faster.
+    """Runs counterfactuals along a course, side by side or one after the other, whichever is faster in a timed step.
 
     Args:
         training_step: of the recorded training.
-        queries: to ask at the measures.
+        queries: to evaluate at the course's measures.
         memory_budget: bytes that retrainings side by side may use.
     """
 
@@ -135,26 +133,26 @@ class Retraining:
 
     def run(self, job: Job, advanced: Advanced = lambda count: None) -> Changes:
         """Changes of the queries at each measure of the course."""
-        with warnings.catch_warnings():
-            # torch's, at length, of operations that vmap takes one by one: the timed step shows their cost.
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            return self._run(job, advanced)
-
-    def _run(self, job: Job, advanced: Advanced) -> Changes:
         found = None
-        if self._prefer_side_by_side(job.baseline.start, job.steps[0], len(job.counterfactuals)):
-            found = self._side_by_side_changes(job, advanced)
-        if found is None:
-            self._side_by_side = False
-            found = self._single_changes(job, advanced)
+        with warnings.catch_warnings():
+            # torch warns of operations that vmap runs one by one; the timed step includes their cost.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            if self._prefer_side_by_side(job.baseline.start, job.steps[0], len(job.counterfactuals)):
+                found = self._side_by_side_changes(job, advanced)
+            if found is None:
+                self._side_by_side = False
+                found = self._single_changes(job, advanced)
         return found
 
-    def ask(self, state: State) -> Tensor:
+    def ask(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         """Values of the queries, ``[queries]``."""
-        return self._ask(state.parameters, state.buffers)
+        dynamics = self.training_step.dynamics
+        return without_graph(
+            lambda: torch.stack([dynamics.evaluate(parameters, buffers, query) for query in self.queries])
+        )
 
     def _single_changes(self, job: Job, advanced: Advanced) -> Changes:
-        """One retraining after the other, each as the recorded one ran."""
+        """One retraining after the other."""
         changes = self._no_changes(job)
         for column in range(len(job.counterfactuals)):
             one = job.part(np.array([column]))
@@ -163,20 +161,19 @@ class Retraining:
                 state = over = self.training_step(state, step, one.weights(step)[0], over)
                 advanced(1)
                 if (before := job.baseline.values.get(step.index + 1)) is not None:
-                    after = self.ask(state)
+                    after = self.ask(state.parameters, state.buffers)
                     changes[step.index + 1][:, column] = (after - before).cpu().numpy()
         return changes
 
     def _side_by_side_changes(self, job: Job, advanced: Advanced) -> Changes | None:
-        """Retrainings under one ``vmap``, in chunks; ``None`` if row 0 of one, the control, misses the recorded run."""
+        """Retrainings under one ``vmap``, in chunks; ``None`` if row 0 of one, the control, is not the recorded run."""
         start, count = job.baseline.start, len(job.counterfactuals)
         size = self._chunk_size(start, job.steps[0])
         changes = self._no_changes(job)
         made = 0
         for first in range(0, count, size):
-            chunk = slice(first, first + size)
-            part = job.part(np.arange(count)[chunk])
-            copies = len(part.counterfactuals)
+            chunk = np.arange(first, min(first + size, count))
+            part, copies = job.part(chunk), len(chunk)
             states, over = start.side_by_side(1 + copies), None
             for made_here, step in enumerate(job.steps, start=1):
                 weights = part.weights(step)
@@ -202,22 +199,22 @@ class Retraining:
         if missed:
             name = max(missed, key=lambda name: missed[name])
             _log.warning(
-                "batched leave-one-out: its control run misses %r of the recorded one by %.2g; random draws differ "
-                "under vmap. Retraining one sample at a time instead",
+                "retrainings side by side: the control run misses %r of the recorded one by %.2g; random draws differ "
+                "under vmap. Retraining one after the other instead",
                 name,
                 missed[name],
             )
         return not missed
 
     def _prefer_side_by_side(self, start: State, step: StepRecord, count: int) -> bool:
-        """Time one step of each way and compare what ``count`` samples would take."""
+        """Time one step of each way and compare the times that ``count`` retrainings would take."""
         if self._side_by_side is None:
             size = min(self._chunk_size(start, step), count)
             try:
                 together = self._time_step(start, step, size + 1)
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 _log.info("retrainings cannot run side by side: %s", first_line(error))
-                _log.warning("retraining without one sample after the other: this model cannot train side by side")
+                _log.warning("this model cannot be retrained side by side; retraining one after the other instead")
                 self._side_by_side = False
             else:
                 single = self._time_step(start, step, None)
@@ -241,29 +238,22 @@ class Retraining:
         return min(times)
 
     def _chunk_size(self, start: State, step: StepRecord) -> int:
-        """Retrainings that fit the budget: states, gradients, and what one forward pass keeps for backward."""
+        """How many retrainings fit the budget: states, gradients, and what one forward pass keeps for backward."""
         if self._chunk is None:
             each = 3 * start.nbytes + 2 * self.training_step.bytes_kept(start, step)
             self._chunk = max(1, self.memory_budget // max(each, 1))
         return self._chunk
 
-    def _ask(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-        """Values of the queries, ``[queries]``."""
-        dynamics = self.training_step.dynamics
-        return without_graph(
-            lambda: torch.stack([dynamics.evaluate(parameters, buffers, query) for query in self.queries])
-        )
-
     def _ask_all(self, states: State) -> Tensor:
         """Values of the queries for every copy, ``[queries, K]``."""
         try:
             with torch.no_grad():
-                return torch.func.vmap(self._ask, out_dims=1, randomness="same")(states.parameters, states.buffers)
+                return torch.func.vmap(self.ask, out_dims=1, randomness="same")(states.parameters, states.buffers)
         except RuntimeError:
-            # A query may do what cannot be done side by side, such as to take a gradient.
+            # A query may do what vmap cannot, such as take a gradient.
             copies = len(next(iter(states.parameters.values())))
             each = (State(states.parameters, states.buffers).map(itemgetter(copy)) for copy in range(copies))
-            return torch.stack([self._ask(state.parameters, state.buffers) for state in each], dim=1)
+            return torch.stack([self.ask(state.parameters, state.buffers) for state in each], dim=1)
 
     def _no_changes(self, job: Job) -> Changes:
         return {step: np.zeros((len(self.queries), len(job.counterfactuals))) for step in job.baseline.values}

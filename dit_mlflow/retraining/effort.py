@@ -1,4 +1,4 @@
-"""What retrainings may use: processes, machines, memory, and a folder for finished parts."""
+"""The resources of retrainings: processes, machines, memory, and a folder for finished parts."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from dit_mlflow.errors import InputError
 
 @dataclass(frozen=True)
 class Effort:
-    """What retrainings may use.
+    """The resources of retrainings.
 
     Attributes:
-        jobs: worker processes, one thread each; ``None`` = this process, or what ``joblib.parallel_config`` says.
-        backend: of joblib: ``loky`` (processes here), ``dask`` or ``ray`` (machines; extras of that name); ``None`` =
-            joblib's choice.
-        folder: keeps finished parts, so that work goes on after an interruption; ``None`` = nothing is kept.
+        jobs: number of worker processes, one thread each; ``None`` = this process, or as ``joblib.parallel_config``.
+        backend: of joblib: ``loky`` (processes on this machine), ``dask`` or ``ray`` (machines; extras of these names);
+            ``None`` = joblib's choice.
+        folder: for finished parts, so that work continues after an interruption; ``None`` = nothing is kept.
         memory_budget: bytes for retrainings side by side, in each process.
 
-    ``dask`` uses the present distributed client, or the scheduler in ``DASK_SCHEDULER_ADDRESS``, or starts ``jobs``
-    processes (your own cluster's workers are faster without ``MALLOC_TRIM_THRESHOLD_``, which dask sets); ``ray`` uses
+    ``dask`` uses the current distributed client, or the scheduler in ``DASK_SCHEDULER_ADDRESS``, or starts ``jobs``
+    processes (workers of your own cluster are faster without ``MALLOC_TRIM_THRESHOLD_``, which dask sets); ``ray`` uses
     the cluster in ``RAY_ADDRESS``, or starts one.
+
+    Raises:
+        InputError: a setting that cannot be used.
     """
 
     jobs: int | None = None
@@ -75,10 +78,10 @@ def _dask(jobs: int) -> Iterator[None]:
 
 
 def _own_dask(jobs: int) -> Any:
-    """A client of worker processes here, without dask's ``MALLOC_TRIM_THRESHOLD_``.
+    """A client of worker processes on this machine, without dask's ``MALLOC_TRIM_THRESHOLD_``.
 
-    It returns memory to the system at once; a retraining, which takes and releases the same megabytes at every step,
-    would spend half of its time on page faults.
+    That setting returns memory to the system at once; a retraining takes and releases the same megabytes at every step,
+    and would spend half of its time on page faults.
     """
     import dask
     from distributed import Client

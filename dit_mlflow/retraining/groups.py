@@ -1,4 +1,4 @@
-"""Exact effects of leaving groups of samples out together: a class, a source, the flagged ones."""
+"""Exact effects of removing groups of samples: a class, a source, the flagged ones."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def leave_groups_out(
     dtype: torch.dtype | None = torch.float64,
     effort: Effort | None = None,
 ) -> pd.DataFrame:
-    """What leaving each group out does to the query, exactly: one retraining answers for all its samples.
+    """The exact change of each query by removing each group: one retraining removes all samples of a group.
 
-    A group's effect is not the sum of its members' effects. As with leave-one-out, the weights are 0 where the kind
-    says that samples are absent, and all else is as recorded: batches keep their size and denominators.
+    A group's effect is not the sum of its members' effects. As with leave-one-out, the weights are 0 in the steps in
+    which the kind has samples absent, and all else is as recorded: batches keep their size and denominators.
 
     Args:
         trajectory, workload, windows, kind, queries: as for :func:`dit_mlflow.track`.
@@ -42,11 +42,12 @@ def leave_groups_out(
         dtype, effort: as for :func:`dit_mlflow.leave_one_out`.
 
     Returns:
-        Columns ``group``, ``samples`` (how many), ``window_start``, ``window_end``, ``query``, and ``change``: of the
-        query by removing the group; for a loss, positive = the group helped.
+        Columns ``group``, ``samples`` (their number), ``window_start``, ``window_end``, ``query``, and ``change``, in
+        units of the query. **Sign**: change caused by removing the group; for a loss, positive = the group helped.
 
     Raises:
-        InputError: no groups, or one that is empty or holds something else than training set indices.
+        InputError: there is no group, or one is empty or holds other values than training set indices.
+        TrajectoryError: the trajectory is damaged, or the workload is not the recorded one.
 
     Cost: one training from the window's start for each group.
     """
@@ -78,12 +79,7 @@ def check_groups(groups: Groups, samples: int) -> None:
         raise InputError("there are no groups to leave out; expected at least one, such as {'class 7': [3, 14]}")
     for name, indices in groups.items():
         given = np.asarray(list(indices))
-        if (
-            given.ndim != 1
-            or not given.size
-            or given.dtype.kind not in "iu"
-            or given.min() < 0
-            or given.max() >= samples
-        ):
+        whole = given.ndim == 1 and given.size and given.dtype.kind in "iu"
+        if not whole or given.min() < 0 or given.max() >= samples:
             shown = given[:5].tolist()
             raise InputError(f"group {name!r} holds {shown}; expected one or more indices within 0 … {samples - 1}")

@@ -1,4 +1,4 @@
-"""Ground truth: train again without one sample, exactly as recorded otherwise."""
+"""Ground truth: train again as recorded, but without one sample."""
 
 from __future__ import annotations
 
@@ -32,27 +32,28 @@ def leave_one_out(
 ) -> Influence:
     """Exact influence by retraining without each sample: ground truth for :func:`dit_mlflow.track`.
 
-    Removing sample ``j`` sets its weight to 0 where the kind says so, and nothing else: other samples' coefficients,
-    batch order, hyperparameters and random draws are as recorded; optimizer state and clipping follow.
+    Removing sample ``j`` sets its weight to 0 in the steps in which the kind has it absent, and changes nothing else:
+    other samples' coefficients, batch order, hyperparameters and random draws are as recorded; parameters, optimizer
+    state, buffers and clipping follow the retraining.
 
     Args:
         trajectory, workload, windows, kind, queries: as for :func:`dit_mlflow.track`.
         samples: which samples to remove: indices, a number of them (drawn by ``sample_seed``), or ``None`` for all.
-        dtype: of the retraining, ``None`` = as recorded; in float32 rounding can hide the effect of one sample.
+        dtype: of the retraining; ``None`` = as recorded. In float32, rounding can hide the effect of one sample.
         sample_seed: seed of that draw.
         effort: processes or machines, memory, and a folder for finished parts.
 
     Returns:
         Scores ``[windows, queries, training samples]``, with the sign of :func:`dit_mlflow.track`; NaN for samples that
-        were not asked for. A sample that a window never met scores exactly 0 (``local``, ``final``).
+        were not removed. A sample that is in no step of a window scores exactly 0 (``local``, ``final``).
 
     Raises:
         InputError: a window, kind, query or sample that cannot be used.
         TrajectoryError: the trajectory is damaged, or the workload is not the recorded one.
 
-    Cost: one training from the window's start per sample (``cumulative``: one for all windows). Retrainings run side by
-    side under ``torch.func.vmap`` in chunks that fit the memory budget, or one after the other, whichever a timed
-    step shows to be faster.
+    Cost: one training from the window's start for each sample (``cumulative``: one for all windows). Retrainings run
+    side by side under ``torch.func.vmap``, in chunks that fit the memory budget, or one after the other, whichever is
+    faster in a timed step.
     """
     question = Question.of(trajectory, workload, windows, kind, queries)
     removed = choose_samples(samples, workload.num_samples, sample_seed)
@@ -93,21 +94,21 @@ def confirm(
 
     Args:
         estimate: scores of one query.
-        trajectory, workload: that it was computed from.
-        m: samples to confirm in each window.
-        dtype, effort: of the retraining, see :func:`dit_mlflow.leave_one_out`.
-        queries: what the estimate was asked on, as it was given there; ``None`` = the mean validation loss.
-        kind: of the exact scores, default: the estimate's. An estimate without one (``none``: ``tracin``, ``grad_dot``,
-            …) needs it, unless its windows are all of training, where the kinds coincide.
+        trajectory, workload: from which the estimate was computed.
+        m: number of samples to confirm in each window.
+        dtype, effort: as for :func:`dit_mlflow.leave_one_out`.
+        queries: the estimate's query, as it was given there; ``None`` = the mean validation loss.
+        kind: of the exact scores; default: the estimate's. It must be given for an estimate without one (``none``:
+            ``tracin``, ``grad_dot``, …), unless each window is all of training, where the kinds coincide.
 
     Returns:
-        Scores like ``estimate``'s, exact where confirmed and NaN elsewhere.
+        Scores of the shape of ``estimate``'s, exact where confirmed and NaN elsewhere.
 
     Raises:
         InputError: ``m`` is not between 1 and the number of samples, the estimate has several queries or one other than
             ``queries``, or ``kind`` is missing or differs from the estimate's.
 
-    Cost: ``m`` trainings at most for disjoint ``local`` windows, and for each other window.
+    Cost: that of :func:`dit_mlflow.leave_one_out` for ``m`` samples, for each window.
     """
     samples = estimate.scores.shape[2]
     if not 1 <= m <= samples or len(estimate.queries) != 1:
@@ -120,7 +121,7 @@ def confirm(
     if names != list(estimate.queries):
         raise InputError(
             f"the scores to confirm are of the query {estimate.queries[0]!r}, the exact ones would be of "
-            f"{', '.join(map(repr, names))}; give confirm(queries=...) those that the estimate was asked on"
+            f"{', '.join(map(repr, names))}; give the estimate's query in confirm(queries=...)"
         )
     exact = np.full(estimate.scores.shape, np.nan)
     drift = 0.0
@@ -140,7 +141,7 @@ def _kind(estimate: Influence, kind: Kind | None, whole: Window) -> Kind:
         return check_kind(kind)
     if any(window != whole for window in estimate.windows):
         raise InputError(
-            f"{estimate.method} has no kind of window score, and within training the exact score of a window depends "
+            f"{estimate.method} has no kind of window score, and the exact score of a window within training depends "
             "on it; give confirm(kind=...) 'local', 'final' or 'cumulative'"
         )
     return "local"
@@ -149,8 +150,13 @@ def _kind(estimate: Influence, kind: Kind | None, whole: Window) -> Kind:
 def exact_scores(
     question: Question, scores: np.ndarray, m: int, dtype: torch.dtype | None, effort: Effort | None
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Samples ``[R]``, the ``m`` of largest absolute score ``[queries, n]`` for any query of one window; their exact
-    scores ``[queries, R]``; the largest drift of the replay.
+    """Exact scores of the samples that have one of the ``m`` largest absolute ``scores [queries, n]`` of any query.
+
+    Args:
+        question: of one window.
+
+    Returns:
+        The samples ``[R]``, their exact scores ``[queries, R]``, and the largest drift of the replay.
     """
     chosen = np.unique(np.argsort(-np.abs(scores), axis=1, kind="stable")[:, :m])
     changes, drift = retrain(question, LeftOut(chosen), dtype, effort)

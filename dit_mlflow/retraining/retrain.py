@@ -1,4 +1,4 @@
-"""Retrainings for a question, spread over processes or machines, and resumed after an interruption."""
+"""Run the retrainings for a question, over processes or machines, and resume them after an interruption."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ from dit_mlflow.replay.optimizers import is_others
 from dit_mlflow.replay.replay import MakeStep, Replay
 from dit_mlflow.retraining.counterfactuals import Baseline, Changes, Counterfactuals, Job, Retraining
 from dit_mlflow.retraining.effort import Effort
-from dit_mlflow.trajectory import State
 from dit_mlflow.trajectory.manifest import Manifest
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
 
 RETRAININGS_PER_PART = 64
-"""Retrainings that an interruption loses at most, for each worker."""
+"""Largest number of retrainings that an interruption loses, for each worker."""
 
 
 def retrain(
@@ -47,14 +46,14 @@ def retrain(
         question: windows, kind and queries.
         counterfactuals: ``R`` sets of weights.
         dtype: of the retraining; ``None`` = as recorded.
-        effort: workers, memory, and where to keep finished parts.
+        effort: workers, memory, and a folder for finished parts.
 
     Returns:
-        Changes ``[windows, queries, R]``, by the windows' kind: query under the counterfactual minus query as recorded;
-        and the largest drift of the replay.
+        Changes ``[windows, queries, R]`` in the sense of the kind, query under the counterfactual minus query as
+        recorded; and the largest drift of the replay.
 
-    Cost: one training from the window's start per counterfactual (``cumulative``: one for all windows), run side by
-    side under ``torch.func.vmap`` where that is faster.
+    Cost: one training from the window's start for each counterfactual (``cumulative``: one for all windows), run side
+    by side under ``torch.func.vmap`` where that is faster.
     """
     effort = effort or Effort()
     changes = np.zeros((len(question.windows), len(question.queries), len(counterfactuals)))
@@ -88,16 +87,13 @@ class _Shared:
 
     @classmethod
     def of(cls, question: Question, replay: Replay, memory_budget: int) -> _Shared:
-        # Without what only training and reports need, which may be hard to pickle.
-        workload = question.workload
-        steps_it = workload.step is not None or is_others(question.trajectory.manifest.optimizer.name)
-        lean = replace(
-            workload, optimizer=workload.optimizer if steps_it else None, scheduler=None, test_set=None, metrics=None
-        )
-        lean = replace(lean, describe=None, show=None, label=None)
+        # Only training and reports need the rest, which may be hard to pickle.
+        unused = dict.fromkeys(("scheduler", "test_set", "metrics", "describe", "show", "label"))
         manifest, stored = question.trajectory.manifest, question.trajectory.batches
-        dtype = replay.dynamics.dtype
-        return cls(lean, manifest, stored, question.queries, dtype, replay.make_step, memory_budget)
+        stepped = question.workload.step is not None or is_others(manifest.optimizer.name)
+        optimizer = question.workload.optimizer if stepped else None
+        lean: Workload = replace(question.workload, optimizer=optimizer, **unused)  # type: ignore[arg-type]
+        return cls(lean, manifest, stored, question.queries, replay.dynamics.dtype, replay.make_step, memory_budget)
 
     def retraining(self) -> Retraining:
         step = self.make_step(Dynamics(self.workload, self.manifest, self.dtype, self.stored))
@@ -107,15 +103,10 @@ class _Shared:
 def _baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
     """The recorded run along a course."""
     asked = {step for step, _, _ in course.measures}
-    states: dict[int, State] = {}
-    start: State | None = None
-    for t, state in enumerate(replay.forward(course.start, course.stop), start=course.start):
-        if t == course.start:
-            start = state
-        if t in asked:
-            states[t] = state
-    assert start is not None
-    values = {t: here.ask(state) for t, state in states.items()}
+    walk = enumerate(replay.forward(course.start, course.stop), start=course.start)
+    states = {t: state for t, state in walk if t == course.start or t in asked}
+    start = states[course.start] if course.start in asked else states.pop(course.start)
+    values = {t: here.ask(state.parameters, state.buffers) for t, state in states.items()}
     for t, state in states.items():
         for query, value in zip(here.queries, values[t], strict=True):
             refuse_not_finite(query, value, state, t, replay.dynamics, replay.trajectory)
@@ -125,7 +116,7 @@ def _baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
 def _run(
     job: Job, affected: np.ndarray, shared: _Shared, here: Retraining, effort: Effort, pool: joblib.Parallel
 ) -> Iterator[tuple[np.ndarray, Changes]]:
-    """Rows and their changes, part by part."""
+    """Yield rows of ``affected`` and their changes, part by part."""
     workers = joblib.effective_n_jobs(effort.jobs)
     in_one = workers == 1 and effort.folder is None
     count = min(len(affected), 1 if in_one else max(workers, -(-len(affected) // RETRAININGS_PER_PART)))
@@ -159,7 +150,7 @@ def _run(
 
 
 def _packed(shared: _Shared) -> bytes:
-    """Bytes that a process without our project folders can read."""
+    """``shared``, pickled for a process that cannot import the loaded project folders."""
     projects = [module for name, module in sys.modules.items() if name.startswith("dit_mlflow_project_")]
     for module in projects:
         cloudpickle.register_pickle_by_value(module)
@@ -179,7 +170,7 @@ def _unpacked(shared: bytes, path: tuple[str, ...]) -> Retraining:
 
 
 def _work(shared: bytes, path: tuple[str, ...], job: bytes, kept: _Kept, rows: np.ndarray) -> Changes:
-    """A worker's task."""
+    """The task of a worker."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -192,9 +183,9 @@ def _work(shared: bytes, path: tuple[str, ...], job: bytes, kept: _Kept, rows: n
 
 
 class _Kept:
-    """Finished parts of a job, in files whose names hash all that determines them.
+    """Finished parts of a job, in files whose names are hashes of all that determines them.
 
-    A query's recorded values stand in for its code.
+    Queries enter the hash by name and recorded values, not by their code.
     """
 
     def __init__(self, folder: Path | None, shared: _Shared, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""Trainings on random parts of the data: the truth of group effects, and what three methods read their scores from."""
+"""Trainings on random subsets of the data: ground truth of group effects, and the data of three methods."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dit_mlflow.workload import Workload
 
 @dataclass(frozen=True, eq=False)
 class Subsets:
-    """Trainings on random parts of the data, made once and held against any number of methods.
+    """Results of trainings on random subsets of the data, to compare any number of methods with.
 
     Attributes:
-        kept: which samples each part holds, bool ``[subsets, samples]``.
-        changes: of each query, against the recorded training, ``[windows, queries, subsets]``.
+        kept: which samples each subset contains, bool ``[subsets, samples]``.
+        changes: of each query from its value in the recorded training, ``[windows, queries, subsets]``.
         windows: of the changes.
     """
 
@@ -46,27 +46,28 @@ def train_on_subsets(
     dtype: torch.dtype | None = None,
     effort: Effort | None = None,
 ) -> Subsets:
-    """Train again as recorded with weight 0 on the samples outside of random parts.
+    """Train again as recorded, with weight 0 on the samples outside of a random subset.
 
-    As with leave-one-out, batches, their denominators and random draws stay, and the kind says in which steps the
-    samples outside the part are absent.
+    As with leave-one-out, batches, their denominators and random draws are as recorded, and the kind says in which
+    steps the samples are absent.
 
     Args:
         trajectory, workload, windows, kind, queries: as for :func:`dit_mlflow.track`.
-        subsets: how many parts.
-        share: of the samples that each holds, drawn by ``seed`` without replacement.
-        dtype, effort: as for :func:`dit_mlflow.leave_one_out`; the changes are large, the recorded dtype will do.
+        subsets: their number.
+        share: fraction of the samples in each subset, drawn by ``seed`` without replacement.
+        dtype, effort: as for :func:`dit_mlflow.leave_one_out`; the recorded dtype is enough, since changes are large.
 
     Raises:
-        InputError: fewer than 3 subsets, or a share that leaves a part empty or whole.
+        InputError: fewer than 3 subsets, or a share that makes subsets empty or complete.
+        TrajectoryError: the trajectory is damaged, or the workload is not the recorded one.
 
-    Cost: one training for each subset (``local``: for each set of disjoint windows).
+    Cost: one training for each subset (``local``: for each set of disjoint windows; ``final``: for each window).
     """
     n = workload.num_samples
     size = round(share * n)
     if subsets < 3 or not 0 < size < n:
         raise InputError(
-            f"{subsets} subsets with {size} of {n} samples; expected 3 or more, each a part of the samples"
+            f"{subsets} subsets with {size} of {n} samples; expected 3 or more, each of some samples but not all"
         )
     generator = np.random.default_rng(seed)
     kept = np.zeros((subsets, n), dtype=bool)
@@ -80,11 +81,11 @@ def train_on_subsets(
 def random_subsets(samples: int, subsets: int, share: float, seed: int) -> np.ndarray:
     """Which samples each subset keeps, bool ``[subsets, samples]``: each with probability ``share``, independently.
 
-    Subsets of one size, as in the papers, cannot distinguish a harm or help that all samples share from a constant:
-    scores from them sum to about 0, so that half of the samples always seem harmful. Varying sizes make the sign right.
+    Subsets of one size, as in the papers, cannot distinguish an effect that all samples share from a constant: scores
+    from them sum to about 0, so that half of the samples always seem harmful. With varying sizes, signs are right.
 
     Raises:
-        InputError: a number or share that cannot be used, or a sample that is in all subsets or in none.
+        InputError: ``subsets``, ``share`` or ``seed`` cannot be used, or a sample is in all subsets or in none.
     """
     if subsets < 2 or not 0 < share < 1 or seed < 0:
         raise InputError(
@@ -95,12 +96,12 @@ def random_subsets(samples: int, subsets: int, share: float, seed: int) -> np.nd
     times = kept.sum(axis=0)
     mute = np.flatnonzero((times == 0) | (times == subsets))
     if len(mute):
-        # So many that in 99 of 100 draws each sample is both in some subset and out of some.
+        # So many that with probability 0.99 each sample is in some subset and outside of another.
         enough = math.ceil(math.log(0.01 / samples) / math.log(max(share, 1 - share)))
         raise InputError(
             f"{len(mute)} of {samples} samples ({mute[:5].tolist()}{'…' if len(mute) > 5 else ''}) are in all of the "
-            f"{subsets} subsets or in none, which says nothing about them; take {enough} subsets or more, or a share "
-            f"nearer to 0.5 than {share}"
+            f"{subsets} subsets or in none, so nothing is known about them; take {enough} subsets or more, or a share "
+            f"closer to 0.5 than {share}"
         )
     return kept
 
@@ -108,18 +109,18 @@ def random_subsets(samples: int, subsets: int, share: float, seed: int) -> np.nd
 def outcomes(
     question: Question, kept: np.ndarray, dtype: torch.dtype | None, effort: Effort
 ) -> tuple[np.ndarray, float]:
-    """Exact changes of the queries when only some samples are kept and the others have weight 0.
+    """Exact changes of the queries when some samples are kept and the others have weight 0.
 
     Args:
         question: windows, kind and queries.
-        kept: bool ``[R, samples]``; equal rows are trained once, and a row that keeps all samples not at all.
+        kept: bool ``[R, samples]``; equal rows are trained once, and a row that keeps all samples is not trained.
         dtype, effort: as for :func:`dit_mlflow.leave_one_out`.
 
     Returns:
-        Changes ``[windows, queries, R]`` against the recorded training; and the largest drift of the replay.
+        Changes ``[windows, queries, R]`` from the recorded training; and the largest drift of the replay.
 
     Raises:
-        UnsupportedError: a query is not a finite number after some of these trainings.
+        UnsupportedError: a query is not finite after some of these trainings.
     """
     rows, which = np.unique(kept, axis=0, return_inverse=True)
     found, drift = retrain(question, Reweighted(rows.astype(np.float64)), dtype, effort)
@@ -127,17 +128,17 @@ def outcomes(
     if broken.any():
         largest = int(rows[broken].sum(axis=1).max())
         raise UnsupportedError(
-            f"{int(broken.sum())} of {len(rows)} trainings on parts of the data gave a query that is not a finite "
-            f"number (the largest part: {largest} of {rows.shape[1]} samples); leave_one_out stays closer to the "
+            f"after {int(broken.sum())} of {len(rows)} trainings on subsets of the data, a query is not finite (the "
+            f"largest such subset has {largest} of {rows.shape[1]} samples); leave_one_out stays closer to the "
             "recorded run"
         )
     return found[:, :, which.reshape(-1)], drift
 
 
 def met(question: Question) -> np.ndarray:
-    """Samples that are met where they would be removed, bool ``[windows, samples]``; no other can have an effect.
+    """Samples in steps from which the kind removes them, bool ``[windows, samples]``; all others have the effect 0.
 
-    Random subsets would show effects of 0 only up to noise.
+    Random subsets would show that 0 only up to noise.
     """
     first = [0 if question.kind == "cumulative" else window.start for window in question.windows]
     found = np.zeros((len(question.windows), question.workload.num_samples), dtype=bool)

@@ -18,8 +18,8 @@ from workloads import digits_workload, sample_losses
 
 from dit_mlflow import Query, UnsupportedError, Window, leave_one_out, track, train
 from dit_mlflow.methods import method
-from dit_mlflow.replay.differentiable import embedding_bag as bags
-from dit_mlflow.replay.differentiable import weight_norm as written_out
+from dit_mlflow.replay.double_backward import embedding_bag as bags
+from dit_mlflow.replay.double_backward import weight_norm as written_out
 
 
 def normalised(dim: int | None) -> nn.Module:

@@ -31,7 +31,7 @@ def defined(kind: Kind, window: Window) -> Terms:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("windows", [*([window] for window in WINDOWS), WINDOWS], ids=str)
 def test_sweeps_add_up_to_the_definition(kind: Kind, windows: list[Window]) -> None:
-    planned = sweeps(kind, windows, T)
+    planned = sweeps(courses(kind, windows, T))
     assert len({sweep.start for sweep in planned}) == len(planned)
     for k, window in enumerate(windows):
         found: Terms = {

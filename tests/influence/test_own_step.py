@@ -307,7 +307,7 @@ def test_what_a_step_does_itself_is_not_given_twice(change: dict[str, Any], mess
 def test_methods_that_look_into_the_loss_refuse_by_name(name: str, tmp_path: Path) -> None:
     workload = digits_workload(step=once, optimizer=sgd, epochs=1)
     trajectory = train(workload, tmp_path / "trajectory")
-    with pytest.raises(DitError, match="made for steps of a loss"):
+    with pytest.raises(DitError, match="needs steps of a loss"):
         method(name)(trajectory, workload, [Window(0, 3)])
 
 

@@ -168,7 +168,7 @@ def test_leave_one_out_takes_the_same_queries(tmp_path: Path) -> None:
     [
         (lambda workload: sample_losses(workload, [16]), r"validation samples \[16\]: expected indices within 0 … 15"),
         (lambda workload: sample_losses(workload, of="test"), "'test' set: the workload has validation, training"),
-        (lambda workload: [mean_validation_loss(workload)] * 2, "each with a name of its own"),
+        (lambda workload: [mean_validation_loss(workload)] * 2, "with different names"),
         (lambda workload: logits(workload, 3, [0]), r"'logit 3' on class 3: the model has classes 0 … 2"),
         (lambda workload: [parameter_value("1.weight", 0)], r"parameter '1.weight': the model has \['0.bias'"),
         (lambda workload: [parameter_value("0.bias", 6)], r"0.bias\[6\]: the parameter has shape \[6\]"),

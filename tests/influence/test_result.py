@@ -63,7 +63,7 @@ def test_damaged_result_is_refused(tmp_path: Path) -> None:
     folder = example().save(tmp_path / "influence")
     description = json.loads((folder / "metadata.json").read_text())
     (folder / "metadata.json").write_text(json.dumps(description | {"num_samples": 5}))
-    with pytest.raises(InputError, match="announces"):
+    with pytest.raises(InputError, match=r"since metadata\.json has the shape"):
         Influence.load(folder)
 
 
@@ -175,7 +175,7 @@ def test_an_order_of_samples_of_its_own_comes_back(tmp_path: Path) -> None:
         (lambda frame: frame.assign(window_start=0), "window_start of row 8 is 0; expected 2"),
         (lambda frame: frame.assign(query="loss"), "query of row 4 is another; expected 'margin'"),
         (lambda frame: frame.assign(query=1), "'query' holds int64; expected text"),
-        (lambda frame: frame.assign(sample_index=1), "sample_index stands twice"),
+        (lambda frame: frame.assign(sample_index=1), "sample_index occurs twice"),
         (lambda frame: frame.assign(sample_index=-frame["sample_index"]), "sample_index -7"),
         (lambda frame: frame.assign(sample_index=frame["sample_index"].astype(str)), "expected whole numbers"),
         (lambda frame: frame.assign(sample_index=frame["sample_index"].where(frame["sample_index"] > 0)), "whole"),
@@ -261,7 +261,7 @@ def test_memory_is_bounded_by_the_file(tmp_path: Path) -> None:
     with pq.ParquetWriter(folder / "scores.parquet", table.schema, compression="zstd") as writer:
         for _ in range(rows // part):
             writer.write_table(table)
-    with pytest.raises(InputError, match="announces 10000000 rows"):
+    with pytest.raises(InputError, match="claims 10000000 rows"):
         Influence.load(folder)
     described(tmp_path / "long")
     frame = pd.read_parquet(tmp_path / "long" / "scores.parquet").assign(query="x" * 2**25)

@@ -52,9 +52,9 @@ def test_windows_that_cannot_be_used_are_refused(text: str, message: str) -> Non
     ("windows", "message"),
     [
         ([], "no window was given"),
-        ([Window(0, 3), (3, 6)], r"\(3, 6\) came; expected a list such as \[Window\(0, 80\)"),
-        (Window(0, 3), r"Window\(start=0, end=3\) came; expected a list"),
-        ("epochs", r"parse_windows\('epochs', trajectory\) makes a list"),
+        ([Window(0, 3), (3, 6)], r"got \(3, 6\); expected a list such as \[Window\(0, 80\)"),
+        (Window(0, 3), r"got Window\(start=0, end=3\); expected a list"),
+        ("epochs", r"parse_windows\('epochs', trajectory\) gives"),
     ],
 )
 def test_what_is_no_list_of_windows_is_refused(windows: Any, message: str) -> None:

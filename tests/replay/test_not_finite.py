@@ -91,7 +91,7 @@ def test_training_that_diverges_is_said_while_and_after_recording(
     for ask in (track, leave_one_out, method("influence_function")):
         with pytest.raises(TrajectoryError, match=r"diverged: parameter .* is not finite at step"):
             ask(trajectory, workload, whole(trajectory))
-    with pytest.raises(InputError, match=r"nan at step 1, by samples .* training that diverges"):
+    with pytest.raises(InputError, match=r"nan at step 1, because of samples .* training that diverges"):
         method("tracin")(trajectory, workload, whole(trajectory))
 
 
@@ -127,7 +127,9 @@ def test_validation_data_that_are_not_finite_are_named(tmp_path: Path) -> None:
     workload = digits_workload(validation_set=with_sample(datasets()[1], 3, np.nan))
     trajectory = train(workload, tmp_path / "t")
     for ask in (track, leave_one_out, method("influence_function")):
-        with pytest.raises(InputError, match=r"'mean_validation_loss' is nan at step .*, by sample 3 of its data"):
+        with pytest.raises(
+            InputError, match=r"'mean_validation_loss' is nan at step .*, because of sample 3 of its data"
+        ):
             ask(trajectory, workload, whole(trajectory))
 
 

@@ -20,7 +20,7 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow.influence.engine import Engine
-from dit_mlflow.influence.kind import sweeps
+from dit_mlflow.influence.kind import courses, sweeps
 from dit_mlflow.influence.query import mean_validation_loss
 from dit_mlflow.replay.adjoint import Adjoint
 from dit_mlflow.replay.training_step import SampleWeights, TrainingStep
@@ -227,7 +227,7 @@ def test_a_sweep_under_weights_matches_differences_there(name: str, kind: Any, t
     first = 0 if kind == "cumulative" else window.start
     until = total if kind == "final" else window.end
     weights = random_weights(SAMPLES)
-    planned = sweeps(kind, [window], total)
+    planned = sweeps(courses(kind, [window], total))
     replay = trajectory.replay(workload, torch.float64)
     of = SampleWeights(weights, first, window.end)
     (found,) = Engine(replay).run([mean_validation_loss(workload)], planned, 1, of)[0]

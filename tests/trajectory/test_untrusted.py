@@ -125,7 +125,7 @@ MANIFESTS: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     ),
     "settings that cannot be": (
         lambda m: m["optimizer"]["defaults"].update(lr=-1.0),
-        r"torch.optim.SGD cannot be built with the settings that are recorded, .*Invalid learning rate",
+        r"torch.optim.SGD cannot be built with the recorded settings .*Invalid learning rate",
     ),
     "batches that are not there": (lambda m: m.update(batches=m["steps"]), "is not a readable shard"),
 }
@@ -259,7 +259,11 @@ STEPS: dict[str, tuple[str, Callable[[list[Row]], Any], str]] = {
     "a rate that is a word": ("momentum", settings(lr="fast"), "'lr' is not of the kind of its default 0.2"),
     "a rate beyond 64 bits": ("momentum", settings(lr=-(2**63)), "'lr' is not of the kind of its default 0.2"),
     "a rate of any size": ("momentum", settings(lr=10**4000), "'lr' is not of the kind of its default 0.2"),
-    "a rate that is none": ("momentum", settings(lr=None), "torch.optim.SGD cannot make step 1 with the settings"),
+    "a rate that is none": (
+        "momentum",
+        settings(lr=None),
+        "SGD cannot make step 1 with the recorded settings",
+    ),
     "one beta": ("dropout", settings(betas=[0.9]), "'betas' is not of the kind"),
     "a beta that diverges": ("dropout", settings(betas=[0.9, 1.5]), "torch.optim.Adam cannot make step 1"),
     "a state of nothing": ("dropout", put(random_states=[{}, None]), "a random state is that of no generator"),
@@ -421,7 +425,7 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = 
     "the last state's optimizer": (
         "dropout",
         lambda t: t["9/optimizer/exp_avg/0.weight"].mul_(1.01),
-        "meets the parameters of the checkpoint bit for bit, but not its optimizer's state: 'exp_avg' of '0.weight'",
+        "gives the parameters of the checkpoint bit for bit, but not its optimizer's state: 'exp_avg' of '0.weight'",
     ),
     "the last state's counter": (
         "dropout",
