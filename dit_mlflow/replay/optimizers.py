@@ -53,7 +53,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
 
 
 def is_others(name: str) -> bool:
-    """Whether a manifest's name is of an optimizer that :data:`SUPPORTED` lacks (``module.class``) or several (``+``)."""
+    """Whether a manifest names an optimizer that :data:`SUPPORTED` lacks (``module.class``), or several (``+``)."""
     return "." in name or "+" in name
 
 
