@@ -41,7 +41,7 @@ def train(
         init_seed: seed of the weight initialisation.
         order_seed: seed of the batch order and of the random draws in training.
         checkpoint_every: see :class:`TrajectoryRecorder`.
-        max_steps: steps to stop after; default: all that the workload plans.
+        max_steps: number of steps after which to stop; default: the workload's plan.
 
     Returns:
         The trajectory; it replays bit for bit on the same machine. Its last state is the trained model:
@@ -50,7 +50,8 @@ def train(
     Raises:
         InputError: a seed that torch does not take.
         WorkloadError: the workload lacks what training needs.
-        TrainingError: a loss is not finite. The steps before are kept, as an incomplete trajectory.
+        TrainingError: a loss is not finite. The steps before it are kept, as an incomplete trajectory.
+        TrajectoryError: the trajectory could not be written; training ran to its end.
     """
     train_recorded(
         workload,
@@ -144,7 +145,7 @@ def _train(
                             "learning rate, or look for infinite inputs"
                         )
                     optimizer.step()
-                    # The model's, not the optimizer's: clipping looks at every gradient.
+                    # The model's, not the optimizer's: clipping uses every gradient.
                     model.zero_grad()
                     made += 1
                     if recorder is not None:
@@ -159,7 +160,7 @@ def _train(
 
 
 def _whose(rows: list[Tensor], recorder: TrajectoryRecorder | None) -> str:
-    """The samples whose losses are not finite, where a recorder knows them."""
+    """Names the samples whose losses are not finite, if a recorder knows them."""
     broken = ~torch.cat(rows).isfinite().cpu().numpy()
     if recorder is None or not broken.any() or len(broken) != len(recorder.drawn_samples):
         return ""

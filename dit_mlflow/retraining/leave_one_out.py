@@ -141,8 +141,8 @@ def _kind(estimate: Influence, kind: Kind | None, whole: Window) -> Kind:
         return check_kind(kind)
     if any(window != whole for window in estimate.windows):
         raise InputError(
-            f"{estimate.method} has no kind of window score, and the exact score of a window within training depends on "
-            "it; give confirm(kind=...) 'local', 'final' or 'cumulative'"
+            f"{estimate.method} has no kind of window score, and the exact score of a window within training depends "
+            "on it; give confirm(kind=...) 'local', 'final' or 'cumulative'"
         )
     return "local"
 

@@ -26,7 +26,6 @@ from dit_mlflow.replay.optimizers import is_others
 from dit_mlflow.replay.replay import MakeStep, Replay
 from dit_mlflow.retraining.counterfactuals import Baseline, Changes, Counterfactuals, Job, Retraining
 from dit_mlflow.retraining.effort import Effort
-from dit_mlflow.trajectory import State
 from dit_mlflow.trajectory.manifest import Manifest
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state

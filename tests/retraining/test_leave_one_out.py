@@ -308,7 +308,7 @@ def test_a_loss_that_cannot_run_side_by_side_is_said_once_in_plain_words(
     windows = [Window(0, 1), Window(1, 3)]
     found = leave_one_out(trajectory, workload, windows, samples=[0, 5])
     assert [entry.message for entry in caplog.records] == [
-        "retraining without one sample after the other: this model cannot train side by side"
+        "this model cannot be retrained side by side; retraining one after the other instead"
     ]
     for window in windows:
         expected = [window_effect(workload, trajectory, window, "local", j, 0.0) for j in (0, 5)]
