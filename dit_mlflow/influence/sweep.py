@@ -84,13 +84,13 @@ def track(
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget)
         parts = [scores for _, scores in in_parts(engine, question, at)]
+    details = engine.details if at is None else {**engine.details, "weights": "given"}
     return question.answer(
         np.concatenate(parts, axis=1),
         "dit",
         str(dtype or "recorded"),
         asked=np.arange(workload.num_samples),
-        **engine.details,
-        **({} if at is None else {"weights": "given"}),
+        **details,
     )
 
 
