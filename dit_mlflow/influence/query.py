@@ -91,7 +91,7 @@ def logits(
 
     Args:
         workload: with :attr:`Workload.outputs`, unless ``model(batch[0])`` are the logits. A single output ``z`` per
-            sample stands for the logits ``(-z / 2, z / 2)`` of classes 0 and 1.
+            sample means the logits ``(-z / 2, z / 2)`` of classes 0 and 1.
         label: class.
         samples, of: as for :func:`sample_losses`.
 

@@ -153,17 +153,19 @@ class _Reader:
     def add(self, batch: pa.RecordBatch) -> None:
         rows = np.arange(self.read, self.read + batch.num_rows)
         window, query = rows // (len(self._queries) * self._num_samples), rows // self._num_samples % len(self._queries)
-        self._expect("window_index", rows, self._whole(batch, "window_index"), window)
-        for name, bounds in self._bounds.items():
-            self._expect(name, rows, self._whole(batch, name), bounds[window])
-        self._expect("query", rows, self._query(batch), query)
+        expected = {"window_index": window, **{name: at[window] for name, at in self._bounds.items()}, "query": query}
+        for name, values in expected.items():
+            self._expect(name, rows, self._whole(batch, name), values)
         sample, at = self._whole(batch, "sample_index"), rows % self._num_samples
         first = rows < self._num_samples
         self.samples[at[first]] = sample[first]
         self._expect("sample_index", rows, sample, self.samples[at])
         self.read += batch.num_rows
         if first.any() and self.read >= self._num_samples:
-            self._check_samples()
+            if self.samples.min() < 0:
+                raise InputError(f"{self._path}: sample_index {self.samples.min()}; expected indices of 0 or more")
+            if len(np.unique(self.samples)) < self._num_samples:
+                raise InputError(f"{self._path}: a sample_index occurs twice in one window and query")
         for name in ("score", "standard_error"):
             if name in batch.schema.names:
                 self._take(name, rows, batch.column(name))
@@ -178,35 +180,24 @@ class _Reader:
         self.values.setdefault(name, np.empty(self._size))[rows] = values
 
     def _whole(self, batch: pa.RecordBatch, name: str) -> np.ndarray:
+        """A column of whole numbers, or the positions of the queries; -1 for any other query."""
         column = batch.column(name)
         if column.null_count:
             raise InputError(f"{self._path}: column {name!r} has rows without a value")
-        found: np.ndarray = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
-        return found
-
-    def _query(self, batch: pa.RecordBatch) -> np.ndarray:
-        column = batch.column("query")
+        if name != "query":
+            return np.asarray(column.cast(pa.int64()).to_numpy(zero_copy_only=False))
         column = column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
-        places = {name: place for place, name in enumerate(self._queries)}
-        known = np.array([places.get(name, -1) for name in column.dictionary.to_pylist()], dtype=np.int64)
-        if column.null_count:
-            raise InputError(f"{self._path}: column 'query' has rows without a value")
-        found: np.ndarray = known[column.indices.to_numpy(zero_copy_only=False)]
-        return found
+        places = {query: place for place, query in enumerate(self._queries)}
+        known = np.array([places.get(query, -1) for query in column.dictionary.to_pylist()], dtype=np.int64)
+        return np.asarray(known[column.indices.to_numpy(zero_copy_only=False)])
 
     def _expect(self, name: str, rows: np.ndarray, found: np.ndarray, expected: np.ndarray) -> None:
         if (wrong := found != expected).any():
             place = int(np.argmax(wrong))
-            got, right = int(found[place]), int(expected[place])
+            got, right = str(found[place]), str(expected[place])
             if name == "query":
-                raise self._wrong(name, int(rows[place]), "another", repr(self._queries[right]))
-            raise self._wrong(name, int(rows[place]), got, str(right))
-
-    def _check_samples(self) -> None:
-        if self.samples.min() < 0:
-            raise InputError(f"{self._path}: sample_index {self.samples.min()}; expected indices of 0 or more")
-        if len(np.unique(self.samples)) < len(self.samples):
-            raise InputError(f"{self._path}: a sample_index occurs twice in one window and query; expected each once")
+                got, right = "another", repr(self._queries[expected[place]])
+            raise self._wrong(name, int(rows[place]), got, right)
 
     def _wrong(self, name: str, row: int, found: object, expected: str) -> InputError:
         return InputError(

@@ -6,7 +6,6 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import torch
@@ -85,13 +84,12 @@ def track(
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget)
         parts = [scores for _, scores in in_parts(engine, question, at)]
-    details: dict[str, Any] = {} if at is None else {"weights": "given"}
+    details = engine.details if at is None else {**engine.details, "weights": "given"}
     return question.answer(
         np.concatenate(parts, axis=1),
         "dit",
         str(dtype or "recorded"),
         asked=np.arange(workload.num_samples),
-        **engine.details,
         **details,
     )
 

@@ -1,4 +1,4 @@
-"""Say while training is recorded that a number is not finite: at which step, and by which samples."""
+"""Warn while training is recorded that a number is not finite, with its step and samples."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _WHAT_FOLLOWS = "No influence can be computed from there on. Training goes on, a
 
 
 class FiniteCheck:
-    """Warns once.
+    """Warns once of a number that is not finite.
 
-    Looked at are the losses that are logged, the states that are stored, and after every step the smallest parameter,
-    on the CPU alone: a loss that is not finite reaches every parameter that it depends on.
+    It checks logged losses, stored states and, after every step, the smallest parameter on the CPU: a loss that is not
+    finite makes every parameter that it depends on so.
 
     Args:
         parameters: the model's, by name.
 
-    Cost: some microseconds for each step.
+    Cost: some microseconds per step.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -43,7 +43,7 @@ class FiniteCheck:
         if self._warned or self._smallest is None or math.isfinite(self._smallest.detach().sum().item()):
             return
         if are_finite([self._smallest.detach()]):
-            return  # Its sum is too large, and no more.
+            return  # Only its sum overflows.
         samples = np.concatenate([part.indices for part in drawn])
         culprits = [sample for part in drawn for sample in _not_finite_data(part)]
         data = f". The data of {named(culprits)} are not finite either" if culprits else ""

@@ -1,4 +1,4 @@
-"""The files of a trajectory folder: a segment is appended whole, or not at all."""
+"""The files of a trajectory folder; a segment is appended completely or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dit_mlflow.trajectory.steps_file import steps_tensors
 from dit_mlflow.trajectory.tensor_file import write_tensors, written_atomically
 
 CLAIM = ".recording"
-"""A file that stands in a folder while a recorder begins there."""
+"""Name of a file that exists in a folder while a recorder begins there."""
 
 
 class Written(NamedTuple):
@@ -88,7 +88,7 @@ class TrajectoryFolder:
     """A trajectory on disk, as it grows.
 
     Args:
-        directory: where it is, or will be.
+        directory: of the trajectory; created if missing.
         manifest: of a trajectory without steps.
     """
 
@@ -103,7 +103,7 @@ class TrajectoryFolder:
         """Go on with a trajectory from its checkpoint at ``step``."""
         for left_over in self.directory.glob("*.part"):
             left_over.unlink()
-        # Numbers go on, so that the old manifest's files stay until a new manifest is in place.
+        # Numbers continue, so that the old manifest's files stay until a new manifest is in place.
         numbers = (int(found[1]) for name in begun.files if (found := re.search(r"(\d+)\.", name)))
         self._number = 1 + max(numbers, default=-1)
         self.manifest = begun.until(step)
@@ -112,8 +112,8 @@ class TrajectoryFolder:
         """Write a segment's files, then the manifest that lists them.
 
         Args:
-            segment: what follows the steps that are there.
-            facts: the manifest's other fields after it.
+            segment: the next steps.
+            facts: the manifest's other fields afterwards.
 
         Raises:
             UnsupportedError: a tensor that cannot be stored.

@@ -32,16 +32,16 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
     """Refuse models that cannot be recorded, before training starts.
 
     Raises:
-        UnsupportedError: several processes train the model, its parameters are in low precision or have no shape, or
-            it has modules that cannot be copied or differentiated, or whose weights depend on the mode.
+        UnsupportedError: several processes train the model; its parameters are in low precision or have no shape; or
+            a module cannot be copied or differentiated, or changes weights with the mode.
         TrajectoryError: ``model`` is a running average.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         processes = torch.distributed.get_world_size()
         if processes > 1:
             raise UnsupportedError(
-                f"training runs in {processes} processes (torch.distributed): this one sees only its own share of each "
-                "batch, so that the samples of a step are not known; record training in one process"
+                f"training runs in {processes} processes (torch.distributed): this one gets only a part of each batch, "
+                "so the samples of a step are not known; record training in one process"
             )
     sharded = {"FullyShardedDataParallel", "FSDPModule"}
     if any(cls.__name__ in sharded for module in model.modules() for cls in type(module).__mro__):
@@ -52,13 +52,13 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
     if isinstance(model, AveragedModel):
         raise TrajectoryError(
             "the model is an AveragedModel, which no optimizer steps: record the trained model, the one whose "
-            "parameters the optimizer holds; averaging it beside is not disturbed"
+            "parameters the optimizer holds; recording it does not disturb the averaging"
         )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise UnsupportedError(
                 f"parameter {name!r} has no shape yet (a Lazy module): build the model with its sizes, or run a batch "
-                "through it, where it is made; the optimizer must be made after that"
+                "through it when it is built; build the optimizer after that"
             )
     for name, module in model.named_modules():
         if any(isinstance(hook, WeightNorm) for hook in forward_pre_hooks(module)):
@@ -81,20 +81,20 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
     for name, parameter in model.named_parameters():
         if parameter.numel() and (other := places.setdefault(parameter.data_ptr(), name)) != name:
             raise UnsupportedError(
-                f"parameters {other!r} and {name!r} are two on one memory (tied through .data, or by a new Parameter): "
-                "the optimizer steps it twice, which a copy of the model does not do. Tie them by one Parameter: "
+                f"parameters {other!r} and {name!r} share memory (tied through .data, or by a new Parameter): the "
+                "optimizer steps it twice, which a copy of the model does not do. Tie them by one Parameter: "
                 "output.weight = embedding.weight"
             )
         if has_gradient_hook(parameter):
             _log.warning(
-                "parameter %r has a gradient hook, which is not run when training is replayed: where it changes "
-                "gradients (a mask), replay misses the record. Put masks into the model (torch.nn.utils.parametrize)",
+                "parameter %r has a gradient hook, which a replay does not run: if it changes gradients (a mask), the "
+                "replay differs from the record. Put masks into the model (torch.nn.utils.parametrize)",
                 name,
             )
         if parameter.is_complex():
             raise UnsupportedError(
-                f"parameter {name!r} is complex ({_plain(parameter.dtype)}), which influence is not defined for here; "
-                "hold its real and imaginary parts as two real parameters (torch.view_as_complex in forward)"
+                f"parameter {name!r} is complex ({_plain(parameter.dtype)}), which is not supported; keep its real and "
+                "imaginary parts as two real parameters (torch.view_as_complex in forward)"
             )
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16) and not low_precision:
@@ -107,7 +107,7 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
 class AutocastCheck:
     """A forward pre-hook that refuses ``torch.autocast`` in training.
 
-    It holds nothing but a device type, since copies of the model copy it too.
+    It has no other attribute than a device type, since copies of the model copy it too.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -123,7 +123,7 @@ class AutocastCheck:
 
 
 def check_scaler() -> None:
-    """Refuse an optimizer step made by a ``GradScaler``; to be called from a hook of the step.
+    """Refuse an optimizer step made by a ``GradScaler``; call it in a hook of the step.
 
     Raises:
         UnsupportedError: a ``GradScaler`` is among the callers.
@@ -138,7 +138,7 @@ def check_scaler() -> None:
 
 
 class Groups:
-    """An optimizer's parameter groups; their settings may change in training, their parameters may not."""
+    """An optimizer's param groups; in training, their settings may change, their parameters may not."""
 
     def __init__(self, optimizer: Optimizers) -> None:
         self._optimizer = optimizer
@@ -148,7 +148,7 @@ class Groups:
         self._may_change_in_place = False
 
     def settings(self) -> tuple[Hyperparameters, ...]:
-        """The hyperparameters of each group; the same object as before while they are the same.
+        """The hyperparameters of each group; the same object while they do not change.
 
         Raises:
             UnsupportedError: groups have been added, or parameters to a group.
@@ -168,10 +168,10 @@ class Groups:
 
 
 class ChangeCheck:
-    """Tells whether anything but the recorded optimizer changed parameters between two of its steps.
+    """Detects changes of parameters between two steps of the recorded optimizer.
 
-    The tensors' version counters show changes in place, but not assignments through ``.data`` nor fused optimizers. At
-    the first two steps, values are compared too, which catches a loop that makes such changes at every step.
+    The tensors' version counters show changes in place, but not assignments through ``.data`` or fused optimizers. So
+    values are compared too at the first two steps, which detects a loop that makes such changes at every step.
 
     Args:
         parameters: the model's, by name.
@@ -209,14 +209,14 @@ class ChangeCheck:
             raise TrajectoryError(
                 f"parameter {changed[0]!r} changed between step {step - 1} and step {step}, and not by the recorded "
                 "optimizer: a second optimizer, clamping, weights loaded into the model or averaged, or a layer that "
-                "renormalises its weights (Embedding(max_norm=...)) may do that, and replay could not. Make all of it "
+                "renormalises its weights (Embedding(max_norm=...)) may do that, and replay cannot. Make all of it "
                 "inside recorder.one_step(), as Workload.step; or put constraints into the model "
                 "(torch.nn.utils.parametrize), and load other weights into a copy of the model (copy.deepcopy)"
             )
 
 
 def same(noted: Tensor, current: Tensor) -> bool:
-    """Whether all values are equal, NaN and NaN among them."""
+    """Whether all values are equal; NaN equals NaN."""
     current = current.detach().to(noted.device)
     return torch.equal(noted, current) or torch.allclose(noted, current, rtol=0.0, atol=0.0, equal_nan=True)
 

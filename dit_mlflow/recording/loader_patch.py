@@ -1,4 +1,4 @@
-"""Learn which samples a DataLoader hands out when a trainer iterates it itself."""
+"""Record which samples a DataLoader returns when a trainer iterates it itself."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dit_mlflow.workload.random_state import RandomState
 
 
 class Handed(NamedTuple):
-    """One batch on its way from a loader to a trainer, which may fetch it ahead of its use.
+    """One batch that a loader returned to a trainer, which may fetch it ahead of its use.
 
     Attributes:
         indices: sample indices.
         iteration: number of the pass over the loader.
         batch: as the loader made it; ``None`` = not seen.
         before: the random state before it was drawn; ``None`` = drawn in a worker process, or not seen.
-        after: the random state when it was handed out.
-        goes_on: the pass began before this training, which resumes an earlier one.
+        after: the random state when it was returned.
+        goes_on: the pass began in an earlier training, which this one resumes.
     """
 
     indices: Indices
@@ -35,10 +35,10 @@ class Handed(NamedTuple):
 
 
 class LoaderPatch:
-    """Queues what a loader hands out; whoever iterates the loader sees no difference.
+    """Queues the batches that a loader returns; whoever iterates the loader sees no difference.
 
-    The loader's (batch) sampler and class are replaced by ones that take notes, until :meth:`remove`. Samplers are
-    asked in the same order and number as without, and no random number is drawn here.
+    The loader's (batch) sampler and class are replaced by recording ones until :meth:`remove`. Samplers are called in
+    the same order and number as without, and no random number is drawn here.
 
     Args:
         loader: over a map-style dataset.
@@ -70,11 +70,11 @@ class LoaderPatch:
         self._queue.clear()
 
     def take(self) -> Handed | None:
-        """The oldest batch handed out and not yet taken; ``None`` if there is none."""
+        """The oldest batch returned and not yet taken; ``None`` if there is none."""
         return self._queue.popleft() if self._queue else None
 
     def take_noted(self, skipped: int) -> Handed | None:
-        """As :meth:`take`, for another loader over this one's samplers that skips the first ``skipped`` batches."""
+        """As :meth:`take`, for another loader over the same samplers that skips the first ``skipped`` batches."""
         notes = self.sampler.latest
         if notes is not self._skipped_in:
             self._skipped_in = notes
@@ -96,7 +96,7 @@ class LoaderPatch:
 
 
 class _Pass:
-    """An iterator that lives as long as somebody holds it; a generator's frame would end with its last batch."""
+    """An iterator that is deleted when nobody holds it; a generator's frame would end with its last batch."""
 
     def __init__(self, batches: Iterator[Any], notes: LatestNotes, queue: deque[Handed], iteration: int) -> None:
         self._batches, self._notes, self._queue, self._iteration = batches, notes, queue, iteration

@@ -41,7 +41,7 @@ def train(
         init_seed: seed of the weight initialisation.
         order_seed: seed of the batch order and of the random draws in training.
         checkpoint_every: see :class:`TrajectoryRecorder`.
-        max_steps: steps to stop after; default: all that the workload plans.
+        max_steps: number of steps after which to stop; default: the workload's plan.
 
     Returns:
         The trajectory; it replays bit for bit on the same machine. Its last state is the trained model:
@@ -50,7 +50,8 @@ def train(
     Raises:
         InputError: a seed that torch does not take.
         WorkloadError: the workload lacks what training needs.
-        TrainingError: a loss is not finite. The steps before are kept, as an incomplete trajectory.
+        TrainingError: a loss is not finite. The steps before it are kept, as an incomplete trajectory.
+        TrajectoryError: the trajectory could not be written; training ran to its end.
     """
     train_recorded(
         workload,
@@ -145,7 +146,7 @@ def _train(
                         total += _finish_gradient(workload, model)
                         _refuse_not_finite(total, made, epoch, rows, recorder)
                         optimizer.step()
-                        # The model's, not the optimizer's: clipping looks at every gradient.
+                        # The model's, not the optimizer's: clipping uses every gradient.
                         model.zero_grad()
                     made += 1
                     if recorder is not None:
@@ -162,7 +163,7 @@ def _train(
 def _refuse_not_finite(
     loss: float, step: int, epoch: int, rows: Sequence[Tensor] = (), recorder: TrajectoryRecorder | None = None
 ) -> None:
-    """Raise :class:`TrainingError`, with the samples whose losses are not finite, where a recorder knows them."""
+    """Raise :class:`TrainingError`, with the samples whose losses are not finite, if a recorder knows them."""
     if math.isfinite(loss):
         return
     whose = ""

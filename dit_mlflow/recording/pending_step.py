@@ -21,18 +21,18 @@ _log = logger_of(__name__)
 
 
 class MadeStep(NamedTuple):
-    """A step's row, and the tensors of its micro-batches if they are to be stored."""
+    """The fields of a step, and the tensors of its micro-batches if they are stored."""
 
     row: StepFields
     tensors: list[list[Tensor]]
 
 
 class PendingStep:
-    """Gathers the batches of the next step, and holds the last one made until its draws and its loss are known.
+    """Collects the batches of the next step, and keeps the last step made until its draws and its loss are known.
 
     Args:
         store_batches: keep the batches' tensors.
-        workload: gives ``c_i`` of the batches that come without, if there is one.
+        workload: computes ``c_i`` of batches that come without; ``None`` = unknown.
     """
 
     def __init__(self, store_batches: bool, workload: Workload | None) -> None:
@@ -56,16 +56,16 @@ class PendingStep:
 
     @property
     def samples(self) -> np.ndarray:
-        """The samples of the next step, if its batches have been added, or of the last one made, in batch order."""
+        """Samples of the next step if it has batches, else of the last step made, in batch order."""
         last = [] if self._made is None else self._made.row["indices"]
         parts = [drawn.indices for drawn in self._drawn] or last
         return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]) if parts else np.zeros(0, np.int64)
 
     def add(self, drawn: Drawn) -> None:
-        """Add a batch that the loop is given."""
+        """Add a batch that the loop is about to get."""
         self.settle(drawn.random_state)
         if self._store_batches:
-            # Now, since the loop may change its batch in place. Replay repeats only the draws that follow it.
+            # Now, since the loop may change its batch in place. Replay repeats only later draws.
             tensors = [tensor.detach().cpu().clone() for tensor in tensors_of(drawn.batch)]
             if not tensors:
                 raise InputError(
@@ -107,8 +107,8 @@ class PendingStep:
         if drawn[0].epoch != drawn[-1].epoch and not self._warned:
             self._warned = True
             _log.warning(
-                "step %d is made of batches of two passes over the loader. If the loop left the first (break) before "
-                "it used the last batch, it needs recorder.discard() there: replay counts that batch in",
+                "step %d is made of batches of two passes over the loader. If the loop left the first pass (break) "
+                "without using its last batch, call recorder.discard() there; otherwise replay includes that batch",
                 index,
             )
         absent, zero = ([], []) if whole else recorded_model.missing_gradients()
@@ -124,7 +124,7 @@ class PendingStep:
             "no_gradient": absent,
             "zero_gradient": zero,
         }
-        # The last batch's draws end where the next one's begin; one capture of the generators serves both.
+        # The last batch's draws end where the next batch's begin, so one capture of the generators serves both.
         self._began = drawn[-1].random_state
         self._made = MadeStep(row, self._tensors)
         self._drawn, self._tensors, self._loss = [], [], None
@@ -136,7 +136,7 @@ class PendingStep:
             self._began = None
 
     def take(self) -> MadeStep | None:
-        """The last step made, once; to be called when its loss is final."""
+        """Return and forget the last step made; call it when the step's loss is final."""
         made, self._made = self._made, None
         return made
 

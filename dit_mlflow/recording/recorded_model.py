@@ -1,4 +1,4 @@
-"""What is recorded: a model and its optimizer, by the names of the model without wrappers, and its training set."""
+"""The recorded model, optimizer and training set; names are those of the model without wrappers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RecordedModel:
         self._held = {name for group in self.optimizer_layout.groups for name in group}
 
     def snapshot(self) -> State:
-        """A copy of the present state, in the host's memory."""
+        """A copy of the current state, in the host's memory."""
         state = State(dict(self.parameters), self._buffers()).map(lambda value: value.detach().clone())
         state.optimizer.update(optimizer_state(self._optimizer, self._names))
         return state.to(torch.device("cpu"))
@@ -101,10 +101,10 @@ def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, TensorLayout]:
 
 
 def resuming_step(begun: Record, now: State, recorded_model: RecordedModel) -> int:
-    """The last step whose stored state is ``now``, bit for bit.
+    """The last step whose stored state equals ``now`` bit for bit.
 
     Raises:
-        TrajectoryError: model or optimizer are laid out otherwise, or there is no such step.
+        TrajectoryError: model or optimizer have another layout, or there is no such step.
 
     Cost: reads stored states, from the last one backwards.
     """
@@ -159,7 +159,7 @@ def _equal(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
 
 
 class TrainingSet:
-    """Compares every watched data set with the first one, and with what was recorded before.
+    """Compares every watched data set with the first one, and with the recorded one.
 
     Args:
         expected: number of samples of the workload's training set, if there is a workload.

@@ -53,43 +53,43 @@ class TrajectoryRecorder:
                     optimizer.step()
                     recorder.log(loss=loss)                                     # 3, optional
 
-    Training is bit for bit the same as without it: parameters, random streams and batches are only read.
+    Training is bit for bit the same as without it: the recorder only reads parameters, random states and batches.
 
     Args:
-        model: the module in training. Compiled ones and those in ``DataParallel`` or (in one process)
-            ``DistributedDataParallel`` are recorded as what they wrap.
+        model: the module in training. Of a compiled model, and of ``DataParallel`` or (in one process)
+            ``DistributedDataParallel``, the wrapped module is recorded.
         optimizer: over parameters of ``model``; several by name, if each step is made inside :meth:`one_step`.
         directory: a new folder, or with ``resume`` that of a trajectory.
-        workload: what the loop does, if it is known: its reference and coefficients are then recorded too, and the
-            first step is replayed from it before the second is made.
+        workload: what the loop trains; ``None`` = unknown. Its reference and coefficients are recorded too, and the
+            first step is replayed with it before the second is made.
         checkpoint_every: ``"sqrt"`` stores ``s_t`` at ``t = 0, 1, 4, 9, … k*k …`` and at the end, about
             ``sqrt(T)`` states without knowing ``T``; ``n > 0`` stores every ``n``-th; ``0`` first and last only.
-        low_precision: record parameters in float16 or bfloat16, ``torch.autocast`` and ``GradScaler`` all the same.
-            The workload's loss must then use autocast as the loop does, without scaling, and the loop must call
-            :meth:`discard` when the scaler skips a step. Scores in the recorded precision carry its rounding: over 120
-            steps of a small network, bfloat16 was off by 15 % of the largest score. ``track(dtype=torch.float64)`` is
-            exact for the training that float64 makes from the same start on the same batches (autocast leaves float64
-            alone), which there departed from the recorded one by 0.4 % of the distance moved.
-        store_batches: store every batch's tensors too, for data that cannot be drawn again: augmentation in worker
+        low_precision: allow parameters in float16 or bfloat16, ``torch.autocast`` and ``GradScaler``. The workload's
+            loss must then use autocast as the loop does, without scaling, and the loop must call :meth:`discard` when
+            the scaler skips a step. Scores in the recorded precision have its rounding errors: over 120 steps of a
+            small network, those in bfloat16 were off by 15 % of the largest score. ``track(dtype=torch.float64)`` is
+            exact for the training in float64 from the same start on the same batches (autocast leaves float64 alone),
+            which differed there from the recorded one by 0.4 % of the distance moved.
+        store_batches: store every batch's tensors too, for data that cannot be fetched again: augmentation in worker
             processes, a dataset with a generator of its own. They take the space of the batches (64 images of 28 x 28
-            in float32: 200 KB per step), in every epoch. Replay still asks the dataset for a batch of the same samples,
-            and fills its containers with the stored tensors.
-        resume: go on with the trajectory in ``directory``, if there is one, or with the one given, in a folder of its
-            own. It goes on from the last stored state that model and optimizer equal bit for bit when the ``with``
-            block is entered, and drops what was recorded after it. Loops that save themselves to be resumed call
-            :meth:`checkpoint` at the same time.
+            in float32: 200 KB per step), in every epoch. Replay still fetches a batch of the same samples from the
+            dataset, and fills its containers with the stored tensors.
+        resume: continue the trajectory in ``directory``, if there is one, or the given one, in another folder. It
+            continues from the last stored state that model and optimizer equal bit for bit when the ``with`` block is
+            entered, and drops later steps. Loops that save themselves to be resumed call :meth:`checkpoint` at the same
+            time.
         on_written: called from another thread with what has been written to the folder.
 
     A folder that can no longer be written (a full disk) does not stop training: the error is logged once and kept in
     :attr:`failure`, and the folder holds what could be saved.
 
     Raises:
-        InputError: ``checkpoint_every`` is none of these.
+        InputError: ``checkpoint_every`` has another value.
         OSError: the folder cannot be written when the block is entered.
         TrajectoryError: the folder already holds a trajectory, the optimizer is over another model, or the trajectory
-            to be resumed is of another model or was never where the model is now. From a step in training: its samples
-            are not known, something other than the optimizer changed parameters, or the workload does not replay the
-            first step.
+            to be resumed is of another model or has no state equal to the model's. During training: the samples of a
+            step are not known, something other than the optimizer changed parameters, or the workload does not replay
+            the first step.
         UnsupportedError: the optimizer's step cannot be differentiated, several processes train, or, without
             ``low_precision``, training is in low precision (autocast and ``GradScaler`` are noticed at the first step).
 
@@ -155,7 +155,7 @@ class TrajectoryRecorder:
 
     @property
     def drawn_samples(self) -> np.ndarray:
-        """Samples of the step in the making, in batch order, ``[sum B]``."""
+        """Samples of the next step, in batch order, ``[sum B]``."""
         return self._step.samples
 
     @property
@@ -197,7 +197,7 @@ class TrajectoryRecorder:
                 optimizer.register_step_post_hook(self._after_step),
             )
         ]
-        # Where nobody leaves the block (a notebook that is closed), what was recorded is kept.
+        # If the block is never left (a notebook is closed), the record is saved.
         atexit.register(self._save)
         self._autocast_hooks = []
         if not self._low_precision:
@@ -288,13 +288,13 @@ class TrajectoryRecorder:
         self._step.weigh(coefficients)
 
     def log(self, loss: float | Tensor) -> None:
-        """Note the loss of the step whose batch was drawn last. Optional."""
+        """Record the loss of the step whose batch was drawn last. Optional."""
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
         self._finite.loss(self._num_steps - (not self._step.has_batches), value, self._step.samples)
         self._step.log(value)
 
     def checkpoint(self) -> None:
-        """Store the present state, and return when all that is recorded is on disk.
+        """Store the current state, and return when all that is recorded is on disk.
 
         Call it where a loop saves itself to be resumed later, between two steps and after :meth:`log`.
         """
@@ -306,19 +306,19 @@ class TrajectoryRecorder:
     def discard(self) -> None:
         """Forget the batches drawn since the last step, which the loop will not use.
 
-        Call it where a loop goes on without ``optimizer.step()``: a batch left out by ``continue``, a step that a
+        Call it where a loop continues without ``optimizer.step()``: a batch skipped by ``continue``, a step that a
         ``GradScaler`` skipped. The loop must also drop the gradients accumulated so far (``optimizer.zero_grad()``).
         """
         self._step.discard()
 
     def _save(self) -> None:
-        """Have all that is recorded on disk."""
+        """Write all that is recorded to disk."""
         self._step.settle(RandomState.capture())
         self._commit()
         self._writer.flush()
 
     def _go_on_with(self, begun: Trajectory, now: State) -> None:
-        """Continue a trajectory from its last state that equals the present one."""
+        """Continue a trajectory from its last state that equals ``now``."""
         step = resuming_step(begun, now, self._recorded_model)
         stored = begun.manifest.batches is not None
         if step > 0 and stored != self._store_batches:
@@ -403,7 +403,7 @@ class TrajectoryRecorder:
         self._changes.note(None if self._taken is None else self._taken.parameters)
 
     def _take_state(self) -> None:
-        """Take the present state, unless it is taken already or recording has stopped."""
+        """Copy the current state, unless it was copied already or recording has stopped."""
         if self._latest < self._num_steps and not self._writer.stopped:
             self._taken = self._recorded_model.snapshot()
             self._finite.state(self._latest, self._num_steps, self._taken.parameters)
@@ -441,7 +441,7 @@ def checkpoint_rule(every: str | int) -> Callable[[int], bool]:
         every: ``"sqrt"`` for square numbers, ``n > 0`` for every ``n``-th, ``0`` for none but the ends.
 
     Raises:
-        InputError: ``every`` is none of these.
+        InputError: ``every`` has another value.
     """
     if every == "sqrt":
         return lambda step: math.isqrt(step) ** 2 == step

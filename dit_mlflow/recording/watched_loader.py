@@ -1,4 +1,4 @@
-"""Learn which samples a DataLoader hands out, without changing what the loop sees."""
+"""Record which samples a DataLoader returns, without changing what the loop gets."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dit_mlflow.workload.random_state import RandomState
 
 Indices = np.ndarray | tuple[int, ...]
 Notes = deque[tuple[Indices, RandomState | None]]
-"""Indices that a sampler has yielded, and the loader has not yet handed out."""
+"""Indices that a sampler has yielded for batches that the loader has not yet returned."""
 
 
 class Drawn(NamedTuple):
-    """One batch that the loop was given.
+    """One batch that the loop got.
 
     Attributes:
         indices: sample indices.
@@ -42,9 +42,9 @@ class Drawn(NamedTuple):
 class WatchedLoader:
     """Iterates like the loader it was made from, and reports each batch before the loop gets it.
 
-    The batches come from a shallow copy of the loader whose (batch) sampler notes what it yields. Samplers are asked in
-    the same order and number as without watching, and no random number is drawn here. Without worker processes, the
-    random state is noted before a batch is fetched, so that augmentation can be replayed; workers have their own.
+    The batches come from a shallow copy of the loader whose (batch) sampler records what it yields. Samplers are called
+    in the same order and number as without watching, and no random number is drawn here. Without worker processes, the
+    random state before a batch is fetched is recorded, so that augmentation can be replayed; workers have their own.
 
     Args:
         loader: over a map-style dataset.
@@ -66,7 +66,7 @@ class WatchedLoader:
         check_loader(loader)
         self._next_epoch = next_epoch
         self._on_batch, self._on_end = on_batch, on_end
-        # One with a state of its own is asked for it, and must be the one that moves.
+        # A loader with a state of its own must itself advance, since others may ask it for its state.
         self._stateful = _is_stateful(loader)
         self._loader = loader if self._stateful else copy.copy(loader)
         self._name: Literal["sampler", "batch_sampler"] = "sampler" if loader.batch_sampler is None else "batch_sampler"
@@ -98,20 +98,20 @@ class WatchedLoader:
             self._on_end(RandomState.capture())
 
     def _give_back_sampler(self) -> None:
-        """An iterator has its sampler by now; the loader's state must not know of ours."""
+        """Put the loader's own sampler back once the iterator has ours, which must not enter the loader's state."""
         if self._stateful:
             exchange_sampler(self._loader, self._name, self._original)
 
 
 class LatestNotes:
-    """The notes of one pass over a loader, first to last.
+    """The notes of one pass over a loader.
 
     Args:
         sampler: about to be iterated; a loader whose ``__iter__`` is a generator does so at its first batch.
-        loader: that is iterated.
+        loader: the loader that is iterated.
 
     Raises:
-        InputError: a loader that is resumed in a way that hides its samples.
+        InputError: the loader is resumed in a way that hides its samples.
     """
 
     def __init__(self, sampler: NotingSampler, loader: DataLoader[Any]) -> None:
@@ -120,7 +120,7 @@ class LatestNotes:
         if resumed and not sampler.in_main_process and every != 1:
             raise InputError(
                 f"a {type(loader).__name__} with workers and snapshot_every_n_steps={every} "
-                "fetches batches again when it is resumed, so that the samples it hands out are not known; use "
+                "fetches batches again when it is resumed, so the samples of its batches are not known; use "
                 "snapshot_every_n_steps=1"
             )
         self._sampler, self._before = sampler, sampler.latest
@@ -129,15 +129,15 @@ class LatestNotes:
         self._notes: Notes | None = None
 
     def begun(self) -> None:
-        """The loader has been asked for an iterator."""
+        """Call it when the loader has been asked for an iterator."""
         if self._sampler.latest is not self._before:
             self._notes = self._sampler.latest
 
     def take(self) -> tuple[Indices, RandomState | None]:
-        """Those of the batch that was handed out.
+        """The indices of the batch that was returned, and the random state before it.
 
         Raises:
-            InputError: which samples it holds is not known.
+            InputError: the samples of the batch are not known.
         """
         if self._notes is None:
             self.begun()
@@ -148,14 +148,14 @@ class LatestNotes:
                 "with a plain torch.utils.data.DataLoader where that does not help"
             )
         while self._resumes and len(self._notes) > 1:
-            # It asked for what it leaves out.
+            # A resumed loader asks its sampler for the batches that it skips.
             self._notes.popleft()
         self._resumes = False
         if self._sampler.in_main_process and len(self._notes) > 1:
             raise InputError(
-                f"the __iter__ of {self._kind} asked for {len(self._notes)} batches and handed out one, so that its "
-                "samples are not known: it skips batches, or fetches them ahead. Record with a loader that hands out "
-                "each batch that it asks for"
+                f"the __iter__ of {self._kind} asked for {len(self._notes)} batches and returned one, so its samples "
+                "are not known: it skips batches, or fetches them ahead. Record with a loader that returns each batch "
+                "that it asks for"
             )
         return self._notes.popleft()
 
@@ -167,7 +167,7 @@ def noting(sampler: Iterable[Any], loader: DataLoader[Any]) -> NotingSampler:
 
 
 class NotingSampler:
-    """Yields what ``sampler`` yields, and notes it before: in ``latest``, new for every iteration."""
+    """Yields what ``sampler`` yields, and first records it in ``latest``, a new queue for every iteration."""
 
     def __init__(self, sampler: Iterable[Any], in_main_process: bool, size: int) -> None:
         self._sampler, self._size = sampler, size
@@ -204,7 +204,7 @@ class _NotingIterator:
 
 
 class _State:
-    """The state of what is noted. Protocols look for methods of the class, and do not find those that are handed on."""
+    """Passes the wrapped object's state on by methods of the class, where protocols look for them."""
 
     def state_dict(self) -> Any:
         return self._noted().state_dict()
@@ -262,7 +262,7 @@ def _indices(drawn: Any, size: int) -> Indices:
         text = repr(drawn)
         raise InputError(
             f"the sampler yielded {text[:60]}{'…' * (len(text) > 60)} for a batch; expected one or more indices "
-            f"of samples, whole numbers within 0 … {size - 1}: by them samples are known. Have the dataset take "
-            "such an index alone, and look up by it keys or what else the sampler adds"
+            f"of samples, whole numbers within 0 … {size - 1}. Let the dataset take such an index alone, and look up "
+            "by it keys or whatever else the sampler adds"
         )
     return found if isinstance(found, tuple) else found.astype(np.int64)

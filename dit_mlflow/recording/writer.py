@@ -34,15 +34,14 @@ class TrajectoryWriter:
 
     A segment is the steps between two checkpoints. Segments, and the steps of an unfinished one, are gathered into
     checkpoint shards and one ``steps-NNNNN.safetensors``. The manifest is replaced after they are on disk, so that the
-    folder holds a trajectory that opens at any time. A thread writes one gathering after the other: training waits only
-    if the disk is slower.
+    folder holds a complete trajectory at any time. A thread writes, so that training waits only if the disk is slower.
 
-    A failing disk does not stop training: the failure is logged once, what was gathered is tried again with what
-    follows, and when that exceeds :data:`UNWRITTEN_BYTES`, recording stops.
+    A failing disk does not stop training: the failure is logged once, the data are written again with later ones, and
+    recording stops when they exceed :data:`UNWRITTEN_BYTES`.
 
     Attributes:
         failure: why the last attempt to write failed; ``None`` if it did not.
-        stopped: whether recording was given up.
+        stopped: whether recording has stopped for good.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class TrajectoryWriter:
         self._last_flush = time.monotonic()
 
     def begin(self, initial: State) -> None:
-        """Write ``s_0``, so that what cannot be stored is refused before training, and a killed run leaves its start.
+        """Write ``s_0``, so that a state that cannot be stored is refused early, and a killed run leaves its start.
 
         Raises:
             UnsupportedError: a tensor that cannot be stored.
@@ -125,7 +124,7 @@ class TrajectoryWriter:
         self._flush_if_due()
 
     def add_checkpoint(self, step: int, state: State) -> None:
-        """Keep ``s_step``, which the caller must not change; written when what is held back is large or old."""
+        """Keep ``s_step``, which the caller must not change; it is written when the unwritten data are large or old."""
         if self.stopped:
             return
         self._gathered.states[step] = state
@@ -133,7 +132,7 @@ class TrajectoryWriter:
         self._flush_if_due()
 
     def flush(self, complete: bool = False) -> None:
-        """Write what is held back, and wait for it. A failure is logged, not raised."""
+        """Write the unwritten data, and wait for it. A failure is logged, not raised."""
         self._hand_over(complete)
         self._await()
 
@@ -148,7 +147,7 @@ class TrajectoryWriter:
             self._hand_over(complete=False)
 
     def _hand_over(self, complete: bool) -> None:
-        """Have the thread write what is held back, after waiting for the last write."""
+        """Wait for the last write, then let the thread write the unwritten data."""
         self._await()
         self._last_flush = time.monotonic()
         if self.stopped:
@@ -159,7 +158,7 @@ class TrajectoryWriter:
     def _start(self, segment: Segment, facts: Mapping[str, Any]) -> Future[None]:
         try:
             return self._thread.submit(self._write, segment, facts)
-        except RuntimeError:  # The interpreter is shutting down, and starts no work in threads.
+        except RuntimeError:  # The interpreter is shutting down, and threads take no more work.
             done: Future[None] = Future()
             try:
                 self._write(segment, facts)
@@ -191,7 +190,7 @@ class TrajectoryWriter:
             self.stopped, self._gathered = True, Segment(self._num_steps)
 
     def _facts(self, complete: bool) -> dict[str, Any]:
-        """The manifest's fields once all that is held back is written."""
+        """The manifest's fields once all data are written."""
         return {
             "complete": complete,
             "num_steps": self._num_steps,
@@ -201,13 +200,13 @@ class TrajectoryWriter:
         }
 
     def _write(self, segment: Segment, facts: Mapping[str, Any]) -> None:
-        """In the thread."""
+        """Runs in the thread."""
         written = self._folder.append(segment, facts)
         if self._on_written is not None:
             self._on_written(written)
 
 
 def _row_bytes(step: StepFields) -> int:
-    """About the size of a row in memory: indices, and the generators' states if they are kept."""
+    """Approximate size of a step's fields in memory: indices, and the generators' states if they are kept."""
     states = sum(state is not None for state in step["random_states"])
     return 1000 + 40 * sum(map(len, step["indices"])) + 8000 * states

@@ -2,7 +2,4 @@
 
 from dit_mlflow.replay.trajectory import Trajectory, Verification
 
-__all__ = [
-    "Trajectory",
-    "Verification",
-]
+__all__ = ["Trajectory", "Verification"]

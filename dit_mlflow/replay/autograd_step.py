@@ -124,11 +124,9 @@ _SQUARE_ROOTS = (torch.sqrt, Tensor.sqrt, Tensor.sqrt_)
 
 
 def _stored(state: State, group: UpdateGroup, key: str, value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    if key in COUNTERS:
-        return value.double()
-    return group.slot(state, key)
+    if isinstance(value, Tensor):
+        return value.double() if key in COUNTERS else group.slot(state, key)
+    return value
 
 
 def _is_slot(key: str, value: Any) -> bool:

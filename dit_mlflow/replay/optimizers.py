@@ -71,11 +71,6 @@ def groups_of(optimizer: Optimizers) -> list[dict[str, Any]]:
     return [group for one in every(optimizer) for group in one.param_groups]
 
 
-def state_of(optimizer: Optimizers) -> dict[Any, Any]:
-    """The state of all, by parameter."""
-    return {parameter: entry for one in every(optimizer) for parameter, entry in one.state.items()}
-
-
 def describe_optimizer(optimizer: Optimizers, model: nn.Module) -> OptimizerLayout:
     """Class, defaults and parameter names per group; of several, the classes joined by ``+``, what all
     have defaults for, and all groups.
@@ -127,32 +122,29 @@ def optimizer_state(optimizer: Optimizers, names: Mapping[int, str]) -> dict[str
         UnsupportedError: the state belongs to no parameter, or is neither tensor nor number.
     """
     kind = "+".join(type(one).__name__ for one in every(optimizer))
-    state = state_of(optimizer)
-    for parameter, entry in state.items():
+    found: dict[str, dict[str, Any]] = {}
+    for parameter, entry in ((key, entry) for one in every(optimizer) for key, entry in one.state.items()):
         if id(parameter) not in names or not isinstance(entry, Mapping):
             raise UnsupportedError(
                 f"the optimizer {kind} keeps state that belongs to no parameter ({str(parameter)[:50]!r}), which a "
                 "record cannot hold; keep it with a parameter"
             )
+        kept = found[names[id(parameter)]] = {}
         for key, value in entry.items():
+            if value is None:
+                continue
             if key in COUNTERS and isinstance(value, Tensor) and value.dim():
                 raise UnsupportedError(
                     f"the optimizer {kind} keeps {key!r} as a tensor of shape {list(value.shape)}, and {key!r} is the "
                     "name of a number in torch's optimizers; give it another name"
                 )
-            if value is not None and not isinstance(value, (Tensor, int, float)):
+            if not isinstance(value, (Tensor, int, float)):
                 raise UnsupportedError(
                     f"the optimizer {kind} keeps its state {key!r} of {names[id(parameter)]!r} "
                     f"as a {type(value).__name__}; expected tensors and numbers. Keep it in one tensor"
                 )
-    return {
-        names[id(parameter)]: {
-            key: value.detach().to_dense().clone() if isinstance(value, Tensor) else value
-            for key, value in entry.items()
-            if value is not None
-        }
-        for parameter, entry in state.items()
-    }
+            kept[key] = value.detach().to_dense().clone() if isinstance(value, Tensor) else value
+    return found
 
 
 def build_optimizer(layout: OptimizerLayout, workload: Workload) -> Optimizer:

@@ -175,7 +175,7 @@ class Replay:
 
         Args:
             a, b: ``0 <= a <= b <= T``.
-            memory_budget: bytes that the states held at one time may take. Default: enough for every stretch between
+            memory_budget: bytes that the states held at one time may take. Default: enough for all states between two
                 checkpoints (about ``2 sqrt(T)`` states as recorded by default), and up to :data:`STATES_IN_MEMORY`.
             optimizer_values: ``False`` = between checkpoints, the optimizer's state has its keys only (values
                 ``None``), which takes less memory.

@@ -61,10 +61,9 @@ class TracedUpdate:
         names = [name for group in groups for name in group.names]
         settings = {name: dict(group.settings) for group in groups for name in group.names}
         flat = gradients()
-        parts = [
-            flat[group.gradient].split([self._held.shapes[name].numel() for name in group.names]) for group in groups
-        ]
-        grads = [part.view(self._held.shapes[name]) for name, part in zip(names, sum(parts, ()), strict=True)]
+        shapes = [self._held.shapes[name] for name in names]
+        parts = torch.cat([flat[group.gradient] for group in groups]).split([shape.numel() for shape in shapes])
+        grads = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         before = {(name, key): value for name in names for key, value in state.optimizer.get(name, {}).items()}
         slots = {slot: value.detach() for slot, value in before.items() if _is_slot(value)}
         rest = {slot: value for slot, value in before.items() if slot not in slots}

@@ -86,8 +86,7 @@ class Trajectory(Record):
     def check_replay(self, workload: Workload) -> Verification:
         """The replay of :meth:`verify` alone; arguments, errors and cost are the same."""
         replay = self.replay(workload)
-        states = replay.forward(0, self.num_steps)
         with progress_bar(self.num_steps + 1, "replay") as progress:
-            for _ in states:
+            for _ in replay.forward(0, self.num_steps):
                 progress.update()
         return Verification(dict(replay.drift))

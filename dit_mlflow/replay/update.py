@@ -44,6 +44,9 @@ class UpdateAdjoint:
         held: the parameters that it holds, param group after param group.
         optimizer: the optimizer, over no parameters.
         clip: differentiable clipping of gradients by name; ``None`` = no clipping.
+
+    Attributes:
+        needs_values: whether the optimizer's state must have its values; ``False`` = its keys are enough.
     """
 
     def __init__(
@@ -57,11 +60,7 @@ class UpdateAdjoint:
         self._layout = layout
         self._held = held
         self._step = _step_adjoint(layout, held, optimizer)
-
-    @property
-    def needs_values(self) -> bool:
-        """Whether the optimizer's state must have its values; ``False`` = its keys are enough."""
-        return self._step.needs_values
+        self.needs_values = self._step.needs_values
 
     def __call__(self, state: State, gradients: Mapping[str, Tensor], step: StepRecord, adjoint: Adjoint) -> Pulled:
         """``(lambda_theta, lambda_o), lambda_g`` from ``lambda`` at step ``t + 1``.

@@ -166,7 +166,7 @@ class Retraining:
         return changes
 
     def _side_by_side_changes(self, job: Job, advanced: Advanced) -> Changes | None:
-        """Retrainings under one ``vmap``, in chunks; ``None`` if row 0 of one, the control, is not the recorded run."""
+        """Retrainings under ``vmap``, in chunks; ``None`` if row 0 of one, the control, is not the recorded run."""
         start, count = job.baseline.start, len(job.counterfactuals)
         size = self._chunk_size(start, job.steps[0])
         changes = self._no_changes(job)

@@ -12,13 +12,13 @@ Appearance = np.ndarray | str | Mapping[str, Any]
 """An image ``[H, W]`` (grey) or ``[H, W, 3]``, uint8 or floats in [0, 1]; a text; or a table row, name -> value."""
 
 SMALLEST_IMAGE = 4
-"""Pixels on a side; smaller arrays are not taken for images."""
+"""Pixels per side; smaller arrays are not treated as images."""
 
 LONGEST_SIDE = 512
-"""Pixels on a side that are looked at; of larger images, every n-th."""
+"""Largest number of pixels per side; of larger images, every n-th is used."""
 
 LONGEST_ROW = 64
-"""Values; longer vectors are not shown."""
+"""Largest number of values of a vector that is shown."""
 
 INPUTS = ("image", "pixel_values", "text", "sentence", "inputs", "input", "x", "input_ids")
 LABELS = ("label", "labels", "target", "y")
@@ -88,7 +88,7 @@ def _image(values: np.ndarray) -> np.ndarray | None:
     shaped = values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)
     if not shaped or min(values.shape[:2]) < SMALLEST_IMAGE or values.dtype.kind not in "uif":
         return None
-    # First: a view of a few bytes may have a million million elements.
+    # First, since a view of a few bytes may have 10^12 elements.
     values = shrunk(values)
     if values.dtype == np.uint8:
         return values

@@ -1,4 +1,4 @@
-"""Batches of any kind: their tensors, moved, noted and replaced in copies."""
+"""Move, list and replace the tensors of batches of any type."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.overrides import TorchFunctionMode
 from dit_mlflow.errors import TrajectoryError, WorkloadError, first_line
 
 Batch = Any
-"""Whatever the collate function returns: a tensor or NumPy array, lists, tuples, dicts and dataclasses of them, or any
+"""What the collate function returns: a tensor or NumPy array, lists, tuples, dicts and dataclasses of them, or any
 object that can be copied."""
 
 
 def floating_one(tensors: Iterable[Tensor]) -> Tensor:
-    """The first floating one: of the device and dtype in which a model of these parameters computes.
+    """The first floating tensor: its device and dtype are those in which a model of these parameters computes.
 
-    Others may come before it: codes of quantised weights, tables of indices.
+    Other tensors may come before it: codes of quantised weights, tables of indices.
     """
     every = list(tensors)
     return next((tensor for tensor in every if tensor.is_floating_point()), every[0])
@@ -31,8 +31,8 @@ def floating_one(tensors: Iterable[Tensor]) -> Tensor:
 def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh: bool = False) -> Batch:
     """Move every tensor of ``batch`` to ``device``, and floating ones to ``dtype`` if one is given.
 
-    Containers are rebuilt; ``fresh`` copies tensors even if they need not move, so that a function that works in place
-    cannot change the batch. NumPy arrays of numbers count as tensors, but stay arrays, in the host's memory.
+    Containers are rebuilt; ``fresh`` copies tensors even if they need not move, so that operations in place cannot
+    change the given batch. NumPy arrays of numbers count as tensors, but stay arrays, in the host's memory.
 
     Raises:
         WorkloadError: the batch holds an object that cannot be copied.
@@ -64,7 +64,7 @@ def with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
     """``batch`` with other tensors in place of its own, in the order of :func:`tensors_of`.
 
     Raises:
-        TrajectoryError: there are not as many.
+        TrajectoryError: the number of tensors differs.
     """
     expected = len(tensors_of(batch))
     if expected != len(tensors):
@@ -84,8 +84,8 @@ def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor], other: Calla
     """``batch`` in new containers, with ``function`` applied to its tensors.
 
     Args:
-        other: what becomes of objects of other kinds; default: a deep copy, with ``function`` applied to the tensors
-            that it holds.
+        other: applied to objects of other types; default: a deep copy, with ``function`` applied to the tensors that
+            the object holds.
 
     Raises:
         WorkloadError: an object that cannot be copied.
@@ -115,7 +115,7 @@ def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor], other: Calla
 
 
 def _is_its_content(batch: Mapping[Any, Any]) -> bool:
-    """Whether its type, called with its content, makes the same again."""
+    """Whether its type, called with its content, gives an equal mapping."""
     try:
         made: Mapping[Any, Any] = type(batch)(dict(batch))  # type: ignore[call-arg]
         same = made.keys() == batch.keys() and all(made[key] is batch[key] for key in batch)
@@ -133,13 +133,13 @@ def _copied(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise WorkloadError(
             f"batches hold a {type(value).__qualname__}, which cannot be copied ({first_line(error)}); every step "
-            "needs a batch of its own, since a loss may change it. Give a collate_fn that returns tensors, in lists, "
+            "needs a copy of its batch, since a loss may change it. Give a collate_fn that returns tensors, in lists, "
             "tuples, dicts or dataclasses"
         ) from error
 
 
 class _OnTensors(TorchFunctionMode):
-    """Inside it, a deep copy of a tensor is what ``function`` makes of it."""
+    """Inside it, ``copy.deepcopy`` of a tensor applies ``function`` to it."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Recognise the recorded training set without storing it."""
+"""A digest by which the recorded training set is recognised, without storing it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.workload.random_state import preserved_random_state
 
 DIGEST_SAMPLES = 256
-"""Samples, evenly spread, that enter the digest of a dataset that is not a TensorDataset."""
+"""Number of evenly spaced samples in the digest of a dataset that is not a TensorDataset."""
 
 
 def dataset_digest(dataset: Dataset[Any]) -> str | None:
@@ -37,7 +37,7 @@ def dataset_digest(dataset: Dataset[Any]) -> str | None:
 
 
 def is_inert(dataset: Dataset[Any]) -> bool:
-    """Whether reading samples certainly changes nothing, so that they may be read during training."""
+    """Whether reading samples is certain to have no side effect, so that they may be read during training."""
     return type(dataset) is TensorDataset
 
 

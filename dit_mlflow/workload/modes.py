@@ -1,4 +1,4 @@
-"""Training and evaluation mode by the modules' own ``train()`` and ``eval()``, which may do more than set a flag."""
+"""Set modes by the modules' own ``train()`` and ``eval()``, which may do more than set a flag."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dit_mlflow.errors import UnsupportedError
 
 
 def act(model: nn.Module) -> bool:
-    """Whether a module has a ``train()`` or ``eval()`` of its own."""
+    """Whether a module of ``model`` overrides ``train()`` or ``eval()``."""
     return any(
         name in vars(module) or getattr(type(module), name) is not getattr(nn.Module, name)
         for module in model.modules()
@@ -25,11 +25,11 @@ def set_modes(modules: Mapping[str, nn.Module], evaluating: Set[str]) -> None:
 
     Args:
         modules: the model's, by name, the model first.
-        evaluating: names of those in evaluation mode.
+        evaluating: names of the modules in evaluation mode.
     """
     root = next(iter(modules.values()))
     training = "" not in evaluating
-    # There and back: some act on a change alone.
+    # Twice, since some methods do something only if the mode changes.
     root.train(not training)
     root.train(training)
     for name, module in modules.items():
@@ -44,7 +44,7 @@ def check_modes(model: nn.Module) -> None:
     Raises:
         UnsupportedError: ``train()`` or ``eval()`` of a module changes them (adapters that are merged into weights).
 
-    Cost: a copy of the model, where a module has such a method of its own.
+    Cost: a copy of the model, if :func:`act`.
     """
     if not act(model):
         return
@@ -52,7 +52,7 @@ def check_modes(model: nn.Module) -> None:
     with torch.no_grad():
         for number, value in enumerate(tried.parameters()):
             if value.is_floating_point():
-                # Adapters often begin with 0, and merge nothing then.
+                # Adapters are often 0 at first, so that merging them has no effect.
                 random = torch.Generator().manual_seed(number)
                 value.add_(0.1 + 0.1 * torch.rand(value.shape, generator=random).to(value))
     before = {name: value.clone() for name, value in _tensors(tried).items()}

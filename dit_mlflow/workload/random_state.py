@@ -1,4 +1,4 @@
-"""The random generators a training step can draw from: capture and restore them."""
+"""Capture and restore the random generators that a training step can draw from."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RandomState(NamedTuple):
         )
 
     def used_since(self, later: RandomState) -> RandomState | None:
-        """Keep only the generators whose state differs in ``later``; ``None`` if there are none."""
+        """The states of the generators whose state differs in ``later``; ``None`` if there are none."""
         if self == later:
             return None
         return RandomState(**{k: value for k, value in self._asdict().items() if value != getattr(later, k)})
@@ -84,7 +84,7 @@ class RandomState(NamedTuple):
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Leave every generator as it was found, whatever the body draws."""
+    """Restore every generator afterwards, whatever the body draws."""
     before = RandomState.capture()
     try:
         yield
@@ -95,7 +95,7 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def fixed_draws(device: torch.device) -> Iterator[None]:
-    """Make torch draw the same numbers every time inside; its CPU and ``device`` generators are put back."""
+    """Inside it, torch draws the same numbers every time; its CPU and ``device`` generators are restored afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(0)
         if device.type == "cuda":

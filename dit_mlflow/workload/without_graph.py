@@ -1,4 +1,4 @@
-"""Values of a loss or a query, without the graph of their gradients."""
+"""Compute values without their graph."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NEEDS_GRAPH = "does not require grad"
 
 
 def without_graph(function: Callable[[], Result]) -> Result:
-    """``function()`` without gradients; where it takes some itself (forces, gradient penalties), with them, detached.
+    """``function()`` without gradients; if it takes gradients itself (forces, penalties), with them and detached.
 
-    Cost: of the latter, up to twice.
+    Cost: in the second case, up to two calls.
     """
     try:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a method needs besides the trajectory: model, data, per-sample loss, and the loop's settings."""
+"""The workload: model, data, per-sample loss, and the loop's settings, which a method needs besides the trajectory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Workload:
         optimizer, batch_size, epochs: ``optimizer(model) -> torch.optim.Optimizer`` (with :attr:`step`, also a mapping
             of several, by name), samples per micro-batch, passes over ``train_set``; only :func:`train` needs them.
         scheduler: ``scheduler(optimizer)``, stepped after each optimizer step.
-        test_set: judged at the end of training, never used to choose anything.
+        test_set: evaluated at the end of training, never used to choose anything.
         coefficients: ``coefficients(batch) -> [B]``, the factor ``c_i`` with which each sample's loss enters
             the step; default ``1 / (B * accumulate)``.
         accumulate: micro-batches per optimizer step.
@@ -49,7 +49,7 @@ class Workload:
         describe: ``describe(index) -> str``, a line on the training sample for reports.
         show: ``show(index) -> Appearance``, the training sample as people see it: an image, a text or a table row (see
             :data:`dit_mlflow.workload.appearance.Appearance`); default: guessed from ``train_set[index]``.
-        label: ``label(index) -> str``, what the sample was trained to be; default: from ``train_set[index]``.
+        label: ``label(index) -> str``, the label of the training sample; default: from ``train_set[index]``.
         outputs: ``outputs(model, batch) -> [B, classes]`` logits (or ``[B]``, ``[B, 1]``: of class 1 against 0), for
             queries on them; default ``model(batch[0])``.
         targets: ``targets(batch) -> [B]``, the class of each sample, for queries and methods that ask for it; default
@@ -141,7 +141,7 @@ class Workload:
         return plain_copy(self.model if isinstance(self.model, nn.Module) else self.model())
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """The collated training samples ``indices``, as the training loop saw them."""
+        """The collated training samples ``indices``."""
         return self.collate(self.train_set, indices)
 
     def collate(self, dataset: Dataset[Any], indices: Sequence[int] | np.ndarray) -> Batch:
@@ -153,9 +153,9 @@ class Workload:
         return (self.collate_fn or default_collate)(samples)
 
     def unvarying(self, dataset: Dataset[Any], indices: Sequence[int] | np.ndarray) -> Batch:
-        """As :meth:`collate`, for reading samples outside of recorded steps: the result is the same every time.
+        """As :meth:`collate`, for samples outside of recorded steps: the result is the same every time.
 
-        A sample's random augmentation is seeded by its index, ``collate_fn`` by 0. The generators are put back.
+        A sample's random augmentation is seeded by its index, ``collate_fn`` by 0. The generators are restored.
         """
         if self.collate_fn is None and type(dataset) is TensorDataset:
             return self.collate(dataset, indices)
@@ -253,7 +253,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """A timeline of steps: all that windows need to be laid out.
+    """The planned steps of a training, for windows.
 
     Attributes:
         epoch_ends: for each epoch, the step after its last one.

@@ -1,4 +1,4 @@
-"""The module inside compilation and parallel wrappers, which can be differentiated twice."""
+"""Take the module out of compiled and parallel wrappers, so that it can be differentiated twice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
             "keep tensors of a forward pass (detach them), open files or locks; use "
             "torch.nn.utils.parametrizations.weight_norm in place of torch.nn.utils.weight_norm"
         ) from error
-    # From the inside out and under every name, so that no nested or shared compiled module is missed.
+    # From the inside out and by every name, so that no nested or shared compiled module is missed.
     for name, module in reversed(list(copied.named_modules(remove_duplicate=False))):
         if _is_compiled(module):
             copied.set_submodule(name, module.get_submodule(COMPILED_MODULE))

@@ -52,7 +52,7 @@ def test_skipped_batches(discards: bool, tmp_path: Path) -> None:
     trajectory = Trajectory.open(tmp_path / "t")
     workload = digits_workload(model=make, optimizer=None)
     if not discards:
-        with pytest.raises(TrajectoryError, match=r"did not use \(continue,.*need recorder\.discard\(\)"):
+        with pytest.raises(TrajectoryError, match=r"does not use it \(continue,.*call recorder\.discard\(\)"):
             trajectory.verify(workload)
         return
     assert_replays(trajectory, workload, model)

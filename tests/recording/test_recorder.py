@@ -428,7 +428,7 @@ def test_parameters_that_share_their_memory_are_refused_by_name(tmp_path: Path) 
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4, bias=False))
     for tied in (lambda: nn.Parameter(model[0].weight), lambda: nn.Parameter(model[0].weight.data)):
         model[1].weight = tied()
-        with pytest.raises(UnsupportedError, match=r"'0\.weight' and '1\.weight' are two on one memory"):
+        with pytest.raises(UnsupportedError, match=r"'0\.weight' and '1\.weight' share memory"):
             TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t")
     model[1].weight = model[0].weight
     TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t")

@@ -202,7 +202,7 @@ def test_a_loader_whose_iter_is_a_generator(workers: int, tmp_path: Path) -> Non
 
 
 def test_a_loader_that_fetches_ahead_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="__iter__ of Ahead asked for 2 batches and handed out one"):
+    with pytest.raises(InputError, match="__iter__ of Ahead asked for 2 batches and returned one"):
         recorded(Ahead(Indexed(), 8), tmp_path / "t")
 
 

@@ -146,7 +146,7 @@ def test_distributed_training_in_one_process_is_recorded(tmp_path: Path) -> None
 def test_distributed_training_in_two_processes_is_refused(tmp_path: Path) -> None:
     inner = digits_model()
     for model in (inner, DistributedDataParallel(inner)):
-        with pytest.raises(UnsupportedError, match=r"training runs in 2 processes.*its own share of each batch"):
+        with pytest.raises(UnsupportedError, match=r"training runs in 2 processes.*a part of each batch"):
             TrajectoryRecorder(model, SGD(model.parameters(), lr=0.5), tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
