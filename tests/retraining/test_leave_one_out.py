@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -183,7 +186,7 @@ def test_samples_outside_a_window_are_exactly_zero(tmp_path: Any) -> None:
     assert (scores[met] != 0).all()
 
 
-@pytest.mark.parametrize("samples", [0, 25, [], [24], [-1], [True, False], [0.5]])
+@pytest.mark.parametrize("samples", [0, 25, [], [24], [0, 30], [-1], [True, False], [0.5]])
 def test_samples_that_do_not_exist_are_refused(samples: Any, tmp_path: Any) -> None:
     workload = digits_workload(epochs=1)
     trajectory = train(workload, tmp_path / "t")
@@ -266,6 +269,62 @@ def test_goes_on_from_what_was_finished(tmp_path: Any, monkeypatch: pytest.Monke
     leave_one_out(trajectory, workload, windows, dtype=None, effort=effort)
     leave_one_out(trajectory, workload, windows, queries=sample_losses(workload, [3]), effort=effort)
     assert len(ran) == 9
+
+
+def holding(value: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **{"9": value})
+    return file.getvalue()
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("made by a pickle",)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda data: b"",
+        lambda data: data[:-3],
+        lambda data: b"no archive" + data,
+        lambda data: data.replace(b"NUMPY", b"DUMPY"),
+        lambda data: holding(np.array([Code()], dtype=object)),
+    ],
+    ids=["empty", "cut off", "no archive", "changed", "a pickle"],
+)
+def test_a_finished_part_that_cannot_be_read_is_made_again(
+    damaged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    ask = partial(
+        leave_one_out, trajectory, workload, [Window(0, 9)], samples=[0, 5], effort=Effort(folder=tmp_path / "kept")
+    )
+    expected = ask().scores
+    (part,) = (tmp_path / "kept").iterdir()
+    whole = part.read_bytes()
+    part.write_bytes(damaged(whole))
+    np.testing.assert_allclose(ask().scores, expected, rtol=1e-9, atol=1e-14)
+    assert not Path("made by a pickle").exists()
+    assert len(part.read_bytes()) == len(whole)
+
+
+def test_a_finished_part_on_a_disk_that_fails_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any, **settings: Any) -> Any:
+        raise OSError("Input/output error")
+
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    ask = partial(
+        leave_one_out, trajectory, workload, [Window(0, 9)], samples=[0, 5], effort=Effort(folder=tmp_path / "kept")
+    )
+    expected = ask().scores
+    monkeypatch.setattr(np, "load", failing)
+    np.testing.assert_allclose(ask().scores, expected, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("setting", [{"backend": "threads"}, {"jobs": 0}])
