@@ -244,3 +244,23 @@ def test_state_that_is_no_tensor_or_number_is_refused_when_recorded(tmp_path: Pa
     model = digits_model()
     with pytest.raises(UnsupportedError, match=r"Listing keeps .*'past'.* list"):
         record(tmp_path / "t", model, Listing(model.parameters()))
+
+
+@pytest.mark.parametrize("where", ["under a name", "as a number"])
+def test_state_that_belongs_to_no_parameter_is_refused_when_recorded(tmp_path: Path, where: str) -> None:
+    class Counting(Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for value in self.param_groups[0]["params"]:
+                value.sub_(0.1 * value.grad)
+                if where == "as a number":
+                    self.state[value] = 1
+            if where == "under a name":
+                self.state["all"] = {"calls": 1}  # type: ignore[index]
+
+    model = digits_model()
+    with pytest.raises(UnsupportedError, match="Counting keeps state that belongs to no parameter"):
+        record(tmp_path / "t", model, Counting(model.parameters()))
