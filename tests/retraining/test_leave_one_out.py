@@ -31,6 +31,7 @@ from dit_mlflow import (
     track,
     train,
 )
+from dit_mlflow.retraining import confirm
 from dit_mlflow.retraining import retrain as counterfactual
 from dit_mlflow.retraining.counterfactuals import Retraining
 
@@ -156,6 +157,25 @@ def draws_differ_under_vmap() -> bool:
     return not torch.equal(torch.func.vmap(dropped, randomness="same")(values)[0], dropped(values[0]))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "miss", "holds"),
+    [(torch.float64, 1e-9, True), (torch.float64, 1e-6, False), (None, 1e-4, True), (None, 1e-2, False)],
+)
+def test_the_control_may_miss_the_recorded_run_by_rounding_alone(
+    dtype: Any, miss: float, holds: bool, tmp_path: Path
+) -> None:
+    """By the share ``miss`` of the way that training went."""
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    replay = trajectory.replay(workload, dtype)
+    start, *_, recorded = (state.copy() for state in replay.forward(0, 3))
+    control = recorded.side_by_side(2).copy()
+    for name, value in control.parameters.items():
+        value += miss * (recorded.parameters[name] - start.parameters[name])
+    steps = [trajectory.step(t) for t in range(3)]
+    assert Retraining(replay.training_step, [], 0)._control_holds(control, recorded, start, steps) == holds
+
+
 def test_rounding_that_training_amplifies_does_not_end_leaving_out_side_by_side(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -192,6 +212,16 @@ def test_samples_that_do_not_exist_are_refused(samples: Any, tmp_path: Any) -> N
     trajectory = train(workload, tmp_path / "t")
     with pytest.raises(InputError, match="expected"):
         leave_one_out(trajectory, workload, [Window(0, 1)], samples=samples)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.float64, "float64"), (torch.float32, "float32"), (None, "recorded")])
+def test_the_result_says_in_which_dtype_it_was_computed(dtype: Any, said: str, tmp_path: Path) -> None:
+    workload = digits_workload(epochs=1)
+    trajectory = train(workload, tmp_path / "t")
+    found = leave_one_out(trajectory, workload, [Window(0, 1)], samples=[0, 5], dtype=dtype)
+    estimate = track(trajectory, workload, [Window(0, 1)])
+    for result in (found, confirm(estimate, trajectory, workload, m=2, dtype=dtype)):
+        assert (result.metadata["dtype"], result.metadata["num_removed"]) == (said, 2)
 
 
 @pytest.mark.parametrize("batched", [True, False])
