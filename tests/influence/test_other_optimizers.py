@@ -25,6 +25,7 @@ from dit_mlflow import (
     track,
     train,
 )
+from dit_mlflow.replay.traced import traced
 
 SOME = [0, 5, 11]
 
@@ -169,6 +170,15 @@ def test_steps_that_move_nothing_are_no_signs(tmp_path: Path) -> None:
     scores = track(trajectory, workload, [window], dtype=torch.float64).of(0)
     exact = finite_difference(workload, trajectory, window, "local", SOME, 1e-5)
     assert np.abs(scores[SOME] - exact).max() < 1e-6 * np.abs(scores).max()
+
+
+@pytest.mark.parametrize("root", [torch.sqrt, lambda value: value**0.5, lambda value: value.clone().sqrt_()])
+def test_roots_in_a_trace_have_the_derivative_0_at_0(root: Any) -> None:
+    values = torch.tensor([0.0, 4.0], dtype=torch.float64, requires_grad=True)
+    (found,) = traced(lambda value: [root(value)], [values.detach()], roots=True)(values)
+    assert found.tolist() == [0, 2]
+    (slope,) = torch.autograd.grad(found.sum(), values)
+    assert slope.tolist() == [0, 0.25]
 
 
 @pytest.mark.parametrize("where", ["settings", "number", "tensor"])
