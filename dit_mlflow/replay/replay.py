@@ -306,5 +306,5 @@ def _first_piece(length: int, room: int) -> int:
     repeats = 1
     while math.comb(room + repeats, repeats) < length:
         repeats += 1
-    # C(room + r - 1, r - 1), of one repeat less, was below length.
+    # Below length: as many steps as one repeat less walks.
     return math.comb(room + repeats - 1, room)
