@@ -63,7 +63,7 @@ def test_a_gradient_that_autograd_takes_for_a_constant_is_refused_by_the_step_it
     replay = trajectory.replay(workload)
     step = replay.loss_step
     adjoint = Adjoint(torch.ones(1, step.followed_parameters.size), torch.zeros(1, 0))
-    with pytest.raises(UnsupportedError, match="cannot be differentiated twice.*once_differentiable"):
+    with pytest.raises(UnsupportedError, match=r"cannot be differentiated twice.*once_differentiable"):
         step.pull_back(next(replay.forward(1, 1)), trajectory.step(1), adjoint)
 
 

@@ -214,7 +214,9 @@ def test_samples_that_do_not_exist_are_refused(samples: Any, tmp_path: Any) -> N
         leave_one_out(trajectory, workload, [Window(0, 1)], samples=samples)
 
 
-@pytest.mark.parametrize(("dtype", "said"), [(torch.float64, "float64"), (torch.float32, "float32"), (None, "recorded")])
+@pytest.mark.parametrize(
+    ("dtype", "said"), [(torch.float64, "float64"), (torch.float32, "float32"), (None, "recorded")]
+)
 def test_the_result_says_in_which_dtype_it_was_computed(dtype: Any, said: str, tmp_path: Path) -> None:
     workload = digits_workload(epochs=1)
     trajectory = train(workload, tmp_path / "t")
