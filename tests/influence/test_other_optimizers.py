@@ -173,12 +173,13 @@ def test_steps_that_move_nothing_are_no_signs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("root", [torch.sqrt, lambda value: value**0.5, lambda value: value.clone().sqrt_()])
-def test_roots_in_a_trace_have_the_derivative_0_at_0(root: Any) -> None:
+def test_roots_in_the_trace_of_an_optimizer_have_the_derivative_0_at_0(root: Any) -> None:
     values = torch.tensor([0.0, 4.0], dtype=torch.float64, requires_grad=True)
-    (found,) = traced(lambda value: [root(value)], [values.detach()], roots=True)(values)
-    assert found.tolist() == [0, 2]
-    (slope,) = torch.autograd.grad(found.sum(), values)
-    assert slope.tolist() == [0, 0.25]
+    for settings, at_0 in (({"roots": True}, 0), ({}, np.inf)):
+        (found,) = traced(lambda value: [root(value)], [values.detach()], **settings)(values)
+        assert found.tolist() == [0, 2]
+        (slope,) = torch.autograd.grad(found.sum(), values)
+        assert slope.tolist() == [at_0, 0.25]
 
 
 @pytest.mark.parametrize("where", ["settings", "number", "tensor"])

@@ -365,6 +365,15 @@ def test_effort_that_cannot_be_made_is_refused(setting: Any) -> None:
         Effort(**setting)
 
 
+@pytest.mark.parametrize("backend", ["dask", "ray"])
+def test_a_backend_starts_as_many_workers_as_asked_for_or_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(f"dit_mlflow.retraining.effort._{backend}", started.append)
+    for jobs in (None, 3):
+        Effort(jobs=jobs, backend=backend).configured()
+    assert started == [1, 3]
+
+
 @pytest.mark.parametrize("way", ["side by side", "one by one", "control misses"])
 def test_progress_counts_every_step_once(way: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     workload = digits_workload()
