@@ -325,4 +325,5 @@ def _first_piece(length: int, room: int) -> int:
     repeats = 1
     while math.comb(room + repeats, repeats) < length:
         repeats += 1
-    return min(math.comb(room + repeats - 1, room), length - 1)
+    # Below length: as many steps as one repeat less walks.
+    return math.comb(room + repeats - 1, room)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import cloudpickle
 import joblib
@@ -205,9 +206,10 @@ class _Kept:
         if path is None or not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            # Opened here: of a file that is no whole archive, NumPy would leave it open.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 return {int(step): stored[step] for step in stored.files}
-        except (OSError, ValueError):
+        except (OSError, EOFError, ValueError, BadZipFile):
             return None
 
     def save(self, rows: np.ndarray, found: Changes) -> None:

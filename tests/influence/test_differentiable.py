@@ -11,7 +11,7 @@ import torch
 from oracles import finite_difference, window_effect
 from plain_loop import record, whole
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import batch_norm, embedding_bag, instance_norm
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import SGD, Adagrad
 from workloads import digits_workload, sample_losses
@@ -20,6 +20,7 @@ from dit_mlflow import Query, UnsupportedError, Window, leave_one_out, track, tr
 from dit_mlflow.methods import method
 from dit_mlflow.replay.double_backward import embedding_bag as bags
 from dit_mlflow.replay.double_backward import weight_norm as written_out
+from dit_mlflow.replay.running_statistics import DifferentiableStatistics
 
 
 def normalised(dim: int | None) -> nn.Module:
@@ -80,6 +81,32 @@ def test_bags_of_embeddings_are_differentiated_twice(tmp_path: Path, mode: str) 
     samples = [0, 5, 11]
     exact = finite_difference(workload, trajectory, whole(trajectory)[0], "local", samples, 1e-5)
     assert np.abs(scores[samples] - exact).max() < 1e-6 * np.abs(scores).max()
+
+
+@pytest.mark.parametrize(
+    ("norm", "settings"),
+    [
+        (batch_norm, {}),
+        (batch_norm, {"training": True}),
+        (batch_norm, {"training": True, "momentum": 0.3, "eps": 0.2}),
+        (instance_norm, {}),
+        (instance_norm, {"use_input_stats": False}),
+        (instance_norm, {"momentum": 0.3, "eps": 0.2}),
+    ],
+)
+def test_running_statistics_written_out_are_those_of_torch(norm: Any, settings: dict[str, Any]) -> None:
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(5, 3, 4, generator=random, dtype=torch.float64)
+    mean, variance, weight, bias = torch.rand(4, 3, generator=random, dtype=torch.float64)
+    own, followed = (
+        [value.clone().requires_grad_(grad).clone() for value in (mean, variance)] for grad in (False, True)
+    )
+    expected = norm(inputs, *own, weight, bias, **settings)
+    with DifferentiableStatistics():
+        found = norm(inputs, *followed, weight, bias, **settings)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(followed, own)
+    assert all(value.requires_grad for value in followed)
 
 
 @pytest.mark.parametrize("kind", ["local", "cumulative"])

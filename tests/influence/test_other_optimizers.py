@@ -25,6 +25,7 @@ from dit_mlflow import (
     track,
     train,
 )
+from dit_mlflow.replay.traced import traced
 
 SOME = [0, 5, 11]
 
@@ -171,6 +172,16 @@ def test_steps_that_move_nothing_are_no_signs(tmp_path: Path) -> None:
     assert np.abs(scores[SOME] - exact).max() < 1e-6 * np.abs(scores).max()
 
 
+@pytest.mark.parametrize("root", [torch.sqrt, lambda value: value**0.5, lambda value: value.clone().sqrt_()])
+def test_roots_in_the_trace_of_an_optimizer_have_the_derivative_0_at_0(root: Any) -> None:
+    values = torch.tensor([0.0, 4.0], dtype=torch.float64, requires_grad=True)
+    for settings, at_0 in (({"roots": True}, 0), ({}, np.inf)):
+        (found,) = traced(lambda value: [root(value)], [values.detach()], **settings)(values)
+        assert found.tolist() == [0, 2]
+        (slope,) = torch.autograd.grad(found.sum(), values)
+        assert slope.tolist() == [at_0, 0.25]
+
+
 @pytest.mark.parametrize("where", ["settings", "number", "tensor"])
 def test_numbers_that_depend_on_gradients_are_refused(tmp_path: Path, where: str) -> None:
     workload = of(Averaging, where=where)
@@ -244,3 +255,23 @@ def test_state_that_is_no_tensor_or_number_is_refused_when_recorded(tmp_path: Pa
     model = digits_model()
     with pytest.raises(UnsupportedError, match=r"Listing keeps .*'past'.* list"):
         record(tmp_path / "t", model, Listing(model.parameters()))
+
+
+@pytest.mark.parametrize("where", ["under a name", "as a number"])
+def test_state_that_belongs_to_no_parameter_is_refused_when_recorded(tmp_path: Path, where: str) -> None:
+    class Counting(Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for value in self.param_groups[0]["params"]:
+                value.sub_(0.1 * value.grad)
+                if where == "as a number":
+                    self.state[value] = 1
+            if where == "under a name":
+                self.state["all"] = {"calls": 1}  # type: ignore[index]
+
+    model = digits_model()
+    with pytest.raises(UnsupportedError, match="Counting keeps state that belongs to no parameter"):
+        record(tmp_path / "t", model, Counting(model.parameters()))

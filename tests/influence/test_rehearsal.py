@@ -16,6 +16,7 @@ from workloads import digits_model, digits_workload
 
 from dit_mlflow import Trajectory, TrajectoryError, UnsupportedError, train
 from dit_mlflow.influence.rehearsal import rehearse
+from dit_mlflow.replay.adjoint import Adjoint
 
 
 class Once(torch.autograd.Function):
@@ -53,6 +54,17 @@ def test_operation_without_a_second_derivative_is_named() -> None:
 
 def test_an_operation_that_autograd_does_not_differentiate_twice_is_traced() -> None:
     rehearse(digits_workload(model=HandWritten))
+
+
+def test_a_gradient_that_autograd_takes_for_a_constant_is_refused_by_the_step_itself(tmp_path: Path) -> None:
+    """Not by the comparison with differences alone: what looks at single steps makes none."""
+    workload = digits_workload(model=HandWritten)
+    trajectory = train(workload, tmp_path / "t")
+    replay = trajectory.replay(workload)
+    step = replay.loss_step
+    adjoint = Adjoint(torch.ones(1, step.followed_parameters.size), torch.zeros(1, 0))
+    with pytest.raises(UnsupportedError, match=r"cannot be differentiated twice.*once_differentiable"):
+        step.pull_back(next(replay.forward(1, 1)), trajectory.step(1), adjoint)
 
 
 def test_rehearsal_leaves_no_trace_and_passes_what_can_be_swept() -> None:

@@ -113,6 +113,17 @@ def test_a_loss_that_couples_samples_is_said_and_right(model: Any, loss: Any, tm
         np.testing.assert_allclose(exact, truth, rtol=1e-6, atol=1e-12)
 
 
+def test_rows_that_cannot_be_looked_at_are_not_said_to_be_coupled(tmp_path: Path) -> None:
+    def apart(model: nn.Module, batch: Any) -> Tensor:
+        if len(batch[0].unique(dim=0)) < len(batch[0]):
+            raise ValueError("a sample is there twice")
+        return sample_losses(model, batch)
+
+    workload = digits_workload(loss=apart, epochs=1)
+    trajectory = train(workload, tmp_path / "t")
+    assert not track(trajectory, workload, whole(trajectory)).coupled
+
+
 class Lines(Dataset[Any]):
     """Rows of various lengths, padded to the longest of a batch."""
 

@@ -48,6 +48,10 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer": lambda model: Adam(model.parameters(), lr=0.02, eps=1e-4),
         "clip_grad_value": 0.005,
     },
+    "clipped with a layer that the optimizer does not hold": {
+        "optimizer": lambda model: SGD(model[2].parameters(), lr=0.2, momentum=0.9),
+        "clip_grad_norm": 0.05,
+    },
     "BatchNorm": {"model": hidden(nn.BatchNorm1d(6)), "optimizer": lambda model: SGD(model.parameters(), 0.2, 0.9)},
     "two micro-batches, a regularizer": {
         "batch_size": 5,

@@ -71,6 +71,12 @@ def test_an_explanation_has_sums_and_exact_effects(recorded: tuple[Trajectory, W
     np.testing.assert_allclose(again.groups["exact"], table["exact"])
 
 
+def test_an_index_outside_is_told_with_the_bounds(recorded: tuple[Trajectory, Workload]) -> None:
+    trajectory, workload = recorded
+    with pytest.raises(InputError, match=r"group 'outside' holds .*; expected one or more indices within 0 … 23$"):
+        leave_groups_out(trajectory, workload, WINDOWS, {"inside": [0, 23], "outside": [0, 24]})
+
+
 @pytest.mark.parametrize(
     "groups",
     [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +31,7 @@ from dit_mlflow import (
     track,
     train,
 )
+from dit_mlflow.retraining import confirm
 from dit_mlflow.retraining import retrain as counterfactual
 from dit_mlflow.retraining.counterfactuals import Retraining
 
@@ -153,6 +157,25 @@ def draws_differ_under_vmap() -> bool:
     return not torch.equal(torch.func.vmap(dropped, randomness="same")(values)[0], dropped(values[0]))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "miss", "holds"),
+    [(torch.float64, 1e-9, True), (torch.float64, 1e-6, False), (None, 1e-4, True), (None, 1e-2, False)],
+)
+def test_the_control_may_miss_the_recorded_run_by_rounding_alone(
+    dtype: Any, miss: float, holds: bool, tmp_path: Path
+) -> None:
+    """By the share ``miss`` of the way that training went."""
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    replay = trajectory.replay(workload, dtype)
+    start, *_, recorded = (state.copy() for state in replay.forward(0, 3))
+    control = recorded.side_by_side(2).copy()
+    for name, value in control.parameters.items():
+        value += miss * (recorded.parameters[name] - start.parameters[name])
+    steps = [trajectory.step(t) for t in range(3)]
+    assert Retraining(replay.training_step, [], 0)._control_holds(control, recorded, start, steps) == holds
+
+
 def test_rounding_that_training_amplifies_does_not_end_leaving_out_side_by_side(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -183,12 +206,24 @@ def test_samples_outside_a_window_are_exactly_zero(tmp_path: Any) -> None:
     assert (scores[met] != 0).all()
 
 
-@pytest.mark.parametrize("samples", [0, 25, [], [24], [-1], [True, False], [0.5]])
+@pytest.mark.parametrize("samples", [0, 25, [], [24], [0, 30], [-1], [True, False], [0.5]])
 def test_samples_that_do_not_exist_are_refused(samples: Any, tmp_path: Any) -> None:
     workload = digits_workload(epochs=1)
     trajectory = train(workload, tmp_path / "t")
     with pytest.raises(InputError, match="expected"):
         leave_one_out(trajectory, workload, [Window(0, 1)], samples=samples)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"), [(torch.float64, "float64"), (torch.float32, "float32"), (None, "recorded")]
+)
+def test_the_result_says_in_which_dtype_it_was_computed(dtype: Any, said: str, tmp_path: Path) -> None:
+    workload = digits_workload(epochs=1)
+    trajectory = train(workload, tmp_path / "t")
+    found = leave_one_out(trajectory, workload, [Window(0, 1)], samples=[0, 5], dtype=dtype)
+    estimate = track(trajectory, workload, [Window(0, 1)])
+    for result in (found, confirm(estimate, trajectory, workload, m=2, dtype=dtype)):
+        assert (result.metadata["dtype"], result.metadata["num_removed"]) == (said, 2)
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -268,10 +303,75 @@ def test_goes_on_from_what_was_finished(tmp_path: Any, monkeypatch: pytest.Monke
     assert len(ran) == 9
 
 
+def holding(value: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **{"9": value})
+    return file.getvalue()
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("made by a pickle",)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda data: b"",
+        lambda data: data[:-3],
+        lambda data: b"no archive" + data,
+        lambda data: data.replace(b"NUMPY", b"DUMPY"),
+        lambda data: holding(np.array([Code()], dtype=object)),
+    ],
+    ids=["empty", "cut off", "no archive", "changed", "a pickle"],
+)
+def test_a_finished_part_that_cannot_be_read_is_made_again(
+    damaged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    ask = partial(
+        leave_one_out, trajectory, workload, [Window(0, 9)], samples=[0, 5], effort=Effort(folder=tmp_path / "kept")
+    )
+    expected = ask().scores
+    (part,) = (tmp_path / "kept").iterdir()
+    whole = part.read_bytes()
+    part.write_bytes(damaged(whole))
+    np.testing.assert_allclose(ask().scores, expected, rtol=1e-9, atol=1e-14)
+    assert not Path("made by a pickle").exists()
+    assert len(part.read_bytes()) == len(whole)
+
+
+def test_a_finished_part_on_a_disk_that_fails_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any, **settings: Any) -> Any:
+        raise OSError("Input/output error")
+
+    workload = digits_workload()
+    trajectory = train(workload, tmp_path / "t")
+    ask = partial(
+        leave_one_out, trajectory, workload, [Window(0, 9)], samples=[0, 5], effort=Effort(folder=tmp_path / "kept")
+    )
+    expected = ask().scores
+    monkeypatch.setattr(np, "load", failing)
+    np.testing.assert_allclose(ask().scores, expected, rtol=1e-9, atol=1e-14)
+
+
 @pytest.mark.parametrize("setting", [{"backend": "threads"}, {"jobs": 0}])
 def test_effort_that_cannot_be_made_is_refused(setting: Any) -> None:
     with pytest.raises(InputError, match="expected"):
         Effort(**setting)
+
+
+@pytest.mark.parametrize("backend", ["dask", "ray"])
+def test_a_backend_starts_as_many_workers_as_asked_for_or_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(f"dit_mlflow.retraining.effort._{backend}", started.append)
+    for jobs in (None, 3):
+        Effort(jobs=jobs, backend=backend).configured()
+    assert started == [1, 3]
 
 
 @pytest.mark.parametrize("way", ["side by side", "one by one", "control misses"])
