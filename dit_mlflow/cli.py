@@ -85,7 +85,7 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
 @click.option("--dtype", default="recorded", help="Of the sweep: recorded, float32 or float64.")
 @click.option("--memory-mb", default=0, help="MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
 @click.option("--trust", default=24, help="Random samples left out exactly, and those that stand out; 0: none.")
-@click.option("--removed", default=0.0, help="Share of the samples whose removal is asked about; 0: one at a time.")
+@click.option("--removed", default=0.1, help="Share of the samples whose removal is asked about; 0: the derivative.")
 @click.option("--trainings", default=16, help="Budget for that: draws, and twice as many retrainings.")
 @click.option("--groups", default="", help="Groups to leave out together: label, or a CSV of sample_index and group.")
 @click.option("--confirm", default=0, help="Samples of largest score to leave out exactly, in each window.")
@@ -108,8 +108,10 @@ def influence(context: click.Context, /, **options: Any) -> None:
 @cli.command(context_settings=_TAKES_SETTINGS)
 @_asks
 @click.option("--methods", default="all", help="Names with commas between, or all.")
+@click.option("--scores", default="", help="CSV files (sample_index, score) of scores computed elsewhere, to compare.")
 @click.option("--seeds", default=1, help="Trainings to compare on.")
-@click.option("--subsets", default=32, help="Trainings on random halves, for the linear datamodeling score; 0: none.")
+@click.option("--subsets", default=32, help="Trainings on random subsets, for the linear datamodeling score; 0: none.")
+@click.option("--removed", default=0.5, help="Share of the samples that each of them leaves out.")
 @click.option("--jobs", default=1, help="Processes for the ground truth, one thread each.")
 @click.option("--backend", default="", help="Of joblib: loky, dask or ray.")
 @click.pass_context

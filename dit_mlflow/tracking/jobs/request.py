@@ -51,8 +51,8 @@ class Request:
         dtype: of the sweep, a key of :data:`SWEEP_DTYPES`.
         memory_mb: MiB for the states that the sweep holds, and as much for its adjoints; 0 = the default of
             :func:`dit_mlflow.track`.
-        removed: the share of the samples whose removal is asked about (:func:`dit_mlflow.removal_influence`); 0 = one
-            sample at a time (:func:`dit_mlflow.track`).
+        removed: the share of the samples whose removal is asked about (:func:`dit_mlflow.removal_influence`; by
+            default, at least two samples); 0 = the derivative in one sample's weight (:func:`dit_mlflow.track`).
         trainings: the budget of the former.
         groups: groups of samples to leave out together: ``label`` (those of each label), or a CSV file with the columns
             ``sample_index`` and ``group``; empty = none.
@@ -70,7 +70,7 @@ class Request:
     confirm: int = 0
     dtype: str = "recorded"
     memory_mb: int = 0
-    removed: float = 0.0
+    removed: float = Removal.removed
     trainings: int = 16
     groups: str = ""
     init_seed: int = 0
@@ -92,8 +92,10 @@ class Request:
         dtype = SWEEP_DTYPES[self.dtype]
         if self.removed == 0:
             return Dit(dtype, self.memory_budget)
-        check_removal(workload.num_samples, self.removed, self.trainings, 0)
-        return Removal(removed=self.removed, trainings=self.trainings, dtype=dtype, memory_budget=self.memory_budget)
+        # Of few samples, the default share would be less than two.
+        removed = max(self.removed, 2 / workload.num_samples) if self.removed == Removal.removed else self.removed
+        check_removal(workload.num_samples, removed, self.trainings, 0)
+        return Removal(removed=removed, trainings=self.trainings, dtype=dtype, memory_budget=self.memory_budget)
 
     def checks(self, workload: Workload) -> Checks:
         """The exact retrainings asked for; raises :class:`InputError` for values that cannot be used."""
