@@ -197,8 +197,8 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
     shown = table.drop(columns=[] if table["error"].any() else ["error"])
     lines = [
         "",
-        f"{len(estimators)} method{'s' * (len(estimators) > 1)}, {len(trainings)} training{'s' * (len(trainings) > 1)}, "
-        "whole run; low, high: 95 % interval "
+        f"{len(estimators)} method{'s' * (len(estimators) > 1)}, "
+        f"{len(trainings)} training{'s' * (len(trainings) > 1)}, whole run; low, high: 95 % interval "
         f"{'over samples' if len(trainings) == 1 else 'of the mean over trainings'}",
         *([f"attainable: leave-one-out in the recorded precision reaches {ceiling:.3f}"] if ceiling else []),
         "",
