@@ -85,7 +85,7 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         request, lambda workload: CleansingTask.of(workload, request.drop, request.action, request.metric)
     )
     seeds, known = _seeds(training_run, request.repeats)
-    tags = {KIND: CLEANSING, METHOD: "dit", TRAINING_RUN: training_run}
+    tags = {KIND: CLEANSING, METHOD: "removal", TRAINING_RUN: training_run}
     with project_run(project_run_id, f"cleanse {workload.title} {request.action}", tags) as run:
         mlflow.log_params(
             {
@@ -102,7 +102,7 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         )
         log_datasets_of(training_run, run.info.run_id)
         asked = trajectory, windows, kind, request.draws, request.memory_budget
-        task, tried = task.flag(*asked, reached=lambda found: log_influence(found.influence))
+        task, tried = task.flag(*asked, reached=log_influence)
         runs = CleansingRuns(task, training_run, seeds)
         outcomes, failures = _outcomes([untouched(workload.num_samples), *tried], runs)
         cleansing = Cleansing(tuple(outcomes), task.metric, request.action, workload.corrupted)
