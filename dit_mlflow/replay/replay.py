@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -231,7 +232,7 @@ class Replay:
             record = self.trajectory.step(t)
             state = self.training_step(state, record, None if walk.weights is None else walk.weights(record), over)
             thin = state if walk.optimizer_values else state.without_optimizer_values()
-        if hi in self._anchors and walk.weights is None:
+        if walk.weights is None and _holds(self._anchors, hi):
             recorded = self.checkpoint(hi)
             if hi > lo:
                 self._compare(lo, hi, thin, recorded, start)
@@ -289,6 +290,11 @@ class Replay:
     def checkpoint(self, t: int) -> State:
         """The stored ``s_t``, on the model's device and in the dtype of the replay."""
         return self.trajectory.checkpoint(t).to(self.dynamics.device, self.dynamics.dtype)
+
+
+def _holds(ordered: Sequence[int], step: int) -> bool:
+    place = bisect_left(ordered, step)
+    return place < len(ordered) and ordered[place] == step
 
 
 def refuse_what_diverged(lo: int, hi: int, replayed: State, recorded: State) -> None:
