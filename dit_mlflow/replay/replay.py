@@ -284,7 +284,8 @@ class Replay:
         if drift == 0.0 and (wrong := other_optimizer_state(replayed, recorded)):
             raise TrajectoryError(
                 f"replaying up to step {hi} meets the parameters of the checkpoint bit for bit, but not its "
-                f"optimizer's state: {wrong}. The checkpoint has been changed"
+                f"optimizer's state: {wrong}. The checkpoint has been changed, or the workload does not do what the "
+                "recorded loop did, which a learning rate of 0 keeps from the parameters"
             )
 
     def checkpoint(self, t: int) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -75,6 +76,7 @@ def record_trajectory(
         _tag(run)
         stack.callback(_note, run, recorder, upload, begun)
         stack.callback(_log_training_set, run, recorder, workload)
+        stack.push(partial(_give_back, run, recorder, upload, begun))
         yield stack.enter_context(recorder)
 
 
@@ -108,6 +110,17 @@ def _place(run: Run) -> tuple[Path, Upload | None]:
     folder = Path(mkdtemp(prefix="dit-mlflow-")) / TRAJECTORY
     folder.mkdir()
     return folder, Upload(folder, run.info.run_id)
+
+
+def _give_back(
+    run: Run, recorder: TrajectoryRecorder, upload: Upload | None, begun: Trajectory | None, kind: object, *_: object
+) -> None:
+    """Where training failed before its first step, another may be recorded: a trainer tries a smaller batch."""
+    if kind is None or begun is not None or recorder.num_steps:
+        return
+    if upload is None:
+        shutil.rmtree(recorder.directory, ignore_errors=True)
+    MlflowClient().delete_tag(run.info.run_id, RECORDING)
 
 
 def _finish(upload: Upload) -> None:
