@@ -144,6 +144,7 @@ class TrajectoryFolder:
             OSError: the folder cannot be written; its trajectory is unchanged.
         """
         files: dict[str, FileEntry] = {}
+        content = b""
         old = self.manifest
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -162,17 +163,25 @@ class TrajectoryFolder:
             content = manifest.encode()
             with written_atomically(self.directory / FILE_NAME) as temporary:
                 temporary.write_bytes(content)
-        except BaseException:
-            self._once.forget()
-            # No manifest lists them, and a full disk has better use for their space.
-            for name in files:
-                with suppress(OSError):
-                    (self.directory / name).unlink(missing_ok=True)
-            raise
+        except BaseException as error:
+            # The sync of the folder's names comes last: where it alone fails, everything is in place.
+            if not (isinstance(error, OSError) and self._is_in_place(content)):
+                self._once.forget()
+                # No manifest lists them, and a full disk has better use for their space.
+                for name in files:
+                    with suppress(OSError):
+                        (self.directory / name).unlink(missing_ok=True)
+                raise
         self._once.keep()
         self.manifest = manifest
         self._number += len(files)
         return Written(list(files), content)
+
+    def _is_in_place(self, manifest: bytes) -> bool:
+        try:
+            return bool(manifest) and (self.directory / FILE_NAME).read_bytes() == manifest
+        except OSError:
+            return False
 
     def _write_checkpoints(self, segment: Segment, files: dict[str, FileEntry]) -> list[CheckpointEntry]:
         stored: dict[str, Tensor] = {}

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import resource
+import stat
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -125,6 +126,24 @@ def test_of_a_first_write_that_does_not_fit_the_first_steps_are_kept(
     files = {path.name: path.stat().st_size for path in (tmp_path / "t").iterdir()}
     assert files.keys() == {*saved.manifest.files, "manifest.json"}, "nothing else takes space"
     assert SPACE * 0.7 < sum(files.values()) <= SPACE
+
+
+def test_what_the_manifest_lists_stays_where_the_last_sync_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new manifest is in place when the folder that holds its name cannot be synced."""
+    real, manifest = os.fsync, tmp_path / "t" / "manifest.json"
+
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode) and manifest.is_file() and "steps-" in manifest.read_text():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(file)
+
+    monkeypatch.setattr(tensor_file.os, "fsync", fsync)
+    run_loop(tmp_path / "t", 9)
+    saved = Trajectory.open(tmp_path / "t")
+    assert (saved.num_steps, saved.complete) == (9, True)
+    saved.check_record()
 
 
 def train_on_a_full_disk(folder: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -76,8 +75,16 @@ def record_trajectory(
         _tag(run)
         stack.callback(_note, run, recorder, upload, begun)
         stack.callback(_log_training_set, run, recorder, workload)
-        stack.push(partial(_give_back, run, recorder, upload, begun))
-        yield stack.enter_context(recorder)
+        entered = False
+        try:
+            with recorder:
+                entered = True
+                yield recorder
+        except BaseException:
+            # Not where another recorder was there first.
+            if entered and begun is None and not recorder.num_steps:
+                _give_back(run, recorder, upload)
+            raise
 
 
 def _begun(run: Run, resume: bool) -> Trajectory | None:
@@ -112,12 +119,8 @@ def _place(run: Run) -> tuple[Path, Upload | None]:
     return folder, Upload(folder, run.info.run_id)
 
 
-def _give_back(
-    run: Run, recorder: TrajectoryRecorder, upload: Upload | None, begun: Trajectory | None, kind: object, *_: object
-) -> None:
-    """Where training failed before its first step, another may be recorded: a trainer tries a smaller batch."""
-    if kind is None or begun is not None or recorder.num_steps:
-        return
+def _give_back(run: Run, recorder: TrajectoryRecorder, upload: Upload | None) -> None:
+    """Training failed before its first step, and another may be recorded: a trainer tries a smaller batch."""
     if upload is None:
         shutil.rmtree(recorder.directory, ignore_errors=True)
     MlflowClient().delete_tag(run.info.run_id, RECORDING)
