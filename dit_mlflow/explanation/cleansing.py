@@ -133,7 +133,7 @@ class CleansingTask:
         Raises:
             DitError: influence cannot be computed, or a class would be left without samples.
 
-        Cost: :func:`dit_mlflow.removal_influence`, its bank for each fraction; to relabel, :data:`PREDICTION_FOLDS` fits
+        Cost: :func:`dit_mlflow.removal_influence`, a bank for each fraction; to relabel, :data:`PREDICTION_FOLDS` fits
             of the last layer.
         """
         least = 2 / self.workload.num_samples

@@ -20,6 +20,7 @@ from dit_mlflow.methods.removal import Removal, check_removal
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Groups
 from dit_mlflow.retraining.groups import check_groups
+from dit_mlflow.told import text_of
 from dit_mlflow.tracking.jobs.train import run_training
 from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.workload import Workload, WorkloadReference, load_recorded, load_workload
@@ -166,7 +167,8 @@ def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:
         if changed:
             name = changed[0]
             raise WorkloadError(
-                f"run {request.training_run} was trained with {name}={workload.settings[name]}; {name}={asked[name]} "
+                f"run {request.training_run} was trained with {name}={text_of(workload.settings[name], 200)}; "
+                f"{name}={text_of(asked[name], 200)} "
                 "needs a new training: leave training_run out"
             )
     return workload
