@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -120,7 +120,7 @@ class CleansingTask:
         kind: Kind,
         draws: int,
         memory_budget: int | None = None,
-        reached: Callable[[Influence], object] = lambda found: None,
+        reached: Callable[[Mapping[float, Influence]], object] = lambda found: None,
     ) -> tuple[CleansingTask, list[Trial]]:
         """Flag the samples of lowest removal influence in each window and at each fraction (the influence when that
         share of the samples goes, of two at the least), of highest loss, and at random; predict new labels.
@@ -128,7 +128,7 @@ class CleansingTask:
         Args:
             trajectory, windows, kind, memory_budget: see :func:`dit_mlflow.track`.
             draws: random draws of as many samples, for comparison; 0 = none.
-            reached: called with the influence at the smallest fraction as soon as it is computed.
+            reached: called with the influence, by fraction, as soon as it is computed.
 
         Raises:
             DitError: influence cannot be computed, or a class would be left without samples.
@@ -138,15 +138,15 @@ class CleansingTask:
         """
         least = 2 / self.workload.num_samples
         shares = [max(fraction, least) for fraction in self.counts]
-        found = removal_curve(trajectory, self.workload, windows, kind, None, shares, memory_budget=memory_budget)
-        reached(found[0])
+        curve = removal_curve(trajectory, self.workload, windows, kind, None, shares, memory_budget=memory_budget)
+        found = dict(zip(self.counts, curve, strict=True))
+        reached(found)
         width = max(2, len(str(len(windows) - 1)))
         names = [f"influence w{index:0{width}d} {window}" for index, window in enumerate(windows)]
         if len(windows) == 1:
             names = ["influence"]
         strategies: dict[str, Scores] = {
-            name: {fraction: one.of(index)[None] for fraction, one in zip(self.counts, found, strict=True)}
-            for index, name in enumerate(names)
+            name: {fraction: one.of(index)[None] for fraction, one in found.items()} for index, name in enumerate(names)
         }
         whole = [Window(0, trajectory.num_steps)]
         suspicion = explain(trajectory, self.workload, whole, method="loss", checks=Checks())
