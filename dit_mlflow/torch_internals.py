@@ -58,8 +58,12 @@ def make_fx(function: Callable[..., Any]) -> Callable[..., fx.GraphModule]:
     return made
 
 
-def reading_values() -> AbstractContextManager[Any]:
+def reading_values(
+    factor: float = 1.0, spared: Callable[[Tensor], bool] = lambda value: False
+) -> AbstractContextManager[Any]:
     """A context, inside :func:`make_fx`, in which ``.item()`` gives the value of a tensor that is traced.
+
+    Floating values are multiplied by ``factor``, but for those of ``spared`` tensors.
 
     The operation is ``aten._local_scalar_dense``; a mode (``torch.utils._python_dispatch.TorchDispatchMode``) sees it
     before the tracer, which would refuse it. If either goes, so does the tracing of losses that read values.
@@ -73,7 +77,9 @@ def reading_values() -> AbstractContextManager[Any]:
             if func is not read:
                 return func(*args, **(kwargs or {}))
             value = args[0].detach()
-            return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy().item()
+            found = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy().item()
+            scaled = factor != 1 and isinstance(found, float) and not spared(value)
+            return found * factor if scaled else found
 
     mode: AbstractContextManager[Any] = Reading()
     return mode

@@ -64,7 +64,7 @@ class Checks:
             raise InputError(f"confirm={confirm}; expected a number of samples, 0 … {num_samples}")
         if subsets < 0 or subsets in (1, 2):
             raise InputError(f"subsets={subsets}; expected 0, or 3 or more")
-        if subsets and not 0 < round(removed * num_samples) < num_samples:
+        if subsets and not (0 < removed < 1 and 0 < round(removed * num_samples) < num_samples):
             raise InputError(f"removed={removed} of {num_samples} samples; expected a share that leaves some of them")
         return cls(parse_ground_truth(ground_truth, num_samples), trust, confirm, subsets, removed)
 

@@ -20,11 +20,11 @@ SAMPLE, SCORE = "sample_index", "score"
 class GivenScores(Method):
     """Scores from a CSV file with the columns ``sample_index`` and ``score``: of another library, or made by hand.
 
-    They are of the whole run. **Sign**: as everywhere, positive = removing the sample raises the query. Many libraries
-    have the opposite one; a clearly negative agreement says so.
+    They are of the whole run, one for each training sample. **Sign**: as everywhere, positive = removing the sample
+    raises the query. Many libraries have the opposite one; a clearly negative agreement says so.
 
     Attributes:
-        path: of the file; samples that it does not name have no score.
+        path: of the file.
         name: the file's name without its ending.
 
     Raises:
@@ -34,24 +34,29 @@ class GivenScores(Method):
     path: Path
     name: str = ""  # type: ignore[misc]
 
-    skips = True
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.path.stem)
         self._table()
 
     def estimate(self, question: Question) -> Estimate:
-        table, n = self._table(), question.workload.num_samples
-        if not table[SAMPLE].between(0, n - 1).all():
-            raise InputError(f"{self.path} names sample {table[SAMPLE].max()}; the training set has 0 … {n - 1}")
-        scores = np.full(n, np.nan)
-        scores[table[SAMPLE]] = table[SCORE]
+        self.check(question.workload.num_samples)
+        scores = self._table().set_index(SAMPLE)[SCORE].sort_index().to_numpy()
         return Estimate(np.broadcast_to(scores, question.shape).copy(), details={"file": self.path.name})
+
+    def check(self, num_samples: int) -> None:
+        """Raise :class:`InputError` unless there is a finite score for each training sample, and for no other."""
+        table = self._table()
+        if set(table[SAMPLE]) != set(range(num_samples)) or not np.isfinite(table[SCORE]).all():
+            known = table[np.isfinite(table[SCORE])][SAMPLE].between(0, num_samples - 1).sum()
+            raise InputError(
+                f"scores={str(self.path)!r} has finite scores of {known} training samples in {len(table)} lines; "
+                f"expected one for each of the samples 0 … {num_samples - 1}"
+            )
 
     def _table(self) -> pd.DataFrame:
         try:
             table = pd.read_csv(self.path, usecols=[SAMPLE, SCORE], dtype={SAMPLE: "int64", SCORE: "float64"})
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise InputError(
                 f"scores={str(self.path)!r} cannot be read: {error}; expected a CSV file with the columns {SAMPLE} "
                 f"(whole numbers) and {SCORE}"

@@ -182,8 +182,14 @@ def _whole_step(workload: Workload, model: nn.Module, optimizer: Any, batch: Bat
     assert workload.step is not None
     like = floating_one(model.parameters())
     weights = like.new_ones(_size(workload, position))
-    loss = workload.step(model, optimizer, to_like(batch, like.device, None), weights)
-    return 0.0 if loss is None else loss.item()
+    loss: Any = workload.step(model, optimizer, to_like(batch, like.device, None), weights)
+    if loss is None:
+        return 0.0
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return float(loss.detach())
+    if isinstance(loss, (int, float)):
+        return float(loss)
+    raise WorkloadError(f"Workload.step returned a {type(loss).__name__}; expected its loss, one number, or None")
 
 
 def _size(workload: Workload, position: int) -> int:

@@ -100,9 +100,14 @@ class PendingStep:
             self._made.row["loss"] = loss
 
     def make(
-        self, index: int, settings: tuple[Hyperparameters, ...], recorded_model: RecordedModel, whole: bool = False
+        self,
+        index: int,
+        settings: tuple[Hyperparameters, ...],
+        recorded_model: RecordedModel,
+        modes: list[str] | None = None,
     ) -> None:
-        """Make the record of the step that has just been made: by an optimizer, or ``whole``, by a step of any kind."""
+        """Make the record of the step that has just been made: by an optimizer, or as a whole,
+        begun with the modules ``modes`` in evaluation mode."""
         drawn = self._drawn
         if drawn[0].epoch != drawn[-1].epoch and not self._warned:
             self._warned = True
@@ -111,7 +116,7 @@ class PendingStep:
                 "without using its last batch, call recorder.discard() there; otherwise replay includes that batch",
                 index,
             )
-        absent, zero = ([], []) if whole else recorded_model.missing_gradients()
+        absent, zero = recorded_model.missing_gradients() if modes is None else ([], [])
         row: StepFields = {
             "index": index,
             "epoch": drawn[-1].epoch,
@@ -120,7 +125,7 @@ class PendingStep:
             "hyperparameters": settings,
             "loss": self._loss,
             "random_states": [a.random_state.used_since(b.random_state) for a, b in pairwise(drawn)],
-            "evaluation_mode": recorded_model.in_evaluation_mode(),
+            "evaluation_mode": recorded_model.in_evaluation_mode() if modes is None else modes,
             "no_gradient": absent,
             "zero_gradient": zero,
         }

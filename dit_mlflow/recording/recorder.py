@@ -253,12 +253,13 @@ class TrajectoryRecorder:
         last one. An error inside it is not recorded as a step.
         """
         self._begin_step()
+        modes = self._recorded_model.in_evaluation_mode()
         self._whole = True
         try:
             yield
         finally:
             self._whole = False
-        self._end_step(whole=True)
+        self._end_step(modes)
 
     def receive(self, loader: DataLoader[Any], handed: Handed) -> None:
         """For trainers with loaders of their own (see :class:`LoaderPatch`): this batch is about to be used."""
@@ -390,9 +391,10 @@ class TrajectoryRecorder:
         if self._step.has_batches:
             self._end_step()
 
-    def _end_step(self, whole: bool = False) -> None:
+    def _end_step(self, modes: list[str] | None = None) -> None:
+        """``modes``: of a whole step, the modules that it began in evaluation mode."""
         self._finite.step(self._num_steps, self._step.drawn)
-        self._step.make(self._num_steps, self._settings, self._recorded_model, whole)
+        self._step.make(self._num_steps, self._settings, self._recorded_model, modes)
         self._num_steps += 1
         if self._num_steps == 1:
             self._recorded_model.check_buffers()

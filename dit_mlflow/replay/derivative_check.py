@@ -38,6 +38,9 @@ Asking = TrainingStep | TracedQueries
 LONG = 200
 """Number of steps from which the check looks at five stored states instead of three."""
 
+ROUNDING = 1e-7
+"""Share of a tensor's move that a change in the parameters' last places may make; more is rounding, amplified."""
+
 QUERIES_CHECKED = 32
 """Largest number of queries that the check looks at; queries that run the same code count once."""
 
@@ -132,8 +135,8 @@ class DerivativeCheck:
         raise UnsupportedError(
             f"{what}: the derivative that influence needs is {slope.taken:.6g} in a random direction, but the computed "
             f"value changes by {slope.difference:.6g} there, so scores would be wrong. The loss or a module has an "
-            "operation whose derivative is not that of its values (fake quantization, a custom kernel). Use "
-            "leave_one_out, which takes no derivative"
+            "operation whose derivative is not that of its values (a number read by .item(), fake quantization, a "
+            "custom kernel). Use leave_one_out, which takes no derivative"
         )
 
     def _states(self) -> Iterator[tuple[int, State]]:
@@ -194,22 +197,63 @@ class DerivativeCheck:
             step.dynamics.set_modes(record)
             made = step.forward if own else step.with_graph
             after = made(before, step.dynamics.load(record), given[_WEIGHTS], record)
-            found = {**after.parameters, **after.buffers}
-            found |= {"/".join(slot): value for slot, value in slots_of(after).items()}
-            floating = {name: value for name, value in found.items() if value.is_floating_point()}
-            for name, part in floating.items():
-                if name not in fixed:
-                    fixed[name] = torch.randn(part.shape, generator=random, dtype=torch.float64).to(part)
-            size = sum(float((fixed[name] * part).detach().abs().sum()) for name, part in floating.items())
-            # Less what passes a step unchanged, which would hide the rest.
-            parts = [fixed[name] * (part - given.get(name, 0.0)) for name, part in floating.items()]
-            total = torch.stack([part.sum() for part in parts]).sum()
+            parts = (after.parameters, after.buffers, {"/".join(s): value for s, value in slots_of(after).items()})
+            moves = [_moves(part, given) for part in parts]
+            if not fixed:
+                again = step.forward(_nudged(before), step.dynamics.load(record), given[_WEIGHTS].detach(), record)
+                others_after = (again.parameters, again.buffers, {"/".join(s): v for s, v in slots_of(again).items()})
+                for part, other in zip(moves, [_moves(part, given) for part in others_after], strict=True):
+                    fixed.update(_cotangents(part, other, random))
+            total = torch.stack([(fixed[name] * move).sum() for part in moves for name, move in part.items()]).sum()
+            size = sum(
+                float((fixed[name] * value).detach().abs().sum())
+                for part in parts
+                for name, value in part.items()
+                if name in fixed
+            )
             if not own and self._ignored is not False:
                 (by_weight,) = grad_or_zeros(total, [given[_WEIGHTS]], retain_graph=True)
                 self._ignored = not by_weight.any()
             return total, size
 
         return _slope(value, near | others | slots, directions, STRIDES[attempt])
+
+
+def _moves(after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a step changes, by name: less what passes it unchanged, which would hide the rest."""
+    return {
+        name: value - before.get(name, 0.0)
+        for name, value in after.items()
+        if value.is_floating_point() and value.numel()
+    }
+
+
+def _nudged(state: State) -> State:
+    """The same but for the last places of the parameters."""
+    return State(
+        {
+            name: value.detach() * (1 + 1e-13) if value.is_floating_point() else value
+            for name, value in state.parameters.items()
+        },
+        {name: value.detach() for name, value in state.buffers.items()},
+        state.map(Tensor.detach).optimizer,
+    )
+
+
+def _cotangents(
+    moves: Mapping[str, Tensor], nudged: Mapping[str, Tensor], random: torch.Generator
+) -> dict[str, Tensor]:
+    """Random ones, by name, such that all moves of a part of the state weigh 1 together: a learning rate makes those
+    of parameters a thousandth of those of running statistics. 0 for what rounding alone moves: a gradient that is 0 in
+    theory (a bias before BatchNorm, attention's key bias), which Adam makes as large as any other."""
+    length = sum(float(move.detach().square().sum()) for move in moves.values()) ** 0.5
+    found = {}
+    for name, move in moves.items():
+        drawn = torch.randn(move.shape, generator=random, dtype=torch.float64).to(move)
+        apart = float((nudged[name] - move).detach().abs().max())
+        steady = apart <= ROUNDING * float(move.detach().abs().max())
+        found[name] = drawn / length if length and steady else torch.zeros_like(drawn)
+    return found
 
 
 def slope_of_step(state: State, record: StepRecord, moved: Mapping[str, Tensor], step: LossStep, attempt: int) -> Slope:

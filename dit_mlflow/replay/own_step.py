@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
@@ -20,9 +21,11 @@ from torch.overrides import TorchFunctionMode
 from dit_mlflow.errors import DitError, TrajectoryError, UnsupportedError, first_line
 from dit_mlflow.replay.dynamics import Dynamics, MicroBatch
 from dit_mlflow.replay.optimizers import emptied, every, groups_of, set_hyperparameters
+from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.traced import Attempt, Function, Traces, followed
 from dit_mlflow.replay.training_step import Slot, TrainingStep, slots_of
-from dit_mlflow.trajectory.state import State
+from dit_mlflow.torch_internals import reading_values
+from dit_mlflow.trajectory.state import COUNTERS, State
 from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.workload.batches import tensors_of, with_tensors
 
@@ -65,6 +68,7 @@ class OwnStep(TrainingStep):
         self._traces = Traces()
         self._slots: dict[object, list[Slot]] = {}
         self._takes_tensors: dict[object, bool] = {}
+        self._counters: set[int] = set()
 
     def forward(
         self,
@@ -74,8 +78,12 @@ class OwnStep(TrainingStep):
         record: StepRecord,
         over: State | None = None,
     ) -> State:
+        if not batches:
+            # All samples are taken out of the batch, and a step of none cannot be run: their weights are 0.
+            batches, weights = self.dynamics.load(record), torch.zeros(len(record.samples))
         micro = _only(batches, record)
         after = state.copy(over)
+        weights = None if weights is None else weights.to(self.dynamics.device, self.dynamics.floating_dtype)
         if weights is None:
             weights = torch.ones(micro.size, dtype=self.dynamics.floating_dtype, device=self.dynamics.device)
         try:
@@ -165,11 +173,14 @@ class OwnStep(TrainingStep):
         inputs = [*state.parameters.values(), *state.buffers.values(), *slots.values(), *counters.values(), *rates]
         place = len(inputs)
         inputs += [weights, *tensors_of(micro.batch)]
-        takes_tensors = True
+        takes_tensors, run = True, False
         key = (record.evaluation_mode, tuple(slots), tuple(rest))
         shapes = (key, tuple(value.shape for value in inputs))
 
         def function(*values: Tensor) -> list[Tensor]:
+            nonlocal run
+            run = True
+            self._counters.clear()
             given = (value.clone() for value in values)
             parameters = {name: next(given) for name in state.parameters}
             buffers = {name: followed(next(given)) for name in state.buffers}
@@ -179,6 +190,7 @@ class OwnStep(TrainingStep):
             for name, key in counters:
                 counter = next(given)
                 entries[name][key] = counter if takes_tensors else rest[name, key].clone()
+                self._counters.add(entries[name][key].data_ptr())
             for (name, key), value in rest.items():
                 entries[name].setdefault(key, value)
             own_rates = [next(given) for _ in rates]
@@ -195,24 +207,56 @@ class OwnStep(TrainingStep):
         for attempt, takes_tensors in WAYS:
             if takes_tensors and not self._takes_tensors.get(key, True):
                 continue
+            run = False
             try:
                 graph = self._traces.of(key, function, detached, attempt, roots=True)
-                with torch.no_grad(), self.dynamics.as_recorded(micro.random_state):
-                    trace = _Trace(graph, inputs, place, state, self._slots[shapes], expected)
-                    found = trace.state(graph(*detached))
+                trace = _Trace(graph, inputs, place, state, self._slots[shapes], expected)
+                with self.dynamics.as_recorded(micro.random_state):
+                    found = trace.run(detached, differentiable=attempt == "as it ran")
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 problem = f"{type(error).__name__}: {first_line(error)}"
                 continue
-            if _same_place(found, expected, plain):
+            missed = _missed(found, expected, plain)
+            if not missed or missed <= missed_by_rounding(self, [record], plain, expected, found):
+                if run:
+                    self._refuse_numbers(function, detached, micro, record)
                 self._takes_tensors[key] = takes_tensors
                 return trace
         raise UnsupportedError(
             f"step {record.index}: Workload.step cannot be followed by a trace: {problem}. Influence needs its "
-            "derivative: do the same each time it is called, on tensors alone (no numpy(), no work on .data), or use "
-            "leave_one_out, which takes no derivative"
+            "derivative: do the same each time it is called, on tensors alone (no numpy()), or use leave_one_out, "
+            "which takes no derivative"
         )
+
+    def _counts(self, value: Tensor) -> bool:
+        """Whether it is a counter in an optimizer's state, on which no influence depends."""
+        entries = (entry for optimizer in every(self._optimizer) for entry in optimizer.state.values())
+        kept = {v.data_ptr() for entry in entries for k, v in entry.items() if k in COUNTERS and isinstance(v, Tensor)}
+        return value.data_ptr() in kept | self._counters
+
+    def _refuse_numbers(self, function: Function, inputs: list[Tensor], micro: MicroBatch, record: StepRecord) -> None:
+        """Raise :class:`UnsupportedError` if numbers that the step reads out of tensors change where it leads.
+
+        They are constants of the trace, so that influence through them is lost. Branches on them are left alone: they
+        are taken as before, whether a number is a thousandth larger or smaller.
+        """
+
+        def outcome(factor: float) -> list[Tensor]:
+            with self.dynamics.as_recorded(micro.random_state), reading_values(factor, self._counts):
+                return function(*inputs)
+
+        here = outcome(1.0)
+        if all(
+            any(not torch.equal(one, other) for one, other in zip(here, outcome(factor), strict=True))
+            for factor in (1 - 1e-3, 1 + 1e-3)
+        ):
+            raise UnsupportedError(
+                f"step {record.index}: Workload.step computes with a number that it reads out of a tensor (.item(), "
+                "float(), numpy()), so that influence through it would be lost; compute with the tensor itself, or use "
+                "leave_one_out, which takes no derivative"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +275,17 @@ class _Trace:
     before: State
     slots: list[Slot]
     expected: State
+
+    def run(self, inputs: list[Tensor], differentiable: bool) -> State:
+        """Where it leads; raises if it is to be ``differentiable`` and is not."""
+        with torch.set_grad_enabled(differentiable):
+            leaves = [value.clone().requires_grad_(differentiable and value.is_floating_point()) for value in inputs]
+            after = self.state(self.function(*leaves))
+            if differentiable:
+                # What works in place may run, and have no derivative.
+                total = torch.stack([value.sum() for value in after.parameters.values()]).sum()
+                torch.autograd.grad(total, leaves[: len(after.parameters)], allow_unused=True)
+        return after.map(Tensor.detach)
 
     def state(self, results: Sequence[Tensor]) -> State:
         given = iter(results)
@@ -278,6 +333,13 @@ class _KeepingGraphs(TorchFunctionMode):
                 for place in range(len(args[0]))
             ]
             return None if name.endswith("_") else parts
+        if func is Tensor.data.__set__:  # type: ignore[attr-defined]
+            # A parameter gets other values, and stays the parameter.
+            with torch.no_grad():
+                args[0].copy_(args[1])
+            return None
+        if func is F.dropout and _draws(*args, **kwargs):
+            return _dropout(*args, **kwargs)
         if len(args) < _CREATE_GRAPH.get(func, 0):
             kwargs["create_graph"] = True
         return func(*args, **kwargs)
@@ -297,15 +359,20 @@ def _only(batches: list[MicroBatch], record: StepRecord) -> MicroBatch:
     return batches[0]
 
 
-def _same_place(found: State, expected: State, before: State) -> bool:
-    """Whether two states after a step are the same but for rounding."""
-    pairs = []
-    for part in ("parameters", "buffers"):
-        pairs += [(getattr(found, part)[n], v, getattr(before, part)[n]) for n, v in getattr(expected, part).items()]
+def _missed(found: State, expected: State, before: State) -> set[str]:
+    """Parameters and buffers that differ after a step by more than rounding, or whose state in an optimizer does."""
     ours, old = slots_of(found), slots_of(before)
-    pairs += [(ours[slot], value, old.get(slot, torch.zeros_like(value))) for slot, value in slots_of(expected).items()]
-    pairs = [pair for pair in pairs if pair[1].is_floating_point() and pair[1].numel()]
-    ways = [float((value - start).abs().max()) for _, value, start in pairs]
+    pairs = [
+        (name, getattr(found, part)[name], value, getattr(before, part)[name])
+        for part in ("parameters", "buffers")
+        for name, value in getattr(expected, part).items()
+    ]
+    pairs += [
+        (slot[0], ours[slot], value, old.get(slot, torch.zeros_like(value)))
+        for slot, value in slots_of(expected).items()
+    ]
+    pairs = [pair for pair in pairs if pair[2].is_floating_point() and pair[2].numel()]
+    ways = [float((value - start).abs().max()) for _, _, value, start in pairs]
     longest = max(ways, default=0.0)
 
     def near(ours: Tensor, theirs: Tensor, way: float) -> bool:
@@ -313,4 +380,17 @@ def _same_place(found: State, expected: State, before: State) -> bool:
         allowed = eps**0.5 * max(way, eps**0.5 * longest) + 8 * eps * float(theirs.abs().max())
         return bool(((ours - theirs).abs() <= allowed).all())
 
-    return all(near(ours, theirs, way) for (ours, theirs, _), way in zip(pairs, ways, strict=True))
+    return {name for (name, one, other, _), way in zip(pairs, ways, strict=True) if not near(one, other, way)}
+
+
+def _draws(value: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    return training and 0 < p < 1 and not value.is_contiguous()
+
+
+def _dropout(value: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """``F.dropout`` of a tensor that is not contiguous: its mask is drawn in the order of its memory, which a trace
+    without work in place would not do."""
+    order = sorted(range(value.dim()), key=value.stride().__getitem__, reverse=True)
+    drawn = torch.empty([value.shape[dim] for dim in order], dtype=value.dtype, device=value.device).bernoulli_(1 - p)
+    dropped = value * drawn.permute([order.index(dim) for dim in range(value.dim())]).div(1 - p)
+    return value.copy_(dropped) if inplace else dropped

@@ -84,6 +84,9 @@ class ComparisonRequest(Request):
 
     def checks(self, workload: Workload) -> Checks:
         """Leave-one-out and subsets; raises :class:`InputError` for values that cannot be used."""
+        for estimator in self.estimators.values():
+            if isinstance(estimator, GivenScores):
+                estimator.check(workload.num_samples)
         return Checks.parse(self.ground_truth, workload.num_samples, subsets=self.subsets, removed=self.removed)
 
     @cached_property
