@@ -27,13 +27,18 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sourcelink_suffix = ""
+html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+# Pages without neighbours.
+html_sidebars = {page: [] for page in ("index", "quickstart", "tutorial", "methods", "gallery")}
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
-autodoc_typehints_format = "short"
-autodoc_class_signature = "separated"
-napoleon_use_ivar = True
+autodoc_typehints = "none"  # docstrings say more: shapes, units, what a function takes
+# With it, "optimizer, batch_size, epochs: …" is read as one name and two types.
+napoleon_use_param = False
+toc_object_entries_show_parents = "hide"
+highlight_language = "none"
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -44,6 +49,7 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_output_stderr = "remove"  # progress bars
+nb_merge_streams = True
 
 
 def bring_readmes(_: Sphinx) -> None:
@@ -61,6 +67,13 @@ def lead_to_pages(_: Sphinx, __: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\(\.\./projects/(\w+)/README\.md", r"](projects/\1.md", source[0])
 
 
+def name_parameters(_: Sphinx, what: str, __: str, ___: object, ____: object, lines: list[str]) -> None:
+    """The attributes of our classes are what they are made of."""
+    if what == "class":
+        lines[:] = ["Args:" if line == "Attributes:" else line for line in lines]
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", name_parameters, priority=400)  # before napoleon
     app.connect("builder-inited", bring_readmes)
     app.connect("source-read", lead_to_pages)
