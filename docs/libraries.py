@@ -1,7 +1,7 @@
 """Write the last section of docs/comparison.md, the table of other libraries: ``python docs/libraries.py``.
 
-It downloads their source distributions with pip, and counts and searches in them. What is in none of them is not checked,
-and the table says so.
+It downloads their source distributions with pip, and counts and searches in them. What is in none of them is not
+checked, and the table says so.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ HEAD = f"""{HEADING}
 Written by `python docs/libraries.py`, which downloads their source distributions with pip, and counts and searches in
 them. *Lines* are the lines of Python, without blank ones, in their README up to its first scores of training samples.
 Where a file is named, the search for words of this kind (the script has them) found it first: that is a lead, and no
-verdict. *Not found* means that no Python file of the package has such words. Source distributions hold no CI, so that is
-*not checked*, and nothing was looked up on the web. What the libraries cost and how well they agree with retraining, on the
-same training: [cost](cost.md).
+verdict. *Not found* means that no Python file of the package has such words. Source distributions hold no CI, so that
+is *not checked*, and nothing was looked up on the web. What the libraries cost and how well they agree with
+retraining, on the same training: [cost](cost.md).
 
 """
 
