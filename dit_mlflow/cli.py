@@ -12,12 +12,15 @@ from typing import Any
 
 import click
 
+from dit_mlflow import __version__
 from dit_mlflow.command import command
 from dit_mlflow.errors import DitError, InputError
 from dit_mlflow.told import masked, told
 from dit_mlflow.tracking.jobs.signals import ending_on_signals
 from dit_mlflow.tracking.mlflow_internals import DATABASE_LOGGER
 from dit_mlflow.tracking.store.failed_run import fail_project_run
+
+KINDS = ("local", "final", "cumulative")
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -30,15 +33,24 @@ _TRUST = click.option(
     help="Run the workload that the run names, though you do not name it and it does not come with the package.",
 )
 
+
+def _option(name: str, default: Any, text: str, *choices: str) -> Callable[..., Any]:
+    """An option of a job; what is empty by default says so in its text. A job refuses a choice that is none."""
+    shown = f"[{'|'.join(choices)}]" if choices else None
+    return click.option(name, default=default, show_default=default != "", metavar=shown, help=text)
+
+
 _QUESTION = (
-    click.option("--training-run", default="", help="Run with a trajectory; empty: train first."),
-    click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist."),
+    _option("--training-run", "", "Run with a trajectory; empty: train first."),
+    _option("--workload", "", "As for train; empty: the training run's own, or projects/mnist."),
     _TRUST,
-    click.option("--windows", default="5", help="'epochs', a number of equal windows, or ranges '0:80,80:160'."),
-    click.option("--kind", default="local", help="local, final or cumulative."),
-    click.option("--ground-truth", default="all", help="Samples checked by exact leave-one-out: all, none, a number."),
-    click.option("--init-seed", default=0, help="As for train; of the first training, if there are several."),
-    click.option("--order-seed", default=0, help="As for train; of the first training, if there are several."),
+    _option("--windows", "5", "'epochs', a number of equal windows, or ranges '0:80,80:160'."),
+    _option(
+        "--kind", "local", "Removed in the window and asked at its end; asked at the end; removed from step 0.", *KINDS
+    ),
+    _option("--ground-truth", "all", "Samples checked by exact leave-one-out: all, none, a number."),
+    _option("--init-seed", 0, "As for train; of the first training, if there are several."),
+    _option("--order-seed", 0, "As for train; of the first training, if there are several."),
 )
 
 
@@ -50,15 +62,20 @@ def _asks(job: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.group(context_settings={"show_default": True})
+@click.version_option(__version__, prog_name="dit-mlflow")
 def cli() -> None:
-    """Which training samples did this, and when? Results go to MLflow (MLFLOW_TRACKING_URI)."""
+    """Which training samples did this, and when? Results go to MLflow (MLFLOW_TRACKING_URI).
+
+    Exit codes: 0, done; 1, the job failed, was interrupted, or refused what it was given, and says why; 2, unknown
+    option; 143, ended by SIGTERM.
+    """
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
-@click.option("--workload", default="", help="Project folder or package.module:factory; empty: projects/mnist.")
-@click.option("--init-seed", default=0, help="Seed of the weight initialisation.")
-@click.option("--order-seed", default=0, help="Seed of batch order and random draws.")
-@click.option("--checkpoint-every", default="sqrt", help="'sqrt', or a number of steps (0: first and last).")
+@_option("--workload", "", "Project folder or package.module:factory; empty: projects/mnist.")
+@_option("--init-seed", 0, "Seed of the weight initialisation.")
+@_option("--order-seed", 0, "Seed of batch order and random draws.")
+@_option("--checkpoint-every", "sqrt", "'sqrt', or a number of steps (0: first and last).")
 @click.pass_context
 def train(context: click.Context, workload: str, init_seed: int, order_seed: int, checkpoint_every: str) -> None:
     """Train a workload and record its trajectory in an MLflow run.
@@ -82,13 +99,13 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
 
 @cli.command(context_settings=_TAKES_SETTINGS)
 @_asks
-@click.option("--dtype", default="recorded", help="Of the sweep: recorded, float32 or float64.")
-@click.option("--memory-mb", default=0, help="MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
-@click.option("--trust", default=24, help="Random samples left out exactly, and those that stand out; 0: none.")
-@click.option("--removed", default=0.0, help="Share of the samples whose removal is asked about; 0: one at a time.")
-@click.option("--trainings", default=16, help="Budget for that: draws, and twice as many retrainings.")
-@click.option("--groups", default="", help="Groups to leave out together: label, or a CSV of sample_index and group.")
-@click.option("--confirm", default=0, help="Samples of largest score to leave out exactly, in each window.")
+@_option("--dtype", "recorded", "Of the sweep.", "recorded", "float32", "float64")
+@_option("--memory-mb", 0, "MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
+@_option("--trust", 24, "Random samples left out exactly, and those that stand out; 0: none.")
+@_option("--removed", 0.1, "Share of the samples whose removal is asked about; 0: the derivative.")
+@_option("--trainings", 16, "Budget for that: draws, and twice as many retrainings.")
+@_option("--groups", "", "Groups to leave out together: label, or a CSV of sample_index and group.")
+@_option("--confirm", 0, "Samples of largest score to leave out exactly, in each window.")
 @click.pass_context
 def influence(context: click.Context, /, **options: Any) -> None:
     """Compute influence per window; each window is a child run.
@@ -107,11 +124,13 @@ def influence(context: click.Context, /, **options: Any) -> None:
 
 @cli.command(context_settings=_TAKES_SETTINGS)
 @_asks
-@click.option("--methods", default="all", help="Names with commas between, or all.")
-@click.option("--seeds", default=1, help="Trainings to compare on.")
-@click.option("--subsets", default=32, help="Trainings on random halves, for the linear datamodeling score; 0: none.")
-@click.option("--jobs", default=1, help="Processes for the ground truth, one thread each.")
-@click.option("--backend", default="", help="Of joblib: loky, dask or ray.")
+@_option("--methods", "all", "Names with commas between, or all.")
+@_option("--scores", "", "CSV files (sample_index, score) of scores computed elsewhere, to compare.")
+@_option("--seeds", 1, "Trainings to compare on.")
+@_option("--subsets", 32, "Trainings on random subsets, for the linear datamodeling score; 0: none.")
+@_option("--removed", 0.5, "Share of the samples that each of them leaves out.")
+@_option("--jobs", 1, "Processes for the ground truth, one thread each.")
+@_option("--backend", "", "Of joblib: loky, dask or ray.")
 @click.pass_context
 def compare(context: click.Context, /, **options: Any) -> None:
     """Compare methods on one trajectory, or on several seeds: fidelity, detection and cost; a child run each.
@@ -128,19 +147,19 @@ def compare(context: click.Context, /, **options: Any) -> None:
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
-@click.option("--training-run", default="", help="Run with a trajectory; empty: train first.")
-@click.option("--workload", default="", help="As for train; empty: the training run's own, or projects/mnist.")
+@_option("--training-run", "", "Run with a trajectory; empty: train first.")
+@_option("--workload", "", "As for train; empty: the training run's own, or projects/mnist.")
 @_TRUST
 @click.option("--drop", default="0.05,0.1,0.2,0.3", help="Shares of the training samples, with commas between.")
-@click.option("--action", default="drop", help="drop, or relabel by cross-validated predictions.")
-@click.option("--windows", default="1", help="As for influence; of several, the validation split chooses.")
-@click.option("--kind", default="final", help="local, final or cumulative.")
-@click.option("--repeats", default=3, help="Pairs of seeds to train again with, the recorded one first.")
-@click.option("--draws", default=5, help="Random draws of as many samples, for comparison; 0: none.")
-@click.option("--metric", default="", help="To choose and judge by; empty: accuracy if there is one, else loss.")
-@click.option("--memory-mb", default=0, help="MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
-@click.option("--init-seed", default=0, help="As for train.")
-@click.option("--order-seed", default=0, help="As for train.")
+@_option("--action", "drop", "Relabelling is by cross-validated predictions.", "drop", "relabel")
+@_option("--windows", "1", "As for influence; of several, the validation split chooses.")
+@_option("--kind", "final", "As for influence.", *KINDS)
+@_option("--repeats", 3, "Pairs of seeds to train again with, the recorded one first.")
+@_option("--draws", 5, "Random draws of as many samples, for comparison; 0: none.")
+@_option("--metric", "", "To choose and judge by; empty: accuracy if there is one, else loss.")
+@_option("--memory-mb", 0, "MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
+@_option("--init-seed", 0, "As for train.")
+@_option("--order-seed", 0, "As for train.")
 @click.pass_context
 def cleanse(context: click.Context, /, **options: Any) -> None:
     """Drop (or relabel) the samples of lowest influence and train again; compare with random ones and highest losses.
@@ -159,7 +178,7 @@ def cleanse(context: click.Context, /, **options: Any) -> None:
 
 @cli.command(context_settings=_TAKES_SETTINGS)
 @click.argument("target")
-@click.option("--workload", default="", help="As for train; empty: the trajectory's own.")
+@_option("--workload", "", "As for train; empty: the trajectory's own.")
 @click.option("--trust-workload", is_flag=True, help="Run the workload that the trajectory names, whatever that is.")
 @click.pass_context
 def verify(context: click.Context, target: str, workload: str, trust_workload: bool) -> None:
@@ -180,11 +199,11 @@ def verify(context: click.Context, target: str, workload: str, trust_workload: b
 
 
 @cli.command()
-@click.option("--influence-run", default="", help="A finished influence run.")
-@click.option("--model-name", default="", help="Of the registered model; made if there is none.")
-@click.option("--model", default="", help="Which model of the training run: m-<id> or models:/…; needed if several.")
-@click.option("--influence-model", default="", help="Register a model of this name that answers for new rows as well.")
-@click.option("--workload", default="", help="Of that influence model; empty: the training run's own.")
+@_option("--influence-run", "", "A finished influence run.")
+@_option("--model-name", "", "Of the registered model; made if there is none.")
+@_option("--model", "", "Which model of the training run: m-<id> or models:/…; needed if several.")
+@_option("--influence-model", "", "Register a model of this name that answers for new rows as well.")
+@_option("--workload", "", "Of that influence model; empty: the training run's own.")
 @_TRUST
 def register(**options: Any) -> None:
     """Keep the results of an influence run with the model: its artifacts, metrics, description and tags."""

@@ -28,6 +28,9 @@ _ESCAPED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Unicode categories: control characters and line breaks, marks that are not seen or turn text, half pairs."""
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""How a formula begins, also in full width, which some spreadsheets take too."""
+
 _JOINERS = {"\u200c", "\u200d"}
 """Of those categories, but emoji and several scripts are written with them."""
 
@@ -60,6 +63,11 @@ def text_of(value: object, longest: int = LONGEST) -> str:
         return f"({type(value).__name__}, which cannot be shown: {type(error).__name__})"
     text = masked(text if len(text) <= 2 * longest else text[: 2 * longest])
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def no_formula(value: object) -> object:
+    """A cell of a CSV file: text that spreadsheets take for a formula is told by an apostrophe; the rest stays."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def logger_of(module: str) -> logging.Logger:

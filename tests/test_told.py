@@ -9,7 +9,7 @@ import pytest
 from dit_mlflow import InputError
 from dit_mlflow.cli import _print_traceback
 from dit_mlflow.errors import cause
-from dit_mlflow.told import LONGEST, logger_of, masked, text_of, told
+from dit_mlflow.told import LONGEST, logger_of, masked, no_formula, text_of, told
 
 SECRET = "S3cr3t"
 
@@ -92,6 +92,13 @@ def test_values_without_a_text_cost_their_cell() -> None:
     assert text_of(Mute()) == "(Mute, which cannot be shown: RuntimeError)"
     assert text_of("x" * 10**6, 100) == "x" * 99 + "…"
     assert text_of(("a", 1)) == "('a', 1)"
+
+
+def test_texts_that_spreadsheets_would_run_are_marked() -> None:
+    for text in ("=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1"):
+        assert no_formula(text) == f"'{text}"
+    for value in ("a=1", "", "loss", -1.5, 3, None):
+        assert no_formula(value) is value
 
 
 def test_loggers_are_told_once() -> None:

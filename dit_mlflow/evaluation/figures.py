@@ -139,7 +139,7 @@ JACCARD_BOTTOM_30 = Figure(
 LDS = Figure(
     "ground_truth/lds",
     "LDS",
-    "linear datamodeling score: agreement of summed scores with training on random halves of the data, by rank",
+    "linear datamodeling score: agreement of summed scores with training on random subsets of the data, by rank",
 )
 
 REMOVAL_LDS = Figure(

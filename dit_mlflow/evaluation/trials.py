@@ -32,6 +32,9 @@ NO_CLEANING = "no cleaning"
 RANDOM = "random"
 """Strategies for comparison; neither is a way to find samples."""
 
+Scores = np.ndarray | Mapping[float, np.ndarray]
+"""``[draws, n]``, one for all fractions, or one for each."""
+
 
 @dataclass(frozen=True, eq=False)
 class Trial:
@@ -73,17 +76,21 @@ def untouched(num_samples: int) -> Trial:
     return Trial(NO_CLEANING, 0.0, np.zeros((1, 0), dtype=np.int64), np.zeros((1, num_samples)))
 
 
-def trials(strategies: Mapping[str, np.ndarray], counts: Mapping[float, int]) -> list[Trial]:
+def trials(strategies: Mapping[str, Scores], counts: Mapping[float, int]) -> list[Trial]:
     """For each strategy and fraction, the samples of lowest score; ties go to the lower index, NaN comes last.
 
     Args:
-        strategies: scores ``[draws, n]`` by name.
+        strategies: scores ``[draws, n]`` by name, or by name and fraction.
         counts: fraction -> number of samples.
     """
+
+    def trial(name: str, scores: np.ndarray, fraction: float) -> Trial:
+        return Trial(name, fraction, np.argsort(scores, axis=1, kind="stable")[:, : counts[fraction]], scores)
+
     return [
-        Trial(name, fraction, np.argsort(scores, axis=1, kind="stable")[:, :count], scores)
+        trial(name, scores if isinstance(scores, np.ndarray) else scores[fraction], fraction)
         for name, scores in strategies.items()
-        for fraction, count in counts.items()
+        for fraction in counts
     ]
 
 

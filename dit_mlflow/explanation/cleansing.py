@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,13 +12,21 @@ from dit_mlflow.errors import InputError, UnsupportedError, WorkloadError
 from dit_mlflow.evaluation import mean_scores
 from dit_mlflow.evaluation.changed_data import relabelled, sample_classes, subset
 from dit_mlflow.evaluation.figures import ACCURACY, LOSS
-from dit_mlflow.evaluation.trials import RANDOM, Outcome, Trial, check_classes_stay, random_scores, trials, tried_out
+from dit_mlflow.evaluation.trials import (
+    RANDOM,
+    Outcome,
+    Scores,
+    Trial,
+    check_classes_stay,
+    random_scores,
+    trials,
+    tried_out,
+)
 from dit_mlflow.explanation.explainer import explain
-from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.truth import Checks
-from dit_mlflow.influence import Kind, Window
+from dit_mlflow.influence import Influence, Kind, Window
 from dit_mlflow.methods.confident_learning import check_folds, out_of_sample
-from dit_mlflow.methods.dit import Dit
+from dit_mlflow.methods.removal import removal_curve
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
@@ -112,28 +120,34 @@ class CleansingTask:
         kind: Kind,
         draws: int,
         memory_budget: int | None = None,
-        reached: Callable[[Explanation], object] = lambda found: None,
+        reached: Callable[[Mapping[float, Influence]], object] = lambda found: None,
     ) -> tuple[CleansingTask, list[Trial]]:
-        """Flag the samples of lowest influence in each window, of highest loss, and at random; predict new labels.
+        """Flag the samples of lowest removal influence in each window and at each fraction (the influence when that
+        share of the samples goes, of two at the least), of highest loss, and at random; predict new labels.
 
         Args:
             trajectory, windows, kind, memory_budget: see :func:`dit_mlflow.track`.
             draws: random draws of as many samples, for comparison; 0 = none.
-            reached: called with the influence as soon as it is computed.
+            reached: called with the influence, by fraction, as soon as it is computed.
 
         Raises:
             DitError: influence cannot be computed, or a class would be left without samples.
 
-        Cost: one sweep; to relabel, :data:`PREDICTION_FOLDS` fits of the last layer.
+        Cost: :func:`dit_mlflow.removal_influence`, a bank for each fraction; to relabel, :data:`PREDICTION_FOLDS` fits
+            of the last layer.
         """
-        method = Dit(memory_budget=memory_budget)
-        found = explain(trajectory, self.workload, windows, kind, method=method, checks=Checks(), whole_run=False)
+        least = 2 / self.workload.num_samples
+        shares = [max(fraction, least) for fraction in self.counts]
+        curve = removal_curve(trajectory, self.workload, windows, kind, None, shares, memory_budget=memory_budget)
+        found = dict(zip(self.counts, curve, strict=True))
         reached(found)
         width = max(2, len(str(len(windows) - 1)))
         names = [f"influence w{index:0{width}d} {window}" for index, window in enumerate(windows)]
         if len(windows) == 1:
             names = ["influence"]
-        strategies = {name: found.influence.of(index)[None] for index, name in enumerate(names)}
+        strategies: dict[str, Scores] = {
+            name: {fraction: one.of(index)[None] for fraction, one in found.items()} for index, name in enumerate(names)
+        }
         whole = [Window(0, trajectory.num_steps)]
         suspicion = explain(trajectory, self.workload, whole, method="loss", checks=Checks())
         strategies["loss"] = suspicion.influence.of(0)[None]

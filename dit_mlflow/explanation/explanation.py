@@ -22,6 +22,7 @@ from dit_mlflow.explanation.sentences import answer_sentences
 from dit_mlflow.explanation.tables import top_samples_table, whole_run_table
 from dit_mlflow.explanation.truth import Truth, joined
 from dit_mlflow.influence import Influence, Window
+from dit_mlflow.told import no_formula
 
 NOTEBOOK_SAMPLES = 5
 """Samples on each side that a notebook shows."""
@@ -173,8 +174,10 @@ class Explanation:
         return table.merge(known, on=keys, how="left")
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write :meth:`to_frame`."""
-        self.to_frame().to_csv(path, index=False)
+        """Write :meth:`to_frame`; a text that a spreadsheet would run (``=…``) has an apostrophe before it."""
+        table = self.to_frame()
+        texts = {str(name): table[name].map(no_formula) for name in table.select_dtypes(exclude="number")}
+        table.assign(**texts).to_csv(path, index=False)
         return Path(path)
 
     def report(self, path: str | Path) -> Path:

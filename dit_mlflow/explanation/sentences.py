@@ -47,14 +47,15 @@ MEANING = {
 
 COUPLED = (
     "The loss couples the samples of a batch, so removal takes a sample's own loss away, while the sample stays in its "
-    "batches."
+    "batches (the samples' absence: leave_one_out(removal='absent'))."
 )
+ABSENT = "The loss couples the samples of a batch; removed samples are not in their batches either."
 
 
 def answer_sentences(found: Explanation) -> tuple[str, str, str]:
     """Which samples hurt and helped most, and when; how sure that is; damaged samples and patterns."""
-    who = f"{_who(found)} {COUPLED}" if found.influence.coupled else _who(found)
-    return who, _how_sure(found), _what_kind(found)
+    coupled = "" if not found.influence.coupled else f" {ABSENT if found.influence.absence else COUPLED}"
+    return _who(found) + coupled, _how_sure(found), _what_kind(found)
 
 
 def window_sentences(found: Explanation, position: int) -> tuple[str, str]:

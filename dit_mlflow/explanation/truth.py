@@ -37,16 +37,26 @@ class Checks:
         trust: random samples to retrain without if there is no ground truth; also, unless retrained already, the
             :data:`NAMED` largest on each side over the whole run; 0 = neither.
         confirm: samples of largest score to retrain without in each window, if there is no ground truth.
-        subsets: trainings on random halves of the data, for the linear datamodeling score; 0 = none.
+        subsets: trainings on random parts of the data, for the linear datamodeling score; 0 = none.
+        removed: the share of the samples that each of them leaves out.
     """
 
     ground_truth: int | None = 0
     trust: int = 0
     confirm: int = 0
     subsets: int = 0
+    removed: float = 0.5
 
     @classmethod
-    def parse(cls, ground_truth: str, num_samples: int, trust: int = 0, confirm: int = 0, subsets: int = 0) -> Checks:
+    def parse(
+        cls,
+        ground_truth: str,
+        num_samples: int,
+        trust: int = 0,
+        confirm: int = 0,
+        subsets: int = 0,
+        removed: float = 0.5,
+    ) -> Checks:
         """Raises :class:`InputError` for a value that cannot be used."""
         if trust < 0 or trust in (1, 2):
             raise InputError(f"trust={trust}; expected 3 random samples or more, or 0 for none")
@@ -54,7 +64,9 @@ class Checks:
             raise InputError(f"confirm={confirm}; expected a number of samples, 0 … {num_samples}")
         if subsets < 0 or subsets in (1, 2):
             raise InputError(f"subsets={subsets}; expected 0, or 3 or more")
-        return cls(parse_ground_truth(ground_truth, num_samples), trust, confirm, subsets)
+        if subsets and not 0 < round(removed * num_samples) < num_samples:
+            raise InputError(f"removed={removed} of {num_samples} samples; expected a share that leaves some of them")
+        return cls(parse_ground_truth(ground_truth, num_samples), trust, confirm, subsets, removed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +75,7 @@ class Truth:
 
     Attributes:
         leave_one_out: exact scores, NaN for samples that were not left out; ``None`` = no sample was.
-        subsets: trainings on random halves, of the whole run; ``None`` = none.
+        subsets: trainings on random parts of the data, of the whole run; ``None`` = none.
     """
 
     leave_one_out: Influence | None = None
@@ -91,8 +103,9 @@ def find_truth(
     whole = Window(0, trajectory.num_steps)
     subsets = exact = None
     if checks.subsets:
+        share = 1 - checks.removed
         subsets = train_on_subsets(
-            trajectory, workload, [whole], queries=queries, subsets=checks.subsets, effort=effort
+            trajectory, workload, [whole], queries=queries, subsets=checks.subsets, share=share, effort=effort
         )
     if checks.ground_truth != 0:
         asked = [*(window for window in windows if window != whole), whole]

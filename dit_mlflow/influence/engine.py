@@ -74,6 +74,9 @@ class Engine:
         first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
         self._choose(first, last, queries)
         rows: list[Row] = []
+        beginning: dict[int, list[Sweep]] = {}
+        for sweep in planned:
+            beginning.setdefault(sweep.start, []).append(sweep)
         adjoint: Adjoint | None = None
         needs_values = self.training_step.needs_optimizer_values
         with progress_bar(last - first, "influence", shown=self.shown) as progress:
@@ -92,11 +95,10 @@ class Engine:
                         rows = [rows[position] for position in alive]
                         adjoint = adjoint.keep(alive) if alive else None
                     progress.update()
-                for sweep in planned:
-                    if sweep.start == t:
-                        started = self._start(state, queries, None if weights is not None else t)
-                        adjoint = started if adjoint is None else adjoint.append(started)
-                        rows += [Row(sweep, query) for query in range(len(queries))]
+                for sweep in beginning.get(t, ()):
+                    started = self._start(state, queries, None if weights is not None else t)
+                    adjoint = started if adjoint is None else adjoint.append(started)
+                    rows += [Row(sweep, query) for query in range(len(queries))]
         return collected.scores.numpy()
 
     def _choose(self, first: int, last: int, queries: Sequence[Query]) -> None:

@@ -83,9 +83,14 @@ class Influence:
 
     @property
     def coupled(self) -> bool:
-        """Whether the loss couples samples (contrastive terms, mixup, batch statistics). Removal then means that the
-        sample's own loss is absent, while the sample stays in its batches."""
+        """Whether the loss couples samples (contrastive terms, mixup, batch statistics). Removal then takes the
+        sample's own loss away, while the sample stays in its batches, unless the scores are of its :attr:`absence`."""
         return bool(self.metadata.get("coupled", False))
+
+    @property
+    def absence(self) -> bool:
+        """Whether removed samples are not in their batches either: ``leave_one_out(removal="absent")``."""
+        return self.metadata.get("removal") == "absent"
 
     @property
     def unclear(self) -> np.ndarray:

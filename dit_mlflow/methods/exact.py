@@ -9,6 +9,7 @@ from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.method import Estimate, RetrainingMethod
 from dit_mlflow.retraining import leave_one_out
+from dit_mlflow.retraining.counterfactuals import Removal
 from dit_mlflow.retraining.leave_one_out import exact_scores
 
 
@@ -17,19 +18,20 @@ class LeaveOneOut(RetrainingMethod):
     """:func:`dit_mlflow.leave_one_out` as one method among others.
 
     Attributes:
-        samples, dtype, effort: see there. In the recorded dtype (the default), its agreement with a float64 ground
-            truth is the most that rounding lets any estimate reach.
+        samples, removal, dtype, effort: see there. In the recorded dtype (the default), its agreement with a float64
+            ground truth is the most that rounding lets any estimate reach.
     """
 
     name = "leave_one_out"
     skips = True
 
     samples: Sequence[int] | int | None = None
+    removal: Removal = "weight"
 
     def estimate(self, question: Question) -> Estimate:
         asked = question.trajectory, question.workload, question.windows, question.kind, question.queries
-        found = leave_one_out(*asked, self.samples, self.dtype, effort=self.effort)
-        details = {name: found.metadata[name] for name in ("num_removed", "max_drift")}
+        found = leave_one_out(*asked, self.samples, self.dtype, effort=self.effort, removal=self.removal)
+        details = {name: found.metadata[name] for name in ("num_removed", "max_drift", "removal")}
         return Estimate(found.scores, found.metadata["dtype"], details)
 
 

@@ -90,7 +90,28 @@ def removal_influence(
 
     Cost: ``1 + trainings / 2`` sweeps along a replay of their own, and ``2 * trainings`` retrainings.
     """
-    check_removal(workload.num_samples, removed, trainings, seed)
+    given = (trajectory, workload, windows, kind, queries)
+    (found,) = removal_curve(*given, [removed], trainings, seed, dtype, memory_budget, effort, exact)
+    return found
+
+
+def removal_curve(
+    trajectory: Trajectory,
+    workload: Workload,
+    windows: Sequence[Window],
+    kind: Kind,
+    queries: Sequence[Query] | None,
+    shares: Sequence[float],
+    trainings: int = 16,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    effort: Effort | None = None,
+    exact: Influence | None = None,
+) -> list[Influence]:
+    """:func:`removal_influence` at each of ``shares``: their sweeps are the same, each has a bank of its own."""
+    for removed in shares:
+        check_removal(workload.num_samples, removed, trainings, seed)
     question = Question.of(trajectory, workload, windows, kind, queries)
     given = (trajectory, workload, question.windows, question.kind, question.queries)
     draws = 2 * max(1, trainings // 8)
@@ -104,7 +125,24 @@ def removal_influence(
         parts["leave_one_out"] = exact.select(list(question.windows))
     elif trainings >= workload.num_samples:
         parts["leave_one_out"] = leave_one_out(*given, dtype=dtype, effort=effort)
-    bank = train_on_subsets(*given, subsets=2 * trainings, share=1 - removed, seed=seed, dtype=dtype, effort=effort)
+    spent = {"sweeps": 1 + 2 * draws, "retrainings": 2 * trainings}
+    common = {"trainings": int(trainings), "seed": int(seed), "spent": spent}
+    return [_blended(question, parts, removed, 2 * trainings, seed, dtype, effort, common) for removed in shares]
+
+
+def _blended(
+    question: Question,
+    parts: dict[str, Influence],
+    removed: float,
+    retrainings: int,
+    seed: int,
+    dtype: torch.dtype | None,
+    effort: Effort | None,
+    common: dict[str, Any],
+) -> Influence:
+    """The blend of the parts that a bank of retrainings without a share of the samples chooses."""
+    given = (question.trajectory, question.workload, question.windows, question.kind, question.queries)
+    bank = train_on_subsets(*given, subsets=retrainings, share=1 - removed, seed=seed, dtype=dtype, effort=effort)
     scores, errors = np.zeros(question.shape), np.zeros(question.shape)
     freedom = np.zeros(question.shape[:2])
     judged: dict[str, list[dict[str, Any]]] = {str(window): [] for window in question.windows}
@@ -130,9 +168,7 @@ def removal_influence(
         standard_error=errors,
         degrees_of_freedom=freedom,
         removed=float(removed),
-        trainings=int(trainings),
-        seed=int(seed),
-        spent={"sweeps": 1 + 2 * draws, "retrainings": len(bank.kept)},
+        **common,
         bank=judged,
         max_drift=max(float(part.metadata.get("max_drift", 0.0)) for part in parts.values()),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -50,6 +50,30 @@ class Segment:
             self.batches | later.batches,
             self.nbytes + later.nbytes,
         )
+
+    def split(self, steps: int) -> tuple[Segment, Segment]:
+        """The first ``steps`` steps with the states that they lead to, and the rest."""
+        at = self.first_step + steps
+        first = Segment(
+            self.first_step,
+            self.rows[:steps],
+            {step: state for step, state in self.states.items() if step <= at},
+            {step: batch for step, batch in self.batches.items() if step < at},
+        )
+        rest = Segment(
+            at,
+            self.rows[steps:],
+            {step: state for step, state in self.states.items() if step > at},
+            {step: batch for step, batch in self.batches.items() if step >= at},
+        )
+        each = (self.nbytes - self._tensor_bytes()) // max(len(self.rows), 1)
+        for part in (first, rest):
+            part.nbytes = part._tensor_bytes() + each * len(part.rows)
+        return first, rest
+
+    def _tensor_bytes(self) -> int:
+        stored = (tensor for batches in self.batches.values() for batch in batches for tensor in batch)
+        return sum(state.nbytes for state in self.states.values()) + sum(tensor.nbytes for tensor in stored)
 
 
 def check_new(directory: Path) -> None:
@@ -120,6 +144,7 @@ class TrajectoryFolder:
             OSError: the folder cannot be written; its trajectory is unchanged.
         """
         files: dict[str, FileEntry] = {}
+        content = b""
         old = self.manifest
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -138,13 +163,25 @@ class TrajectoryFolder:
             content = manifest.encode()
             with written_atomically(self.directory / FILE_NAME) as temporary:
                 temporary.write_bytes(content)
-        except BaseException:
-            self._once.forget()
-            raise
+        except BaseException as error:
+            # The sync of the folder's names comes last: where it alone fails, everything is in place.
+            if not (isinstance(error, OSError) and self._is_in_place(content)):
+                self._once.forget()
+                # No manifest lists them, and a full disk has better use for their space.
+                for name in files:
+                    with suppress(OSError):
+                        (self.directory / name).unlink(missing_ok=True)
+                raise
         self._once.keep()
         self.manifest = manifest
         self._number += len(files)
         return Written(list(files), content)
+
+    def _is_in_place(self, manifest: bytes) -> bool:
+        try:
+            return bool(manifest) and (self.directory / FILE_NAME).read_bytes() == manifest
+        except OSError:
+            return False
 
     def _write_checkpoints(self, segment: Segment, files: dict[str, FileEntry]) -> list[CheckpointEntry]:
         stored: dict[str, Tensor] = {}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,17 @@ FLUSH_SECONDS = 10.0
 UNWRITTEN_BYTES = 256 * 2**20
 """Size that is kept in memory for a failing disk to recover, before recording stops."""
 
+Facts = Mapping[str, Any]
+"""The manifest's fields that change as training goes on."""
+
 logger = logger_of(__name__)
+
+
+class Unwritten(NamedTuple):
+    """What could not be written, and why."""
+
+    error: Exception
+    segment: Segment
 
 
 class TrajectoryWriter:
@@ -36,8 +46,9 @@ class TrajectoryWriter:
     checkpoint shards and one ``steps-NNNNN.safetensors``. The manifest is replaced after they are on disk, so that the
     folder holds a complete trajectory at any time. A thread writes, so that training waits only if the disk is slower.
 
-    A failing disk does not stop training: the failure is logged once, the data are written again with later ones, and
-    recording stops when they exceed :data:`UNWRITTEN_BYTES`.
+    A failing disk does not stop training: the failure is logged once, the first steps of what was gathered are written
+    as far as there is space, and the others are tried again with what follows; when that exceeds
+    :data:`UNWRITTEN_BYTES`, recording stops.
 
     Attributes:
         failure: why the last attempt to write failed; ``None`` if it did not.
@@ -79,7 +90,7 @@ class TrajectoryWriter:
         self._gathered = Segment(0)
         self._on_written = on_written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dit-mlflow-writer")
-        self._writing: tuple[Segment, Future[None]] | None = None
+        self._writing: Future[Unwritten | None] | None = None
         self._last_flush = time.monotonic()
 
     def begin(self, initial: State) -> None:
@@ -91,7 +102,7 @@ class TrajectoryWriter:
             OSError: the folder cannot be written.
         """
         with claimed(self.directory):
-            self._write(Segment(0, states={0: initial}), self._facts(complete=False))
+            self._append(Segment(0, states={0: initial}), self._facts(complete=False))
 
     def resume(self, begun: Manifest, step: int, epoch: int | None) -> None:
         """Go on with a trajectory from its checkpoint at ``step``, in place of :meth:`begin`.
@@ -153,31 +164,27 @@ class TrajectoryWriter:
         if self.stopped:
             return
         segment, self._gathered = self._gathered, Segment(self._num_steps)
-        self._writing = segment, self._start(segment, self._facts(complete))
+        self._writing = self._start(segment, self._facts(complete))
 
-    def _start(self, segment: Segment, facts: Mapping[str, Any]) -> Future[None]:
+    def _start(self, segment: Segment, facts: Facts) -> Future[Unwritten | None]:
         try:
             return self._thread.submit(self._write, segment, facts)
-        except RuntimeError:  # The interpreter is shutting down, and threads take no more work.
-            done: Future[None] = Future()
-            try:
-                self._write(segment, facts)
-                done.set_result(None)
-            except Exception as error:
-                done.set_exception(error)
+        except RuntimeError:  # The interpreter is shutting down, and starts no work in threads.
+            done: Future[Unwritten | None] = Future()
+            done.set_result(self._write(segment, facts))
             return done
 
     def _await(self) -> None:
         if self._writing is None:
             return
-        (segment, future), self._writing = self._writing, None
-        error = future.exception()
-        if error is None:
+        future, self._writing = self._writing, None
+        unwritten = future.result()
+        if unwritten is None:
             if self.failure is not None:
                 logger.warning("the trajectory in %s is being written again; nothing is missing", self.directory)
             self.failure = None
             return
-        self._gathered = segment.followed_by(self._gathered)
+        error, self._gathered = unwritten.error, unwritten.segment.followed_by(self._gathered)
         if self.failure is None:
             steps = self._folder.manifest.num_steps
             logger.error(
@@ -189,8 +196,8 @@ class TrajectoryWriter:
         if self._gathered.nbytes > UNWRITTEN_BYTES or not isinstance(error, OSError):
             self.stopped, self._gathered = True, Segment(self._num_steps)
 
-    def _facts(self, complete: bool) -> dict[str, Any]:
-        """The manifest's fields once all data are written."""
+    def _facts(self, complete: bool) -> Facts:
+        """The manifest's fields once all that is held back is written."""
         return {
             "complete": complete,
             "num_steps": self._num_steps,
@@ -199,11 +206,41 @@ class TrajectoryWriter:
             "dataset": self._training_set.digest,
         }
 
-    def _write(self, segment: Segment, facts: Mapping[str, Any]) -> None:
-        """Runs in the thread."""
+    def _write(self, segment: Segment, facts: Facts) -> Unwritten | None:
+        """In the thread: all of it, or as much as fits; returns what is not written."""
+        try:
+            self._append(segment, facts)
+        except OSError as error:
+            return Unwritten(error, self._write_what_fits(segment, facts))
+        except Exception as error:  # Any kind: it is told where training is, which goes on.
+            return Unwritten(error, segment)
+        return None
+
+    def _write_what_fits(self, segment: Segment, facts: Facts) -> Segment:
+        """Write the first steps, as many as the disk takes, half as many each time; returns the others."""
+        size = len(segment.rows) // 2
+        while size:
+            if size < len(segment.rows):
+                first, rest = segment.split(size)
+                try:
+                    self._append(first, _until(facts, rest.first_step))
+                except OSError:
+                    pass
+                else:
+                    segment = rest
+            size //= 2
+        return segment
+
+    def _append(self, segment: Segment, facts: Facts) -> None:
         written = self._folder.append(segment, facts)
         if self._on_written is not None:
             self._on_written(written)
+
+
+def _until(facts: Facts, step: int) -> Facts:
+    """The facts when training had come to ``step``."""
+    ends = (*(end for end in facts["epoch_ends"] if end < step), step)
+    return {**facts, "complete": False, "num_steps": step, "epoch_ends": ends}
 
 
 def _row_bytes(step: StepFields) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.errors import TrajectoryError, UnsupportedError
 from dit_mlflow.replay.double_backward import TwiceDifferentiable
 from dit_mlflow.replay.optimizers import describe_optimizer
 from dit_mlflow.replay.recorded_dtype import RecordedDtype
@@ -105,6 +105,35 @@ class Dynamics:
             )
         return loaded
 
+    def load_without(self, step: StepRecord, absent: np.ndarray) -> list[MicroBatch]:
+        """:meth:`load`, with samples taken out of their micro-batches; one that is left without any is left out.
+
+        The coefficients of the others stay. Their random draws too, where the dataset draws sample by sample; in the
+        forward pass they begin as recorded, and a smaller batch then takes others.
+
+        Args:
+            step: the record.
+            absent: bool ``[sum B]``.
+
+        Raises:
+            UnsupportedError: a stored tensor has no row for each sample.
+        """
+        stored = self._stored(step.index)
+        left, offset = [], 0
+        for position, micro in enumerate(self.load(step)):
+            kept = ~absent[offset : offset + micro.size]
+            offset += micro.size
+            if kept.any() and not kept.all():
+                with replaying(step.random_states[position]):
+                    batch = self.workload.batch(step.indices[position], kept)
+                if stored is not None:
+                    batch = with_tensors(batch, [_rows(tensor, kept, step) for tensor in stored[position]])
+                coefficients = micro.coefficients[torch.from_numpy(kept).to(self.device)]
+                micro = MicroBatch(to_like(batch, self.device, self.dtype), coefficients, micro.random_state)
+            if kept.any():
+                left.append(micro)
+        return left
+
     def coefficients(self, step: StepRecord) -> np.ndarray:
         """``c_j`` of every training sample in a step, ``[n]``: 0 for samples not in the step; repeats add up.
 
@@ -164,6 +193,16 @@ class Dynamics:
         if not self._act:
             for name, module in self._modules.items():
                 module.training = name not in evaluating
+
+
+def _rows(tensor: Tensor, kept: np.ndarray, step: StepRecord) -> Tensor:
+    """Of a stored tensor, those of the samples that stay."""
+    if tensor.dim() == 0 or len(tensor) != len(kept):
+        raise UnsupportedError(
+            f"step {step.index}: a stored batch of {len(kept)} samples holds a tensor of shape {list(tensor.shape)}, "
+            "from which no sample can be taken out; use removal='weight'"
+        )
+    return tensor[torch.from_numpy(kept)]
 
 
 @contextmanager

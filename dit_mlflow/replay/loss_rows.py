@@ -18,7 +18,7 @@ from dit_mlflow.trajectory.record import Record
 from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.workload.batches import tensors_of, to_like
 from dit_mlflow.workload.random_state import RandomState, preserved_random_state, seed_generators
-from dit_mlflow.workload.workload import Workload
+from dit_mlflow.workload.workload import Workload, fetched, makes_batches
 
 FEW, MANY = 2, 8
 """Number of samples that are replaced, one at a time: at first, and if one of these changes rows of others."""
@@ -69,7 +69,7 @@ class RowProbe:
         state = trajectory.checkpoint(0).to(self._dynamics.device)
         self._buffers = state.buffers
         self._parameters: Parameters = state.parameters
-        self._items = list(map(self._item, indices))
+        self._items = self._fetched(indices)
         self._evaluating = False
         self._drew = False
 
@@ -173,6 +173,17 @@ class RowProbe:
 
     def _shapes(self, chosen: Sequence[int]) -> list[torch.Size]:
         return [tensor.shape for tensor in tensors_of(self._batch(chosen))]
+
+    def _fetched(self, indices: Sequence[int]) -> list[Any]:
+        data = self._workload.train_set
+        if not makes_batches(data):
+            return list(map(self._item, indices))
+        with preserved_random_state():
+            seed_generators(0)
+            found = fetched(data, indices)
+        if not isinstance(found, (list, tuple)) or len(found) != len(indices):
+            raise TypeError(f"__getitems__ gives a {type(found).__name__}, not a list of samples")
+        return list(found)
 
     def _item(self, index: int) -> Any:
         with preserved_random_state():

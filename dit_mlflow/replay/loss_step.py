@@ -240,7 +240,7 @@ class LossStep(TrainingStep):
         if self._warned or not gradients:
             return
         self._largest.append(largest)
-        if len(self._largest) > 4 and largest < 10 * statistics.median(self._largest[-99:]):
+        if len(self._largest) > 4 and largest <= 10 * statistics.median(self._largest[-99:]):
             return
         undefined = pulled.undefined()
         cotangents = [mask * part for mask, part in zip(undefined, pulled.gradients, strict=True)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -250,7 +251,7 @@ class Replay:
             record = self.trajectory.step(t)
             state = self.training_step(state, record, None if walk.weights is None else walk.weights(record), over)
             thin = state if walk.optimizer_values else state.without_optimizer_values()
-        if hi in self._anchors and walk.weights is None:
+        if walk.weights is None and _holds(self._anchors, hi):
             recorded = self.checkpoint(hi)
             if hi > lo:
                 self._compare(lo, hi, thin, recorded, start)
@@ -302,12 +303,18 @@ class Replay:
         if drift == 0.0 and (wrong := other_optimizer_state(replayed, recorded)):
             raise TrajectoryError(
                 f"replaying up to step {hi} gives the parameters of the checkpoint bit for bit, but not its "
-                f"optimizer's state: {wrong}. The checkpoint has been changed"
+                f"optimizer's state: {wrong}. The checkpoint has been changed, or the workload does not do what the "
+                "recorded loop did, which a learning rate of 0 keeps from the parameters"
             )
 
     def checkpoint(self, t: int) -> State:
         """The stored ``s_t``, on the model's device and in the dtype of the replay."""
         return self.trajectory.checkpoint(t).to(self.dynamics.device, self.dynamics.dtype)
+
+
+def _holds(ordered: Sequence[int], step: int) -> bool:
+    place = bisect_left(ordered, step)
+    return place < len(ordered) and ordered[place] == step
 
 
 def refuse_what_diverged(lo: int, hi: int, replayed: State, recorded: State) -> None:

@@ -8,11 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from dit_mlflow.errors import UnsupportedError, first_line
 from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
 from dit_mlflow.replay.double_backward import naming_missing_derivatives
 from dit_mlflow.replay.dynamics import Dynamics, MicroBatch, Parameters
@@ -80,7 +82,12 @@ class TrainingStep(ABC):
         self._has_statistics = bool(running_statistics(dynamics.model))
 
     def __call__(
-        self, state: State, record: StepRecord, weights: Tensor | None = None, over: State | None = None
+        self,
+        state: State,
+        record: StepRecord,
+        weights: Tensor | None = None,
+        over: State | None = None,
+        absent: bool = False,
     ) -> State:
         """``s_{t+1}``.
 
@@ -89,15 +96,37 @@ class TrainingStep(ABC):
             record: step ``t``.
             weights: ``[sum B]`` in batch order, ``[K, sum B]`` for ``K`` trainings; ``None`` = all 1, as recorded.
             over: a state that is no longer needed, maybe ``state`` itself; its memory may be used for the result.
+            absent: samples of weight 0, of one training, are taken out of their batches too. A step that is left
+                without samples is made all the same, with a gradient of 0 (and the regularizer's), by momentum and
+                weight decay.
+
+        Raises:
+            UnsupportedError: the step fails on the smaller batches.
 
         Cost: one training step; for ``K`` side by side, up to ``K`` training steps and ``K`` times the memory.
         """
         self.dynamics.set_modes(record)
+        if absent and weights is not None and bool((gone := weights == 0).any()):
+            return self._without(gone, state, record, weights, over)
         batches = self.dynamics.load(record)
         weights = None if weights is None else weights.to(_like(state))
         if weights is not None and weights.dim() == 2:
             return self.forward_side_by_side(state, batches, weights, record, over)
         return self.forward(state, batches, weights, record, over)
+
+    def _without(self, gone: Tensor, state: State, record: StepRecord, weights: Tensor, over: State | None) -> State:
+        batches = self.dynamics.load_without(record, gone.numpy())
+        try:
+            return self.forward(state, batches, weights[~gone].to(_like(state)), record, over)
+        except (UnsupportedError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            sizes = " and ".join(str(micro.size) for micro in batches) or "none"
+            who = np.unique(record.samples[gone.numpy()])[:5].tolist()
+            raise UnsupportedError(
+                f"step {record.index} fails once samples {who} are taken out of its batches, which leaves {sizes}: "
+                f"{first_line(error)}. removal='weight' leaves the batches as they are"
+            ) from error
 
     def run(
         self,

@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dit_mlflow.errors import first_line
+from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course
 from dit_mlflow.replay.rounding import missed_by_rounding
@@ -27,8 +28,21 @@ from dit_mlflow.workload.without_graph import without_graph
 
 _log = logger_of(__name__)
 
+Removal = Literal["weight", "absent"]
+"""What removing a sample means: its weight becomes 0 and it stays in its batches, or it is not in them either."""
+
 CONTROL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest drift of the control (all weights 1) of retrainings side by side, relative to how far training moved."""
+
+
+def is_absent(removal: str) -> bool:
+    """Whether removed samples are taken out of their batches; raises :class:`InputError` for an unknown removal."""
+    if removal not in get_args(Removal):
+        raise InputError(
+            f"removal={removal!r}; expected 'weight' (the sample's loss is taken away) or 'absent' (and the sample is "
+            "not in its batches)"
+        )
+    return removal == "absent"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +51,11 @@ class Counterfactuals(ABC):
 
     Attributes:
         rows: ``[R, …]``, one for each; the subclass says what they are.
+        absent: samples of weight 0 are taken out of their batches too.
     """
 
     rows: np.ndarray
+    absent: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,7 +74,8 @@ class Counterfactuals(ABC):
 
     def identity(self) -> bytes:
         """Equal for equal weights."""
-        return f"{type(self).__name__} {self.rows.dtype}".encode() + self.rows.tobytes()
+        how = " absent" if self.absent else ""
+        return f"{type(self).__name__} {self.rows.dtype}{how}".encode() + self.rows.tobytes()
 
 
 class LeftOut(Counterfactuals):
@@ -134,6 +151,9 @@ class Retraining:
     def run(self, job: Job, advanced: Advanced = lambda count: None) -> Changes:
         """Changes of the queries at each measure of the course."""
         found = None
+        if job.counterfactuals.absent:
+            # Each has batches of its own.
+            return self._single_changes(job, advanced)
         with warnings.catch_warnings():
             # torch warns of operations that vmap runs one by one; the timed step includes their cost.
             warnings.filterwarnings("ignore", message="There is a performance drop")
@@ -158,7 +178,7 @@ class Retraining:
             one = job.part(np.array([column]))
             state, over = job.baseline.start, None
             for step in job.steps:
-                state = over = self.training_step(state, step, one.weights(step)[0], over)
+                state = over = self.training_step(state, step, one.weights(step)[0], over, one.counterfactuals.absent)
                 advanced(1)
                 if (before := job.baseline.values.get(step.index + 1)) is not None:
                     after = self.ask(state.parameters, state.buffers)

@@ -12,7 +12,7 @@ from dit_mlflow.errors import InputError
 from dit_mlflow.influence import Kind, Query, Window
 from dit_mlflow.influence.question import Question
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.retraining.counterfactuals import Reweighted
+from dit_mlflow.retraining.counterfactuals import Removal, Reweighted, is_absent
 from dit_mlflow.retraining.effort import Effort
 from dit_mlflow.retraining.retrain import retrain
 from dit_mlflow.workload import Workload
@@ -30,6 +30,7 @@ def leave_groups_out(
     queries: Sequence[Query] | None = None,
     dtype: torch.dtype | None = torch.float64,
     effort: Effort | None = None,
+    removal: Removal = "weight",
 ) -> pd.DataFrame:
     """The exact change of each query by removing each group: one retraining removes all samples of a group.
 
@@ -39,7 +40,7 @@ def leave_groups_out(
     Args:
         trajectory, workload, windows, kind, queries: as for :func:`dit_mlflow.track`.
         groups: of training samples.
-        dtype, effort: as for :func:`dit_mlflow.leave_one_out`.
+        dtype, effort, removal: as for :func:`dit_mlflow.leave_one_out`.
 
     Returns:
         Columns ``group``, ``samples`` (their number), ``window_start``, ``window_end``, ``query``, and ``change``, in
@@ -56,7 +57,7 @@ def leave_groups_out(
     weights = np.ones((len(groups), workload.num_samples))
     for row, indices in zip(weights, groups.values(), strict=True):
         row[list(indices)] = 0
-    changes, _ = retrain(question, Reweighted(weights), dtype, effort)
+    changes, _ = retrain(question, Reweighted(weights, is_absent(removal)), dtype, effort)
     rows = [
         {
             "group": name,

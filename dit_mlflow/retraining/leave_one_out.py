@@ -13,7 +13,7 @@ from dit_mlflow.errors import InputError
 from dit_mlflow.influence import Influence, Kind, Query, Window, check_kind
 from dit_mlflow.influence.question import Question
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.retraining.counterfactuals import LeftOut
+from dit_mlflow.retraining.counterfactuals import LeftOut, Removal, is_absent
 from dit_mlflow.retraining.effort import Effort
 from dit_mlflow.retraining.retrain import retrain
 from dit_mlflow.workload import Workload
@@ -29,6 +29,7 @@ def leave_one_out(
     dtype: torch.dtype | None = torch.float64,
     sample_seed: int = 0,
     effort: Effort | None = None,
+    removal: Removal = "weight",
 ) -> Influence:
     """Exact influence by retraining without each sample: ground truth for :func:`dit_mlflow.track`.
 
@@ -42,25 +43,38 @@ def leave_one_out(
         dtype: of the retraining; ``None`` = as recorded. In float32, rounding can hide the effect of one sample.
         sample_seed: seed of that draw.
         effort: processes or machines, memory, and a folder for finished parts.
+        removal: ``"weight"`` = as above; ``"absent"`` = the sample is not in its batches either, which is another
+            question where the loss couples samples (contrastive terms, mixup, batch statistics). The coefficients of
+            the others stay. A micro-batch of that sample alone is left out; a step without any other is made with a
+            gradient of 0. What the forward pass draws (dropout) is drawn for a smaller batch, so differs.
 
     Returns:
         Scores ``[windows, queries, training samples]``, with the sign of :func:`dit_mlflow.track`; NaN for samples that
         were not removed. A sample that is in no step of a window scores exactly 0 (``local``, ``final``).
+        ``metadata["removal"]`` says which removal the scores are of.
 
     Raises:
         InputError: a window, kind, query or sample that cannot be used.
         TrajectoryError: the trajectory is damaged, or the workload is not the recorded one.
+        UnsupportedError: ``removal="absent"``, and the model fails on the smaller batch (batch statistics of one).
 
     Cost: one training from the window's start for each sample (``cumulative``: one for all windows). Retrainings run
     side by side under ``torch.func.vmap``, in chunks that fit the memory budget, or one after the other, whichever is
-    faster in a timed step.
+    faster in a timed step; with ``removal="absent"`` one after the other.
     """
+    absent = is_absent(removal)
     question = Question.of(trajectory, workload, windows, kind, queries)
     removed = choose_samples(samples, workload.num_samples, sample_seed)
     scores = np.full(question.shape, np.nan)
-    scores[:, :, removed], drift = retrain(question, LeftOut(removed), dtype, effort)
+    scores[:, :, removed], drift = retrain(question, LeftOut(removed, absent), dtype, effort)
     return question.answer(
-        scores, "leave_one_out", str(dtype or "recorded"), asked=removed, num_removed=len(removed), max_drift=drift
+        scores,
+        "leave_one_out",
+        str(dtype or "recorded"),
+        asked=removed,
+        num_removed=len(removed),
+        max_drift=drift,
+        removal=removal,
     )
 
 
@@ -89,6 +103,7 @@ def confirm(
     effort: Effort | None = None,
     queries: Sequence[Query] | None = None,
     kind: Kind | None = None,
+    removal: Removal = "weight",
 ) -> Influence:
     """Exact leave-one-out for the ``m`` samples of largest absolute score in each window.
 
@@ -96,7 +111,7 @@ def confirm(
         estimate: scores of one query.
         trajectory, workload: from which the estimate was computed.
         m: number of samples to confirm in each window.
-        dtype, effort: as for :func:`dit_mlflow.leave_one_out`.
+        dtype, effort, removal: as for :func:`dit_mlflow.leave_one_out`.
         queries: the estimate's query, as it was given there; ``None`` = the mean validation loss.
         kind: of the exact scores; default: the estimate's. It must be given for an estimate without one (``none``:
             ``tracin``, ``grad_dot``, …), unless each window is all of training, where the kinds coincide.
@@ -110,7 +125,7 @@ def confirm(
 
     Cost: that of :func:`dit_mlflow.leave_one_out` for ``m`` samples, for each window.
     """
-    samples = estimate.scores.shape[2]
+    absent, samples = is_absent(removal), estimate.scores.shape[2]
     if not 1 <= m <= samples or len(estimate.queries) != 1:
         raise InputError(
             f"m={m} samples to confirm and {len(estimate.queries)} queries; expected 1 … {samples} and one query"
@@ -126,9 +141,11 @@ def confirm(
     exact = np.full(estimate.scores.shape, np.nan)
     drift = 0.0
     for k, window in enumerate(asked.windows):
-        chosen, found, met = exact_scores(replace(asked, windows=(window,)), estimate.scores[k], m, dtype, effort)
+        one = replace(asked, windows=(window,))
+        chosen, found, met = exact_scores(one, estimate.scores[k], m, dtype, effort, absent)
         exact[k][:, chosen], drift = found, max(drift, met)
-    return asked.answer(exact, "leave_one_out", str(dtype or "recorded"), num_removed=m, max_drift=drift)
+    name = str(dtype or "recorded")
+    return asked.answer(exact, "leave_one_out", name, num_removed=m, max_drift=drift, removal=removal)
 
 
 def _kind(estimate: Influence, kind: Kind | None, whole: Window) -> Kind:
@@ -148,7 +165,12 @@ def _kind(estimate: Influence, kind: Kind | None, whole: Window) -> Kind:
 
 
 def exact_scores(
-    question: Question, scores: np.ndarray, m: int, dtype: torch.dtype | None, effort: Effort | None
+    question: Question,
+    scores: np.ndarray,
+    m: int,
+    dtype: torch.dtype | None,
+    effort: Effort | None,
+    absent: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Exact scores of the samples that have one of the ``m`` largest absolute ``scores [queries, n]`` of any query.
 
@@ -159,5 +181,5 @@ def exact_scores(
         The samples ``[R]``, their exact scores ``[queries, R]``, and the largest drift of the replay.
     """
     chosen = np.unique(np.argsort(-np.abs(scores), axis=1, kind="stable")[:, :m])
-    changes, drift = retrain(question, LeftOut(chosen), dtype, effort)
+    changes, drift = retrain(question, LeftOut(chosen, absent), dtype, effort)
     return chosen, changes[0], drift

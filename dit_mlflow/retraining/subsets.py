@@ -13,7 +13,7 @@ from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Kind, Query, Window
 from dit_mlflow.influence.question import Question
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.retraining.counterfactuals import Reweighted
+from dit_mlflow.retraining.counterfactuals import Removal, Reweighted, is_absent
 from dit_mlflow.retraining.effort import Effort
 from dit_mlflow.retraining.retrain import retrain
 from dit_mlflow.workload import Workload
@@ -45,6 +45,7 @@ def train_on_subsets(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     effort: Effort | None = None,
+    removal: Removal = "weight",
 ) -> Subsets:
     """Train again as recorded, with weight 0 on the samples outside of a random subset.
 
@@ -55,7 +56,8 @@ def train_on_subsets(
         trajectory, workload, windows, kind, queries: as for :func:`dit_mlflow.track`.
         subsets: their number.
         share: fraction of the samples in each subset, drawn by ``seed`` without replacement.
-        dtype, effort: as for :func:`dit_mlflow.leave_one_out`; the recorded dtype is enough, since changes are large.
+        dtype, effort, removal: as for :func:`dit_mlflow.leave_one_out`; the recorded dtype is enough, since changes are
+            large.
 
     Raises:
         InputError: fewer than 3 subsets, or a share that makes subsets empty or complete.
@@ -74,7 +76,7 @@ def train_on_subsets(
     for row in kept:
         row[generator.choice(n, size=size, replace=False)] = True
     question = Question.of(trajectory, workload, windows, kind, queries)
-    changes, _ = retrain(question, Reweighted(kept.astype(np.float64)), dtype, effort)
+    changes, _ = retrain(question, Reweighted(kept.astype(np.float64), is_absent(removal)), dtype, effort)
     return Subsets(kept, changes, tuple(windows))
 
 

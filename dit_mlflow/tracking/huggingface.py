@@ -17,12 +17,15 @@ except ImportError as error:
 from accelerate.data_loader import SkipBatchSampler
 from accelerate.state import GradientState
 
-from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.errors import TrajectoryError, UnsupportedError
 from dit_mlflow.recording.loader_patch import Handed, LoaderPatch
+from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.accelerate_internals import torch_loader, torch_optimizer
 from dit_mlflow.tracking.recording.loss_share import LossShare
 from dit_mlflow.tracking.recording.recorded_training import RecordedTraining
 from dit_mlflow.workload import Workload
+
+_log = logger_of(__name__)
 
 
 class TrajectoryCallback(TrainerCallback):
@@ -53,6 +56,11 @@ class TrajectoryCallback(TrainerCallback):
       being smaller in the last of an epoch. With a ``compute_loss_func``, label smoothing, or several labels per sample
       that are no class numbers, nothing is recorded and the workload's ``coefficients`` count.
 
+    NEFTune (``neftune_noise_alpha``) draws noise that replay draws again, if ``model`` gives a model with it:
+    ``activate_neftune(model, alpha)`` of ``transformers.integrations.neftune``. With ``auto_find_batch_size``, the
+    attempt that makes a first step is recorded; one that begins again after it is refused. Columns that the trainer
+    removes from a data set (``remove_unused_columns``) may stay in the workload's ``train_set``.
+
     The trainer draws batches ahead. A collator or dataset that draws random numbers (masking, augmentation) therefore
     needs ``store_batches=True``; without it, replay refuses the trajectory.
 
@@ -81,9 +89,22 @@ class TrajectoryCallback(TrainerCallback):
         self._num_batches = 0
         self._abandon: weakref.finalize[..., TrajectoryCallback] | None = None
 
-    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, *_: Any, **kwargs: Any) -> None:
         if self._abandon is not None:
             self._abandon()
+        before = self._training
+        if args.auto_find_batch_size and before is not None and before.num_steps:
+            raise UnsupportedError(
+                f"auto_find_batch_size began training again, with the weights as they were, after {before.num_steps} "
+                "steps that are recorded; a run holds one training. Record with a per_device_train_batch_size that "
+                "fits, and without auto_find_batch_size"
+            )
+        if args.neftune_noise_alpha is not None:
+            _log.warning(
+                "training adds NEFTune noise to the embeddings; replay needs it too: have Workload.model return a "
+                "model to which transformers.integrations.neftune.activate_neftune(model, %s) was applied",
+                args.neftune_noise_alpha,
+            )
         self._share, self._num_batches = None, 0
         self._training = RecordedTraining(*self._arguments)
         self._abandon = weakref.finalize(self, self._training.abandon)

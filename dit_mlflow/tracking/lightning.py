@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import mlflow
+import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -42,7 +43,8 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
     - ``model``: the ``LightningModule`` (parameters are matched by name), or a factory of it;
     - ``loss(model, batch)``: what ``training_step`` returns, before the mean over the batch;
     - ``accumulate``: the trainer's ``accumulate_grad_batches``. Lightning divides by it even in the last, shorter group
-      of an epoch, so ``c_i = 1 / (B * accumulate)``, the default, holds for all;
+      of an epoch, so ``c_i = 1 / (B * accumulate)``, the default, holds for all. Where a
+      ``GradientAccumulationScheduler`` changes it, the factors are recorded, and the workload needs none;
     - ``clip_grad_norm`` (or ``clip_grad_value``, with ``gradient_clip_algorithm="value"``): ``gradient_clip_val``.
 
     Random augmentation in the main process is replayed if nothing is drawn between the batch and its forward pass; in
@@ -64,10 +66,16 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
         super().__init__()
         self._arguments = (workload, run_id, options)
         self._training: RecordedTraining | None = None
+        self._accumulate: int | None = None
+        self._accumulated: list[int] = []
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # Before every on_fit_start: that of LearningRateFinder has the trainer make its loaders.
+        if stage != "fit":
+            return
         self._end(trainer, UnsupportedError("another training began"))
         training = self._training = RecordedTraining(*self._arguments)
+        self._accumulate, self._accumulated = None, []
         process = trainer.strategy.process_dataloader
 
         def process_and_watch(loader: Any) -> Any:
@@ -90,10 +98,19 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         if self._training is not None:
             self._training.used(loss)
+            self._accumulated.append(trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        if self._training is not None and self._training.begun:
-            self._training.before_step()
+        if self._training is None or not self._training.begun:
+            return
+        self._training.settle()
+        counts, self._accumulated = self._accumulated, []
+        if self._accumulate is None and counts:
+            self._accumulate = 0 if any(map(_is_schedule, trainer.callbacks)) else counts[0]
+        shares = None
+        if any(count != self._accumulate for count in counts):
+            shares = [np.full(size, 1 / (size * n)) for size, n in zip(self._training.sizes, counts, strict=True)]
+        self._training.before_step(shares)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._training is not None:
@@ -134,6 +151,11 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
         if training is not None:
             vars(trainer.strategy).pop("process_dataloader", None)
             training.close(error)
+
+
+def _is_schedule(callback: Any) -> bool:
+    """Whether it changes ``accumulate_grad_batches`` from epoch to epoch."""
+    return any(base.__name__ == "GradientAccumulationScheduler" for base in type(callback).__mro__)
 
 
 def _logger_run_id(trainer: Any) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.workload.random_state import preserved_random_state
+
+SEARCHED_FIELDS = 5
+"""Most fields of a sample of which every part is held against a recorded digest."""
 
 DIGEST_SAMPLES = 256
 """Number of evenly spaced samples in the digest of a dataset that is not a TensorDataset."""
@@ -57,11 +61,39 @@ def check_dataset(dataset: Dataset[Any], recorded: str | None) -> None:
     if recorded is None:
         return
     found = dataset_digest(dataset)
-    if found is not None and found != recorded:
+    if found is not None and found != recorded and not _holds_more(dataset, recorded):
         raise TrajectoryError(
             f"the workload's train_set is not the recorded one: digest {found[:12]}…, recorded "
             f"{recorded[:12]}…; influence belongs to the data that was trained on"
         )
+
+
+class _Columns(Dataset[Any]):
+    """Of a data set whose samples are mappings, some fields."""
+
+    def __init__(self, dataset: Dataset[Any], names: Sequence[str]) -> None:
+        self._dataset, self._names = dataset, names
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self._dataset[index]
+        return {name: sample[name] for name in self._names if name in sample}
+
+
+def _holds_more(dataset: Dataset[Any], recorded: str) -> bool:
+    """Whether it is the recorded data set with further fields, which a trainer may have removed before training."""
+    with preserved_random_state():
+        sample = dataset[0]
+    if not isinstance(sample, Mapping):
+        return False
+    names = list(sample)
+    numeric = [name for name in names if not isinstance(sample[name], (str, bytes, type(None)))]
+    parts: list[Sequence[str]] = [numeric] if len(numeric) < len(names) else []
+    if len(names) <= SEARCHED_FIELDS:
+        parts += [part for size in range(len(names) - 1, 0, -1) for part in combinations(names, size)]
+    return any(dataset_digest(_Columns(dataset, part)) == recorded for part in parts)
 
 
 def _update(digest: Any, value: Any) -> None:

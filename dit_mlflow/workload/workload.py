@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from dit_mlflow.errors import UnsupportedError, WorkloadError
 from dit_mlflow.told import text_of
@@ -24,6 +24,21 @@ from dit_mlflow.workload.wrappers import plain_copy
 
 Optimizers = Optimizer | Mapping[str, Optimizer]
 """What trains a model: one optimizer, or several by name."""
+
+
+def makes_batches(dataset: Dataset[Any]) -> bool:
+    """Whether it fetches several samples at once, and may make them fit together (pad them to one length)."""
+    if type(dataset) is Subset:  # It has the method, for the sake of datasets that have it.
+        return makes_batches(dataset.dataset)
+    return bool(getattr(dataset, "__getitems__", None))
+
+
+def fetched(dataset: Dataset[Any], indices: Sequence[int] | np.ndarray) -> Any:
+    """What torch's ``DataLoader`` hands to its ``collate_fn``."""
+    several = getattr(dataset, "__getitems__", None)
+    if several:
+        return several([int(index) for index in indices])
+    return [dataset[int(index)] for index in indices]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,22 +155,36 @@ class Workload:
         """A new copy of the module, or of what the factory makes; of a compiled or parallel model, of what it wraps."""
         return plain_copy(self.model if isinstance(self.model, nn.Module) else self.model())
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """The collated training samples ``indices``."""
-        return self.collate(self.train_set, indices)
+    def batch(self, indices: Sequence[int] | np.ndarray, kept: np.ndarray | None = None) -> Batch:
+        """The collated training samples ``indices``; see :meth:`collate`."""
+        return self.collate(self.train_set, indices, kept)
 
-    def collate(self, dataset: Dataset[Any], indices: Sequence[int] | np.ndarray) -> Batch:
-        """Samples ``indices`` of ``dataset`` as one batch."""
+    def collate(
+        self, dataset: Dataset[Any], indices: Sequence[int] | np.ndarray, kept: np.ndarray | None = None
+    ) -> Batch:
+        """Samples ``indices`` of ``dataset`` as one batch, fetched as torch's ``DataLoader`` does.
+
+        Args:
+            dataset: its ``__getitems__`` is asked for all of them, if it has one, and else ``__getitem__`` for each.
+            indices: of the samples.
+            kept: bool, like ``indices``: which of them are in the batch; ``None`` = all. The others are fetched all the
+                same, so that those that stay draw what they drew.
+        """
         if self.collate_fn is None and type(dataset) is TensorDataset:
-            picked = torch.as_tensor(indices, dtype=torch.long)
+            picked = torch.as_tensor(np.asarray(indices)[slice(None) if kept is None else kept], dtype=torch.long)
             return [tensor.index_select(0, picked.to(tensor.device)) for tensor in dataset.tensors]
-        samples = [dataset[int(index)] for index in indices]
+        samples = fetched(dataset, indices)
+        if kept is not None and isinstance(samples, Sequence) and len(samples) == len(kept):
+            samples = [sample for sample, stays in zip(samples, kept, strict=True) if stays]
+        elif kept is not None:
+            samples = fetched(dataset, np.asarray(indices)[kept])
         return (self.collate_fn or default_collate)(samples)
 
     def unvarying(self, dataset: Dataset[Any], indices: Sequence[int] | np.ndarray) -> Batch:
         """As :meth:`collate`, for samples outside of recorded steps: the result is the same every time.
 
-        A sample's random augmentation is seeded by its index, ``collate_fn`` by 0. The generators are restored.
+        A sample's random augmentation is seeded by its index (by the first one's, where the dataset makes batches),
+        ``collate_fn`` by 0. The generators are restored.
         """
         if self.collate_fn is None and type(dataset) is TensorDataset:
             return self.collate(dataset, indices)
@@ -165,7 +194,11 @@ class Workload:
             return dataset[index]
 
         with preserved_random_state():
-            samples = [seeded(int(index)) for index in indices]
+            if makes_batches(dataset):
+                seed_generators(int(indices[0]) if len(indices) else 0)
+                samples = fetched(dataset, indices)
+            else:
+                samples = [seeded(int(index)) for index in indices]
             seed_generators(0)
             return (self.collate_fn or default_collate)(samples)
 

@@ -129,6 +129,15 @@ def test_confirmed_samples_and_the_table_of_all_scores(trajectory: Trajectory, w
         assert known.to_numpy() == pytest.approx(exact.of(k)[known.index])
 
 
+def test_a_table_for_spreadsheets_runs_nothing(trajectory: Trajectory, workload: Workload, tmp_path: Path) -> None:
+    formula = Query("=cmd|' /C calc'!A0", lambda model: model[2].bias[0])
+    found = explain(trajectory, workload, WINDOWS, queries=[formula], checks=Checks())
+    table = pd.read_csv(found.to_csv(tmp_path / "scores.csv"))
+    assert set(table["query"]) == {f"'{formula.name}"}
+    assert (table["score"] < 0).any(), "negative numbers stay numbers"
+    np.testing.assert_allclose(table["score"], found.to_frame()["score"])
+
+
 def test_double_precision_is_the_methods_own_setting(trajectory: Trajectory, workload: Workload) -> None:
     from dit_mlflow.methods.dit import Dit
 

@@ -302,5 +302,10 @@ def test_coupled_samples_are_said() -> None:
     coupled = replace(found, influence=replace(found.influence, metadata={"coupled": True}))
     assert answer_sentences(coupled)[0] == (
         f"{answer_sentences(found)[0]} The loss couples the samples of a batch, so removal takes a sample's own loss "
-        "away, while the sample stays in its batches."
+        "away, while the sample stays in its batches (the samples' absence: leave_one_out(removal='absent'))."
+    )
+    absent = replace(found, influence=replace(found.influence, metadata={"coupled": True, "removal": "absent"}))
+    assert answer_sentences(absent)[0] == (
+        f"{answer_sentences(found)[0]} The loss couples the samples of a batch; removed samples are not in their "
+        "batches either."
     )

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from workloads import digits_workload
 
-from dit_mlflow import InputError, Window, parse_windows
-from dit_mlflow.influence import check_windows
+from dit_mlflow import InputError, Window, parse_windows, track, train
+from dit_mlflow.influence import check_windows, sweep
+from dit_mlflow.trajectory import Record
 from dit_mlflow.workload import Plan
 
 TIMELINE = Plan((4, 8, 11))
@@ -64,3 +67,36 @@ def test_what_is_no_list_of_windows_is_refused(windows: Any, message: str) -> No
 
 def test_membership_is_half_open() -> None:
     assert [t for t in range(5) if t in Window(1, 3)] == [1, 2]
+
+
+def test_a_step_costs_the_same_however_many_windows_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of one step each, and a checkpoint at every step: neither list is gone through at every step."""
+    looked = {"sweeps": 0, "checkpoints": 0}
+
+    class Sweeps(list[Any]):
+        def __iter__(self) -> Any:
+            looked["sweeps"] += 1
+            return super().__iter__()
+
+    class Checkpoints(tuple[int, ...]):
+        __slots__ = ()
+
+        def __iter__(self) -> Any:
+            looked["checkpoints"] += 1
+            return super().__iter__()
+
+        def __contains__(self, step: object) -> bool:
+            looked["checkpoints"] += 1
+            return super().__contains__(step)
+
+    own, steps = sweep.sweeps_along, Record.checkpoint_steps
+    monkeypatch.setattr(sweep, "sweeps_along", lambda trainings: Sweeps(own(trainings)))
+    monkeypatch.setattr(Record, "checkpoint_steps", property(lambda record: Checkpoints(steps.fget(record))))
+    looks = []
+    for epochs in (1, 8):
+        trajectory = train(digits_workload(epochs=epochs), tmp_path / str(epochs), checkpoint_every=1)
+        looked.update(sweeps=0, checkpoints=0)
+        windows = [Window(t, t + 1) for t in range(trajectory.num_steps)]
+        track(trajectory, digits_workload(), windows)
+        looks.append(dict(looked))
+    assert looks[0] == looks[1]

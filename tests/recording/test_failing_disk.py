@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import resource
+import stat
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -18,6 +21,7 @@ from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import Trajectory, TrajectoryError, TrajectoryRecorder, train
 from dit_mlflow.recording import writer
+from dit_mlflow.trajectory import tensor_file
 
 
 def run_loop(folder: Path, steps: int, at: dict[int, object] | None = None) -> tuple[nn.Module, TrajectoryRecorder]:
@@ -84,6 +88,62 @@ def test_a_disk_that_stays_away_ends_the_record_and_not_the_training(
     assert 7 <= saved.num_steps <= 9
     assert not saved.complete
     assert saved.verify(digits_workload()).max_drift == 0.0
+
+
+SPACE = 60_000
+
+
+@pytest.fixture
+def nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk on which a trajectory may take :data:`SPACE` bytes."""
+    real = tensor_file._put_in_place
+
+    def put_in_place(temporary: Path, path: Path) -> None:
+        taken = sum(file.stat().st_size for file in path.parent.iterdir())
+        if taken > SPACE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(temporary, path)
+
+    monkeypatch.setattr(tensor_file, "_put_in_place", put_in_place)
+
+
+@pytest.mark.usefixtures("nearly_full")
+def test_of_a_first_write_that_does_not_fit_the_first_steps_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All is written at once, at the end, as in any training of a few seconds."""
+    with caplog.at_level(logging.WARNING, logger="dit_mlflow"):
+        _, recorder = run_loop(tmp_path / "t", 90)
+    assert isinstance(recorder.failure, OSError)
+    saved = Trajectory.open(tmp_path / "t")
+    assert (saved.complete, recorder.num_steps) == (False, 90)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert f"holds {saved.num_steps} steps and could not be written further" in caplog.records[0].message
+    assert saved.num_steps > 10
+    assert saved.checkpoint_steps == tuple(range(0, saved.num_steps + 1, 2))
+    assert saved.epoch_ends == (*range(3, saved.num_steps, 3), saved.num_steps)
+    assert saved.verify(digits_workload()).max_drift == 0.0
+    files = {path.name: path.stat().st_size for path in (tmp_path / "t").iterdir()}
+    assert files.keys() == {*saved.manifest.files, "manifest.json"}, "nothing else takes space"
+    assert SPACE * 0.7 < sum(files.values()) <= SPACE
+
+
+def test_what_the_manifest_lists_stays_where_the_last_sync_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new manifest is in place when the folder that holds its name cannot be synced."""
+    real, manifest = os.fsync, tmp_path / "t" / "manifest.json"
+
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode) and manifest.is_file() and "steps-" in manifest.read_text():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(file)
+
+    monkeypatch.setattr(tensor_file.os, "fsync", fsync)
+    run_loop(tmp_path / "t", 9)
+    saved = Trajectory.open(tmp_path / "t")
+    assert (saved.num_steps, saved.complete) == (9, True)
+    saved.check_record()
 
 
 def train_on_a_full_disk(folder: Path) -> str:

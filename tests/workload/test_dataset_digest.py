@@ -65,3 +65,19 @@ def test_global_augmentation_is_digested_under_a_fixed_state_and_leaves_none_beh
     torch.manual_seed(2)
     assert digest is not None
     assert dataset_digest(data) == digest
+
+
+def test_fields_that_a_trainer_removed_may_be_there() -> None:
+    """Hugging Face's removes those that the model does not take."""
+    whole = Items(*({"text": f"t{i}", "ids": torch.tensor([i, 1]), "note": i * 2, "labels": i % 2} for i in range(3)))
+    for kept in (["ids", "labels"], ["ids", "note", "labels"], ["labels"]):
+        recorded = dataset_digest(Items(*({name: item[name] for name in kept} for item in whole.items)))
+        check_dataset(whole, recorded)
+    changed = dataset_digest(Items(*({"ids": item["ids"], "labels": 1 - item["labels"]} for item in whole.items)))
+    with pytest.raises(TrajectoryError, match="train_set is not the recorded one"):
+        check_dataset(whole, changed)
+
+
+def test_of_many_fields_texts_may_be_more() -> None:
+    fields = {f"f{i}": i for i in range(30)}
+    check_dataset(Items({**fields, "text": "a", "more": None}), dataset_digest(Items(fields)))

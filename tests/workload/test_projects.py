@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_mlflow import WorkloadError, load_workload
+from dit_mlflow import WorkloadError, load_workload, train
 from dit_mlflow.workload import WorkloadReference, load_recorded, projects
 
 
@@ -96,3 +96,24 @@ def test_modules_of_a_project_are_its_own(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_cannot_be_used_is_named(reference: str, settings: dict[str, str], message: str) -> None:
     with pytest.raises(WorkloadError, match=message):
         load_workload(reference, **settings)
+
+
+def test_settings_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of our own functions' arguments."""
+    names = ["reference", "factory", "settings", "directory", "trusted", "workload"]
+    source = ", ".join(f"{name}: int = 1" for name in names)
+    (tmp_path / "named_settings.py").write_text(
+        "from dit_mlflow import Workload\n"
+        "from workloads import digits_workload\n"
+        f"def workload({source}) -> Workload:\n"
+        f"    return digits_workload(epochs=reference + trusted)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {name: str(number) for number, name in enumerate(names)}
+    workload = load_workload("named_settings:workload", **given)
+    assert workload.settings == {name: number for number, name in enumerate(names)}
+    assert workload.epochs == 4
+    recorded = train(workload, tmp_path / "record" / "t").manifest.workload
+    assert recorded is not None
+    again = load_recorded(recorded, tmp_path / "record" / "t", trusted=True)
+    assert (again.settings, again.epochs) == (workload.settings, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ from dit_mlflow.evaluation.figures import LOSS, PRECISION, TEST, VALIDATION, VAL
 from dit_mlflow.evaluation.trials import Cleansing, Outcome, Trial, untouched
 from dit_mlflow.explanation import cleansing_answer, cleansing_table, terminal_table
 from dit_mlflow.explanation.cleansing import ACTIONS, CleansingTask, parse_shares
-from dit_mlflow.influence import check_kind
+from dit_mlflow.influence import Influence, check_kind
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.told import logger_of
@@ -24,7 +25,7 @@ from dit_mlflow.tracking.jobs.train import workload_params
 from dit_mlflow.tracking.store.artifacts import log_influence
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.failed_run import error_text
-from dit_mlflow.tracking.store.names import KIND, METHOD, TRAINING_RUN
+from dit_mlflow.tracking.store.names import INFLUENCE, KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import project_run
 from dit_mlflow.tracking.ui.links import where_to_look
 
@@ -72,9 +73,10 @@ class CleansingRequest(Request):
 def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) -> str:
     """Clean the training data by influence, at random and by loss, and train again; returns text for the terminal.
 
-    A parent run holds the answer (its description), ``cleansing.json``, ``cleansing.png``, the influence scores and the
-    chosen samples; for its child runs see :mod:`dit_mlflow.tracking.jobs.cleanse_runs`. A trial whose training fails is
-    FAILED there, with the reason in the tag ``dit.error``, and cannot be chosen.
+    A parent run holds the answer (its description), ``cleansing.json``, ``cleansing.png``, the influence scores
+    (``influence/`` at the smallest fraction, ``influence/drop_0.2/`` and so on at each) and the chosen samples; for its
+    child runs see :mod:`dit_mlflow.tracking.jobs.cleanse_runs`. A trial whose training fails is FAILED there, with the
+    reason in the tag ``dit.error``, and cannot be chosen.
 
     Raises:
         DitError: some part of the request cannot be used, or training or replay fail.
@@ -85,7 +87,7 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         request, lambda workload: CleansingTask.of(workload, request.drop, request.action, request.metric)
     )
     seeds, known = _seeds(training_run, request.repeats)
-    tags = {KIND: CLEANSING, METHOD: "dit", TRAINING_RUN: training_run}
+    tags = {KIND: CLEANSING, METHOD: "removal", TRAINING_RUN: training_run}
     with project_run(project_run_id, f"cleanse {workload.title} {request.action}", tags) as run:
         mlflow.log_params(
             {
@@ -102,7 +104,7 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         )
         log_datasets_of(training_run, run.info.run_id)
         asked = trajectory, windows, kind, request.draws, request.memory_budget
-        task, tried = task.flag(*asked, reached=lambda found: log_influence(found.influence))
+        task, tried = task.flag(*asked, reached=_log_each)
         runs = CleansingRuns(task, training_run, seeds)
         outcomes, failures = _outcomes([untouched(workload.num_samples), *tried], runs)
         cleansing = Cleansing(tuple(outcomes), task.metric, request.action, workload.corrupted)
@@ -112,6 +114,12 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
     return _summary(
         cleansing, remarks, [f"training run   {training_run}", f"cleansing run  {run.info.run_id}", where_to_look(run)]
     )
+
+
+def _log_each(found: Mapping[float, Influence]) -> None:
+    log_influence(next(iter(found.values())))
+    for fraction, influence in found.items():
+        log_influence(influence, folder=f"{INFLUENCE}/drop_{fraction:g}")
 
 
 def _seeds(training_run: str, repeats: int) -> tuple[list[tuple[int, int]], bool]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -29,7 +31,8 @@ from dit_mlflow.explanation import (
 from dit_mlflow.explanation.over_seeds import COMPARED, SECONDS, stability_table, summarised
 from dit_mlflow.influence import Window, check_kind, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
-from dit_mlflow.methods import method
+from dit_mlflow.methods import Method, method
+from dit_mlflow.methods.given_scores import GivenScores
 from dit_mlflow.plots import plot_fidelity_against_cost, plot_recall_curves
 from dit_mlflow.progress import progress_over
 from dit_mlflow.recording.loop import check_seeds
@@ -62,13 +65,18 @@ class ComparisonRequest(Request):
 
     Attributes:
         methods: names separated by commas, or ``all``.
+        scores: CSV files of scores computed elsewhere, separated by commas, to compare as well: see
+            :class:`dit_mlflow.methods.given_scores.GivenScores`; empty = none.
         seeds: number of trainings, on a grid of seeds for weights and seeds for batch order.
-        subsets: trainings on random halves of the data, for the linear datamodeling score; 0 = none.
+        subsets: trainings on random parts of the data, for the linear datamodeling score; 0 = none.
+        removed: the share of the samples that each of them leaves out.
         jobs: worker processes of the ground truth.
         backend: of joblib, see :class:`dit_mlflow.Effort`; empty = its choice.
     """
 
     methods: str = "all"
+    scores: str = ""
+    removed: float = 0.5
     seeds: int = 1
     subsets: int = 32
     jobs: int = 1
@@ -76,18 +84,22 @@ class ComparisonRequest(Request):
 
     def checks(self, workload: Workload) -> Checks:
         """Leave-one-out and subsets; raises :class:`InputError` for values that cannot be used."""
-        return Checks.parse(self.ground_truth, workload.num_samples, subsets=self.subsets)
+        return Checks.parse(self.ground_truth, workload.num_samples, subsets=self.subsets, removed=self.removed)
 
-    @property
-    def names(self) -> list[str]:
-        """The methods asked for; raises :class:`InputError` for one that is unknown or cannot be used."""
+    @cached_property
+    def estimators(self) -> dict[str, Method]:
+        """The methods asked for, by name; raises :class:`InputError` for one that is unknown or cannot be used."""
         asked = known.NAMES if self.methods.strip() == "all" else self.methods.split(",")
-        names = list(dict.fromkeys(name.strip() for name in asked if name.strip()))
-        if not names:
+        found = {name.strip(): method(name.strip()) for name in asked if name.strip()}
+        if not found and not self.scores:
             raise InputError(f"methods={self.methods!r}; expected 'all' or some of {', '.join(known.NAMES)}")
-        for name in names:
-            method(name)
-        return names
+        for given in (GivenScores(Path(path.strip())) for path in self.scores.split(",") if path.strip()):
+            if given.name in found or given.name in known.NAMES:
+                raise InputError(
+                    f"scores={str(given.path)!r} has the name of a method or of other scores; rename the file"
+                )
+            found[given.name] = given
+        return found
 
     @property
     def grid(self) -> list[tuple[int, int]]:
@@ -124,7 +136,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
     Raises:
         InputError: some part of the request cannot be used, or every method failed.
     """
-    kind, names = check_kind(request.kind), request.names
+    kind, estimators = check_kind(request.kind), request.estimators
     if request.seeds < 1:
         raise InputError(f"seeds={request.seeds}; expected 1 or more")
     effort = Effort(request.jobs, request.backend or None)
@@ -141,12 +153,12 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
                 **workload_params(workload),
                 "resolved.kind": kind,
                 "resolved.windows": len(trainings[0].windows),
-                "resolved.methods": ",".join(names),
+                "resolved.methods": ",".join(estimators),
                 "resolved.seeds": request.seeds,
             }
         )
         log_datasets_of(trainings[0].run_id, run.info.run_id)
-        asked = [(training, name) for training in trainings for name in names]
+        asked = [(training, name) for training in trainings for name in estimators]
         rows = [_child(request, name, training) for training, name in progress_over(asked, "comparing", "method")]
         ceiling = _attainable(rows, trainings[0])
         table = summarised(pd.DataFrame(rows))
@@ -168,7 +180,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
             scores = {str(row["method"]): load_influence(str(row["run_id"])).of(trainings[0].whole) for row in first}
             with drawing("recall_curve.png", run.info.run_id):
                 log_plot(plot_recall_curves(scores, workload.corrupted), "recall_curve.png", run.info.run_id)
-        retraining = [name for name in names if method(name).retrains]
+        retraining = [name for name, estimator in estimators.items() if estimator.retrains]
         note = comparison_note(table, retraining, len(trainings), kind, attainable=ceiling)
         views = save_comparisons(run.info.run_id)
         set_note(run.info.run_id, f"{note}\n\n{compare_line(views)}" if views else note)
@@ -185,8 +197,8 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
     shown = table.drop(columns=[] if table["error"].any() else ["error"])
     lines = [
         "",
-        f"{len(names)} method{'s' * (len(names) > 1)}, {len(trainings)} training{'s' * (len(trainings) > 1)}, whole "
-        "run; low, high: 95 % interval "
+        f"{len(estimators)} method{'s' * (len(estimators) > 1)}, "
+        f"{len(trainings)} training{'s' * (len(trainings) > 1)}, whole run; low, high: 95 % interval "
         f"{'over samples' if len(trainings) == 1 else 'of the mean over trainings'}",
         *([f"attainable: leave-one-out in the recorded precision reaches {ceiling:.3f}"] if ceiling else []),
         "",
@@ -224,9 +236,13 @@ def _trained(request: ComparisonRequest) -> list[ComparedTraining]:
     return found
 
 
-def _child(request: Request, name: str, training: ComparedTraining) -> dict[str, object]:
+def _child(request: ComparisonRequest, name: str, training: ComparedTraining) -> dict[str, object]:
     """Run one method on one training in a run of its own; returns its row of the table."""
-    row: dict[str, object] = {"method": name, "training_run": training.run_id, "measures": method(name).measures}
+    row: dict[str, object] = {
+        "method": name,
+        "training_run": training.run_id,
+        "measures": request.estimators[name].measures,
+    }
     tags = {KIND: "method", METHOD: name, TRAINING_RUN: training.run_id}
     try:
         with mlflow.start_run(run_name=name + training.label, nested=True, tags=tags) as run:
@@ -240,10 +256,10 @@ def _child(request: Request, name: str, training: ComparedTraining) -> dict[str,
         return {**row, "failed": True, "error": error_text(error)}
 
 
-def _log_explained(request: Request, name: str, training: ComparedTraining) -> dict[str, float]:
+def _log_explained(request: ComparisonRequest, name: str, training: ComparedTraining) -> dict[str, float]:
     """Explain by one method and log it on the active run; returns figures of the whole run by their short names."""
     asked = training.trajectory, training.workload, training.windows, check_kind(request.kind)
-    found = explain(*asked, method=name, checks=Checks(), truth=training.truth)
+    found = explain(*asked, method=request.estimators[name], checks=Checks(), truth=training.truth)
     mlflow.log_params({"method": name, "kind": found.influence.kind})
     log_influence(found.scores)
     log_metrics(found.whole.and_(found.cost))

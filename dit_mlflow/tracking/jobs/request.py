@@ -20,6 +20,7 @@ from dit_mlflow.methods.removal import Removal, check_removal
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Groups
 from dit_mlflow.retraining.groups import check_groups
+from dit_mlflow.told import text_of
 from dit_mlflow.tracking.jobs.train import run_training
 from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.workload import Workload, WorkloadReference, load_recorded, load_workload
@@ -51,8 +52,8 @@ class Request:
         dtype: of the sweep, a key of :data:`SWEEP_DTYPES`.
         memory_mb: MiB for the states that the sweep holds, and as much for its adjoints; 0 = the default of
             :func:`dit_mlflow.track`.
-        removed: the share of the samples whose removal is asked about (:func:`dit_mlflow.removal_influence`); 0 = one
-            sample at a time (:func:`dit_mlflow.track`).
+        removed: the share of the samples whose removal is asked about (:func:`dit_mlflow.removal_influence`; by
+            default, at least two samples); 0 = the derivative in one sample's weight (:func:`dit_mlflow.track`).
         trainings: the budget of the former.
         groups: groups of samples to leave out together: ``label`` (those of each label), or a CSV file with the columns
             ``sample_index`` and ``group``; empty = none.
@@ -70,7 +71,7 @@ class Request:
     confirm: int = 0
     dtype: str = "recorded"
     memory_mb: int = 0
-    removed: float = 0.0
+    removed: float = Removal.removed
     trainings: int = 16
     groups: str = ""
     init_seed: int = 0
@@ -92,8 +93,10 @@ class Request:
         dtype = SWEEP_DTYPES[self.dtype]
         if self.removed == 0:
             return Dit(dtype, self.memory_budget)
-        check_removal(workload.num_samples, self.removed, self.trainings, 0)
-        return Removal(removed=self.removed, trainings=self.trainings, dtype=dtype, memory_budget=self.memory_budget)
+        # Of few samples, the default share would be less than two.
+        removed = max(self.removed, 2 / workload.num_samples) if self.removed == Removal.removed else self.removed
+        check_removal(workload.num_samples, removed, self.trainings, 0)
+        return Removal(removed=removed, trainings=self.trainings, dtype=dtype, memory_budget=self.memory_budget)
 
     def checks(self, workload: Workload) -> Checks:
         """The exact retrainings asked for; raises :class:`InputError` for values that cannot be used."""
@@ -164,7 +167,8 @@ def recorded_workload(request: Request, trajectory: Trajectory) -> Workload:
         if changed:
             name = changed[0]
             raise WorkloadError(
-                f"run {request.training_run} was trained with {name}={workload.settings[name]}; {name}={asked[name]} "
+                f"run {request.training_run} was trained with {name}={text_of(workload.settings[name], 200)}; "
+                f"{name}={text_of(asked[name], 200)} "
                 "needs a new training: leave training_run out"
             )
     return workload

@@ -74,7 +74,16 @@ def record_trajectory(
         _tag(run)
         stack.callback(_note, run, recorder, upload, begun)
         stack.callback(_log_training_set, run, recorder, workload)
-        yield stack.enter_context(recorder)
+        entered = False
+        try:
+            with recorder:
+                entered = True
+                yield recorder
+        except BaseException:
+            # Not where another recorder was there first.
+            if entered and begun is None and not recorder.num_steps:
+                _give_back(run, recorder, upload)
+            raise
 
 
 def _begun(run: Run, resume: bool) -> Trajectory | None:
@@ -107,6 +116,13 @@ def _place(run: Run) -> tuple[Path, Upload | None]:
     folder = Path(mkdtemp(prefix="dit-mlflow-")) / TRAJECTORY
     folder.mkdir()
     return folder, Upload(folder, run.info.run_id)
+
+
+def _give_back(run: Run, recorder: TrajectoryRecorder, upload: Upload | None) -> None:
+    """Training failed before its first step, and another may be recorded: a trainer tries a smaller batch."""
+    if upload is None:
+        shutil.rmtree(recorder.directory, ignore_errors=True)
+    MlflowClient().delete_tag(run.info.run_id, RECORDING)
 
 
 def _finish(upload: Upload) -> None:

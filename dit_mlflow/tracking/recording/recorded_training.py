@@ -38,6 +38,8 @@ class RecordedTraining:
     Attributes:
         patch: the loader that is watched.
         closed: whether the recorder has been left.
+        num_steps: that were recorded, once it has been.
+        sizes: of the micro-batches of the next step.
     """
 
     def __init__(self, workload: Workload | None, run_id: str | None, options: Mapping[str, Any]) -> None:
@@ -48,6 +50,8 @@ class RecordedTraining:
         self._unused = False
         self._loss: Tensor | None = None
         self.closed = False
+        self.num_steps = 0
+        self.sizes: list[int] = []
         self._pass: int | None = None
         self._thread = threading.current_thread()
 
@@ -94,6 +98,7 @@ class RecordedTraining:
             )
         self._recorder.receive(self.patch.loader, handed)
         self._pass = handed.iteration
+        self.sizes.append(len(handed.indices))
         self._unused = True
 
     def used(self, loss: Tensor | None = None) -> None:
@@ -106,6 +111,7 @@ class RecordedTraining:
         """Take back the current batch if it has not been used: it will not be."""
         if self._unused and self._recorder is not None:
             self._recorder.take_back()
+            self.sizes.pop()
         self._unused = False
 
     def before_step(self, coefficients: list[np.ndarray] | None = None, loss: float | None = None) -> None:
@@ -118,6 +124,7 @@ class RecordedTraining:
         if objective is not None:
             self._recorder.log(objective)
         self._loss = None
+        self.sizes = []
 
     def checkpoint(self) -> None:
         """Store the present state, unless something other than the optimizer has changed it."""
@@ -153,6 +160,7 @@ class RecordedTraining:
                 logger.warning("the trajectory ends before training did: %s", changed)
                 error = changed
         recorder, self._recorder = self._recorder, None
+        self.num_steps = recorder.num_steps
         del recorder
         # Passed to the contexts, not raised: the caller knows of it.
         self._stack.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)

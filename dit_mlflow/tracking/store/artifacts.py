@@ -127,9 +127,9 @@ def find_run(run_id: str) -> Run:
 
 
 def artifact_folder(uri: str) -> Path | None:
-    """The local folder that an artifact URI names, if it names one."""
+    """The local folder that an artifact URI names, if it names one: where MLflow itself reads and writes."""
     parsed = urlparse(uri)
     if parsed.scheme == "file":
         return Path(url2pathname(parsed.path))
-    # A scheme of one letter is a Windows drive.
-    return Path(uri) if len(parsed.scheme) < 2 else None
+    # A scheme of one letter is a Windows drive. MLflow decodes paths too: what is in a%20b to it is in "a b".
+    return Path(url2pathname(uri)) if len(parsed.scheme) < 2 else None

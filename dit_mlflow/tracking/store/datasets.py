@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from mlflow import MlflowClient, entities
@@ -18,7 +19,10 @@ DIGEST_CHARACTERS = 32
 
 
 SETTING_CHARACTERS = 500
-"""Most characters of a setting; MLflow takes 65,535 of all together."""
+"""Most characters of a setting, …"""
+
+SOURCE_CHARACTERS = 60_000
+"""… and of all, as JSON; MLflow takes 65,535, with some of its own."""
 
 
 class SampleSet(Dataset):
@@ -66,10 +70,15 @@ def log_datasets_of(training_run_id: str, run_id: str) -> None:
 
 
 def workload_source(workload: Workload) -> dict[str, str]:
-    """How a workload's data sets were made: its reference and settings."""
+    """How a workload's data sets were made: its reference, as ``workload``, and its settings, cut until all fit."""
     if workload.reference is None:
         return {}
-    return {
-        "workload": workload.reference,
-        **{name: text_of(value, SETTING_CHARACTERS) for name, value in workload.settings.items()},
-    }
+    settings = {name if name != "workload" else "workload.workload": value for name, value in workload.settings.items()}
+    for longest in (SETTING_CHARACTERS, 50, 5):
+        source = {
+            "workload": text_of(workload.reference, SETTING_CHARACTERS),
+            **{text_of(name, SETTING_CHARACTERS): text_of(value, longest) for name, value in settings.items()},
+        }
+        if len(json.dumps(source)) <= SOURCE_CHARACTERS:
+            return source
+    return {"workload": source["workload"], "settings": f"{len(settings)}, too many to be listed"}

@@ -65,7 +65,8 @@ def test_drop_from_its_entry_point(store: str) -> None:
 
     # Dropped are the samples of lowest score; what comes of it is what training on the others gives.
     workload = load_workload("projects/mnist", **SMALL, corrupt="0.2")
-    scores = load_influence(parent.info.run_id).of(0)
+    scores = load_influence(parent.info.run_id, folder="influence/drop_0.2").of(0)
+    assert load_influence(parent.info.run_id).removed == 0.1
     child = tried["influence 20 %"]
     assert child.data.params == {"strategy": "influence", "fraction": "0.2", "dropped": "8", "action": "drop"}
     samples = table(child, "dropped.json")

@@ -126,6 +126,8 @@ def test_seeds_of_weights_and_order_are_separate(store: str) -> None:
         ({"seeds": "0"}, "seeds=0; expected 1 or more"),
         ({"backend": "cluster"}, "backend='cluster'; expected loky, dask or ray"),
         ({"kind": "global"}, "kind='global'"),
+        ({"scores": "not_there.csv"}, "scores='not_there.csv' cannot be read"),
+        ({"removed": "0.999"}, r"removed=0.999 of"),
         ({"windows": "0:99"}, "ends past training"),
     ],
 )
@@ -140,7 +142,7 @@ def test_methods_of_other_distributions_are_compared(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(wheel_of(LOSS_DROP, tmp_path / "built"))
-    assert ComparisonRequest().names == list(methods.NAMES) and methods.NAMES[-1] == "loss_drop"
+    assert list(ComparisonRequest().estimators) == list(methods.NAMES) and methods.NAMES[-1] == "loss_drop"
     finished = compare(methods="loss_drop,loss", windows="2")
     assert finished.exit_code == 0, finished.output
     loss, drop = (load_influence(child.info.run_id) for child in children(runs("comparison")[0]))
@@ -149,6 +151,26 @@ def test_methods_of_other_distributions_are_compared(
     np.testing.assert_allclose(drop.of(0) + drop.of(1), drop.of(2), rtol=1e-6)
     np.testing.assert_allclose(drop.of(1), loss.of(1) - loss.of(0), rtol=1e-5)
     monkeypatch.delitem(sys.modules, "dit_loss_drop")
+
+
+def test_scores_computed_elsewhere_are_compared(store: str, tmp_path: Path) -> None:
+    finished = compare(methods="leave_one_out,loss", windows="1", subsets="8", removed="0.25")
+    assert finished.exit_code == 0, finished.output
+    (parent,) = runs("comparison")
+    by_name = {child.data.tags["dit.method"]: child for child in children(parent)}
+    exact = load_influence(by_name["leave_one_out"].info.run_id)
+    file = tmp_path / "elsewhere.csv"
+    pd.DataFrame({"score": exact.of(-1), "sample_index": exact.samples})[::-1].to_csv(file, index=False)
+    training = parent.data.tags["dit.training_run_id"]
+    again = compare(training_run=training, methods="loss", scores=str(file), windows="1", subsets="8", removed="0.25")
+    assert again.exit_code == 0, again.output
+    latest = max(runs("comparison"), key=lambda run: run.info.start_time)
+    given = {child.data.tags["dit.method"]: child for child in children(latest)}["elsewhere"].data.metrics
+    theirs = by_name["leave_one_out"].data.metrics
+    for figure in ("ground_truth/lds", "ground_truth/spearman"):
+        assert given[figure] == pytest.approx(theirs[figure], abs=0.02)
+    file.write_text("sample_index,score\n0,1\n0,2\n")
+    assert "names a sample twice" in compare(training_run=training, methods="loss", scores=str(file)).output
 
 
 def test_grid_of_seeds_is_the_squarest() -> None:

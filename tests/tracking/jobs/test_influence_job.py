@@ -86,7 +86,7 @@ def artifact_names(run: Run, folder: str) -> set[str]:
 
 
 def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> None:
-    finished = mlflow_run("influence", **SMALL)
+    finished = mlflow_run("influence", **SMALL, removed="0")
     assert finished.returncode == 0, finished.stderr
     (parent,) = runs("influence")
     (training,) = runs("training")
@@ -119,7 +119,7 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
     assert all("(flipped)" in text for text in corrupted)
     check_notes(parent, training)
 
-    again = entry_point("main", training_run=training.info.run_id, kind="cumulative", windows="epochs")
+    again = entry_point("main", training_run=training.info.run_id, kind="cumulative", windows="epochs", removed="0")
     assert again.exit_code == 0, again.output
     assert len(runs("training")) == 1
     (second,) = (run for run in runs("influence") if run.info.run_id != parent.info.run_id)
@@ -194,7 +194,7 @@ def check_windows(parent: Run, kind: str, bounds: list[tuple[int, int]]) -> None
 
 
 def test_trust_and_confirmed_samples_without_ground_truth(store: str) -> None:
-    options = ["--ground-truth=none", "--trust=12", "--confirm=3", "--windows=2"]
+    options = ["--removed=0", "--ground-truth=none", "--trust=12", "--confirm=3", "--windows=2"]
     finished = invoke("influence", *options)
     assert finished.exit_code == 0, finished.output
     (parent,) = runs("influence")
@@ -248,7 +248,10 @@ def test_output_is_the_answer_alone_when_piped(store: str) -> None:
     (opened,) = (line for line in lines if line.startswith("then open"))
     assert opened.startswith("then open      http://127.0.0.1:5000/#/experiments/")
     assert opened.endswith("?workflowType=machine_learning")
+    # By default, the answer is about removals, and judged by them.
     (parent,) = runs("influence")
+    assert (parent.data.params["method"], parent.data.params["resolved.removed"]) == ("removal", "0.1")
+    assert "removal/lds" in parent.data.metrics and "LDS of removals" in finished.stdout
     estimate, exact = (
         load_influence(parent.info.run_id, f"{part}/whole_run") for part in ("influence", "ground_truth")
     )

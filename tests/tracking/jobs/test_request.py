@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 from workloads import datasets, digits_workload
 
 from dit_mlflow import InputError
@@ -15,13 +16,16 @@ from dit_mlflow.tracking.jobs.request import Request, parse_groups
 
 
 def test_without_a_share_one_sample_at_a_time_is_asked_about() -> None:
-    assert Request(dtype="float64", memory_mb=3).method(digits_workload()) == Dit(torch.float64, 3 * 2**20)
+    assert Request(removed=0, dtype="float64", memory_mb=3).method(digits_workload()) == Dit(torch.float64, 3 * 2**20)
 
 
 def test_a_share_asks_about_removals() -> None:
     asked = Request(removed=0.25, trainings=8, dtype="float64").method(digits_workload())
     assert isinstance(asked, Removal)
     assert (asked.removed, asked.trainings, asked.dtype) == (0.25, 8, torch.float64)
+    # By default too; of few samples, of two.
+    few = digits_workload(train_set=TensorDataset(*(tensor[:8] for tensor in datasets()[0].tensors)))
+    assert [Request().method(workload).removed for workload in (digits_workload(), few)] == [0.1, 0.25]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

@@ -455,3 +455,59 @@ def test_what_cannot_be_recorded_is_refused_before_a_parameter_changes(store: st
             assert torch.equal(value, initial)
         assert mlflow.active_run() is None
         assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class OutOfMemory(BertForSequenceClassification):
+    """Takes batches of up to 4, from its forward pass number ``begins`` on."""
+
+    begins = 0
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        if self.training:
+            self.begins -= 1
+            if len(input_ids) > 4 and self.begins < 0:
+                raise RuntimeError("CUDA out of memory. Tried to allocate more than there is")
+        return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+
+SEARCHING = {"auto_find_batch_size": True, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+
+
+def test_the_batch_size_that_is_found_is_recorded(run_id: str, tmp_path: Path) -> None:
+    trainer = fit(TrajectoryCallback(), model=bert(OutOfMemory), folder=tmp_path, **SEARCHING)
+    trajectory = recorded_in(run_id)
+    assert trajectory.complete
+    largest = max(len(part) for t in range(trajectory.num_steps) for part in trajectory.step(t).indices)
+    assert 1 <= largest <= 4
+    assert_epochs_cover(trajectory)
+    assert_ends_with(trajectory, trainer.model)
+    assert trajectory.verify(workload()).max_drift <= REPLAY_TOLERANCE
+
+
+def test_a_batch_size_that_is_given_up_after_some_steps_is_refused_by_name(run_id: str, tmp_path: Path) -> None:
+    model = bert(OutOfMemory)
+    model.begins = 4
+    with pytest.raises(UnsupportedError, match=r"auto_find_batch_size began training again, .* after [1-4] steps"):
+        fit(TrajectoryCallback(), model=model, folder=tmp_path, **SEARCHING)
+    assert not recorded_in(run_id).complete
+
+
+def noisy() -> Any:
+    from transformers.integrations.neftune import activate_neftune
+
+    model = bert()
+    activate_neftune(model, 5.0)
+    return model
+
+
+def test_neftune_is_said_and_replayed_by_a_model_that_has_it(
+    run_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(TrajectoryCallback(), folder=tmp_path, neftune_noise_alpha=5.0)
+    (said,) = [record.getMessage() for record in caplog.records if "NEFTune" in record.getMessage()]
+    assert "activate_neftune(model, 5.0)" in said
+    trajectory = recorded_in(run_id)
+    assert trajectory.verify(workload(model=noisy)).max_drift <= REPLAY_TOLERANCE
+    # The first step of the warm-up moves the optimizer's state alone.
+    with pytest.raises(TrajectoryError, match="or the workload does not do what the recorded loop did"):
+        trajectory.verify(workload())

@@ -373,3 +373,34 @@ def test_what_cannot_be_recorded_is_refused_before_a_parameter_changes(
         assert torch.equal(value, initial.to(value.dtype))
     assert mlflow.active_run() is None
     assert not any(part._forward_pre_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize("library", LIGHTNINGS)
+@pytest.mark.parametrize("first", [False, True])
+def test_a_search_for_the_learning_rate_is_no_part_of_the_training(run_id: str, library: str, first: bool) -> None:
+    finder = import_module(f"{library}.callbacks").LearningRateFinder
+    search = finder(num_training_steps=5, early_stop_threshold=None, update_attr=False)
+    callbacks = [TrajectoryCallback(), search]
+    module = make(library)
+    fit(*(callbacks if first else reversed(callbacks)), module=module, library=library)
+    trajectory = load_trajectory(run_id)
+    assert trajectory.epoch_ends == (2, 4, 6)
+    initial = trajectory.checkpoint(0).parameters
+    assert all(torch.equal(initial[name], value) for name, value in make(library).named_parameters())
+    assert_ends_with(trajectory, module)
+    assert trajectory.verify(workload()).max_drift < 1e-5
+
+
+@pytest.mark.parametrize("library", LIGHTNINGS)
+def test_a_schedule_of_accumulation_is_recorded(run_id: str, library: str) -> None:
+    """One micro-batch a step in the first epoch, then two (and one), then three."""
+    schedule = import_module(f"{library}.callbacks").GradientAccumulationScheduler({0: 1, 1: 2, 2: 3})
+    module = make(library)
+    fit(TrajectoryCallback(), schedule, module=module, library=library, accumulate_grad_batches=1)
+    trajectory = load_trajectory(run_id)
+    assert trajectory.epoch_ends == (3, 5, 6)
+    shares = [[float(part[0]) for part in trajectory.step(t).coefficients or ()] for t in range(6)]
+    assert shares == [[1 / 8]] * 3 + [[1 / 16] * 2, [1 / 16], [1 / 24] * 3]
+    assert_ends_with(trajectory, module)
+    for accumulate in (1, 2):
+        assert trajectory.verify(workload(accumulate=accumulate)).max_drift < 1e-5

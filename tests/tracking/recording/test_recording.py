@@ -13,14 +13,16 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from stores import Store
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
-from dit_mlflow import TrajectoryError, UnsupportedError
+from dit_mlflow import TrajectoryError, UnsupportedError, train
 from dit_mlflow.recording import writer
 from dit_mlflow.tracking import load_trajectory, log_trajectory, record_trajectory, run_training
+from dit_mlflow.tracking.store.artifacts import artifact_folder
 from dit_mlflow.workload.dataset_digest import dataset_digest
 
 
@@ -106,6 +108,39 @@ def test_what_is_refused_leaves_the_run_free(store: str) -> None:
         ):
             raise AssertionError("training was reached")
         train_recorded()
+
+
+def test_training_that_fails_before_its_first_step_leaves_the_run_free(any_store: Store) -> None:
+    model = digits_model()
+    with mlflow.start_run() as run:
+        for steps in (0, 3):
+            optimizer = SGD(model.parameters(), lr=0.1)
+            try:
+                with record_trajectory(model, optimizer) as recorder:
+                    for batch in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
+                        if steps == 0:
+                            raise RuntimeError("out of memory")
+                        sample_losses(model, batch).mean().backward()
+                        optimizer.step()
+            except RuntimeError:
+                continue
+    trajectory = load_trajectory(run.info.run_id)
+    assert (trajectory.num_steps, trajectory.complete) == (3, True)
+
+
+def test_a_recorder_that_comes_second_takes_nothing_from_the_first(store: str, tmp_path: Path) -> None:
+    """Also where nothing told it that there is a first: both began at once."""
+    with mlflow.start_run() as run:
+        folder = artifact_folder(run.info.artifact_uri)
+        assert folder is not None
+        first = train(digits_workload(), folder / "trajectory")
+        model = digits_model()
+        with (
+            pytest.raises(TrajectoryError, match="already holds a trajectory"),
+            record_trajectory(model, SGD(model.parameters(), lr=0.1)),
+        ):
+            raise AssertionError("training was reached")
+    first.check_record()
 
 
 def test_training_that_fails_leaves_what_was_recorded(store: str) -> None:

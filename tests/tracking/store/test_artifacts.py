@@ -5,10 +5,19 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from workloads import digits_workload
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import InputError, TrainingError, TrajectoryError, Window, track, train
-from dit_mlflow.tracking import load_influence, load_trajectory, log_influence, log_trajectory, run_training
+from dit_mlflow.tracking import (
+    load_influence,
+    load_trajectory,
+    log_influence,
+    log_trajectory,
+    record_trajectory,
+    run_training,
+)
 
 
 def test_trajectory_comes_back_and_gives_the_same_scores(store: str, tmp_path: Path) -> None:
@@ -63,3 +72,25 @@ def test_training_run_holds_settings_losses_and_scores(store: str) -> None:
     assert [metric.step for metric in history] == list(range(9))
     trajectory = load_trajectory(run.info.run_id)
     assert [metric.value for metric in history] == [trajectory.step(t).loss for t in range(9)]
+
+
+@pytest.mark.parametrize("as_uri", [False, True])
+@pytest.mark.parametrize("name", ["a%20b", "a b", "a#b", "a?b", "a%2520b", "100%", "é"])
+def test_a_record_is_where_mlflow_looks_whatever_the_folder_is_called(
+    store: str, tmp_path: Path, name: str, as_uri: bool
+) -> None:
+    """MLflow takes a plain path for a quoted one, too."""
+    folder = tmp_path / name
+    experiment = mlflow.create_experiment(name, folder.as_uri() if as_uri else str(folder))
+    with mlflow.start_run(experiment_id=experiment) as run:
+        model = digits_model()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        with record_trajectory(model, optimizer) as recorder:
+            for batch in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
+                sample_losses(model, batch).mean().backward()
+                optimizer.step()
+    listed = {file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id, "trajectory")}
+    assert "trajectory/manifest.json" in listed
+    loaded = load_trajectory(run.info.run_id)
+    assert (loaded.complete, loaded.num_steps) == (True, 3)
+    assert tmp_path in loaded.directory.parents, "read in place"
