@@ -123,6 +123,30 @@ def influence(context: click.Context, /, **options: Any) -> None:
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
+@click.argument("training_run")
+@_option("--workload", "", "As for train; empty: the training run's own.")
+@_TRUST
+@_option("--every", 0, "Steps of a window; 0: a window for each epoch.")
+@_option("--dtype", "recorded", "Of the sweep.", "recorded", "float32", "float64")
+@_option("--memory-mb", 0, "MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
+@_option("--poll", 2.0, "Seconds between two looks at the record.")
+@_option("--patience", 600.0, "Seconds without new steps after which the training counts as dead.")
+@click.pass_context
+def follow(context: click.Context, /, **options: Any) -> None:
+    """Follow a training while it is recorded: influence per window, as soon as its steps are stored.
+
+    TRAINING_RUN is its run; the trainer is not touched. Further options are settings of the workload.
+    """
+
+    def job(project_run_id: str | None) -> str:
+        from dit_mlflow.tracking.jobs.follow import FollowRequest, follow_job
+
+        return follow_job(FollowRequest(settings=parse_settings(context.args), **options), project_run_id)
+
+    run_job("influence", job)
+
+
+@cli.command(context_settings=_TAKES_SETTINGS)
 @_asks
 @_option("--methods", "all", "Names with commas between, or all.")
 @_option("--scores", "", "CSV files (sample_index, score) of scores computed elsewhere, to compare.")

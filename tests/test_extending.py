@@ -59,7 +59,7 @@ def test_the_workload_is_found_trained_and_swept(tmp_path: Path, monkeypatch: py
     with stores.sqlite(tmp_path) as store, stores.tracking(store, tmp_path, monkeypatch):
         finished = CliRunner().invoke(cli, command.split())
     assert finished.exit_code == 0, finished.output
-    (agreement,) = re.findall(r"^Whole run: Spearman ([01]\.\d+)", finished.stdout, re.M)
+    (agreement,) = re.findall(r"^Whole run: LDS of removals ([01]\.\d+)", finished.stdout, re.M)
     assert float(agreement) > 0.9
 
 

@@ -118,6 +118,12 @@ def explain(
     return explanation if groups is None else replace(explanation, groups=further.without(groups, explanation))
 
 
+def of_scores(found: Influence, workload: Workload) -> Explanation:
+    """An explanation of scores that are known, of windows alone and without retraining."""
+    bare = Explanation(found, Metrics(), (Metrics(),) * len(found.windows), Gallery(workload), title=workload.title)
+    return _held_against(bare, Truth())
+
+
 def _estimated(
     estimator: Method,
     trajectory: Trajectory,

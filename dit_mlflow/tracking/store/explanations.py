@@ -50,6 +50,9 @@ from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot, lo
 from dit_mlflow.tracking.ui.links import run_link
 from dit_mlflow.tracking.ui.notes import influence_links, set_note
 
+MANY_WINDOWS = 1000
+"""Windows that the names of runs leave room for, where it is not known how many there will be."""
+
 FOLDERS: dict[Part, str] = {
     "influence": INFLUENCE,
     "whole_run": WHOLE_RUN,
@@ -104,6 +107,21 @@ def log_answer(explanation: Explanation, training_run_id: str) -> None:
     # Last, since it links to what there is.
     with drawing("note", run.info.run_id):
         set_note(run.info.run_id, influence_note(explanation, influence_links(run, training_run_id, runs)))
+
+
+def log_growing(explanation: Explanation, new: range, training_run_id: str) -> None:
+    """Log an explanation that will grow by windows on the active run; ``new``: those that it has gained.
+
+    Scores, tables, plots and page are replaced; the new windows get their child runs.
+    """
+    run = mlflow.active_run()
+    assert run is not None
+    log_part("influence", explanation.influence)
+    samples = _log_tables(explanation)
+    _draw(explanation, run.info.run_id)
+    for index in new:
+        child = _log_window(explanation, index, samples, training_run_id, MANY_WINDOWS)
+        _draw_window(explanation, index, child.info.run_id, run)
 
 
 def log_window_series(explanation: Explanation) -> None:
@@ -181,11 +199,13 @@ def _plots(explanation: Explanation) -> dict[str, Callable[[], Figure]]:
     return plots
 
 
-def _log_window(explanation: Explanation, index: int, samples: pd.DataFrame, training_run_id: str) -> Run:
-    """Log a window's run. ``samples``: the top samples of all windows."""
+def _log_window(
+    explanation: Explanation, index: int, samples: pd.DataFrame, training_run_id: str, count: int = 0
+) -> Run:
+    """Log a window's run. ``samples``: the top samples of all windows; ``count``: of windows, if more will come."""
     found, window = explanation.influence, explanation.windows[index]
     tags = {KIND: "window", METHOD: found.method, TRAINING_RUN: training_run_id}
-    name = window_run_name(window, index, len(explanation.windows))
+    name = window_run_name(window, index, max(count, len(explanation.windows)))
     with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
         bounds = {"window_index": index, "window_start": window.start, "window_end": window.end}
         mlflow.log_params({"method": found.method, "kind": found.kind, **bounds})

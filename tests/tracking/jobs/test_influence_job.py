@@ -262,6 +262,19 @@ def test_output_is_the_answer_alone_when_piped(store: str) -> None:
     assert f"\nSample {ranking.argmin()} (" in finished.stdout
 
 
+def test_long_leave_one_out_is_told_before_it_starts(store: str) -> None:
+    invoke("train")
+    (training,) = runs("training")
+    told = invoke("influence", f"--training-run={training.info.run_id}", "--windows=1")
+    assert "leaves it out" not in told.output
+    (command,) = re.findall(r"drop what harms: (.+)$", told.output, re.M)
+    assert command == f"dit-mlflow cleanse --training-run {training.info.run_id}"
+    MlflowClient().log_metric(training.info.run_id, "cost/training_seconds", 90.0)
+    told = invoke("influence", f"--training-run={training.info.run_id}", "--windows=1", "--removed=0")
+    assert "up to 40 trainings of 90 s, 60 minutes" in told.output
+    assert told.output.index("leaves it out") < told.output.index("Influence (local)")
+
+
 def test_train_entry_point_uses_the_project_run(store: str) -> None:
     finished = entry_point("train", **SMALL, order_seed="2")
     assert finished.exit_code == 0, finished.output
