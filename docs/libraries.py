@@ -97,7 +97,13 @@ def described(library: Library, source: Path, version: str) -> dict[str, str]:
     ours = library is OURS
     found = {column: searched(source / library.folder, words) for column, words in WORDS.items()}
     if ours:
-        found |= {"live": "no", "windows": "yes", "error bars": "yes", "tracker": "MLflow", "progress": "yes"}
+        found |= {
+            "live": "yes (`dit-mlflow follow`)",
+            "windows": "yes",
+            "error bars": "yes",
+            "tracker": "MLflow",
+            "progress": "yes",
+        }
     return {
         "library": f"{library.name} ({version})",
         "README, bytes": f"{len(readme.encode()):,}",

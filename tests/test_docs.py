@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import stores
 import torch
-import yaml
 from click.testing import CliRunner
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model
@@ -106,7 +105,8 @@ def test_the_guide_runs_from_loop_to_methods(empty_folder: Path, monkeypatch: py
             run(page, names)
     exact, derivative = names["exact"], names["derivative"]
     ((change,), foretold) = names["true"]["change"], names["scores"][names["best"]].sum()
-    assert 0.5 < change / foretold < 1.5
+    # Chosen by their scores, they are overrated; the page says so.
+    assert 0.3 < change / foretold < 1.2
     known = np.isfinite(exact.scores)
     assert known.sum() == 3 * 3
     np.testing.assert_array_equal(np.sign(exact.scores[known]), np.sign(derivative.scores[known]))
@@ -171,13 +171,10 @@ def test_every_public_name_has_its_place_in_the_reference() -> None:
 
 
 def test_every_parameter_of_every_command_is_described() -> None:
-    project = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text("commands.md"), re.DOTALL | re.M))
-    for command, entry in project["entry_points"].items():
-        if command in ("main", "reproduce"):
-            continue
-        told = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", sections[command], re.M)))
-        assert sorted(told) == sorted(entry["parameters"]), command
+    for name, command in cli.commands.items():
+        told = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", sections[name], re.M)))
+        assert sorted(told) == sorted(str(parameter.name) for parameter in command.params), name
 
 
 def test_every_method_is_listed_with_what_was_measured() -> None:
