@@ -89,8 +89,8 @@ def test_a_step_costs_the_same_however_many_windows_there_are(tmp_path: Path, mo
             looked["checkpoints"] += 1
             return super().__contains__(step)
 
-    own, steps = sweep.sweeps_along, Record.checkpoint_steps
-    monkeypatch.setattr(sweep, "sweeps_along", lambda trainings: Sweeps(own(trainings)))
+    own, steps = sweep.sweeps, Record.checkpoint_steps
+    monkeypatch.setattr(sweep, "sweeps", lambda trainings: Sweeps(own(trainings)))
     monkeypatch.setattr(Record, "checkpoint_steps", property(lambda record: Checkpoints(steps.fget(record))))
     looks = []
     for epochs in (1, 8):
