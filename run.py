@@ -27,6 +27,7 @@ COMMANDS = {
     "register": [*MLFLOW, "run", str(HERE), "-e", "register", "--env-manager", "local"],
     "ui": [*MLFLOW, "ui"],
     "test": ["-m", "pytest"],
+    "docs": ["-m", "sphinx", "-W", "--keep-going", "-b", "html", str(HERE / "docs"), str(HERE / "build" / "docs")],
     "setup": ["-c", "pass"],
 }
 USAGE = """usage: python3 run.py COMMAND [ARGUMENT ...]
@@ -38,6 +39,7 @@ USAGE = """usage: python3 run.py COMMAND [ARGUMENT ...]
   register -P name=value ...      keep influence with the model: influence_run=ID and model_name=NAME
   ui [--port N ...]               the MLflow UI on those results
   test [pytest argument ...]      the tests
+  docs [sphinx argument ...]      this project's pages as a site, in build/docs; runs the tutorial, fails on warnings
   setup                           only make or update the environment, with what the tests need"""
 
 
@@ -50,7 +52,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     name, *rest = arguments
-    extras = {"test": "[dev]", "setup": "[dev]", "compare": "[methods]", "reproduce": "[methods]"}
+    extras = {"test": "[dev]", "setup": "[dev]", "docs": "[docs]", "compare": "[methods]", "reproduce": "[methods]"}
     set_up(extras.get(name, ""))
     environment = {
         "MLFLOW_TRACKING_URI": f"sqlite:///{(HERE / 'mlflow.db').as_posix()}",
@@ -73,8 +75,9 @@ def main(arguments: list[str]) -> int:
 
 def set_up(extras: str) -> None:
     """Make the environment, or bring it up to date; does nothing if it is."""
-    # What the tests need holds all that the rest needs.
-    stamps = [ENVIRONMENT / f"installed{installed}" for installed in dict.fromkeys((extras, "[dev]"))]
+    # What the tests need holds all that the rest needs, but for the site.
+    enough = (extras,) if extras == "[docs]" else (extras, "[dev]")
+    stamps = [ENVIRONMENT / f"installed{installed}" for installed in dict.fromkeys(enough)]
     sources = [(HERE / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
     wanted = hashlib.sha256(b"".join([*sources, str(HERE).encode()])).hexdigest()
     if PYTHON.exists() and any(stamp.is_file() and stamp.read_text() == wanted for stamp in stamps):

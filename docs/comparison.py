@@ -55,7 +55,9 @@ def main() -> None:
             found = compared(seeds=SEEDS_OF_DAMAGE, subsets=0, settings={"corruption": damage})
             auroc[title] = table(found, "comparison").set_index("method")[AUROC.leaf]
         parts += by_damage(pd.DataFrame(auroc))
-        (HERE / "comparison.md").write_text("\n".join(parts), encoding="utf-8")
+        page = HERE / "comparison.md"
+        _, heading, libraries = page.read_text(encoding="utf-8").partition("## Beside other libraries\n")
+        page.write_text("\n".join([*parts, heading + libraries]), encoding="utf-8")  # that of docs/libraries.py
 
 
 def compared(**request: object) -> Run:

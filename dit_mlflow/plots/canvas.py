@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -24,6 +25,9 @@ DIVERGING = LinearSegmentedColormap.from_list("influence", [HARMFUL, "#F7F7F7", 
 WIDTH, DPI = 8.0, 150
 """Inches and dots per inch of every plot. MLflow's UI shows it 580 to 900 pixels wide, so a point is about a pixel."""
 
+NOTEBOOK_DPI = 100
+"""Notebooks show each dot as a pixel."""
+
 SMALL = 9
 """Size of the smallest text, in points."""
 
@@ -31,9 +35,18 @@ TICKS = 12
 """Most windows that an axis names; of more, every n-th."""
 
 
+class ShownFigure(Figure):
+    """A figure that notebooks show as it is; others are shown where pyplot has been imported."""
+
+    def _repr_png_(self) -> bytes:
+        picture = BytesIO()
+        self.savefig(picture, format="png", dpi=NOTEBOOK_DPI)
+        return picture.getvalue()
+
+
 def new_figure(height: float, dpi: int = DPI) -> Figure:
     """An empty figure of the common width, ``height`` inches high."""
-    return Figure(figsize=(WIDTH, height), dpi=dpi, layout="constrained")
+    return ShownFigure(figsize=(WIDTH, height), dpi=dpi, layout="constrained")
 
 
 def axes_in_inches(part: Figure | SubFigure, x: float, y: float, width: float, height: float) -> Axes:

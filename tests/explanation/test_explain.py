@@ -3,12 +3,14 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html import escape
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from workloads import digits_workload
 
 from dit_mlflow import Checks, InputError, Query, Trajectory, Window, Workload, explain, leave_one_out, track, train
@@ -242,7 +244,11 @@ def test_it_shows_itself(trajectory: Trajectory, workload: Workload, tmp_path: P
         rows = re.findall(r"<td>(harmful|helpful)</td>\s*<td>[\d-]+</td>\s*<td>(\d+)</td>", shown)
         assert rows[0] == ("harmful", str(worst[0]))
         assert ("helpful", str(best[0])) in rows
-        assert len(found.plot().axes) > 1
+        drawn = found.plot()
+        assert len(drawn.axes) > 1
+        with Image.open(BytesIO(drawn._repr_png_())) as picture:
+            assert picture.size == tuple(int(100 * inches) for inches in drawn.get_size_inches())
+            assert len(picture.convert("RGB").getcolors(2**20)) > 100
         page = found.report(tmp_path / "answer.html").read_text(encoding="utf-8")
         assert page == explanation_page(found)
 
