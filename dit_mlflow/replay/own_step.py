@@ -106,7 +106,10 @@ class OwnStep(TrainingStep):
     ) -> State:
         """By one ``vmap`` of the trace."""
         first = state.map(lambda value: value[0], counters=False)
-        trace = self._trace(first, batches, weights[0], record)
+        try:
+            trace = self._trace(first, batches, weights[0], record)
+        except UnsupportedError as error:
+            raise NotImplementedError(str(error)) from error
         inputs = [*trace.inputs]
         copies = [*state.parameters.values(), *state.buffers.values(), *slots_of(state).values()]
         inputs[: len(copies)], inputs[trace.weights] = copies, weights

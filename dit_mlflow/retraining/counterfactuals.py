@@ -198,7 +198,12 @@ class Retraining:
             for made_here, step in enumerate(job.steps, start=1):
                 weights = part.weights(step)
                 weights = torch.cat([torch.ones_like(weights[:1]), weights])
-                states = over = self.training_step(states, step, weights, over)
+                try:
+                    states = over = self.training_step(states, step, weights, over)
+                except NotImplementedError as error:  # Of a step that goes another way than the one that was timed.
+                    _log.info("step %d cannot be made side by side: %s", step.index, first_line(error))
+                    advanced(-made)
+                    return None
                 advanced(copies)
                 made += copies
                 if (recorded := job.baseline.states.get(step.index + 1)) is not None:

@@ -127,6 +127,22 @@ def by_size(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Te
     return loss
 
 
+def as_many_loops_have_it(model: Any, optimizer: Any, batch: Any, weights: Tensor) -> float:
+    """A validation pass at the end, which the next step begins after; values through ``.data``; a plain number."""
+    optimizer.zero_grad()
+    hidden = nn.functional.dropout(model[:2](batch[0]).T, 0.2).T
+    loss = (weights * cross_entropy(model[2](hidden), batch[1], reduction="none")).mean()
+    loss.backward()
+    kept = [value.data.clone() for value in model.parameters()]
+    for value in model.parameters():
+        value.data = 0.9 * value.data
+    optimizer.step()
+    for value, old in zip(model.parameters(), kept, strict=True):
+        value.data = value.data + 0.1 * old
+    model.eval()
+    return float(loss.detach())
+
+
 class Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -179,6 +195,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "a branch, a gradient penalty": {"step": by_size, "optimizer": sgd},
     "a reversed gradient": {"step": reversing, "optimizer": sgd},
+    "as many loops have it": {"step": as_many_loops_have_it, "optimizer": sgd},
 }
 
 
@@ -280,7 +297,21 @@ def by_numpy(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> N
     optimizer.step()
 
 
-@pytest.mark.parametrize(("step", "message"), [(unweighted, "weights"), (by_numpy, "leave_one_out")])
+def clipped_by_a_number(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> None:
+    """Only where the gradient is long: not in the first steps, whose derivative is held against differences."""
+    optimizer.zero_grad()
+    (weights * sample_losses(model, batch)).mean().backward()
+    length = torch.stack([value.grad.norm() for value in model.parameters()]).norm().item()
+    if length > 0.72:
+        for value in model.parameters():
+            value.grad.mul_(0.72 / length)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [(unweighted, "weights"), (by_numpy, "leave_one_out"), (clipped_by_a_number, r"reads out of a tensor \(\.item")],
+)
 def test_what_cannot_be_swept_is_refused_and_can_be_retrained(step: Any, message: str, tmp_path: Path) -> None:
     workload = digits_workload(step=step, optimizer=sgd, epochs=1)
     trajectory = train(workload, tmp_path / "trajectory")

@@ -169,6 +169,9 @@ def test_scores_computed_elsewhere_are_compared(store: str, tmp_path: Path) -> N
     theirs = by_name["leave_one_out"].data.metrics
     for figure in ("ground_truth/lds", "ground_truth/spearman"):
         assert given[figure] == pytest.approx(theirs[figure], abs=0.02)
+    file.write_text("sample_index,score\n0,1\n1,inf\n")
+    said = compare(training_run=training, methods="loss", scores=str(file)).output
+    assert "has finite scores of 1 training samples in 2 lines" in said
     file.write_text("sample_index,score\n0,1\n0,2\n")
     assert "names a sample twice" in compare(training_run=training, methods="loss", scores=str(file)).output
 
