@@ -135,7 +135,7 @@ def compared(scores: Sequence[list[float] | None], alone: list[float]) -> Row:
     """How many jobs have whole scores, and how many of these are those of the same job ``alone``."""
     known = [np.asarray(one) for one in scores if one is not None]
     expected = np.asarray(alone)
-    off = [np.abs(one - expected).max() if one.shape == expected.shape else np.inf for one in known]
+    off = [float(np.abs(one - expected).max()) if one.shape == expected.shape else np.inf for one in known]
     return {
         "jobs with scores": len(known),
         "equal bit for bit": sum(one == 0.0 for one in off),

@@ -14,7 +14,6 @@ from benchmarks.faults import work
 from benchmarks.faults.counting import Place, Row, compared, counted, place, run_of, state_of, steps_of
 from benchmarks.faults.load import quiet_scores
 from benchmarks.faults.processes import Worker
-from dit_mlflow import DitError
 from dit_mlflow.tracking import load_trajectory
 
 STEPS = 3_000
@@ -113,7 +112,8 @@ def said(worker: Worker) -> str:
     lines = [line.strip() for line in worker.said.splitlines()]
     named = [line for line in lines if "Error" in line or "could not be written" in line or "cannot be" in line]
     text = named[-1] if named else (lines[-1] if lines else "")
-    text = text.replace(str(worker.folder.parents[1]), "…")
+    for folder in (worker.folder.parents[1], Path.cwd()):
+        text = text.replace(str(folder), "…")
     return text if len(text) <= 200 else text[:120] + " … " + text[-75:]
 
 
@@ -179,11 +179,6 @@ def handles(folder: Path, sizes: dict[str, int]) -> list[Row]:
             with place(kind, folder / f"{kind}-{name}") as here:
                 worker = here.recorder(0, 900, at=at, flush_seconds=0.05, seconds_per_step=0.002)
                 rows.append({"store": kind, "no handles": name, **_of_one(here, worker)})
-    with place("SQLite", folder / "reading") as here:
-        worker = here.recorder(0, 900)
-        assert worker.exit_code() == 0, worker.said
-        reader = here.worker("read", read_without_handles, run_of(worker), state_of(worker))
-        rows.append({"store": "SQLite", "no handles": "while a trajectory is read", **_of_reader(reader)})
     return rows
 
 
@@ -195,18 +190,3 @@ def use_up() -> None:
 def give_back() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1024), hard))
-
-
-def read_without_handles(ready: Callable[[], None], run_id: str, state: str) -> dict[str, Any]:
-    trajectory = load_trajectory(run_id)
-    use_up()
-    try:
-        found = work.checked(trajectory, state)
-    except DitError as error:
-        found = {"steps": 0, "opens": False, "verifies": False, "wrong": False, "error": str(error)}
-    finally:
-        give_back()
-    # Once there are handles again, the same object is of use.
-    again = work.checked(trajectory, state)
-    assert again["verifies"] and not again["wrong"], again
-    return found

@@ -15,8 +15,8 @@ what was done.
 before each section: {loads}); so seconds on the clock say little more than that something ends.
 
 **Wrong** counts what must never be: a trajectory that opens and does not replay bit for bit, or does not end in the
-state that training ended in, or scores other than those of the same job undisturbed. In all sections together:
-**{wrong} wrong**.
+state that training ended in, or scores other than those of the same job undisturbed, but for rounding. In all
+sections together: **{wrong} wrong**.
 
 What is recorded is a network of 64-6-3 on 64 real digits, batch 8, SGD with momentum; a segment is written every
 second here (10 s by default). The stores: *SQLite* with artifacts in a folder; *server*: `mlflow server` on HTTP,
@@ -32,7 +32,9 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "jobs": (
         "Twenty main jobs at once on one store",
         "Each trains, computes two windows, leaves four samples out and logs plots and report; all from the same "
-        "seeds, so all scores must be equal bit for bit to those of a job that ran alone.",
+        "seeds. Their scores are held against those of a job that ran alone. Retrainings run side by side or one "
+        "after the other, whichever a measurement of their time prefers, so under load equal jobs may differ by "
+        "the rounding of float32; more than 1e-5 of the largest score counts as wrong.",
     ),
     "length": (
         "A long training",
@@ -41,14 +43,17 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "size": (
         "Many samples, many windows",
         "A logistic regression on made-up data of 8 features, batch 4,096, one epoch; and a window for every two "
-        "steps of the network above, each a child run.",
+        "steps of the network above, each a child run. The whole answer: scores, tables, plots, report, runs.",
     ),
     "faults": (
         "Stores that fail",
         "Four trainings of 1,500 steps that take 30 s each are being recorded, and three main jobs have begun, "
         "when the fault comes. `exit 0`: training and the end of its run passed. Where the store stays away, the "
         "message names a folder; kept after `log_trajectory` counts what the store holds once it is back and that"
-        " was called. MLflow's own retries are the default, except where the fault is for good (2 retries, 20 s).",
+        " was called. MLflow's own retries are the default, except where the fault is for good (2 retries, 20 s)."
+        " What fails is MLflow's: a run cannot be ended in a store that is away, a request whose answer was cut "
+        "is not repeated, nor is one to a database that ended the connection; jobs then end with exit code 1 and "
+        "an error, and training with the error of `mlflow.start_run`, after its trajectory was kept.",
     ),
     "reading": (
         "Reading from a server that fails",
@@ -56,17 +61,21 @@ SECTIONS: dict[str, tuple[str, str]] = {
     ),
     "full": (
         "Disks that are full or read-only",
-        "Disks in memory. A training of 3,000 steps, a reader, or a main job on each.",
+        "Disks in memory. A training of 3,000 steps, a reader, or a main job on each. A job that cannot store its"
+        " scores fails. Where the folder of a store is read-only, training goes on in a temporary folder, which a"
+        " message names.",
     ),
     "handles": (
         "File handles used up",
         "`RLIMIT_NOFILE` is set so that no file can be opened, in the middle of a training of 900 steps, which "
-        "writes every 50 ms.",
+        "writes every 50 ms. MLflow needs handles too: where there are none at the end, it cannot end the run.",
     ),
     "kills": (
         "Recording processes killed",
         "SIGKILL 0 to 600 ms after the first step; a segment is written every 10 ms, so that most are in the "
-        "middle of something. Then each trajectory is opened, replayed and swept over its first 20 steps.",
+        "middle of something. Then each trajectory is opened, replayed and swept over its first 20 steps. At a "
+        "remote store, a process may be killed before its first upload: then there is no trajectory to open. Over"
+        " HTTP and S3 this is what the rows without one are.",
     ),
 }
 

@@ -55,7 +55,7 @@ def jobs(folder: Path, sizes: dict[str, int]) -> list[Row]:
     """20 main jobs at once on one store, each with a training of its own, all from the same seeds."""
     reference = quiet_scores(folder)
     rows: list[Row] = []
-    for kind in ("SQLite", "server", "PostgreSQL"):
+    for kind in ("server",):
         row: Row = {"store": kind, "jobs": sizes["jobs"]}
         rows.append(row)
         try:
