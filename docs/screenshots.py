@@ -19,11 +19,11 @@ from mlflow import MlflowClient
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
-import stores  # noqa: E402
 from browsing import HEIGHT, SETTLED, WIDTH, launched  # noqa: E402
 
+from benchmarks import stores  # noqa: E402
 from dit_mlflow.evaluation.figures import ACCURACY, SPEARMAN, VALIDATION  # noqa: E402
 
 IMAGES = HERE / "images"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 from scipy import stats
 
@@ -95,9 +97,22 @@ def window_correlations(influence: Influence, query: str | None = None) -> np.nd
     """Spearman correlation of scores between windows, ``[windows, windows]``; NaN where one of them is constant."""
     scores = np.stack([influence.of(k, query) for k in range(len(influence.windows))])
     matrix = np.full((len(scores), len(scores)), np.nan)
-    for a, first in enumerate(scores):
-        for b, second in enumerate(scores):
-            known = np.isfinite(first) & np.isfinite(second)
-            if known.sum() > 1 and np.ptp(first[known]) > 0 and np.ptp(second[known]) > 0:
-                matrix[a, b] = stats.spearmanr(first[known], second[known]).statistic
-    return matrix
+    # Windows in which the same samples have scores are ranked together: there may be hundreds.
+    masks, mask_of = np.unique(np.isfinite(scores), axis=0, return_inverse=True)
+    groups = [np.flatnonzero(mask_of == place) for place in range(len(masks))]
+    for (mask, rows), (other_mask, columns) in product(zip(masks, groups, strict=True), repeat=2):
+        known = mask & other_mask
+        if known.sum() > 1:
+            matrix[np.ix_(rows, columns)] = (
+                _unit_ranks(scores[rows][:, known]) @ _unit_ranks(scores[columns][:, known]).T
+            )
+    return matrix.clip(-1.0, 1.0)
+
+
+def _unit_ranks(scores: np.ndarray) -> np.ndarray:
+    """Centred ranks of each row ``[rows, samples]``, of length 1; NaN where a row is constant."""
+    ranks = stats.rankdata(scores, axis=1)
+    centred = ranks - ranks.mean(axis=1, keepdims=True)
+    centred[np.ptp(scores, axis=1) == 0] = np.nan
+    found: np.ndarray = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    return found

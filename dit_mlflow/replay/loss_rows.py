@@ -16,7 +16,7 @@ from dit_mlflow.replay.dynamics import Dynamics, Parameters
 from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory.record import Record
 from dit_mlflow.trajectory.step_record import StepRecord
-from dit_mlflow.workload.batches import tensors_of, to_like
+from dit_mlflow.workload.batches import OnDeepcopy, tensors_of, to_like
 from dit_mlflow.workload.random_state import RandomState, preserved_random_state, seed_generators
 from dit_mlflow.workload.workload import Workload, fetched, makes_batches
 
@@ -165,7 +165,8 @@ class RowProbe:
         return found
 
     def _batch(self, chosen: Sequence[int]) -> Any:
-        items = [copy.deepcopy(self._items[position]) for position in chosen]
+        with OnDeepcopy(lambda tensor: tensor.detach().clone()):
+            items = [copy.deepcopy(self._items[position]) for position in chosen]
         with preserved_random_state():
             seed_generators(0)
             joined = (self._workload.collate_fn or default_collate)(items)

@@ -128,7 +128,7 @@ def _copied(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if value is None or isinstance(value, (str, bytes, int, float, complex)):
         return value
     try:
-        with _OnTensors(function):
+        with OnDeepcopy(function):
             return copy.deepcopy(value)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise WorkloadError(
@@ -138,8 +138,11 @@ def _copied(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         ) from error
 
 
-class _OnTensors(TorchFunctionMode):
-    """Inside it, ``copy.deepcopy`` of a tensor applies ``function`` to it."""
+class OnDeepcopy(TorchFunctionMode):
+    """Inside it, ``copy.deepcopy`` of a tensor applies ``function`` to it.
+
+    Torch's own copies the whole storage: for a sample that is a view, all of its data set.
+    """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

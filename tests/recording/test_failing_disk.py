@@ -169,6 +169,28 @@ def test_a_full_disk_in_the_middle_of_a_file(tmp_path: Path) -> None:
     saved.verify(digits_workload(optimizer=None))
 
 
+def train_without_handles(folder: Path) -> tuple[bool, str]:
+    """Whether the record is whole, and what was said: no file can be opened from step 9 to step 21."""
+    writer.FLUSH_SECONDS = 0.0
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    at = {
+        9: lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1, most)),
+        21: lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)),
+    }
+    with redirect_stderr(StringIO()) as said:
+        _, recorder = run_loop(folder, 30, at)
+    return recorder.failure is None, said.getvalue()
+
+
+def test_file_handles_that_are_used_up_for_a_while(tmp_path: Path) -> None:
+    whole, said = processes.answer(train_without_handles, tmp_path / "t")
+    assert whole
+    assert [said.count("Training goes on"), said.count("nothing is missing")] == [1, 1], said
+    saved = Trajectory.open(tmp_path / "t")
+    assert (saved.num_steps, saved.complete) == (30, True)
+    assert saved.verify(digits_workload()).max_drift == 0.0
+
+
 def test_a_folder_that_cannot_be_written_is_known_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     model = digits_model()

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, normalize
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import SGD
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 from workloads import SAMPLES, datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import WorkloadError, leave_one_out, track, train
 from dit_mlflow.methods import method
+from dit_mlflow.replay.loss_rows import samples_are_coupled
 
 SOME = [0, 5, 11]
 
@@ -185,3 +186,20 @@ def test_looking_costs_a_few_forward_passes_once(tmp_path: Path) -> None:
     assert len(calls) <= 6
     assert not trajectory.couples_samples(counted)
     assert len(calls) <= 6
+
+
+def test_the_check_copies_samples_and_not_the_data_set_that_they_are_views_of(tmp_path: Path) -> None:
+    """A copy of a view by ``copy.deepcopy`` has all of the storage: 256 of them took 256 times the data set."""
+    sizes = []
+
+    def joined(items: list[tuple[Tensor, Tensor]]) -> Any:
+        sizes.append(max(tensor.untyped_storage().nbytes() for item in items for tensor in item))
+        return default_collate(items)
+
+    inputs, _ = datasets()[0].tensors
+    workload = digits_workload(collate_fn=joined)
+    trajectory = train(workload, tmp_path / "t")
+    assert max(sizes) >= inputs.nbytes, "the loader's samples are views"
+    sizes.clear()
+    assert not samples_are_coupled(trajectory, workload)
+    assert max(sizes) == inputs[0].nbytes

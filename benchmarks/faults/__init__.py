@@ -1,0 +1,1 @@
+"""Load and faults, counted: see ``benchmarks/reliability.py``."""
