@@ -100,6 +100,7 @@ def document(figures: Mapping[str, Any]) -> str:
             wrong=sum(int(row.get("wrong", 0)) + int(row.get("wrong scores", 0)) for row in rows),
         )
     ]
+    parts += [figures["remark"] + "\n"] if "remark" in figures else []
     for name, (title, text) in SECTIONS.items():
         if name in sections:
             parts.append(f"## {title}\n\n{text}\n\n{_table(sections[name]['rows'])}")

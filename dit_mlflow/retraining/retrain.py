@@ -190,7 +190,8 @@ class _Kept:
     """
 
     def __init__(self, folder: Path | None, shared: _Shared, job: Job) -> None:
-        self.folder = folder
+        # A worker may stand in another folder, where earlier work was asked for.
+        self.folder = None if folder is None else folder.resolve()
         self.key = b""
         if folder is None:
             return

@@ -28,10 +28,12 @@ from dit_mlflow import (
     expected_influence,
     explain,
     leave_one_out,
+    mean_validation_loss,
     track,
     train,
 )
 from dit_mlflow.methods import method
+from dit_mlflow.replay.training_step import SampleWeights
 from dit_mlflow.workload import to_like
 
 SOME = [0, 5, 11]
@@ -130,8 +132,7 @@ def by_size(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Te
 def as_many_loops_have_it(model: Any, optimizer: Any, batch: Any, weights: Tensor) -> float:
     """A validation pass at the end, which the next step begins after; values through ``.data``; a plain number."""
     optimizer.zero_grad()
-    hidden = nn.functional.dropout(model[:2](batch[0]).T, 0.2).T
-    loss = (weights * cross_entropy(model[2](hidden), batch[1], reduction="none")).mean()
+    loss = (weights * sample_losses(model, batch)).mean()
     loss.backward()
     kept = [value.data.clone() for value in model.parameters()]
     for value in model.parameters():
@@ -239,6 +240,27 @@ def test_scores_are_the_derivative_of_retraining(name: str, tmp_path: Path) -> N
     whole = retrained(workload, trajectory, weights)
     gone = [retrained(workload, trajectory, weights.index_fill(0, torch.tensor(sample), 0)) - whole for sample in SOME]
     np.testing.assert_allclose(exact.scores[0, 0, SOME], gone, rtol=1e-6, atol=1e-9)
+
+
+def dropping(model: Any, optimizer: Any, batch: Any, weights: Tensor) -> None:
+    optimizer.zero_grad()
+    hidden = nn.functional.dropout(model[:2](batch[0]).T, 0.2).T
+    (weights * cross_entropy(model[2](hidden), batch[1], reduction="none")).mean().backward()
+    optimizer.step()
+
+
+def test_masks_of_tensors_that_are_not_contiguous_are_those_of_the_record(tmp_path: Path) -> None:
+    workload = digits_workload(step=dropping, optimizer=sgd, epochs=1)
+    trajectory = train(workload, tmp_path / "trajectory")
+    (score,) = track(trajectory, workload, [Window(0, 3)], dtype=torch.float64).scores[0, 0, :1]
+    replay, query = trajectory.replay(workload, torch.float64), mean_validation_loss(workload)
+
+    def at(weight: float) -> float:
+        weights = SampleWeights(torch.ones(24).double().index_fill(0, torch.tensor(0), weight), 0, 3)
+        *_, last = replay.forward(0, 3, weights)
+        return float(replay.dynamics.evaluate(last.parameters, last.buffers, query))
+
+    np.testing.assert_allclose(score, (at(1 - 1e-5) - at(1 + 1e-5)) / 2e-5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["local", "cumulative"])
