@@ -90,6 +90,7 @@ def test_the_loop_of_the_readme_is_short_and_changes_nothing(empty_folder: Path)
     assert all(torch.equal(trained[True][name], value) for name, value in trained[False].items())
 
 
+@pytest.mark.slow
 def test_the_guide_runs_from_loop_to_methods(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {"__name__": "page"}
     with stores.sqlite(empty_folder) as store, stores.tracking(store, empty_folder, monkeypatch):
@@ -144,6 +145,7 @@ def succeeded(command: str) -> str:
     return finished.stdout
 
 
+@pytest.mark.slow
 def test_the_tutorial_finds_what_its_sentences_say(empty_folder: Path) -> None:
     cells = json.loads(text("tutorial.ipynb"))["cells"]
     assert not any(cell.get("outputs") for cell in cells)

@@ -63,6 +63,7 @@ def test_the_workload_is_found_trained_and_swept(tmp_path: Path, monkeypatch: py
     assert float(agreement) > 0.9
 
 
+@pytest.mark.slow
 def test_the_step_is_trained_recorded_and_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first, second = blocks("step.md")

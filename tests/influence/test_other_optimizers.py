@@ -190,6 +190,7 @@ def test_numbers_that_depend_on_gradients_are_refused(tmp_path: Path, where: str
         track(trajectory, workload, whole(trajectory))
 
 
+@pytest.mark.slow
 def test_with_clipping_groups_and_workers(tmp_path: Path) -> None:
     def optimizer(model: Any) -> Optimizer:
         return Lamb([{"params": model[0].parameters(), "lr": 0.05}, {"params": model[2].parameters()}])

@@ -473,6 +473,7 @@ class OutOfMemory(BertForSequenceClassification):
 SEARCHING = {"auto_find_batch_size": True, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
 
+@pytest.mark.slow
 def test_the_batch_size_that_is_found_is_recorded(run_id: str, tmp_path: Path) -> None:
     trainer = fit(TrajectoryCallback(), model=bert(OutOfMemory), folder=tmp_path, **SEARCHING)
     trajectory = recorded_in(run_id)
@@ -484,6 +485,7 @@ def test_the_batch_size_that_is_found_is_recorded(run_id: str, tmp_path: Path) -
     assert trajectory.verify(workload()).max_drift <= REPLAY_TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_is_given_up_after_some_steps_is_refused_by_name(run_id: str, tmp_path: Path) -> None:
     model = bert(OutOfMemory)
     model.begins = 4

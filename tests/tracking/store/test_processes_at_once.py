@@ -20,6 +20,7 @@ from dit_mlflow import Window, track
 from dit_mlflow.tracking import load_influence, load_trajectory
 
 
+@pytest.mark.slow
 def test_processes_at_once_lose_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three on a server over SQLite, where writers wait for one another."""
     at_once(3, [start("server").uri], monkeypatch)
