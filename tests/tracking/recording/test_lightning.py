@@ -379,7 +379,7 @@ def test_what_cannot_be_recorded_is_refused_before_a_parameter_changes(
 @pytest.mark.parametrize("first", [False, True])
 def test_a_search_for_the_learning_rate_is_no_part_of_the_training(run_id: str, library: str, first: bool) -> None:
     if import_module(library).__version__.startswith("2.4."):
-        pytest.skip("Lightning 2.4 goes on inside the epoch that the search began; such a training is refused on replay")
+        pytest.skip("Lightning 2.4 goes on inside the epoch that the search began; replay refuses such a training")
     finder = import_module(f"{library}.callbacks").LearningRateFinder
     search = finder(num_training_steps=5, early_stop_threshold=None, update_attr=False)
     callbacks = [TrajectoryCallback(), search]
