@@ -83,9 +83,8 @@ class OwnStep(TrainingStep):
             batches, weights = self.dynamics.load(record), torch.zeros(len(record.samples))
         micro = _only(batches, record)
         after = state.copy(over)
-        weights = None if weights is None else weights.to(self.dynamics.device, self.dynamics.floating_dtype)
-        if weights is None:
-            weights = torch.ones(micro.size, dtype=self.dynamics.floating_dtype, device=self.dynamics.device)
+        weights = torch.ones(micro.size) if weights is None else weights
+        weights = weights.to(self.dynamics.device, self.dynamics.floating_dtype)
         try:
             with torch.enable_grad():
                 return self._made(after, micro, weights, record)
@@ -255,6 +254,8 @@ class OwnStep(TrainingStep):
             any(not torch.equal(one, other) for one, other in zip(here, outcome(factor), strict=True))
             for factor in (1 - 1e-3, 1 + 1e-3)
         ):
+            # Not to be taken for a trace that was accepted, where somebody asks again.
+            self._traces = Traces()
             raise UnsupportedError(
                 f"step {record.index}: Workload.step computes with a number that it reads out of a tensor (.item(), "
                 "float(), numpy()), so that influence through it would be lost; compute with the tensor itself, or use "

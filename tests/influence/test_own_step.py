@@ -339,6 +339,19 @@ def test_what_cannot_be_swept_is_refused_and_can_be_retrained(step: Any, message
     trajectory = train(workload, tmp_path / "trajectory")
     with pytest.raises(UnsupportedError, match=message):
         track(trajectory, workload, [Window(0, 3)])
+    if step is clipped_by_a_number:
+        # The same step, asked again, refuses again.
+        replay = trajectory.replay(workload)
+        states = list(replay.forward(0, 2))
+        refused = []
+        for t, state in enumerate(states):
+            for _ in range(2):
+                try:
+                    batches = replay.dynamics.load(trajectory.step(t))
+                    replay.training_step.with_graph(state, batches, torch.ones(8), trajectory.step(t))
+                except UnsupportedError:
+                    refused.append(t)
+        assert refused and all(refused.count(t) == 2 for t in refused)
     exact = leave_one_out(trajectory, workload, [Window(0, 3)], samples=[0], effort=Effort(jobs=1))
     assert (exact.scores[0, 0, 0] != 0) == (step is not unweighted)
 
