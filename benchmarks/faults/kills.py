@@ -18,16 +18,16 @@ from benchmarks.stores import Missing
 
 
 def kills(folder: Path, sizes: dict[str, int]) -> list[Row]:
-    """Processes that record, ended by SIGKILL 0 to 600 ms after their first step; then the trajectory is opened."""
+    """Processes that record, ended by SIGKILL 0 to 600 ms after their first step (with MLflow: first upload), then opened."""
     rows = [_without_mlflow(folder / "folder", sizes["kills"])]
+    recording = {"flush_seconds": 0.01, "seconds_per_step": 0.001, "once_stored": True}
     for kind in ("SQLite", "PostgreSQL", "server", "S3"):
         row: Row = {"store": kind, "SIGKILLs": sizes["kills elsewhere"]}
         rows.append(row)
         try:
             with place(kind, folder / kind) as here:
                 workers = [
-                    _killed(here.recorder(seed, 10**9, flush_seconds=0.01, seconds_per_step=0.001), seed)
-                    for seed in range(sizes["kills elsewhere"])
+                    _killed(here.recorder(seed, 10**9, **recording), seed) for seed in range(sizes["kills elsewhere"])
                 ]
                 row |= _counted(workers, here.looked_at(workers))
         except Missing as error:

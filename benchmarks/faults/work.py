@@ -31,6 +31,7 @@ from dit_mlflow.tracking import load_influence, load_trajectory, log_trajectory,
 from dit_mlflow.tracking.jobs.influence import main_job
 from dit_mlflow.tracking.jobs.request import Request
 from dit_mlflow.tracking.recording import upload
+from dit_mlflow.tracking.store.names import TRAJECTORY
 
 SMALL = {"model": "logreg", "n_train": "40", "n_validation": "20", "n_test": "20", "epochs": "2", "batch_size": "16"}
 """Settings of the main job's training."""
@@ -65,6 +66,7 @@ def record(
     seconds_per_step: float = 0.0,
     flush_seconds: float = 1.0,
     metric_every: int = 0,
+    once_stored: bool = False,
     at: Sequence[tuple[int, Callable[[], None]]] = (),
 ) -> None:
     """Record a training of 64-6-3 into a new run, and note the run and the state that training ended in.
@@ -73,6 +75,7 @@ def record(
         seconds_per_step: a wait at each step, as of a larger model.
         flush_seconds: between two segments of the record.
         metric_every: log the loss at each of so many steps; 0 = never.
+        once_stored: ready when the store holds something, not after the first step.
         at: called before these steps.
     """
     logging.getLogger("mlflow").setLevel(logging.ERROR)
@@ -85,6 +88,7 @@ def record(
     model = network()
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
     due = dict(at)
+    waiting = True
     # Opened now: there may be no file handle later.
     with Path("trained.json").open("w") as trained, mlflow.start_run(run_name=f"training {seed}") as run:
         note("run", run.info.run_id)
@@ -99,7 +103,8 @@ def record(
                     loss.backward()
                     optimizer.step()
                     time.sleep(seconds_per_step)
-                    if recorder.num_steps == 1:
+                    if waiting and (not once_stored or MlflowClient().list_artifacts(run.info.run_id, TRAJECTORY)):
+                        waiting = False
                         ready()
                     if metric_every and recorder.num_steps % metric_every == 0:
                         mlflow.log_metric("loss", loss.item(), step=recorder.num_steps)

@@ -53,11 +53,15 @@ def load_trajectory(run_id: str) -> Trajectory:
     else:
         trajectory = Trajectory.open(local / TRAJECTORY) if (local / TRAJECTORY).is_dir() else None
     if trajectory is None:
-        hint = run.data.tags.get(TRAINING_RUN)
-        store = masked(run.info.artifact_uri)
+        tags = run.data.tags
+        if TRAINING_RUN in tags:
+            hint = f"; it was computed from {tags[TRAINING_RUN]}"
+        else:
+            begun = "; a recording has begun in it: wait for its upload, or log the folder that its messages name"
+            hint = begun if RECORDING in tags else ""
         raise TrajectoryError(
-            f"run {run_id} ({run.info.run_name}) has no artifact {TRAJECTORY}/ in {store}; expected a training "
-            "run of dit-mlflow" + (f"; it was computed from {hint}" if hint else "")
+            f"run {run_id} ({run.info.run_name}) has no artifact {TRAJECTORY}/ in {masked(run.info.artifact_uri)}; "
+            f"expected a training run of dit-mlflow{hint}"
         )
     return trajectory
 

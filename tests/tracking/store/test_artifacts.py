@@ -18,6 +18,7 @@ from dit_mlflow.tracking import (
     record_trajectory,
     run_training,
 )
+from dit_mlflow.tracking.store.names import RECORDING
 
 
 def test_trajectory_comes_back_and_gives_the_same_scores(store: str, tmp_path: Path) -> None:
@@ -40,6 +41,9 @@ def test_what_is_not_there_is_named(store: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no run '123' at the tracking URI sqlite"):
         load_trajectory("123")
     with pytest.raises(TrajectoryError, match="has no artifact trajectory/"):
+        load_trajectory(run.info.run_id)
+    mlflow.MlflowClient().set_tag(run.info.run_id, RECORDING, "true")
+    with pytest.raises(TrajectoryError, match="a recording has begun in it: wait"):
         load_trajectory(run.info.run_id)
     with pytest.raises(InputError, match="has no artifact influence/"):
         load_influence(run.info.run_id)
