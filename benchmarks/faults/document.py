@@ -72,9 +72,9 @@ SECTIONS: dict[str, tuple[str, str]] = {
     ),
     "kills": (
         "Recording processes killed",
-        "SIGKILL 0 to 600 ms after the first step, and with MLflow after the first upload; a segment is written every 10 "
-        "ms, so that most are in the middle of something. Then each trajectory is opened, replayed and swept over its "
-        "first 20 steps.",
+        "SIGKILL 0 to 600 ms after the first step, and with MLflow after the first upload; a segment is written "
+        "every 10 ms, so that most are in the middle of something. Then each trajectory is opened, replayed and swept "
+        "over its first 20 steps.",
     ),
 }
 

@@ -18,7 +18,7 @@ from benchmarks.stores import Missing
 
 
 def kills(folder: Path, sizes: dict[str, int]) -> list[Row]:
-    """Processes that record, ended by SIGKILL 0 to 600 ms after their first step (with MLflow: first upload), then opened."""
+    """Processes that record, killed 0 to 600 ms after their first step, with MLflow after their first upload."""
     rows = [_without_mlflow(folder / "folder", sizes["kills"])]
     recording = {"flush_seconds": 0.01, "seconds_per_step": 0.001, "once_stored": True}
     for kind in ("SQLite", "PostgreSQL", "server", "S3"):

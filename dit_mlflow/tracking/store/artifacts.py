@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -16,12 +17,14 @@ from mlflow.exceptions import MlflowException
 from dit_mlflow.errors import InputError, TrajectoryError, cause
 from dit_mlflow.influence import Influence
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.told import masked
+from dit_mlflow.told import logger_of, masked
 from dit_mlflow.tracking.store.found_models import load_model_influence
 from dit_mlflow.tracking.store.names import INFLUENCE, RECORDING, TRAINING_RUN, TRAJECTORY
 from dit_mlflow.tracking.store.remote import open_remote, reading
 from dit_mlflow.tracking.ui.notes import note_training
 from dit_mlflow.trajectory.manifest import FILE_NAME
+
+_log = logger_of(__name__)
 
 
 def log_trajectory(trajectory: Trajectory | str | Path, run_id: str | None = None) -> None:
@@ -67,9 +70,19 @@ def load_trajectory(run_id: str) -> Trajectory:
 
 
 def log_influence(influence: Influence, run_id: str | None = None, folder: str = INFLUENCE) -> None:
-    """Log scores and metadata as ``influence/`` of a run (default: the active one)."""
-    with TemporaryDirectory() as temporary:
-        mlflow.log_artifacts(str(influence.save(temporary)), folder, run_id=run_id)
+    """Log scores and metadata as ``influence/`` of a run (default: the active one).
+
+    If the store fails, its error is raised, and a message names the local folder where they are kept.
+    """
+    run_id = run_id or active_run_id()
+    kept = influence.save(mkdtemp(prefix="dit-mlflow-"))
+    try:
+        mlflow.log_artifacts(str(kept), folder, run_id=run_id)
+    except BaseException:
+        again = f"dit_mlflow.tracking.log_influence(dit_mlflow.Influence.load({str(kept)!r}), {run_id!r}, {folder!r})"
+        _log.error("the scores of %s/ of run %s are not in its store, but in %s: %s", folder, run_id, kept, again)
+        raise
+    shutil.rmtree(kept)
 
 
 def load_influence(source: str, folder: str = INFLUENCE) -> Influence:

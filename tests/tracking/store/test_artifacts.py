@@ -9,6 +9,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
+import dit_mlflow
 from dit_mlflow import InputError, TrainingError, TrajectoryError, Window, track, train
 from dit_mlflow.tracking import (
     load_influence,
@@ -98,3 +99,21 @@ def test_a_record_is_where_mlflow_looks_whatever_the_folder_is_called(
     loaded = load_trajectory(run.info.run_id)
     assert (loaded.complete, loaded.num_steps) == (True, 3)
     assert tmp_path in loaded.directory.parents, "read in place"
+
+
+def test_scores_that_the_store_refuses_are_kept_in_a_folder_that_a_message_names(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    influence = track(train(digits_workload(), tmp_path / "t"), digits_workload(), [Window(0, 9)])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    with mlflow.start_run() as run, monkeypatch.context() as patch:
+        patch.setattr(mlflow, "log_artifacts", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            log_influence(influence)
+    message = caplog.records[-1].getMessage()
+    assert f"the scores of influence/ of run {run.info.run_id} are not in its store" in message
+    eval(message.split(": ", 1)[1], {"dit_mlflow": dit_mlflow})  # The call that it names.
+    np.testing.assert_array_equal(load_influence(run.info.run_id).scores, influence.scores)
