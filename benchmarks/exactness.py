@@ -379,6 +379,11 @@ CASES: dict[str, dict[str, Any]] = {
     "detached soft target": {"loss": soft_target},
     "detached balance of two losses": {"loss": balanced},
     "gradient penalty": {"loss": penalised},
+    "gradient penalty, LayerNorm": {"model": lambda: Net(nn.Sequential(nn.LayerNorm(8), nn.GELU())), "loss": penalised},
+    "gradient penalty, BatchNorm": {
+        "model": lambda: Net(nn.Sequential(nn.BatchNorm1d(8), nn.GELU())),
+        "loss": penalised,
+    },
     "energy and forces": {"loss": forces},
     "adversarial step, held fixed": {"loss": adversarial},
     "distillation": {"loss": distilled},

@@ -61,7 +61,7 @@ class DerivativeCheck:
         first, last: the sweep's first and last state. The check reads no states stored elsewhere: the record may be
             remote.
 
-    Cost: a copy of the model in float64, and about five training steps for each of three to five states.
+    Cost: a copy of the model in float64, and about seven training steps for each of three to five states.
     """
 
     def __init__(self, trajectory: Record, step: LossStep | OwnStep, first: int, last: int) -> None:
@@ -270,7 +270,7 @@ def slope_of_step(state: State, record: StepRecord, moved: Mapping[str, Tensor],
         step: in float64.
         attempt: position in :data:`STRIDES`, and the seed of the directions.
 
-    Cost: three gradients, one of them differentiated.
+    Cost: five gradients, one of them differentiated.
     """
     random = torch.Generator().manual_seed(attempt)
     step.dynamics.set_modes(record)
@@ -303,7 +303,7 @@ def slope_of_step(state: State, record: StepRecord, moved: Mapping[str, Tensor],
 def slope_of_query(query: Ask, state: State, moved: Mapping[str, Tensor], step: Asking, attempt: int) -> Slope:
     """The derivative of a query in a random direction; arguments as for :func:`slope_of_step`.
 
-    Cost: three evaluations of the query, and one gradient.
+    Cost: five evaluations of the query, and one gradient.
     """
 
     def value(given: Mapping[str, Tensor], own: bool) -> tuple[Tensor, float]:
@@ -350,7 +350,7 @@ def _slope(
     def at(length: float) -> float:
         return value({name: _along(tensor, length, directions[name]) for name, tensor in point.items()}, True)[0].item()
 
-    return Slope.between(taken, at(-stride), here.item(), at(stride), stride, size)
+    return Slope.of(taken, here.item(), at, stride, size)
 
 
 def _along(value: Tensor, length: float, direction: Tensor) -> Tensor:
@@ -376,12 +376,14 @@ def _one_of_each(queries: Sequence[Ask]) -> list[Ask]:
 
 
 def _agrees(measure: Measure, step: Asking) -> bool:
-    """Whether the derivative by ``step`` agrees with differences in some attempt, or no attempt can tell."""
+    """Whether the derivative by ``step`` agrees with differences in the first attempt that can tell, or none can."""
     told = False
     for attempt in range(len(STRIDES)):
         with naming_missing_derivatives():
             slope = measure(step, attempt)
         if slope.tells and slope.agrees:
             return True
+        if slope.refutes:
+            return False
         told = told or slope.tells
     return not told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,17 +45,55 @@ class DifferentiableStatistics(TorchFunctionMode):
     ``running = (1 - momentum) * running + momentum * statistic of the layer's input``
 
     Calls whose running statistics are missing or need no gradient go to PyTorch's kernels.
+
+    Args:
+        written_out: do all of the normalisation, and that of ``layer_norm``, by ordinary operations, which have every
+            derivative. That of the kernels is wrong from the third on (torch 2.13, without an error), which a penalty
+            on gradients needs.
     """
 
+    def __init__(self, written_out: bool = False) -> None:
+        super().__init__()
+        self._written_out = written_out
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.layer_norm and self._written_out:
+            return layer_norm(*args, **(kwargs or {}))
         if func not in (F.batch_norm, F.instance_norm):
             return func(*args, **(kwargs or {}))
         given = inspect.signature(func).bind(*args, **(kwargs or {}))
         given.apply_defaults()
-        return _normalised(func, *given.args)
+        return _normalised(self._written_out, func, *given.args)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`torch.nn.functional.layer_norm` in ordinary operations; of halves, torch's kernel."""
+    if input.dtype in _HALVES:
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    return _scaled(_standardised(input, list(range(-len(normalized_shape), 0)), eps), weight, bias)
+
+
+def _standardised(input: Tensor, dims: list[int], eps: float) -> Tensor:
+    variance, mean = torch.var_mean(input, dim=dims, correction=0, keepdim=True)
+    return (input - mean) * torch.rsqrt(variance + eps)
+
+
+def _scaled(value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    value = value if weight is None else value * weight
+    return value if bias is None else value + bias
+
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def _normalised(
+    written_out: bool,
     norm: Callable[..., Tensor],
     input: Tensor,
     mean: Tensor | None,
@@ -66,21 +104,21 @@ def _normalised(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    if mean is None or variance is None or not mean.requires_grad:
-        return norm(input, mean, variance, weight, bias, training, momentum, eps)
-    if training:
-        over = [0] if norm is F.batch_norm else []
-        new_variance, new_mean = torch.var_mean(input, dim=[*over, *range(2, input.dim())])
+    shape = (1, -1, *(1 for _ in range(input.dim() - 2)))
+    by_channel = [part if part is None else part.view(shape) for part in (weight, bias)]
+    over = [*([0] if norm is F.batch_norm else []), *range(2, input.dim())]
+    if mean is not None and variance is not None and mean.requires_grad:
+        if not training:
+            return _scaled((input - mean.view(shape)) * torch.rsqrt(variance + eps).view(shape), *by_channel)
+        new_variance, new_mean = torch.var_mean(input, dim=over)
         if norm is F.instance_norm:
             new_variance, new_mean = new_variance.mean(dim=0), new_mean.mean(dim=0)
         mean.mul_(1 - momentum).add_(new_mean, alpha=momentum)
         variance.mul_(1 - momentum).add_(new_variance, alpha=momentum)
-        return norm(input, None, None, weight, bias, True, momentum, eps)
-    shape = (1, -1, *(1 for _ in range(input.dim() - 2)))
-    scale = torch.rsqrt(variance + eps)
-    scale = scale if weight is None else scale * weight
-    normalised = (input - mean.view(shape)) * scale.view(shape)
-    return normalised if bias is None else normalised + bias.view(shape)
+        mean = variance = None
+    if training and mean is None and written_out and input.dtype not in _HALVES:
+        return _scaled(_standardised(input, over, eps), *by_channel)
+    return norm(input, mean, variance, weight, bias, training, momentum, eps)
 
 
 class BuffersApart:

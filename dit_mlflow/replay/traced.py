@@ -117,8 +117,8 @@ def alike(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     overall = max(largest, default=0.0)
 
     def near(one: Tensor, other: Tensor, own: float) -> bool:
-        share = torch.finfo(other.dtype).eps ** 0.5
-        return bool(((one.detach() - other.detach()).abs() <= share * max(own, share * overall)).all())
+        eps = torch.finfo(other.dtype).eps
+        return bool(((one.detach() - other.detach()).abs() <= max(eps**0.5 * own, 100 * eps * overall)).all())
 
     return all(map(near, ones, others, largest))
 

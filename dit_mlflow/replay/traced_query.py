@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.replay.dynamics import Dynamics, Parameters
-from dit_mlflow.replay.running_statistics import DifferentiableStatistics, running_statistics
+from dit_mlflow.replay.running_statistics import DifferentiableStatistics
 from dit_mlflow.replay.traced import ATTEMPTS, Traces, alike, followed
 from dit_mlflow.workload.random_state import fixed_draws
 
@@ -26,7 +26,6 @@ class TracedQueries:
     def __init__(self, dynamics: Dynamics) -> None:
         self._dynamics = dynamics
         self._traces = Traces()
-        self._has_statistics = bool(running_statistics(dynamics.model))
 
     def ask(self, parameters: Parameters, buffers: Parameters, query: Callable[[nn.Module], Tensor]) -> Tensor:
         """As :meth:`TrainingStep.ask`."""
@@ -35,10 +34,7 @@ class TracedQueries:
         def function(*values: Tensor) -> list[Tensor]:
             of = dict(zip(names, values, strict=True))
             left = {name: followed(of[name]) for name in buffers}
-            with (
-                DifferentiableStatistics() if self._has_statistics else nullcontext(),
-                sdpa_kernel(SDPBackend.MATH),
-            ):
+            with DifferentiableStatistics(written_out=True), sdpa_kernel(SDPBackend.MATH):
                 return [self._dynamics.evaluate({name: of[name] for name in parameters}, left, query).reshape(())]
 
         detached = [value.detach() for value in given]

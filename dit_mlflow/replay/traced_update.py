@@ -163,7 +163,7 @@ class TracedUpdate:
             )
         taken = sum(float((part * direction).sum()) for part, direction in zip(parts, directions, strict=True))
         size = sum(float((w * v).abs().sum().detach()) for w, v in zip(weights, found, strict=True))
-        slopes = [Slope.between(taken, at(-stride), here.item(), at(stride), stride, size) for stride in STRIDES]
+        slopes = [Slope.of(taken, here.item(), at, stride, size) for stride in STRIDES]
         if not any(slope.tells and slope.agrees for slope in slopes):
             raise UnsupportedError(
                 f"the step of the optimizer {self._name} changes by {slopes[0].difference:.6g} in a random direction, "

@@ -244,8 +244,9 @@ class TrainingStep(ABC):
             return self.dynamics.evaluate(parameters, buffers, query)
 
     def differentiable(self) -> AbstractContextManager[Any]:
-        """Inside it, running statistics of normalisation layers have derivatives."""
-        return DifferentiableStatistics() if self._has_statistics else nullcontext()
+        """Inside it, running statistics of normalisation layers have derivatives; in a trace, layers have all."""
+        wanted = self._has_statistics or self.by_trace
+        return DifferentiableStatistics(written_out=self.by_trace) if wanted else nullcontext()
 
     def bytes_kept(self, state: State, record: StepRecord) -> int:
         """Upper bound of the bytes that a step keeps for its backward pass: here, of all tensors that it creates."""

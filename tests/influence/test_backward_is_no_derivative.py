@@ -136,6 +136,17 @@ def hardest(model: nn.Module, batch: Any) -> Tensor:
     return loss + torch.zeros_like(loss).masked_scatter(hard, loss[hard])
 
 
+def penalised(model: nn.Module, batch: Any) -> Tensor:
+    """A penalty on gradients: what is swept is a third derivative."""
+    inputs = batch[0].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(inputs).logsumexp(dim=1).sum(), inputs, create_graph=True)
+    return sample_losses(model, batch) + 0.1 * slope.square().sum(dim=1)
+
+
+def normalised(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 6), norm, nn.Tanh(), nn.Linear(6, 3))
+
+
 def quantised(value: Tensor) -> Tensor:
     return value + (torch.round(4 * value) / 4 - value).detach()
 
@@ -168,6 +179,19 @@ CASES: dict[str, dict[str, Any]] = {
         "clip_grad_norm": 0.5,
         "accumulate": 2,
         "regularizer": lambda model: 0.01 * sum(p.square().sum() for p in model.parameters()),
+    },
+    **{
+        f"gradient penalty through {norm.__name__}": {
+            "model": lambda norm=norm: normalised(norm(6)),
+            "loss": penalised,
+            "batch_size": 12,
+        }
+        for norm in (nn.LayerNorm, nn.BatchNorm1d)
+    },
+    "gradient penalty, no running statistics": {
+        "model": lambda: normalised(nn.BatchNorm1d(6, track_running_stats=False)),
+        "loss": penalised,
+        "batch_size": 12,
     },
     "momentum": {"loss": focal, "optimizer": lambda model: SGD(model.parameters(), lr=0.1, momentum=0.9)},
 }

@@ -129,6 +129,19 @@ def by_size(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Te
     return loss
 
 
+def penalised(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Tensor:
+    """A penalty on gradients, as a critic of a GAN has it, through layers that normalise."""
+    optimizer.zero_grad()
+    inputs = batch[0].clone().requires_grad_()
+    outputs = model(inputs)
+    (slope,) = torch.autograd.grad(outputs.logsumexp(dim=1).sum(), inputs, create_graph=True)
+    losses = cross_entropy(outputs, batch[1], reduction="none") + (slope.norm(dim=1) - 1).square()
+    loss = (weights * losses).mean()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
 def as_many_loops_have_it(model: Any, optimizer: Any, batch: Any, weights: Tensor) -> float:
     """A validation pass at the end, which the next step begins after; values through ``.data``; a plain number."""
     optimizer.zero_grad()
@@ -195,6 +208,20 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": lambda model, batch: softplus(-model(batch[0])),
     },
     "a branch, a gradient penalty": {"step": by_size, "optimizer": sgd},
+    "a gradient penalty through norms": {
+        "step": penalised,
+        "model": lambda: nn.Sequential(
+            *(
+                nn.Linear(64, 6, bias=False),
+                nn.BatchNorm1d(6),
+                nn.Tanh(),
+                nn.Linear(6, 6),
+                nn.LayerNorm(6),
+                nn.Linear(6, 3),
+            )
+        ),
+        "optimizer": adamw,
+    },
     "a reversed gradient": {"step": reversing, "optimizer": sgd},
     "as many loops have it": {"step": as_many_loops_have_it, "optimizer": sgd},
 }
