@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError, WorkloadError
-from dit_mlflow.trajectory.manifest import OptimizerLayout
+from dit_mlflow.trajectory.manifest import DTYPES, OptimizerLayout
 from dit_mlflow.trajectory.state import COUNTERS
 from dit_mlflow.trajectory.step_record import Hyperparameters
 from dit_mlflow.workload.workload import Optimizers, Workload
@@ -97,7 +97,7 @@ def describe_optimizer(optimizer: Optimizers, model: nn.Module) -> OptimizerLayo
     return OptimizerLayout(
         name="+".join(_name(type(one)) for one in every(optimizer)),
         defaults={
-            key: _plain(value)
+            key: _plain(key, value)
             for key, value in every(optimizer)[0].defaults.items()
             if all(key in one.defaults for one in every(optimizer))
         },
@@ -106,11 +106,26 @@ def describe_optimizer(optimizer: Optimizers, model: nn.Module) -> OptimizerLayo
 
 
 def hyperparameters(optimizer: Optimizers) -> tuple[Hyperparameters, ...]:
-    """Per group, all settings but ``initial_lr``."""
+    """Per group, all settings but ``initial_lr``, as JSON has them.
+
+    A tensor that the optimizer itself keeps in its groups (a counter) becomes ``{"tensor": number, "dtype": name}``;
+    settings that are tensors (a learning rate) become numbers.
+
+    Raises:
+        UnsupportedError: a setting is neither number, string, ``None`` nor a list of them.
+    """
     return tuple(
-        {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names", "initial_lr")}
-        for group in groups_of(optimizer)
+        {
+            key: _plain(key, value, kept=key not in one.defaults)
+            for key, value in group.items()
+            if key not in _NO_SETTINGS
+        }
+        for one in every(optimizer)
+        for group in one.param_groups
     )
+
+
+_NO_SETTINGS = ("params", "param_names", "initial_lr")
 
 
 def optimizer_state(optimizer: Optimizers, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
@@ -200,17 +215,38 @@ def emptied(optimizer: Optimizers, layout: OptimizerLayout) -> Optimizers:
 
 def set_hyperparameters(optimizer: Optimizers, recorded: Sequence[Hyperparameters]) -> None:
     """Give each param group its recorded settings."""
-    groups = groups_of(optimizer)
+    groups = [(group, one.defaults) for one in every(optimizer) for group in one.param_groups]
     if len(recorded) != len(groups):
         raise TrajectoryError(
             f"a step has settings for {len(recorded)} parameter groups; the optimizer was recorded with {len(groups)}"
         )
-    for group, settings in zip(groups, recorded, strict=True):
-        group.update(settings)
+    for (group, defaults), settings in zip(groups, recorded, strict=True):
+        set_group(group, settings, defaults)
 
 
-def _plain(value: Any) -> Any:
-    """Numbers as Python has them, also inside tuples."""
+def set_group(group: dict[str, Any], settings: Hyperparameters, defaults: Mapping[str, Any]) -> None:
+    """Give a param group its recorded settings, and take away what another step has left in it.
+
+    ``defaults``: of the optimizer, whose settings stay.
+    """
+    for key in group.keys() - settings.keys() - defaults.keys() - {*_NO_SETTINGS}:
+        del group[key]
+    for key, value in settings.items():
+        tensor = isinstance(value, Mapping)
+        group[key] = torch.tensor(value["tensor"], dtype=DTYPES[value["dtype"]]) if tensor else value
+
+
+def _plain(key: str, value: Any, kept: bool = False) -> Any:
+    """As JSON has it: numbers, also inside tuples; ``kept``: whether a tensor stays one."""
+    if kept and isinstance(value, Tensor) and value.dim() == 0:
+        return {"tensor": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, (Tensor, np.generic)):
         return value.item()
-    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(key, part) for part in value)
+    if value is not None and not isinstance(value, (int, float, str)):
+        raise UnsupportedError(
+            f"the optimizer's setting {key!r} is a {type(value).__name__}, which a record cannot hold; expected "
+            "numbers, strings or lists of them. Keep it as an attribute of the optimizer"
+        )
+    return value

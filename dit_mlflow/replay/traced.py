@@ -48,6 +48,11 @@ def traced(function: Function, inputs: Sequence[Tensor], roots: bool = False, fu
         # It raised, and what was done in its place follows (RecordedDtype).
         if node.op == "call_function" and not node.users and "val" not in node.meta:
             recorded.graph.erase_node(node)
+        # A tensor made within, of numbers alone, which may be worked on in place.
+        if node.op == "get_attr":
+            with recorded.graph.inserting_after(node):
+                copied = recorded.graph.call_function(torch.ops.aten.lift_fresh_copy.default, (node,))
+            node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)
     recorded.recompile()
     # What works in place cannot be differentiated where values before it are still needed.
     graph = make_fx(torch.func.functionalize(recorded, remove="mutations"))(*inputs) if functional else recorded
@@ -66,8 +71,12 @@ def _below_autograd(node: fx.Node) -> None:
     source: Any = None
     if node.target in _PASSED_THROUGH:
         source = node.args[0]
-    elif node.target is torch.ops.aten.copy.default and _alike(node, node.args[1]):
-        source = node.args[1]
+    elif node.target is torch.ops.aten.copy.default:
+        # It has no derivative.
+        if _alike(node, node.args[1]):
+            source = node.args[1]
+        elif isinstance(made := node.meta.get("val"), Tensor):
+            node.target, node.args, node.kwargs = copied, (node.args[1], made.shape, made.dtype), {}
     elif node.target is torch.ops.aten.embedding.default:
         # The values do not depend on the other arguments: these make the backward pass omit or scale a row.
         node.args, node.kwargs = node.args[:2], {}
@@ -80,6 +89,11 @@ def root(value: Tensor) -> Tensor:
     """The square root, with the derivative 0 at 0, where it is infinite."""
     zero = value == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, value).sqrt())
+
+
+def copied(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """``value`` as it is in a tensor of another shape or dtype."""
+    return value.to(dtype).expand(shape)
 
 
 def _alike(node: fx.Node, source: Any) -> bool:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.replay.adjoint import Adjoint, Flat, grad_or_zeros, vector_jacobian
+from dit_mlflow.replay.optimizers import set_group
 from dit_mlflow.replay.slope import STRIDES, Slope
 from dit_mlflow.replay.step_adjoint import PulledGroup, UpdateGroup
 from dit_mlflow.replay.traced import Function, traced
@@ -52,6 +53,9 @@ class TracedUpdate:
         self._step: Callable[..., Any] = inspect.unwrap(type(optimizer).step)
         self._calls = 0
         self._numbers: dict[Any, Any] = {}
+        # Keys of the state: of tensors, and of those of one number that depend on the gradients.
+        self._tensors: set[str] = set()
+        self._moving: set[str] = set()
 
     def __call__(
         self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
@@ -65,7 +69,7 @@ class TracedUpdate:
         parts = torch.cat([flat[group.gradient] for group in groups]).split([shape.numel() for shape in shapes])
         grads = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         before = {(name, key): value for name in names for key, value in state.optimizer.get(name, {}).items()}
-        slots = {slot: value.detach() for slot, value in before.items() if _is_slot(value)}
+        slots = {slot: value.detach() for slot, value in before.items() if self._is_slot(slot[1], value)}
         rest = {slot: value for slot, value in before.items() if slot not in slots}
         after: list[Slot] = []
 
@@ -86,7 +90,10 @@ class TracedUpdate:
         self._calls += 1
         # Early steps and ever rarer later ones, since a step may take another branch than those before it.
         if self._calls & (self._calls - 1) == 0:
+            known = len(self._moving)
             self._check(update, [value.double() for value in inputs], len(names))
+            if len(self._moving) > known:
+                return self(state, groups, gradients, adjoint)
         graph = self._traced(update, inputs)
         leaves = [value.detach().requires_grad_() for value in inputs]
         with torch.enable_grad():
@@ -148,11 +155,15 @@ class TracedUpdate:
             *(1.1 * value + 0.1 * value.abs().max() for value in inputs[count : 2 * count]),
             *inputs[2 * count :],
         )
-        if moving := [key for key, value in self._numbers.items() if before.get(key) != value]:
-            raise UnsupportedError(
-                f"the optimizer {self._name} keeps the number {moving[0][1]!r}, which depends on the gradients, so a "
-                "sample has influence through it; keep it in a tensor of shape [1], or use leave_one_out"
-            )
+        if moving := {key for slot, value in self._numbers.items() if before.get(slot) != value for key in slot[1:]}:
+            if not moving <= self._tensors:
+                raise UnsupportedError(
+                    f"the optimizer {self._name} keeps the number {min(moving - self._tensors)!r}, which depends on "
+                    "the gradients, so a sample has influence through it; keep it in a tensor of its state, or use "
+                    "leave_one_out"
+                )
+            self._moving |= moving
+            return
         # Of the parameters alone: state may depend on the gradients where the parameters depend on signs.
         moved = grad_or_zeros(total(found[:count]), leaves[count : 2 * count], retain_graph=True)
         still = all(torch.equal(after, before) for after, before in zip(found[:count], inputs[:count], strict=True))
@@ -179,7 +190,7 @@ class TracedUpdate:
         for group, names in zip(optimizer.param_groups, self._groups, strict=True):
             own = [name for name in names if name in moved]
             if own:
-                group.update(settings[own[0]])
+                set_group(group, settings[own[0]], optimizer.defaults)
             group["params"] = [moved[name] for name in own]
             # Only steps of single tensors can be traced; those of lists of tensors give the same.
             group.update({flag: False for flag in ("foreach", "fused", "capturable") if flag in group})
@@ -192,15 +203,25 @@ class TracedUpdate:
                 (name, key): float(value.detach() if isinstance(value, Tensor) else value)
                 for name, entry in [*left.items(), *enumerate(optimizer.param_groups)]
                 for key, value in entry.items()
-                if key != "params" and isinstance(value, (Tensor, int, float)) and not _is_slot(value)
+                if key != "params" and isinstance(value, (Tensor, int, float)) and not self._is_slot(key, value)
+            }
+            self._tensors = {
+                key for entry in left.values() for key, value in entry.items() if isinstance(value, Tensor)
             }
             return {
-                (name, key): value for name, entry in left.items() for key, value in entry.items() if _is_slot(value)
+                (name, key): value
+                for name, entry in left.items()
+                for key, value in entry.items()
+                if self._is_slot(key, value)
             }
         finally:
             optimizer.state = defaultdict(dict)
             for group in optimizer.param_groups:
                 group["params"] = []
+
+    def _is_slot(self, key: str, value: Any) -> bool:
+        """Whether an adjoint follows a value of the state; other values are constants of the trace."""
+        return isinstance(value, Tensor) and value.is_floating_point() and (value.dim() > 0 or key in self._moving)
 
     def _place(self, name: str, value: Tensor) -> slice:
         place = self._held.slices[name]
@@ -238,8 +259,3 @@ class TracedUpdate:
             torch.cat([by_gradient[place].reshape(rows, -1) for place in own], dim=1),
             optimizer,
         )
-
-
-def _is_slot(value: Any) -> bool:
-    """Whether an adjoint follows a value of the state; other values are constants of the trace."""
-    return isinstance(value, Tensor) and value.dim() > 0 and value.is_floating_point()

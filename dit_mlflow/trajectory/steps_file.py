@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.trajectory.manifest import DTYPES as STATE_DTYPES
 from dit_mlflow.trajectory.manifest import Manifest, StepsFile, parse_json
 from dit_mlflow.trajectory.step_record import Hyperparameters, StepFields, StepRecord
 from dit_mlflow.trajectory.tensor_file import TensorFile
@@ -39,6 +40,9 @@ DTYPES = {
     "dictionary": "uint8",
 }
 """The tensors of a file. All have one dimension."""
+
+LONGEST_TEXT = 1000
+"""Characters of a hyperparameter that is a string."""
 
 
 def steps_tensors(steps: Sequence[StepFields]) -> dict[str, Tensor]:
@@ -254,10 +258,11 @@ class _Reader:
         for group in groups:
             lacking = [name for name in layout.defaults if name not in group]
             self._need(not lacking and "params" not in group, f"hyperparameters lack {lacking}, or hold 'params'")
-            for name, default in layout.defaults.items():
-                value = group[name]
-                alike = _is_scalar(value) and _is_scalar(default)
-                alike |= _is_vector(value) and _is_vector(default) and len(value) == len(default)
+            for name, value in group.items():
+                default = layout.defaults.get(name)
+                alike = any(kind(value) and (default is None or kind(default)) for kind in (_is_scalar, _is_text))
+                alike |= _is_vector(value) and (default is None or (_is_vector(default) and len(value) == len(default)))
+                alike |= _is_kept(value) and name not in layout.defaults
                 self._need(alike, f"hyperparameter {name!r} is not of the kind of its default {default!r}")
         return tuple(
             # JSON has no tuples; optimizers expect them (betas).
@@ -292,5 +297,15 @@ def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) < LONGEST_TEXT
+
+
 def _is_vector(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_scalar, value))
+    return isinstance(value, (list, tuple)) and all(_is_scalar(part) or _is_text(part) for part in value)
+
+
+def _is_kept(value: Any) -> bool:
+    """Whether it stands for a tensor of one number, see :func:`dit_mlflow.replay.optimizers.hyperparameters`."""
+    known = isinstance(value, dict) and value.keys() == {"tensor", "dtype"}
+    return known and _is_scalar(value["tensor"]) and value["tensor"] is not None and value["dtype"] in STATE_DTYPES
