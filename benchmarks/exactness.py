@@ -53,6 +53,11 @@ class Net(nn.Module):
         return self.last(self.middle(self.first(inputs)))
 
 
+class Spectrum(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.view_as_real(torch.fft.rfft(values)).flatten(1)[:, :6]
+
+
 class Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -412,6 +417,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a step of one's own: AdamW, clipping": {"step": a_step, "optimizer": of_torch("AdamW")},
     "a step of one's own: three steps a batch": {"step": three_steps, "optimizer": of_torch("SGD", momentum=0.9)},
     "a step of one's own: LAMB": {"step": a_step, "optimizer": lambda model: Lamb(model.parameters())},
+    "a step of one's own: complex values": {"step": a_step, "model": lambda: Net(Spectrum(), 6)},
     "SAM": {"step": sharpness_aware, "optimizer": of_torch("AdamW")},
     "ASAM": {"step": partial(sharpness_aware, adaptive=True)},
     "mean teacher": {

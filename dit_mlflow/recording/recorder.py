@@ -251,7 +251,12 @@ class TrajectoryRecorder:
 
         The step begins without gradients (it calls ``zero_grad`` itself) and is made of the batches drawn since the
         last one. An error inside it is not recorded as a step.
+
+        Raises:
+            InputError: inside of another ``one_step()``.
         """
+        if self._whole:
+            raise InputError("one_step() inside one_step(); expected one for each step: leave out the inner one")
         self._begin_step()
         modes = self._recorded_model.in_evaluation_mode()
         self._whole = True

@@ -77,6 +77,8 @@ def _below_autograd(node: fx.Node) -> None:
             source = node.args[1]
         elif isinstance(made := node.meta.get("val"), Tensor):
             node.target, node.args, node.kwargs = copied, (node.args[1], made.shape, made.dtype), {}
+    elif node.target is torch.ops.aten.slice_scatter.default and _is_complex(node):
+        node.target = put
     elif node.target is torch.ops.aten.embedding.default:
         # The values do not depend on the other arguments: these make the backward pass omit or scale a row.
         node.args, node.kwargs = node.args[:2], {}
@@ -94,6 +96,21 @@ def root(value: Tensor) -> Tensor:
 def copied(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """``value`` as it is in a tensor of another shape or dtype."""
     return value.to(dtype).expand(shape)
+
+
+def put(
+    value: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    """``torch.slice_scatter``, which has no derivative where values are complex."""
+    if step != 1:
+        return torch.slice_scatter(value, source, dim, start, end, step)
+    first, last, _ = slice(start, end).indices(value.shape[dim])
+    return torch.cat([value.narrow(dim, 0, first), source, value.narrow(dim, last, value.shape[dim] - last)], dim)
+
+
+def _is_complex(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_complex()
 
 
 def _alike(node: fx.Node, source: Any) -> bool:

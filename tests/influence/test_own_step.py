@@ -18,6 +18,7 @@ from workloads import digits_model, digits_workload, sample_losses
 from dit_mlflow import (
     DitError,
     Effort,
+    InputError,
     Trajectory,
     TrajectoryError,
     TrajectoryRecorder,
@@ -129,6 +130,11 @@ def by_size(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Te
     return loss
 
 
+class Spectrum(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.view_as_real(torch.fft.rfft(values)).flatten(1)
+
+
 def penalised(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Tensor:
     """A penalty on gradients, as a critic of a GAN has it, through layers that normalise."""
     optimizer.zero_grad()
@@ -220,6 +226,11 @@ CASES: dict[str, dict[str, Any]] = {
                 nn.Linear(6, 3),
             )
         ),
+        "optimizer": adamw,
+    },
+    "complex values": {
+        "step": once,
+        "model": lambda: nn.Sequential(nn.Linear(64, 6), Spectrum(), nn.Tanh(), nn.Linear(8, 3)),
         "optimizer": adamw,
     },
     "a reversed gradient": {"step": reversing, "optimizer": sgd},
@@ -314,6 +325,19 @@ def test_a_loop_of_ones_own_records_each_step_as_one(tmp_path: Path) -> None:
     assert (trajectory.num_steps, trajectory.manifest.optimizer.name) == (3, "Adam+SGD")
     assert trajectory.verify(workload).max_drift == 0
     assert np.isfinite([trajectory.step(t).loss for t in range(3)]).all()
+
+
+def test_a_step_within_a_step_is_refused(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = sgd(model)
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        for batch in recorder.watch(DataLoader(digits_workload().train_set, batch_size=12)):
+            with recorder.one_step():
+                once(model, optimizer, batch, torch.ones(12))
+                if recorder.num_steps:
+                    with pytest.raises(InputError, match="leave out the inner one"), recorder.one_step():
+                        pass
+    assert recorder.num_steps == 2
 
 
 def test_several_optimizers_need_a_step(tmp_path: Path) -> None:
