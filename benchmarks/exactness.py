@@ -15,6 +15,7 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -506,7 +507,7 @@ def measure(name: str) -> dict[str, object]:
                 row[kind] = float(np.abs(scores[list(SOME)] - exact).max() / max(np.abs(scores).max(), 1e-300))
             row["derivative"] = "trace" if found.metadata.get("derivative") else "autograd"
         except (DitError, RuntimeError) as error:
-            row["derivative"] = f"refused: {str(error)[:150]}"
+            row["derivative"] = shorten(f"refused: {error}", 160, placeholder=" …")
     return row
 
 
