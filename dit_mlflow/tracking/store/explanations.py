@@ -191,8 +191,8 @@ def _plots(explanation: Explanation) -> dict[str, Callable[[], Figure]]:
         known = [part for part in (explanation.whole_run, truth) if part is not None]
         curves = {f"{part.method}, whole run": part.of(-1) for part in known}
         plots["recall_curve"] = partial(plot_recall_curves, curves, corrupted)
-    plots["influence_over_windows"] = partial(plot_top_samples, found, gallery, whole=explanation.ranking)
-    plots["heat_map"] = partial(plot_heat_map, found, gallery, whole=explanation.ranking)
+    plots["influence_over_windows"] = partial(plot_top_samples, explanation.best, gallery, whole=explanation.ranking)
+    plots["heat_map"] = partial(plot_heat_map, explanation.best, gallery, whole=explanation.ranking)
     if truth is not None:
         everywhere = range(len(explanation.scores.windows))
         plots["against_leave_one_out"] = partial(plot_against_truth, explanation.scores, truth, everywhere, corrupted)
