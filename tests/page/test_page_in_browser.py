@@ -290,6 +290,33 @@ def test_a_page_without_scripts_still_answers(browser: Any, tmp_path: Path, digi
     context.close()
 
 
+def test_what_to_do_now_can_be_copied(opened: Opener) -> None:
+    """From inside of the sandbox, which has no clipboard API."""
+    steps = [("See <this>", "dit-mlflow cleanse --training-run 'a b'"), ("And that", "dit-mlflow compare")]
+    page = opened(influence_page(result(random_scores(3, 9)), next_steps=steps))
+    assert page.locator(".steps code").all_inner_texts() == [command for _, command in steps]
+    assert page.locator(".steps li").first.inner_text().startswith("See <this>")
+    page.locator("body").evaluate(
+        "() => document.addEventListener('copy', () => { window.copied = getSelection().toString(); })"
+    )
+    page.get_by_role("button", name="Copy: See <this>").click()
+    assert page.locator("body").evaluate("() => window.copied") == steps[0][1]
+    assert page.locator("#copied").inner_text() == "Copied."
+    assert opened(influence_page(result(random_scores(3, 9)))).locator(".steps").count() == 0
+
+
+def test_where_samples_are_images_every_row_has_its_picture(opened: Opener) -> None:
+    count = 3000
+    digits = np.random.default_rng(0).integers(0, 256, (count, 9, 9), dtype=np.uint8)
+    page = opened(influence_page(result(random_scores(3, count)), gallery=Samples(list(digits), [None] * count)))
+    assert page.locator("#count").inner_text() == "2,500 of 2,500 samples on this page"
+    assert "2,500 of 3,000 samples" in page.locator(".left-out").inner_text()
+    assert page.locator("#spread rect.bar").count() == 60
+    for _ in range(2):
+        assert page.locator("tr.sample").count() == page.locator("tr.sample img.thumb").count() == 50
+        page.locator("th[data-key='index'] button").click()
+
+
 DEGENERATE = {
     "one window": (random_scores(1, 9), False, Samples([None] * 9, [None] * 9)),
     "one window of the run": (random_scores(2, 9), True, Samples(["text"] * 9, ["a"] * 9)),

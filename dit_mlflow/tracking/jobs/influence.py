@@ -9,7 +9,7 @@ import click
 import mlflow
 from mlflow import ActiveRun, MlflowClient
 
-from dit_mlflow.command import command, option
+from dit_mlflow.command import option
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.figures import (
     FIDELITY,
@@ -35,6 +35,7 @@ from dit_mlflow.tracking.store.explanations import log_answer, log_part
 from dit_mlflow.tracking.store.names import KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import project_run
 from dit_mlflow.tracking.ui.links import where_to_look
+from dit_mlflow.tracking.ui.next_steps import next_steps
 from dit_mlflow.workload import Workload
 
 DIT = Dit()
@@ -172,7 +173,8 @@ def summary(answer: Answer, training_run: str) -> str:
         lines += ["", told, "", terminal_table(groups, {str(name): str(name) for name in groups}), ""]
     lines += [*_trusted(answer.whole), "", *map(paragraph, answer.explanation.sentences), ""]
     lines += [f"training run   {training_run}", f"influence run  {answer.run.info.run_id}", where_to_look(answer.run)]
-    lines += ["", f"next, see whether it helps to drop what harms: {command('cleanse', training_run=training_run)}"]
+    what, command = next_steps(MlflowClient().get_run(training_run), answer.run.info.run_id)[0]
+    lines += ["", f"next, {what[0].lower()}{what[1:]}: {command}"]
     return "\n".join(lines)
 
 

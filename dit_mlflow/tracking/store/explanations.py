@@ -48,6 +48,7 @@ from dit_mlflow.tracking.store.names import (
 )
 from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot, log_series, peak_memory_mb
 from dit_mlflow.tracking.ui.links import run_link
+from dit_mlflow.tracking.ui.next_steps import next_steps, rest_of_scores
 from dit_mlflow.tracking.ui.notes import influence_links, set_note
 
 MANY_WINDOWS = 1000
@@ -101,7 +102,7 @@ def log_answer(explanation: Explanation, training_run_id: str) -> None:
     # The UI lists the newest run first, so the last window is logged first.
     positions = progress_over(range(len(explanation.windows))[::-1], "logging windows", "window")
     runs = [_log_window(explanation, k, samples, training_run_id) for k in positions][::-1]
-    _draw(explanation, run.info.run_id)
+    _draw(explanation, run.info.run_id, training)
     for index, child in enumerate(progress_over(runs, "drawing windows", "window")):
         _draw_window(explanation, index, child.info.run_id, run)
     # Last, since it links to what there is.
@@ -118,7 +119,7 @@ def log_growing(explanation: Explanation, new: range, training_run_id: str) -> N
     assert run is not None
     log_part("influence", explanation.influence)
     samples = _log_tables(explanation)
-    _draw(explanation, run.info.run_id)
+    _draw(explanation, run.info.run_id, MlflowClient().get_run(training_run_id))
     for index in new:
         child = _log_window(explanation, index, samples, training_run_id, MANY_WINDOWS)
         _draw_window(explanation, index, child.info.run_id, run)
@@ -168,7 +169,7 @@ def _log_tables(explanation: Explanation) -> pd.DataFrame:
     return samples
 
 
-def _draw(explanation: Explanation, run_id: str) -> None:
+def _draw(explanation: Explanation, run_id: str, training: Run) -> None:
     """Log the plots and the page of the influence run."""
     for name, plot in _plots(explanation).items():
         path = f"{INFLUENCE}/{name}.png"
@@ -176,7 +177,8 @@ def _draw(explanation: Explanation, run_id: str) -> None:
             log_plot(plot(), path, run_id)
     path = f"{INFLUENCE}/report.html"
     with drawing(path, run_id):
-        MlflowClient().log_text(run_id, explanation_page(explanation), path)
+        page = explanation_page(explanation, next_steps(training, run_id), rest_of_scores(run_id))
+        MlflowClient().log_text(run_id, page, path)
 
 
 def _plots(explanation: Explanation) -> dict[str, Callable[[], Figure]]:
