@@ -127,8 +127,10 @@ def _steps(steps: Sequence[tuple[str, str]]) -> str:
     """The section of what to do now; nothing where there is nothing to do."""
     if not steps:
         return ""
+    # A word to an element, so that no line ends within one.
     items = "".join(
-        f'<li>{_text(what)} <span class="step"><code tabindex="0">{_text(command)}</code>'
+        f'<li>{_text(what)} <span class="step"><code>'
+        f"{' '.join(f'<span>{_text(word)}</span>' for word in command.split(' '))}</code>"
         f'<button type="button" class="copy" aria-label="Copy: {_text(what)}" hidden>Copy</button></span></li>'
         for what, command in steps
     )

@@ -168,15 +168,13 @@ def test_the_overview_leads_to_the_sample(opened: Opener, digits: str) -> None:
 def test_the_keyboard_is_enough(opened: Opener, digits: str) -> None:
     page = opened(digits)
     first, second = indices(page)[:2]
-    row = page.locator(f"tr[data-index='{first}']")
-    row.focus()
-    row.press("ArrowDown")
-    row = page.locator(f"tr[data-index='{second}']")
-    assert row.evaluate("row => row === document.activeElement")
-    row.press("Enter")
+    page.locator(f"tr[data-index='{first}'] td.index button").press("ArrowDown")
+    at = page.locator(f"tr[data-index='{second}'] td.index button")
+    assert at.evaluate("button => button === document.activeElement")
+    at.press("Enter")
     assert page.locator("tr.open").get_attribute("data-index") == str(second)
-    assert row.evaluate("row => row === document.activeElement")
-    assert row.locator("button").get_attribute("aria-expanded") == "true"
+    assert at.evaluate("button => button === document.activeElement")
+    assert at.get_attribute("aria-expanded") == "true"
     picked = button(page, "20–30")
     picked.focus()
     picked.press("Enter")

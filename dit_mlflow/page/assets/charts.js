@@ -6,8 +6,8 @@ const effect = () => `influence: change of ${query().name.length > 26 ? "query" 
 
 function drawOverview() {
   const place = byId("overview");
-  const width = Math.max(480, place.clientWidth);
-  const gutter = Math.min(320, Math.max(176, 0.25 * width));
+  const width = Math.max(280, place.clientWidth);
+  const gutter = width < 520 ? 84 : Math.min(320, Math.max(176, 0.25 * width));
   const chosen = [...query().helpful.map((position) => [position, "helpful"]), ...query().harmful.map((position) => [position, "harmful"])];
   if (state.open !== null && !chosen.some(([position]) => position === state.open)) chosen.push([state.open, "chosen"]);
   const series = chosen.map(([position, side]) => ({
@@ -40,7 +40,9 @@ function labelLines(chart, series, x, y, box, gutter) {
     if (picture) group.append(drawn("image", { href: picture, x: left, y: at - 11, width: 22, height: 22 }));
     const text = left + (picture ? 28 : 2);
     const index = `${data.samples[one.position]}`;
-    const rest = shortened((picture && gutter < 240 ? label(one.position) : null) || line(one.position) || label(one.position) || "", Math.floor((gutter - (text - box.right) - 8) / 6.4) - index.length - 2);
+    const room = Math.floor((gutter - (text - box.right) - 8) / 6.4) - index.length - 2;
+    const told = (picture && gutter < 240 ? label(one.position) : null) || line(one.position) || label(one.position) || "";
+    const rest = gutter < 100 ? "" : shortened(told, room);
     group.append(
       drawn("rect", { x: left - 2, y: at - gap / 2, width: gutter - 14, height: gap, class: "hit" }),
       drawn("text", { x: text, y: at + 4 }, drawn("tspan", { class: "strong" }, index), drawn("tspan", { dx: 6, class: "rest" }, rest)),

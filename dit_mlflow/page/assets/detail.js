@@ -62,7 +62,7 @@ function aside(position) {
     const series = [{ values: windowColumns.map((column) => estimate(column, position)), side: "chosen", signed: true, name: "estimated" }];
     if (hasExact) series.push({ values: exactValues, side: "exact", dashed: true, name: exactName });
     const { chart } = windowChart({
-      width: Math.max(300, width), height: 240, right: 12, series, band: bandOf(), picked: state.column, pick: pickColumn, yTitle: "influence",
+      width: Math.max(240, width), height: 240, right: 12, series, band: bandOf(), picked: state.column, pick: pickColumn, yTitle: "influence",
       title: `Influence over windows of sample ${data.samples[position]}`,
     });
     holder.replaceChildren(chart, key, numbers(position));

@@ -41,8 +41,8 @@ function openSample(position) {
 }
 
 function focusRow(position) {
-  const row = byId("samples").querySelector(`tr[data-index="${data.samples[position]}"]`);
-  if (row) row.focus({ preventScroll: true });
+  const button = byId("samples").querySelector(`tr[data-index="${data.samples[position]}"] td.index button`);
+  if (button) button.focus({ preventScroll: true });
 }
 
 const FILTERS = ["side", "damaged", "flagged", "label", "pattern"];

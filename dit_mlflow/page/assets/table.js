@@ -75,10 +75,10 @@ function drawBody() {
 }
 
 function sampleRow(position) {
-  const row = element("tr", { tabindex: 0, class: position === state.open ? "sample open" : "sample", "data-index": data.samples[position] });
+  const row = element("tr", { class: position === state.open ? "sample open" : "sample", "data-index": data.samples[position] });
   row.append(...shownColumns().map((column) => element("td", { class: `${column.kind || ""} ${column.key}` }, ...cell(column, position, row))));
   row.addEventListener("click", () => toggle(position));
-  row.addEventListener("keydown", (event) => rowKey(event, row, position));
+  row.addEventListener("keydown", (event) => rowKey(event, row));
   return row;
 }
 
@@ -86,7 +86,7 @@ function cell(column, position, row) {
   if (column.key === "sample") return [sampleCell(position)];
   if (column.key === "index") {
     const opened = position === state.open;
-    return [element("button", { type: "button", tabindex: -1, class: "plain", "aria-expanded": opened, "aria-label": `sample ${data.samples[position]}` }, String(data.samples[position]))];
+    return [element("button", { type: "button", class: "plain", "aria-expanded": opened, "aria-label": `sample ${data.samples[position]}` }, String(data.samples[position]))];
   }
   if (column.key === "spark") return [sparkline(position)];
   if (column.key === "marks") {
@@ -115,15 +115,11 @@ function detailRow(position) {
   return element("tr", { class: "detail-row" }, element("td", { colspan: shownColumns().length }, detailOf(position)));
 }
 
-function rowKey(event, row, position) {
-  if (event.target !== row) return;
+/* From one sample's button to the next; the button itself opens the sample. */
+function rowKey(event, row) {
   const steps = { ArrowDown: 1, ArrowUp: -1 };
-  if (event.key === "Enter" || event.key === " ") {
-    event.preventDefault();
-    toggle(position);
-  } else if (event.key in steps) {
-    event.preventDefault();
-    const rows = [...byId("samples").querySelectorAll("tr.sample")];
-    (rows[rows.indexOf(row) + steps[event.key]] || row).focus();
-  }
+  if (!(event.key in steps) || !event.target.matches("td.index button")) return;
+  event.preventDefault();
+  const rows = [...byId("samples").querySelectorAll("tr.sample")];
+  (rows[rows.indexOf(row) + steps[event.key]] || row).querySelector("td.index button").focus();
 }
