@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import click
 import mlflow
 from mlflow import ActiveRun, MlflowClient
 
@@ -26,6 +25,7 @@ from dit_mlflow.explanation.tables import OF_WINDOWS
 from dit_mlflow.influence import Influence, Kind, Window, check_kind
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.removal import Removal
+from dit_mlflow.progress import phase, say
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Groups
 from dit_mlflow.tracking.jobs.request import Request, parse_groups, trained
@@ -78,7 +78,7 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
     training_run, trajectory, workload, windows, (checks, method, groups) = asked
     seconds = MlflowClient().get_run(training_run).data.metrics.get(TRAINING_SECONDS.name, 0.0)
     if line := cost_line(seconds, checks, workload.num_samples):
-        click.echo(line, err=True)
+        say(line)
     answer = run_influence(training_run, trajectory, workload, windows, kind, checks, method, groups, project_run_id)
     return summary(answer, training_run)
 
@@ -136,6 +136,7 @@ def run_influence(
             }
         )
         log_datasets_of(training_run_id, run.info.run_id)
+        phase("influence")
         explanation = explain(
             trajectory, workload, windows, kind, method=method, checks=checks, groups=groups, reached=log_part
         )

@@ -34,7 +34,7 @@ from dit_mlflow.plots import (
     plot_window_correlations,
     plot_window_samples,
 )
-from dit_mlflow.progress import progress_over
+from dit_mlflow.progress import phase, progress_over
 from dit_mlflow.tracking.store.artifacts import active_run_id, log_influence
 from dit_mlflow.tracking.store.names import (
     CONFIRMED,
@@ -96,12 +96,14 @@ def log_answer(explanation: Explanation, training_run_id: str) -> None:
     """
     run = mlflow.active_run()
     assert run is not None
+    phase("logging")
     training = MlflowClient().get_run(training_run_id)
     _log_figures(explanation, training)
     samples = _log_tables(explanation)
     # The UI lists the newest run first, so the last window is logged first.
     positions = progress_over(range(len(explanation.windows))[::-1], "logging windows", "window")
     runs = [_log_window(explanation, k, samples, training_run_id) for k in positions][::-1]
+    phase("drawing")
     _draw(explanation, run.info.run_id, training)
     for index, child in enumerate(progress_over(runs, "drawing windows", "window")):
         _draw_window(explanation, index, child.info.run_id, run)
