@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ import click
 from dit_mlflow import __version__
 from dit_mlflow.command import command
 from dit_mlflow.errors import DitError, InputError
+from dit_mlflow.progress import phase, phases, say
 from dit_mlflow.told import masked, told
 from dit_mlflow.tracking.jobs.signals import ending_on_signals
 from dit_mlflow.tracking.mlflow_internals import DATABASE_LOGGER
@@ -90,11 +92,12 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
 
         every = int(checkpoint_every) if checkpoint_every.isdecimal() else checkpoint_every
         chosen = load_workload(workload or DEFAULT_WORKLOAD, **parse_settings(context.args))
+        phase("training")
         run_id = run_training(chosen, init_seed, order_seed, every, project_run_id)
         named = {} if comes_with_package(str(chosen.reference)) else {"workload": str(chosen.reference)}
         return f"\ntraining run   {run_id}\nnext: {command('influence', training_run=run_id, **named)}"
 
-    run_job("training", job)
+    run_job("training", job, "training")
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
@@ -119,7 +122,7 @@ def influence(context: click.Context, /, **options: Any) -> None:
 
         return main_job(Request(settings=parse_settings(context.args), **options), project_run_id)
 
-    run_job("influence", job)
+    run_job("influence", job, "training", "influence", "logging", "drawing")
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
@@ -167,7 +170,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
 
         return compare_job(ComparisonRequest(settings=parse_settings(context.args), **options), project_run_id)
 
-    run_job("comparison", job)
+    run_job("comparison", job, "training", "ground truth", "comparing")
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
@@ -197,7 +200,7 @@ def cleanse(context: click.Context, /, **options: Any) -> None:
 
         return cleanse_job(CleansingRequest(settings=parse_settings(context.args), **options), project_run_id)
 
-    run_job("cleansing", job)
+    run_job("cleansing", job, "training", "influence", "cleansing")
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
@@ -241,7 +244,7 @@ def register(**options: Any) -> None:
 
 
 def _say(line: str) -> None:
-    click.echo(told(line))
+    say(told(line), sys.stdout)
 
 
 def parse_settings(arguments: Sequence[str]) -> dict[str, str]:
@@ -257,13 +260,19 @@ def parse_settings(arguments: Sequence[str]) -> dict[str, str]:
     return settings
 
 
-def run_job(kind: str, job: Callable[[str | None], str]) -> None:
-    """Run a job and print what it says; if it fails, exit code 1, a clear message and no run left RUNNING."""
-    with ending_on_signals():
-        # Made by ``mlflow run`` for this process; taken away, so that later runs do not attach to it by accident.
-        project_run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+def run_job(kind: str, job: Callable[[str | None], str], *titles: str) -> None:
+    """Run a job and print what it says; if it fails, exit code 1, a clear message and no run left RUNNING.
+
+    ``titles``: the job's phases, after the imports.
+    """
+    # Made by ``mlflow run`` for this process; taken away, so that later runs do not attach to it by accident.
+    project_run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+    # Only MLflow, once it is imported, can end that run.
+    with ending_on_signals(imports=project_run_id is None):
         try:
-            click.echo("\n".join(map(told, job(project_run_id).split("\n"))))
+            with phases(*titles):
+                said = job(project_run_id)
+            click.echo("\n".join(map(told, said.split("\n"))))
         except BaseException as error:
             message = _message(error)
             fail_project_run(project_run_id, kind, message or repr(error))
@@ -310,7 +319,11 @@ def main() -> None:
     """The console script ``dit-mlflow``."""
     prepare_environment()
     sys.excepthook = _print_traceback
-    cli(prog_name="dit-mlflow")
+    try:
+        cli(prog_name="dit-mlflow")
+    finally:
+        # Else Python looks for garbage among a million objects before it ends, for seconds.
+        gc.freeze()
 
 
 if __name__ == "__main__":

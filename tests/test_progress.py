@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dit_mlflow import progress
-from dit_mlflow.progress import progress_bar, progress_over
+from dit_mlflow.progress import phase, phases, progress_bar, progress_over, say
 
 
 class Terminal(io.StringIO):
@@ -43,3 +43,34 @@ def test_long_work_says_nothing_to_a_pipe(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_short_work_shows_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "replay" not in shown_by_work(Terminal(), 0.01, monkeypatch)
+
+
+def test_a_job_says_which_phase_is_on_and_its_clock_moves_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "TICK", 0.05)
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with phases("training", "drawing"):
+        assert "loading 1/3" in stream.getvalue()
+        time.sleep(1.3)
+        assert "00:01" in stream.getvalue()
+        phase("training")
+        phase("what was not announced")
+        assert "what was not announced 2/3" in stream.getvalue()
+        say("a line")
+        phase("drawing")
+        assert "drawing 3/3" in stream.getvalue()
+    assert "a line\n" in stream.getvalue()
+    assert stream.getvalue().split("\r")[-1] == ""
+    ended = stream.getvalue()
+    phase("training")
+    time.sleep(0.2)
+    assert stream.getvalue() == ended
+
+
+def test_a_job_says_nothing_of_its_phases_to_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with phases("training"):
+        phase("training")
+        say("a line")
+    assert stream.getvalue() == "a line\n"

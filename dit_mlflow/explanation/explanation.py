@@ -111,6 +111,11 @@ class Explanation:
         """Samples with an exact ground truth over the whole run."""
         return self.truth.checked
 
+    @cached_property
+    def best(self) -> Influence:
+        """Scores of the windows, exact where they are known and answer the same question."""
+        return best_known(self.influence, self.exact)
+
     @property
     def ranking(self) -> Influence | None:
         """Scores of the whole run, exact where known, that rank the samples; ``None``: the mean over windows does."""
@@ -187,7 +192,7 @@ class Explanation:
 
     def plot(self) -> Figure:
         """The samples that harm and help most, window by window, with pictures or texts, as a matplotlib figure."""
-        found: Figure = _from_above("plots").plot_top_samples(self.influence, self.gallery, whole=self.ranking)
+        found: Figure = _from_above("plots").plot_top_samples(self.best, self.gallery, whole=self.ranking)
         return found
 
     def _repr_html_(self) -> str:

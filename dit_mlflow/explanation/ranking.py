@@ -21,20 +21,30 @@ def ranking_scores(influence: Influence, whole: Influence | None = None) -> np.n
     return np.ma.masked_invalid(influence.scores[:, 0]).mean(axis=0).filled(np.nan)
 
 
-def best_known(estimate: Influence, exact: Influence | None) -> Influence:
-    """Scores of one window that rank the samples: for the first query, exact ones where ``exact`` has them.
+def takes_exact(estimate: Influence) -> bool:
+    """Whether exact scores of single samples answer the question of ``estimate`` and so can stand in its place.
 
-    Most of the largest estimates are too large, since training is not linear that far. Scores in a method's own units,
-    and those of removals of many, stay as they are: exact ones of one sample cannot be ranked among them.
+    Scores in a method's own units, and those of removals of many, stay as they are: exact ones of one sample cannot be
+    ranked among them.
     """
-    (window,) = estimate.windows
-    if exact is None or window not in exact.windows or estimate.measures != "query" or estimate.removed is not None:
+    return estimate.measures == "query" and estimate.removed is None
+
+
+def best_known(estimate: Influence, exact: Influence | None) -> Influence:
+    """Scores that rank the samples: for the first query, exact ones where ``exact`` has them and :func:`takes_exact`.
+
+    Most of the largest estimates are too large, since training is not linear that far.
+    """
+    if exact is None or not takes_exact(estimate):
         return estimate
-    scores, known = estimate.scores.copy(), exact.of(window)
-    scores[0, 0] = np.where(np.isfinite(known), known, scores[0, 0])
+    scores = estimate.scores.copy()
     error = None if estimate.standard_error is None else estimate.standard_error.copy()
-    if error is not None:
-        error[0, 0] = np.where(np.isfinite(known), 0, error[0, 0])
+    for place, window in enumerate(estimate.windows):
+        if window in exact.windows:
+            known = exact.of(window)
+            scores[place, 0] = np.where(np.isfinite(known), known, scores[place, 0])
+            if error is not None:
+                error[place, 0] = np.where(np.isfinite(known), 0, error[place, 0])
     return replace(estimate, scores=scores, standard_error=error)
 
 

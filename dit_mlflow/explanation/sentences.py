@@ -55,7 +55,7 @@ ABSENT = "The loss couples the samples of a batch; removed samples are not in th
 def answer_sentences(found: Explanation) -> tuple[str, str, str]:
     """Which samples hurt and helped most, and when; how sure that is; damaged samples and patterns."""
     coupled = "" if not found.influence.coupled else f" {ABSENT if found.influence.absence else COUPLED}"
-    return _who(found) + coupled, _how_sure(found), _what_kind(found)
+    return _who(found, found.best) + coupled, _how_sure(found), _what_kind(found)
 
 
 def window_sentences(found: Explanation, position: int) -> tuple[str, str]:
@@ -65,7 +65,7 @@ def window_sentences(found: Explanation, position: int) -> tuple[str, str]:
     alone = replace(
         found, influence=found.influence.select([window]), whole=metrics, per_window=(metrics,), whole_run=None
     )
-    who = _who(alone)
+    who = _who(alone, alone.influence)
     return f"In steps {window}, {who[0].lower()}{who[1:]}", _how_sure(alone)
 
 
@@ -74,16 +74,17 @@ def agreement_word(spearman: float) -> str:
     return next((word for least, word in AGREEMENT if spearman >= least), "very low")
 
 
-def _who(found: Explanation) -> str:
+def _who(found: Explanation, scores: Influence) -> str:
+    """``scores`` of the windows: those that the pictures beside the sentence show."""
     ranking = found.ranking
     if found.influence.measures == "suspicion":
         return _suspicious(found)
-    harmful, helpful = extreme_samples(found.influence, 1, ranking)
+    harmful, helpful = extreme_samples(scores, 1, ranking)
     over = "on average" if ranking is None else "over the whole run"
     parts: list[str] = []
     for samples, sign, verb, change in ((harmful, -1, "hurt", "lowers"), (helpful, 1, "helped", "raises")):
         if samples:
-            parts.append(_one(found, ranking, samples[0], sign, verb, change, first=not parts))
+            parts.append(_one(found, scores, samples[0], sign, verb, change, first=not parts))
     if not parts:
         return f"No sample changed the {found.query} {over}."
     if not harmful:
@@ -102,17 +103,16 @@ def _suspicious(found: Explanation) -> str:
     return _capitalised(f"{name} is the most suspicious by {found.influence.method}, which does not look at the query.")
 
 
-def _one(
-    found: Explanation, ranking: Influence | None, sample: int, sign: int, verb: str, change: str, first: bool
-) -> str:
-    scores = found.influence.scores[:, 0, sample]
-    windows = found.influence.windows
+def _one(found: Explanation, by_window: Influence, sample: int, sign: int, verb: str, change: str, first: bool) -> str:
+    ranking, windows = found.ranking, by_window.windows
+    scores = by_window.scores[:, 0, sample]
     place = int(np.nanargmax(sign * scores))
     object_, quantity = (" the model", f"the {found.query}") if first else ("", "it")
     text = f"{found.gallery.name(int(found.influence.samples[sample]))} {verb}{object_} most"
     if ranking is None:
-        told, over = found.influence.select([windows[place]]), ""
-        removal, doubt = "removal", _doubt(found, told, sample)
+        told, over = by_window.select([windows[place]]), ""
+        exact = by_window is not found.influence and np.isfinite(_exactly(found, windows[place])[sample])
+        removal, doubt = "exact removal" if exact else "removal", _doubt(found, told, sample)
     else:
         told, over = ranking, " over the whole run" if ranking.windows != windows else ""
         exactly = _exactly(found, told.windows[0])

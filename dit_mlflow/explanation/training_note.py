@@ -28,14 +28,14 @@ def training_note(run_id: str, trajectory: Trajectory) -> str:
     parts = [
         f"{_trained(trajectory, reference, settings)} {_recorded(trajectory)}",
         "**Which training samples mattered, and when?**",
-        f"```\n{command('influence', training_run=run_id, **_named(reference))}\n```",
+        f"```\n{command('influence', training_run=run_id, **naming(reference))}\n```",
         "In Python:",
         "\n".join(["```", *_python(run_id, reference), "```"]),
     ]
     return "\n\n".join(parts)
 
 
-def _named(reference: str) -> dict[str, str]:
+def naming(reference: str) -> dict[str, str]:
     """The option that names the workload, which a record may not do for code from elsewhere."""
     if comes_with_package(reference):
         return {}

@@ -10,6 +10,8 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+import numpy as np
+
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.gallery import Gallery
@@ -17,7 +19,9 @@ from dit_mlflow.explanation.markdown import TURNING, encodable
 from dit_mlflow.explanation.numbers import figure, share
 from dit_mlflow.explanation.ranking import extremes
 from dit_mlflow.influence import Influence, Window
-from dit_mlflow.page.page_data import Columns, cut_in_tie, flag_count, json_in_html, page_data, readable
+from dit_mlflow.page.columns import Columns
+from dit_mlflow.page.embedding import json_in_html
+from dit_mlflow.page.page_data import cut_in_tie, flag_count, page_data, readable
 
 SCRIPTS = ("data.js", "chart.js", "charts.js", "detail.js", "table.js", "page.js")
 """Joined into one script, in this order: later ones use earlier ones."""
@@ -32,6 +36,11 @@ CAUTION = '\n<span class="quiet">Helpful and harmful as for a loss, which should
 
 UNKNOWN = "How far this can be trusted is not known: no sample was left out exactly."
 
+ALL_SCORES = "to_frame() and to_csv() of the explanation have them all"
+
+SENTENCES = 20
+"""Most sentences of the answer."""
+
 FALLBACK_ROWS = 5
 """Samples on each side in the table for readers without scripts."""
 
@@ -44,6 +53,8 @@ def influence_page(
     metrics: Mapping[Window, Metrics] | None = None,
     training: str = "",
     sentences: Sequence[str] = (),
+    next_steps: Sequence[tuple[str, str]] = (),
+    rest: str = ALL_SCORES,
 ) -> str:
     """One HTML page, complete in itself, for the scores of an influence run.
 
@@ -51,6 +62,10 @@ def influence_page(
     sample's picture, text or table row. It needs no network, no storage and no server; its scripts run in a sandboxed
     frame. Without scripts, the words and a short table remain. Data reaches the page as JSON and as text nodes only,
     and a content security policy lets no other script run and nothing be loaded.
+
+    Everything on it is of one ranking: where an exact score is known and answers the same question, it stands in the
+    place of the estimate, in answer, table, flags and chart. Exact scores of one sample do not replace those of
+    removals of many; they stand beside them.
 
     Args:
         estimate: scores. The whole run ``[0, T)``, if it is among the windows, ranks and flags the samples; else the
@@ -61,16 +76,19 @@ def influence_page(
         metrics: by window, with names as on the runs (``ground_truth/spearman``, ``trust/…``, ``detection/…``).
         training: a few words that name what was trained.
         sentences: the answer, as plain text; default: sentences on the metrics of the whole run.
+        next_steps: what can be done now: for each, what it tells and the command.
+        rest: where the scores are that have no room on the page.
 
-    Scores are embedded as float32: those of the first query always, those of others as far as all fit into 2.5 MB; the
-    page says what is left out. Pictures (of at most 600 samples, the most extreme of each window first) take up to
-    1.6 MB, texts or table rows up to 1.5 million characters, labels and descriptions up to 0.6 million each: 10,000
-    samples with exact scores over 21 windows make a page of less than 5 MB, 256 digits one of about 0.2 MB.
+    The page takes less than 5 MB, whatever it is given: the samples that come nearest to the ends of any column, 10,000
+    at the most, 2,500 where they are images, each then with its picture; histograms of the others; of 500 windows or
+    less, each; queries as far as there is room; texts, descriptions and labels cut so that all have room. It says what
+    is left out. 256 digits make a page of about 0.2 MB.
     """
     shown = tuple(estimate.windows if windows is None else windows)
     columns = Columns.of(estimate, truth, shown)
-    data = page_data(estimate, columns, gallery or Gallery(), metrics or {})
-    told = sentences or data["columns"][0]["trust"] or [UNKNOWN]
+    gallery = gallery or Gallery()
+    data = page_data(estimate, columns, gallery, metrics or {})
+    told = (sentences or data["columns"][0]["trust"] or [UNKNOWN])[:SENTENCES]
     script = "\n".join(_asset(name) for name in SCRIPTS)
     question = _question(estimate, columns, training)
     return Template(_asset("report.html")).substitute(
@@ -82,15 +100,76 @@ def influence_page(
         query=_text(_named(estimate.queries[0]) if len(estimate.queries) == 1 else "the query"),
         caution="" if all("loss" in query for query in estimate.queries) else CAUTION,
         sentences="".join(f"<li>{_text(sentence)}</li>" for sentence in told),
+        steps=_steps(next_steps),
+        left_out=_left_out(data, columns, rest),
+        exact=_text(_exact_rule(data)),
         flagged=_text(_flag_rule(columns, data)),
-        rows=_rows(columns, data),
+        rows=_rows(columns, estimate.samples, gallery),
     )
 
 
-def explanation_page(found: Explanation) -> str:
+def explanation_page(found: Explanation, next_steps: Sequence[tuple[str, str]] = (), rest: str = ALL_SCORES) -> str:
     """:func:`influence_page` of an explanation."""
     return influence_page(
-        found.scores, found.exact, found.gallery, found.windows, found.measured, found.title, found.sentences
+        found.scores,
+        found.exact,
+        found.gallery,
+        found.windows,
+        found.measured,
+        found.title,
+        found.sentences,
+        next_steps,
+        rest,
+    )
+
+
+def _steps(steps: Sequence[tuple[str, str]]) -> str:
+    """The section of what to do now; nothing where there is nothing to do."""
+    if not steps:
+        return ""
+    # A word to an element, so that no line ends within one.
+    items = "".join(
+        f'<li>{_text(what)} <span class="step"><code>'
+        f"{' '.join(f'<span>{_text(word)}</span>' for word in command.split(' '))}</code>"
+        f'<button type="button" class="copy" aria-label="Copy: {_text(what)}" hidden>Copy</button></span></li>'
+        for what, command in steps
+    )
+    return (
+        '<section aria-labelledby="next-heading" class="steps"><h2 id="next-heading">What to do now</h2>'
+        f'<ul>{items}</ul><p class="quiet" id="copied" role="status"></p></section>'
+    )
+
+
+def _left_out(data: Mapping[str, Any], columns: Columns, rest: str) -> str:
+    """What the page has no room for, and where it is; nothing where all is there."""
+    total, kept, left_out = data["total"], len(data["samples"]), data["left_out"]
+    told = []
+    if kept < total:
+        told.append(f"{kept:,} of {total:,} samples, those nearest to the ends of any column")
+    if left_out["windows"]:
+        told.append(f"{len(columns.windows):,} of {len(columns.windows) + left_out['windows']:,} windows")
+    if left_out["queries"]:
+        told.append(f"{len(data['queries']):,} of {len(data['queries']) + left_out['queries']:,} queries")
+    if not told:
+        return ""
+    return f'<p class="left-out">This page has room for {"; ".join(told)}. {_text(rest)}.</p>'
+
+
+def _exact_rule(data: Mapping[str, Any]) -> str:
+    if data["known"] is None:
+        return ""
+    if data["exact_ranks"]:
+        return (
+            "◇: exact, by training again without the sample; it stands in the place of the estimate everywhere on this "
+            "page but for patterns, which are of estimates."
+        )
+    if data["removed"] is not None:
+        return (
+            "Alone, exact: what training again without this one sample does; the influence is what its removal does "
+            f"among {share(data['removed'])} of the samples, and ranks. The two may differ in sign."
+        )
+    return (
+        "Exact: by training again without the sample; scores of this method are in other units, and rank as they are."
     )
 
 
@@ -115,20 +194,21 @@ def _named(query: str) -> str:
 
 
 def _flag_rule(columns: Columns, data: Mapping[str, Any]) -> str:
-    damaged = len(data["damaged"] or ())
-    k = flag_count(len(data["samples"]), damaged)
+    damaged = data["damaged_total"]
+    k = flag_count(data["total"], damaged)
     why = "as many as are known to be damaged" if damaged else "10 % of the samples"
-    order = "; of equal scores, those of lower index" if cut_in_tie(columns.estimate[0, 0], k) else ""
-    return f"Flagged: among the {k:,} lowest scores ({why}) by {columns.names[0]}, and negative{order}."
+    order = "; of equal scores, those of lower index" if cut_in_tie(columns.ranked[0, 0], k) else ""
+    unclear = ""
+    if columns.unclear.any():
+        unclear = " Unclear: the score’s 95 % interval contains 0; answer and chart pass over it."
+    return f"Flagged: among the {k:,} lowest scores ({why}) by {columns.names[0]}, and negative{order}.{unclear}"
 
 
-def _rows(columns: Columns, data: Mapping[str, Any]) -> str:
+def _rows(columns: Columns, samples: np.ndarray, gallery: Gallery) -> str:
     """Rows for readers without scripts: the most harmful samples and the most helpful ones."""
-    scores = columns.estimate[0, 0]
-    harmful, helpful = extremes(scores, FALLBACK_ROWS)
-    labels, codes = data["labels"], data["label"]
+    harmful, helpful = extremes(columns.clear(0), FALLBACK_ROWS)
     cells = (
-        (str(data["samples"][at]), labels[codes[at]] if labels and codes[at] >= 0 else "–", figure(scores[at], 3))
+        (str(samples[at]), gallery.label_of(int(samples[at])) or "–", figure(columns.ranked[0, 0, at], 3))
         for at in [*harmful, *helpful[::-1]]
     )
     return "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in cells)

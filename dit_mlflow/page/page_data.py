@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,12 +21,32 @@ from dit_mlflow.evaluation.patterns import PATTERNS
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable
 from dit_mlflow.explanation.numbers import decimals
-from dit_mlflow.explanation.ranking import extremes
+from dit_mlflow.explanation.ranking import extremes, takes_exact
 from dit_mlflow.influence import Influence, Window
-from dit_mlflow.page.page_samples import PageSamples, sample_lines
+from dit_mlflow.page.columns import Columns
+from dit_mlflow.page.embedding import base64_bytes, bits_of, floats_of
+from dit_mlflow.page.page_samples import PICTURED, PageSamples, are_images, sample_labels, sample_lines
+
+SAMPLES = 10_000
+"""Most samples on a page, those nearest to the ends of any column; the rest is counted in histograms."""
 
 SCORE_BYTES = 2_500_000
-"""Most bytes of embedded scores, estimated and exact; the first query is embedded even if it takes more."""
+"""Bytes of the scores, estimated and exact, and of what else each query has; the first query is always there."""
+
+SAMPLE_BYTES = 25
+"""Of a sample in a query, beside its scores: rank, flag, pattern."""
+
+COLUMN_BYTES = 450
+"""Of a column in a query: band and histogram."""
+
+QUERY_BYTES = 1500
+"""Of a query: its name, which may be markup."""
+
+QUERIES = 100
+"""Most queries on a page."""
+
+BINS = 60
+"""Of a histogram."""
 
 LINES_DRAWN = 4
 """Samples on each side in the overview."""
@@ -38,61 +55,6 @@ FLAGGED_SHARE = 0.1
 """Share of the samples that is flagged if it is not known how many are damaged."""
 
 PATTERN_NAMES = ("none", *PATTERNS)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Scores in the columns of the page: first the whole run, then every window.
-
-    Attributes:
-        estimate: ``[1 + windows, queries, samples]``; if the whole run is the only window, just that.
-        exact: likewise, NaN where not known; ``None``: no exact score is known.
-        windows: of the columns after the first.
-        whole: the window of the first column.
-        averaged: the first column is the mean over the windows, since there are no scores of the whole run.
-    """
-
-    estimate: np.ndarray
-    exact: np.ndarray | None
-    windows: tuple[Window, ...]
-    whole: Window
-    averaged: bool
-
-    @classmethod
-    def of(cls, estimate: Influence, truth: Influence | None, windows: Sequence[Window]) -> Columns:
-        whole = Window(min(window.start for window in windows), max(window.end for window in windows))
-        whole = max([whole, *estimate.windows], key=lambda window: window.end - window.start)
-        averaged = whole not in estimate.windows
-        shown = () if list(windows) == [whole] else tuple(windows)
-
-        def stacked(found: Influence) -> np.ndarray:
-            kept = np.stack([_scores(found, window, estimate) for window in shown or (whole,)])
-            first = kept.mean(axis=0) if averaged else _scores(found, whole, estimate)
-            return np.concatenate([first[None], kept]) if shown else kept
-
-        exact = None if truth is None else stacked(truth)
-        if exact is not None and np.isnan(exact).all():
-            exact = None
-        return cls(stacked(estimate), exact, shown, whole, averaged)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the columns."""
-        windows = [f"{window.start}–{window.end}" for window in self.windows]
-        if not windows:
-            return [f"steps {self.whole.start}–{self.whole.end}"]
-        return ["mean of windows" if self.averaged else "whole run", *windows]
-
-
-def _scores(found: Influence, window: Window, like: Influence) -> np.ndarray:
-    """``[queries, samples]`` of ``window``, NaN for queries and windows that ``found`` does not have."""
-    scores = np.full((len(like.queries), len(like.samples)), np.nan)
-    if window in found.windows:
-        _, here, there = np.intersect1d(like.samples, found.samples, return_indices=True)
-        for row, query in enumerate(like.queries):
-            if query in found.queries:
-                scores[row, here] = found.of(window, query)[there]
-    return scores
 
 
 def cut_in_tie(scores: np.ndarray, k: int) -> bool:
@@ -129,35 +91,37 @@ def page_data(
     Scores are base64 of little-endian float32, ``[columns, samples]`` for each query, so they are rounded to 24 binary
     digits; exact scores only of the samples that have one.
     """
-    count = len(estimate.samples)
-    damaged = np.flatnonzero(np.isin(estimate.samples, list(gallery.corrupted)))
-    k = flag_count(count, len(damaged))
-    per_query = 4 * columns.estimate[:, 0].size * (1 if columns.exact is None else 2)
-    embedded = max(1, min(len(estimate.queries), SCORE_BYTES // max(1, per_query)))
-    known = None if columns.exact is None else np.flatnonzero(np.isfinite(columns.exact).any(axis=(0, 1)))
-    order = by_extremity(columns.estimate[:, :embedded].reshape(-1, count)).tolist()
-    shown = PageSamples.of(gallery, estimate.samples, order)
-    labels = sample_lines(gallery.label_of, estimate.samples)
-    notes = sample_lines(gallery.describe, estimate.samples)
-    distinct = sorted({label for label in labels if label is not None})
-    code = {label: place for place, label in enumerate(distinct)}
+    damaged = np.isin(estimate.samples, list(gallery.corrupted))
+    k = flag_count(len(estimate.samples), int(damaged.sum()))
+    kept, queries = _room(estimate, columns, gallery)
+    known = None
+    if columns.exact is not None:
+        known = np.flatnonzero(np.isfinite(columns.exact[:, :, kept]).any(axis=(0, 1)))
+    by_importance = _by_extremity(columns, queries, kept)
+    shown = PageSamples.of(gallery, estimate.samples[kept][by_importance]).at(by_importance)
+    labels, codes = sample_labels(gallery, estimate.samples[kept])
+    notes = sample_lines(gallery.describe, estimate.samples[kept])
     return {
         "kind": estimate.kind,
         "method": encodable(estimate.method, LINE_CHARACTERS),
-        "left_out": len(estimate.queries) - embedded,
-        "queries": [_query(estimate, columns, place, k, known) for place in range(embedded)],
+        "removed": estimate.removed,
+        "total": len(estimate.samples),
+        "damaged_total": int(damaged.sum()),
+        "left_out": {"queries": len(estimate.queries) - queries, "windows": columns.left_out},
+        "queries": [_query(estimate, columns, place, k, kept, known) for place in range(queries)],
         "agreement": SPEARMAN.heading,
         "columns": [
             {"name": name, **_trust(metrics.get(window))}
             for name, window in zip(columns.names, (columns.whole, *columns.windows), strict=True)
         ],
-        "samples": estimate.samples.tolist(),
+        "samples": estimate.samples[kept].tolist(),
         "known": None if known is None else known.tolist(),
-        "labels": distinct or None,
-        "label": [-1 if label is None else code[label] for label in labels] if distinct else None,
+        "exact_ranks": takes_exact(estimate),
+        "labels": labels or None,
+        "label": codes if labels else None,
         "notes": None if all(note is None for note in notes) else notes,
         "patterns": PATTERN_NAMES,
-        "damaged": damaged.tolist() if gallery.corrupted else None,
+        "damaged": np.flatnonzero(damaged[kept]).tolist() if gallery.corrupted else None,
         "pictures": shown.pictures,
         "texts": shown.texts,
         "cut": shown.cut,
@@ -166,26 +130,67 @@ def page_data(
     }
 
 
-def _query(estimate: Influence, columns: Columns, place: int, k: int, known: np.ndarray | None) -> dict[str, Any]:
-    scores, name = columns.estimate[:, place], estimate.queries[place]
-    first = ranked = scores[0]
-    if columns.exact is not None and not columns.averaged:
-        ranked = np.where(np.isfinite(columns.exact[0, place]), columns.exact[0, place], first)
-    harmful, helpful = extremes(ranked, LINES_DRAWN)
+def _room(estimate: Influence, columns: Columns, gallery: Gallery) -> tuple[np.ndarray, int]:
+    """Positions of the samples that the page has room for, ascending, and the number of queries."""
+    count, width = len(estimate.samples), len(columns.names)
+    each = base64_bytes(4 * width * (1 if columns.exact is None else 2) + width / 8) + SAMPLE_BYTES
+    fixed = COLUMN_BYTES * width + QUERY_BYTES
+    most = max(2 * LINES_DRAWN, min(count, SAMPLES, int((SCORE_BYTES - fixed) / each)))
+    if count > PICTURED and are_images(gallery, estimate.samples):
+        most = min(most, PICTURED)
+    queries = max(1, min(len(estimate.queries), QUERIES, int(SCORE_BYTES / (each * most + fixed))))
+    return np.sort(_by_extremity(columns, queries, np.arange(count))[:most]), queries
+
+
+def _by_extremity(columns: Columns, queries: int, kept: np.ndarray) -> np.ndarray:
+    """Places among ``kept``: the samples that the overview draws first, then by their nearness to any column's end."""
+    clear = [columns.clear(query)[kept] for query in range(queries)]
+    drawn = [place for scores in clear for side in extremes(scores, LINES_DRAWN) for place in side]
+    order = by_extremity(columns.ranked[:, :queries, kept].reshape(-1, len(kept)))
+    return np.array(list(dict.fromkeys([*drawn, *order.tolist()])), dtype=np.int64)
+
+
+def _query(
+    estimate: Influence, columns: Columns, place: int, k: int, kept: np.ndarray, known: np.ndarray | None
+) -> dict[str, Any]:
+    ranked, name = columns.ranked[:, place], estimate.queries[place]
+    place_of = {position: at for at, position in enumerate(kept.tolist())}
+    harmful, helpful = extremes(columns.clear(place), LINES_DRAWN)
     pattern = None
     if len(columns.windows) > 1:
-        found = patterns(estimate.select(list(columns.windows)), name)
+        found = patterns(estimate.select(list(columns.windows)), name)[kept]
         pattern = [PATTERN_NAMES.index(name) for name in found]
+    exact = None if known is None or columns.exact is None else columns.exact[:, place, kept[known]]
+    whole = len(kept) == len(estimate.samples)
     return {
         "name": encodable(readable(name), LINE_CHARACTERS),
-        "scores": base64_of(scores),
-        "exact": None if known is None or columns.exact is None else base64_of(columns.exact[:, place, known]),
-        "flagged": extremes(first, k)[0],
+        "scores": floats_of(columns.estimate[:, place, kept]),
+        "exact": None if exact is None else floats_of(exact),
+        "unclear": bits_of(columns.unclear[:, place, kept]) if columns.unclear[:, place].any() else None,
+        "beyond": _beyond(ranked[0])[kept].tolist(),
+        "flagged": [place_of[position] for position in extremes(ranked[0], k)[0] if position in place_of],
         "patterns": pattern,
-        "harmful": harmful,
-        "helpful": helpful,
-        "band": [_quantiles(row) for row in scores],
+        "harmful": [place_of[position] for position in harmful],
+        "helpful": [place_of[position] for position in helpful],
+        "band": [_quantiles(row) for row in ranked],
+        "histogram": None if whole else [_histogram(row) for row in ranked],
     }
+
+
+def _beyond(scores: np.ndarray) -> np.ndarray:
+    """How many samples are more harmful than a harmful one, or more helpful than a helpful one, ``[samples]``."""
+    known = np.sort(scores[np.isfinite(scores)])
+    lower, higher = np.searchsorted(known, scores), len(known) - np.searchsorted(known, scores, "right")
+    return np.where(scores < 0, lower, higher)
+
+
+def _histogram(scores: np.ndarray) -> dict[str, Any] | None:
+    """Counts in :data:`BINS` equal parts of the range, and its ends."""
+    known = scores[np.isfinite(scores)]
+    if not len(known) or known.min() == known.max():
+        return None
+    counts, edges = np.histogram(known, BINS)
+    return {"counts": counts.tolist(), "from": float(edges[0]), "to": float(edges[-1])}
 
 
 def _quantiles(scores: np.ndarray) -> list[float] | None:
@@ -233,15 +238,3 @@ def signed(value: float) -> str:
 def readable(query: str) -> str:
     """The query's name in words, if it is an identifier."""
     return query.replace("_", " ") if query.isidentifier() else query
-
-
-def base64_of(values: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
-
-
-def json_in_html(value: Any) -> str:
-    """JSON for a ``<script type="application/json">``: no character in it can end the element or begin another."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text

@@ -102,14 +102,20 @@ def test_exact_scores_of_the_whole_run_rank_before_estimates() -> None:
     assert "1 is among the 2 most harmful of the whole run by the estimate (by" in answer_sentences(damaged)[2]
 
 
-def test_first_sentence_says_if_exact_retraining_went_the_other_way() -> None:
+def test_first_sentence_goes_by_exact_retraining_where_it_went_the_other_way() -> None:
+    """Without the whole run too; a window speaks of its estimates, as its pictures do, and says so."""
     found = findings(SCORES)
     exact = found.influence.scores.copy()
-    exact[0, 0, 2] *= -0.1
+    exact[0, 0, 1] *= -0.1
     exact[1, 0, 0] = np.nan
-    who, *_ = answer_sentences(replace(found, truth=Truth(replace(found.influence, scores=exact))))
-    assert "(removal lowers the mean validation loss by 3); sample 12" in who
-    assert who.endswith("(removal raises it by 0.5 by the estimate; left out exactly, it does the opposite).")
+    told = replace(found, truth=Truth(replace(found.influence, scores=exact)))
+    assert answer_sentences(told)[0] == (
+        "Sample 10 hurt the model most, above all in steps 4-8 (removal lowers the mean validation loss by 3); "
+        "sample 12 helped most, above all in steps 0-4 (exact removal raises it by 0.5)."
+    )
+    assert window_sentences(told, 0)[0].endswith(
+        "sample 11 helped most: removal raises it by 2 by the estimate; left out exactly, it does the opposite."
+    )
 
 
 def test_first_sentence_claims_nothing_without_scores() -> None:

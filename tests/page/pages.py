@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +10,9 @@ import numpy as np
 
 from dit_mlflow import Influence, Window
 from dit_mlflow.explanation import Gallery
+
+Opener = Callable[..., Any]
+"""Opens HTML in a sandboxed frame; settings: ``scheme`` (light, dark), ``width``."""
 
 HOSTILE = (
     "<script>alert(1)</script>",

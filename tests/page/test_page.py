@@ -86,9 +86,32 @@ def test_overview_ranks_by_exact_scores_of_the_whole_run_where_there_are_some() 
     exact[0, 0, 0] = 4.0
     estimate = result(scores)
     known = replace(estimate, scores=exact, windows=estimate.windows[-1:])
-    query = Page(influence_page(estimate, known)).data["queries"][0]
-    assert (query["harmful"], query["helpful"]) == ([], [2, 0, 1])
-    assert Page(influence_page(estimate)).data["queries"][0]["harmful"] == [0]
+    page = Page(influence_page(estimate, known))
+    query = page.data["queries"][0]
+    assert (query["harmful"], query["helpful"], query["flagged"], query["beyond"]) == ([], [2, 0, 1], [], [1, 2, 0])
+    assert page.data["exact_ranks"]
+    assert query["band"][0] == pytest.approx(np.quantile([4, 3, 5], (0.05, 0.95)))
+    alone = Page(influence_page(estimate)).data["queries"][0]
+    assert (alone["harmful"], alone["flagged"]) == ([0], [0])
+    # Of removals of many, exact removals of one do not take the place.
+    many = Page(influence_page(replace(estimate, metadata={"removed": 0.1}), known))
+    assert (many.data["queries"][0]["harmful"], many.data["exact_ranks"]) == ([0], False)
+    assert any("Alone, exact" in text and "among 10 % of the samples" in text for text in many.texts)
+
+
+def test_what_is_unclear_is_passed_over_unless_it_is_known_exactly() -> None:
+    scores = np.array([[[-3.0, -2.0, -1.0, 4.0, 1.0]]])
+    error = np.array([[[9.0, 0.1, 0.1, 9.0, 0.1]]])
+    estimate = replace(result(scores, whole=False), standard_error=error)
+    page = Page(influence_page(estimate))
+    query = page.data["queries"][0]
+    assert (query["harmful"], query["helpful"]) == ([1, 2], [4])
+    assert np.unpackbits(np.frombuffer(base64.b64decode(query["unclear"]), np.uint8))[:5].tolist() == [1, 0, 0, 1, 0]
+    assert any("interval contains 0" in text for text in page.texts)
+    exact = np.full((1, 1, 5), np.nan)
+    exact[0, 0, 3] = -5.0
+    query = Page(influence_page(estimate, replace(estimate, scores=exact, standard_error=None))).data["queries"][0]
+    assert (query["harmful"], query["helpful"]) == ([3, 1, 2], [4])
 
 
 def test_without_the_whole_run_samples_are_ranked_by_the_mean_over_windows() -> None:
@@ -192,7 +215,8 @@ def test_hostile_strings_arrive_and_are_never_markup() -> None:
     assert found.data["texts"]["1"] == HOSTILE[1]
     assert found.data["notes"][2] == HOSTILE[2]
     assert len(found.data["notes"][7]) == 200
-    assert found.data["rows"]["0"] == {"0": HOSTILE[0], "1": HOSTILE[0]}
+    assert [found.data["names"][int(at)] for at in found.data["rows"]["0"]] == [HOSTILE[0], "other"]
+    assert list(found.data["rows"]["0"].values()) == [HOSTILE[0], HOSTILE[0]]
     assert not re.search("[\u202a-\u202e\u2066-\u2069]", hostile[: hostile.index('id="data"')])
 
 
@@ -236,12 +260,77 @@ def test_ten_thousand_samples_stay_below_five_megabytes() -> None:
     queries = ("a", "b", "c")
     html = influence_page(result(scores, queries=queries), result(exact, queries=queries), subjects)
     assert len(html.encode()) < 5e6
+    page = Page(html)
+    assert len(page.data["queries"]) == 3
+    # Every row that is shown has its picture.
+    kept = page.data["samples"]
+    assert len(kept) == 2500
+    assert {int(position) for position in page.data["pictures"]} == set(range(2500))
+    for row in exact[:, 0]:
+        assert {int(row.argmin()), int(row.argmax())} <= set(kept)
+    assert any("2,500 of 10,000 samples" in text and "to_csv()" in text for text in page.texts)
+
+
+def test_a_million_samples_stay_below_five_megabytes_and_all_are_counted() -> None:
+    count = 1_000_000
+    scores, exact = random_scores(4, count), random_scores(4, count, seed=1)
+    exact[:, :, 24:] = np.nan
+    subjects = Samples([None] * count, ["a", "b"] * (count // 2), None, range(0, count, 20))
+    windows = result(scores).windows[:-1]
+    html = influence_page(result(scores), result(exact), subjects, windows, rest="The rest is elsewhere")
+    assert len(html.encode()) < 5e6
+    page = Page(html)
+    query, kept = page.data["queries"][0], np.array(page.data["samples"])
+    assert len(kept) == 10_000
+    ranked = scores[[3, 0, 1, 2], 0].copy()
+    ranked[:, :24] = exact[[3, 0, 1, 2], 0, :24]
+    for row in ranked:
+        assert {*np.argsort(row)[:100].tolist(), *np.argsort(row)[-100:].tolist()} <= set(kept.tolist())
+    assert [sum(found["counts"]) for found in query["histogram"]] == [count] * 4
+    np.testing.assert_allclose(query["histogram"][2]["from"], ranked[2].min())
+    most = int(np.flatnonzero(kept == ranked[0].argmax())[0])
+    assert (query["beyond"][most], query["helpful"][0]) == (0, most)
+    order = np.argsort(np.argsort(ranked[0]))
+    harmful = [place for place, position in enumerate(kept.tolist()) if ranked[0, position] < 0]
+    assert [query["beyond"][place] for place in harmful] == order[kept[harmful]].tolist()
+    assert any("10,000 of 1,000,000 samples" in text and "The rest is elsewhere." in text for text in page.texts)
+    assert any("among the 50,000 lowest scores (as many as are known to be damaged)" in text for text in page.texts)
+
+
+LARGE = {
+    "labels": lambda index: f"{index}<" + "<" * 10**6,
+    "texts": lambda index: f"{index}" + "<\x00‮" * 10**5,
+    "rows": lambda index: {f"{index} {place}" + "&" * 300: "<" * 300 for place in range(64)},
+}
+
+
+@pytest.mark.parametrize("looks", ["texts", "rows"])
+def test_hostile_texts_of_any_length_stay_below_five_megabytes(looks: str) -> None:
+    """Markup takes six bytes a character; all is at its most: samples, windows, queries, labels, notes."""
+    count, windows = 10_000, 21
+    source = SimpleNamespace(
+        corrupted=range(count), appearance=LARGE[looks], label_of=LARGE["labels"], describe=LARGE["labels"]
+    )
+    queries = tuple("<" * 10_000 + str(k) for k in range(3))
+    scores, exact = (result(random_scores(windows, count, 3, seed), queries=queries) for seed in (0, 1))
+    html = influence_page(scores, exact, Gallery(source), training="<" * 10**6, sentences=["<" * 10**6] * 100)
+    html = html.encode().decode()
+    assert 2e6 < len(html.encode()) < 5e6
     data = Page(html).data
-    assert (len(data["queries"]), data["left_out"]) == (1, 2)
-    shown = {int(position) for position in data["pictures"]}
-    assert len(shown) > 50
-    for row in scores[:, 0]:
-        assert {int(row.argmin()), int(row.argmax())} <= shown
+    assert data["total"] == count
+    assert data["texts" if looks == "texts" else "rows"]
+
+
+def test_many_windows_and_queries_stay_below_five_megabytes() -> None:
+    scores = random_scores(1201, 300, queries=2)
+    page = Page(
+        influence_page(result(scores, queries=("a", "b")), windows=result(scores, queries=("a", "b")).windows[:-1])
+    )
+    assert page.data["left_out"] == {"queries": 0, "windows": 800}
+    assert any("400 of 1,200 windows" in text for text in page.texts)
+    many = influence_page(result(random_scores(3, 12, queries=20_000), queries=[f"q{k}" for k in range(20_000)]))
+    assert len(many.encode()) < 1e6
+    assert "100 of 20,000 queries" in many
 
 
 def test_texts_are_whole_where_they_matter_and_begun_elsewhere() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from pages import HOSTILE, Samples, random_scores, result
+from pages import HOSTILE, Opener, Samples, random_scores, result
 
 from dit_mlflow import Window
 from dit_mlflow.page import influence_page
@@ -23,45 +22,8 @@ SCORES = random_scores(5, COUNT)
 SCORES[1, 0, 17] = np.nan
 TRUTH = random_scores(5, COUNT, seed=1)
 TRUTH[:, :, 5:] = np.nan
-
-Opener = Callable[..., Any]
-
-
-@pytest.fixture
-def opened(browser: Any, tmp_path: Path) -> Iterator[Opener]:
-    """Opens HTML in a sandboxed frame, and in the end asks for what a page must never do."""
-    seen: list[str] = []
-    contexts = []
-
-    def open_page(html: str, scheme: str = "light", width: int = 900) -> Any:
-        (tmp_path / "report.html").write_text(html, encoding="utf-8", newline="\n")
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        outer = context.new_page()
-        outer.on("console", lambda message: seen.append(f"console: {message.text}"))
-        outer.on("pageerror", lambda error: seen.append(f"error: {error}"))
-        outer.on("dialog", lambda dialog: (seen.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        outer.on("popup", lambda page: seen.append(f"popup: {page.url}"))
-        inside = ("file:", "blob:", "data:")
-        outer.on("request", lambda asked: None if asked.url.startswith(inside) else seen.append(f"net: {asked.url}"))
-        # As MLflow does it: a frame with this sandbox attribute around a blob.
-        (tmp_path / "outer.html").write_text(
-            "<!doctype html><style>body{margin:0}iframe{border:0;width:100vw;height:100vh;display:block}</style>"
-            "<iframe sandbox='allow-scripts'></iframe>"
-        )
-        outer.goto((tmp_path / "outer.html").as_uri())
-        outer.evaluate(
-            "html => document.querySelector('iframe').src = URL.createObjectURL(new Blob([html], {type: 'text/html'}))",
-            html,
-        )
-        frame = outer.frame_locator("iframe")
-        frame.locator("#samples tbody tr").first.wait_for(timeout=15_000)
-        return frame
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert seen == []
+RANKED = np.where(np.isnan(TRUTH), SCORES, TRUTH)
+"""Exact scores stand in the place of estimates."""
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +63,8 @@ def ascending(page: Any, key: str) -> str | None:
 def test_it_opens_with_the_answer_and_the_most_harmful_first(opened: Opener, digits: str) -> None:
     page = opened(digits)
     assert page.locator(".answer li").all_inner_texts() == ["They harm.", "So they say."]
-    assert indices(page) == order_by(SCORES[4, 0])[:50]
-    worst = SCORES[4, 0].min() * 1e3
+    assert indices(page) == order_by(RANKED[4, 0])[:50]
+    worst = RANKED[4, 0].min() * 1e3
     assert scores_of(page, "overall")[0] == f"−{-worst:.3f}"
     assert "×10⁻³" in page.locator("th[data-key='overall']").inner_text()
     assert ascending(page, "overall") == "ascending"
@@ -112,14 +74,15 @@ def test_it_opens_with_the_answer_and_the_most_harmful_first(opened: Opener, dig
 def test_sorting_by_clicking_headers(opened: Opener, digits: str) -> None:
     page = opened(digits)
     page.locator("th[data-key='overall'] button").click()
-    assert indices(page) == order_by(-SCORES[4, 0])[:50]
+    assert indices(page) == order_by(-RANKED[4, 0])[:50]
     assert ascending(page, "overall") == "descending"
     page.locator("th[data-key='index'] button").click()
     assert indices(page) == list(range(50))
     assert (ascending(page, "index"), ascending(page, "overall")) == ("ascending", "none")
-    page.locator("th[data-key='exact'] button").click()
-    assert indices(page)[:6] == [*order_by(TRUTH[4, 0, :5]), 5]
-    assert scores_of(page, "exact")[5] == "–"
+    page.locator("th[data-key='estimate'] button").click()
+    # The estimates that exact scores replaced.
+    assert indices(page)[:6] == [*order_by(SCORES[4, 0, :5]), 5]
+    assert scores_of(page, "estimate")[5] == "–"
 
 
 def test_turning_pages_reaches_every_sample_once(opened: Opener, digits: str) -> None:
@@ -128,7 +91,7 @@ def test_turning_pages_reaches_every_sample_once(opened: Opener, digits: str) ->
     while page.locator("#next").is_enabled():
         page.locator("#next").click()
         found += indices(page)
-    assert found == order_by(SCORES[4, 0])
+    assert found == order_by(RANKED[4, 0])
     assert page.locator("#page-number").inner_text() == "page 3 of 3"
 
 
@@ -139,7 +102,7 @@ def test_picking_a_window_sorts_by_it(opened: Opener, digits: str, way: str) -> 
         button(page, "10–20").click()
     else:
         page.locator("#overview rect.slot[data-column='2']").click(position={"x": 4, "y": 4})
-    assert indices(page) == order_by(SCORES[1, 0])[:50]
+    assert indices(page) == order_by(RANKED[1, 0])[:50]
     assert button(page, "10–20").get_attribute("aria-pressed") == "true"
     assert button(page, "whole run").get_attribute("aria-pressed") == "false"
     assert "10–20" in page.locator("th[data-key='picked']").inner_text()
@@ -153,13 +116,13 @@ def test_filters_and_search(opened: Opener, digits: str) -> None:
     page.locator("#damaged").select_option("yes")
     assert sorted(indices(page)) == list(DAMAGED)
     page.locator("#flagged").select_option("yes")
-    flagged = set(order_by(SCORES[4, 0])[: len(DAMAGED)])
+    flagged = set(order_by(RANKED[4, 0])[: len(DAMAGED)])
     assert set(indices(page)) == flagged & set(DAMAGED)
     page.locator("#clear").click()
     page.locator("#label").select_option(label="seven")
     page.locator("#side").select_option("helpful")
     page.locator("#search").fill("NUMBER 1")
-    expected = {k for k in range(COUNT) if k % 2 and SCORES[4, 0, k] > 0 and str(k).startswith("1")}
+    expected = {k for k in range(COUNT) if k % 2 and RANKED[4, 0, k] > 0 and str(k).startswith("1")}
     assert set(indices(page)) == expected
     assert page.locator("#count").inner_text() == f"{len(expected)} of {COUNT} samples"
     page.locator("#search").fill("no such thing")
@@ -195,7 +158,7 @@ def test_opening_a_sample_shows_it_with_its_influence_and_the_exact_one(opened: 
 
 def test_the_overview_leads_to_the_sample(opened: Opener, digits: str) -> None:
     page = opened(digits)
-    best = int(SCORES[4, 0].argmax())
+    best = int(RANKED[4, 0].argmax())
     page.locator("#search").fill("no such thing")
     page.get_by_role("button", name=f"show sample {best}", exact=True).click()
     assert page.locator("tr.open").get_attribute("data-index") == str(best)
@@ -205,15 +168,13 @@ def test_the_overview_leads_to_the_sample(opened: Opener, digits: str) -> None:
 def test_the_keyboard_is_enough(opened: Opener, digits: str) -> None:
     page = opened(digits)
     first, second = indices(page)[:2]
-    row = page.locator(f"tr[data-index='{first}']")
-    row.focus()
-    row.press("ArrowDown")
-    row = page.locator(f"tr[data-index='{second}']")
-    assert row.evaluate("row => row === document.activeElement")
-    row.press("Enter")
+    page.locator(f"tr[data-index='{first}'] td.index button").press("ArrowDown")
+    at = page.locator(f"tr[data-index='{second}'] td.index button")
+    assert at.evaluate("button => button === document.activeElement")
+    at.press("Enter")
     assert page.locator("tr.open").get_attribute("data-index") == str(second)
-    assert row.evaluate("row => row === document.activeElement")
-    assert row.locator("button").get_attribute("aria-expanded") == "true"
+    assert at.evaluate("button => button === document.activeElement")
+    assert at.get_attribute("aria-expanded") == "true"
     picked = button(page, "20–30")
     picked.focus()
     picked.press("Enter")
@@ -323,8 +284,35 @@ def test_a_page_without_scripts_still_answers(browser: Any, tmp_path: Path, digi
     page = context.new_page()
     page.goto((tmp_path / "report.html").as_uri())
     assert page.get_by_text("They harm.").is_visible()
-    assert page.get_by_role("cell", name=str(int(SCORES[4, 0].argmin())), exact=True).is_visible()
+    assert page.get_by_role("cell", name=str(int(RANKED[4, 0].argmin())), exact=True).is_visible()
     context.close()
+
+
+def test_what_to_do_now_can_be_copied(opened: Opener) -> None:
+    """From inside of the sandbox, which has no clipboard API."""
+    steps = [("See <this>", "dit-mlflow cleanse --training-run 'a b'"), ("And that", "dit-mlflow compare")]
+    page = opened(influence_page(result(random_scores(3, 9)), next_steps=steps))
+    assert page.locator(".steps code").all_inner_texts() == [command for _, command in steps]
+    assert page.locator(".steps li").first.inner_text().startswith("See <this>")
+    page.locator("body").evaluate(
+        "() => document.addEventListener('copy', () => { window.copied = getSelection().toString(); })"
+    )
+    page.get_by_role("button", name="Copy: See <this>").click()
+    assert page.locator("body").evaluate("() => window.copied") == steps[0][1]
+    assert page.locator("#copied").inner_text() == "Copied."
+    assert opened(influence_page(result(random_scores(3, 9)))).locator(".steps").count() == 0
+
+
+def test_where_samples_are_images_every_row_has_its_picture(opened: Opener) -> None:
+    count = 3000
+    digits = np.random.default_rng(0).integers(0, 256, (count, 9, 9), dtype=np.uint8)
+    page = opened(influence_page(result(random_scores(3, count)), gallery=Samples(list(digits), [None] * count)))
+    assert page.locator("#count").inner_text() == "2,500 of 2,500 samples on this page"
+    assert "2,500 of 3,000 samples" in page.locator(".left-out").inner_text()
+    assert page.locator("#spread rect.bar").count() == 60
+    for _ in range(2):
+        assert page.locator("tr.sample").count() == page.locator("tr.sample img.thumb").count() == 50
+        page.locator("th[data-key='index'] button").click()
 
 
 DEGENERATE = {

@@ -19,7 +19,7 @@ function valueRange(series, band) {
  */
 function windowChart(options) {
   const { width, height, right, series, band } = options;
-  const box = { left: 76, top: 12, right: width - right, bottom: height - 46 };
+  const box = { left: width < 520 ? 58 : 76, top: 12, right: width - right, bottom: height - 46 };
   const [low, high] = valueRange(series, band);
   const unit = unitOf([low, high]);
   const step = niceStep(high - low, 5);

@@ -6,8 +6,8 @@ const effect = () => `influence: change of ${query().name.length > 26 ? "query" 
 
 function drawOverview() {
   const place = byId("overview");
-  const width = Math.max(480, place.clientWidth);
-  const gutter = Math.min(320, Math.max(176, 0.25 * width));
+  const width = Math.max(280, place.clientWidth);
+  const gutter = width < 520 ? 84 : Math.min(320, Math.max(176, 0.25 * width));
   const chosen = [...query().helpful.map((position) => [position, "helpful"]), ...query().harmful.map((position) => [position, "harmful"])];
   if (state.open !== null && !chosen.some(([position]) => position === state.open)) chosen.push([state.open, "chosen"]);
   const series = chosen.map(([position, side]) => ({
@@ -40,7 +40,9 @@ function labelLines(chart, series, x, y, box, gutter) {
     if (picture) group.append(drawn("image", { href: picture, x: left, y: at - 11, width: 22, height: 22 }));
     const text = left + (picture ? 28 : 2);
     const index = `${data.samples[one.position]}`;
-    const rest = shortened((picture && gutter < 240 ? label(one.position) : null) || line(one.position) || label(one.position) || "", Math.floor((gutter - (text - box.right) - 8) / 6.4) - index.length - 2);
+    const room = Math.floor((gutter - (text - box.right) - 8) / 6.4) - index.length - 2;
+    const told = (picture && gutter < 240 ? label(one.position) : null) || line(one.position) || label(one.position) || "";
+    const rest = gutter < 100 ? "" : shortened(told, room);
     group.append(
       drawn("rect", { x: left - 2, y: at - gap / 2, width: gutter - 14, height: gap, class: "hit" }),
       drawn("text", { x: text, y: at + 4 }, drawn("tspan", { class: "strong" }, index), drawn("tspan", { dx: 6, class: "rest" }, rest)),
@@ -101,4 +103,34 @@ function sparkline(position) {
   });
   bars.append(drawn("line", { x1: 0, x2: width, y1: height / 2, y2: height / 2, class: "zero" }));
   return bars;
+}
+
+/* How the scores of all samples spread, where the page has no room for all of them. */
+function drawSpread() {
+  const place = byId("spread");
+  const found = query().histogram && query().histogram[state.column];
+  place.hidden = !found;
+  if (!found) return;
+  const [width, height, gap] = [Math.min(720, place.parentElement.clientWidth), 74, 14];
+  const unit = unitOf([found.from, found.to]);
+  const slot = (width - 2 * gap) / found.counts.length;
+  const x = (value) => gap + ((value - found.from) / (found.to - found.from)) * (width - 2 * gap);
+  const most = Math.log1p(Math.max(...found.counts));
+  const name = data.columns[state.column].name;
+  const told = `influence of all ${data.total.toLocaleString("en")} samples, ${name}, from ${number(found.from, unit)} to ${number(found.to, unit)} ${unitName(unit)}`;
+  const chart = drawn("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": told, class: "chart" });
+  found.counts.forEach((many, bin) => {
+    const tall = (Math.log1p(many) / most) * (height - 24);
+    const middle = found.from + ((bin + 0.5) / found.counts.length) * (found.to - found.from);
+    const bar = { x: gap + bin * slot, y: height - 20 - tall, width: Math.max(1, slot - 1), height: tall };
+    chart.append(drawn("rect", { ...bar, class: middle < 0 ? "bar harmful" : "bar helpful" }, drawn("title", {}, many.toLocaleString("en"))));
+  });
+  chart.append(
+    drawn("line", { x1: gap, x2: width - gap, y1: height - 20, y2: height - 20, class: "zero" }),
+    drawn("text", { x: gap, y: height - 5, class: "tick" }, number(found.from, unit)),
+    drawn("text", { x: width - gap, y: height - 5, class: "tick end" }, `${number(found.to, unit)} ${unitName(unit)}`.trim()),
+  );
+  if (found.from < 0 && found.to > 0) chart.append(drawn("text", { x: x(0), y: height - 5, class: "tick middle" }, "0"));
+  place.firstElementChild.replaceChildren(chart);
+  place.lastElementChild.textContent = `All ${data.total.toLocaleString("en")} samples by influence (${name}); heights grow with the logarithm of the number.`;
 }

@@ -13,25 +13,47 @@ const state = {
   search: "", side: "", damaged: "", flagged: "", label: "", pattern: "",
 };
 
-function floats(text) {
-  return new Float32Array(Uint8Array.from(atob(text), (character) => character.charCodeAt(0)).buffer);
+function bytes(text) {
+  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 }
 
-const queries = data.queries.map((query) => ({
-  ...query,
-  scores: floats(query.scores),
-  exact: query.exact === null ? null : floats(query.exact),
-  flagged: new Set(query.flagged),
-}));
+const floats = (text) => new Float32Array(bytes(text).buffer);
+
+/* Exact scores stand in the place of estimates, where they answer the same question: all is ranked and drawn by these. */
+function rankedOf(estimated, known) {
+  const ranked = estimated.slice();
+  if (known === null || !data.exact_ranks) return ranked;
+  data.columns.forEach((_, column) => data.known.forEach((position, place) => {
+    const value = known[column * data.known.length + place];
+    if (Number.isFinite(value)) ranked[column * count + position] = value;
+  }));
+  return ranked;
+}
+
+const queries = data.queries.map((query) => {
+  const estimated = floats(query.scores);
+  const known = query.exact === null ? null : floats(query.exact);
+  const bits = query.unclear === null ? null : bytes(query.unclear);
+  return { ...query, estimated, exact: known, bits, ranked: rankedOf(estimated, known), flagged: new Set(query.flagged) };
+});
 const knownPlace = new Map((data.known || []).map((position, place) => [position, place]));
 
 const query = () => queries[state.query];
-const score = (column, position) => query().scores[column * count + position];
+const score = (column, position) => query().ranked[column * count + position];
+const estimate = (column, position) => query().estimated[column * count + position];
+
+function unclear(column, position) {
+  const place = column * count + position;
+  return query().bits !== null && Boolean((query().bits[place >> 3] >> (7 - (place & 7))) & 1);
+}
 
 function exact(column, position) {
   const place = knownPlace.get(position);
   return query().exact === null || place === undefined ? NaN : query().exact[column * knownPlace.size + place];
 }
+
+const replaced = (column, position) => data.exact_ranks && Number.isFinite(exact(column, position));
+const exactName = data.removed === null ? "exact" : "alone, exact";
 
 const label = (position) => (data.label === null || data.label[position] < 0 ? null : data.labels[data.label[position]]);
 const pattern = (position) => (query().patterns === null ? null : data.patterns[query().patterns[position]]);
@@ -82,7 +104,7 @@ function number(value, unit) {
 const units = new Map();
 function columnUnit(column) {
   const key = `${state.query} ${column}`;
-  if (!units.has(key)) units.set(key, unitOf(query().scores.subarray(column * count, (column + 1) * count)));
+  if (!units.has(key)) units.set(key, unitOf(query().ranked.subarray(column * count, (column + 1) * count)));
   return units.get(key);
 }
 

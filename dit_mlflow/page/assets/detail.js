@@ -32,6 +32,7 @@ function facts(position) {
   if (data.notes && data.notes[position]) tell("about", fromData(data.notes[position]));
   tell("rank", rankOf(position));
   if (data.damaged !== null) tell("damaged", damagedSet.has(position) ? "yes" : "no");
+  if (query().bits !== null) tell("unclear", unclear(0, position) ? "yes" : "no");
   tell("flagged", query().flagged.has(position) ? "yes" : "no");
   if (pattern(position) !== null) tell("pattern", pattern(position));
   return element("dl", { class: "facts" }, ...told);
@@ -45,12 +46,9 @@ function ordinal(rank) {
 function rankOf(position) {
   const own = score(0, position);
   if (!Number.isFinite(own)) return "–";
-  let beyond = 0;
-  for (let other = 0; other < count; other += 1) {
-    if (own < 0 ? score(0, other) < own : score(0, other) > own) beyond += 1;
-  }
+  const beyond = query().beyond[position];
   const side = own < 0 ? "harmful" : own > 0 ? "helpful" : "neither harmful nor helpful";
-  return own === 0 ? side : `${beyond ? `${ordinal(beyond + 1)} most` : "most"} ${side} of ${count.toLocaleString("en")} (${data.columns[0].name})`;
+  return own === 0 ? side : `${beyond ? `${ordinal(beyond + 1)} most` : "most"} ${side} of ${data.total.toLocaleString("en")} (${data.columns[0].name})`;
 }
 
 function aside(position) {
@@ -58,13 +56,13 @@ function aside(position) {
   const hasExact = exactValues.some(Number.isFinite);
   const holder = element("div", { class: "over-time" });
   const key = element("p", { class: "key quiet" }, element("span", { class: "key-line" }), "estimated ");
-  if (hasExact) key.append(element("span", { class: "key-exact" }, "◇"), "exact (left out, retrained) ");
+  if (hasExact) key.append(element("span", { class: "key-exact" }, "◇"), `${exactName} (left out, retrained) `);
   key.append(element("span", { class: "key-band" }), "90 % of all samples");
   holder.draw = (width) => {
-    const series = [{ values: valuesOf(position), side: "chosen", signed: true, name: "estimated" }];
-    if (hasExact) series.push({ values: exactValues, side: "exact", dashed: true, name: "exact" });
+    const series = [{ values: windowColumns.map((column) => estimate(column, position)), side: "chosen", signed: true, name: "estimated" }];
+    if (hasExact) series.push({ values: exactValues, side: "exact", dashed: true, name: exactName });
     const { chart } = windowChart({
-      width: Math.max(300, width), height: 240, right: 12, series, band: bandOf(), picked: state.column, pick: pickColumn, yTitle: "influence",
+      width: Math.max(240, width), height: 240, right: 12, series, band: bandOf(), picked: state.column, pick: pickColumn, yTitle: "influence",
       title: `Influence over windows of sample ${data.samples[position]}`,
     });
     holder.replaceChildren(chart, key, numbers(position));
@@ -76,9 +74,9 @@ function numbers(position) {
   const told = data.columns.map((column, place) => {
     const unit = columnUnit(place);
     const value = (found) => (Number.isFinite(found) ? `${number(found, unit)} ${unitName(unit)}`.trim() : "–");
-    return element("tr", {}, element("th", { scope: "row" }, column.name), element("td", {}, value(score(place, position))), query().exact === null ? null : element("td", {}, value(exact(place, position))));
+    return element("tr", {}, element("th", { scope: "row" }, column.name), element("td", {}, value(estimate(place, position))), query().exact === null ? null : element("td", {}, value(exact(place, position))));
   });
-  const heads = ["window", "estimated", ...(query().exact === null ? [] : ["exact"])];
+  const heads = ["window", "estimated", ...(query().exact === null ? [] : [exactName])];
   const head = element("thead", {}, element("tr", {}, ...heads.map((name) => element("th", { scope: "col" }, name))));
   return element("details", { class: "numbers" }, element("summary", {}, "Numbers"), element("table", {}, head, element("tbody", {}, ...told)));
 }

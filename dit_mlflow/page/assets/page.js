@@ -3,6 +3,7 @@
 function draw() {
   drawPicker();
   drawOverview();
+  drawSpread();
   drawHead();
   drawBody();
 }
@@ -40,8 +41,8 @@ function openSample(position) {
 }
 
 function focusRow(position) {
-  const row = byId("samples").querySelector(`tr[data-index="${data.samples[position]}"]`);
-  if (row) row.focus({ preventScroll: true });
+  const button = byId("samples").querySelector(`tr[data-index="${data.samples[position]}"] td.index button`);
+  if (button) button.focus({ preventScroll: true });
 }
 
 const FILTERS = ["side", "damaged", "flagged", "label", "pattern"];
@@ -66,6 +67,14 @@ function drawPicker() {
   byId("trust").textContent = data.columns[state.column].trust.join(" ");
 }
 
+/* A sandboxed frame has no clipboard of its own; what is selected can be copied all the same. */
+function copy(button) {
+  const selection = getSelection();
+  selection.selectAllChildren(button.previousElementSibling);
+  const done = document.execCommand("copy");
+  byId("copied").textContent = done ? "Copied." : "Selected: press Ctrl+C to copy.";
+}
+
 function fill(select, names) {
   select.append(...names.map(([value, name]) => element("option", { value }, shortened(name, 60))));
 }
@@ -81,9 +90,6 @@ function start() {
   if (!byId("pattern").hidden) fill(byId("pattern"), data.patterns.slice(1).map((name) => [name, name]));
   fill(byId("query"), queries.map((one, place) => [place, one.name]));
   byId("query-choice").hidden = queries.length < 2;
-  byId("left-out").hidden = data.left_out === 0;
-  byId("left-out").textContent = `${data.left_out.toLocaleString("en")} more queries are not on this page; scores.parquet beside it has them all.`;
-
   const again = () => {
     state.page = 0;
     drawBody();
@@ -92,6 +98,10 @@ function start() {
   byId("search").addEventListener("input", (event) => { state.search = event.target.value.trim().toLowerCase(); again(); });
   byId("clear").addEventListener("click", () => { clearFilters(); again(); });
   byId("query").addEventListener("change", (event) => { state.query = Number(event.target.value); state.page = 0; draw(); });
+  for (const button of document.querySelectorAll(".copy")) {
+    button.hidden = false;
+    button.addEventListener("click", () => copy(button));
+  }
   for (const [name, step] of [["previous", -1], ["next", 1]]) {
     byId(name).addEventListener("click", () => {
       state.page += step;

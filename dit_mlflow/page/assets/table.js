@@ -9,7 +9,8 @@ const COLUMNS = [
   { key: "label", name: "label", value: label, there: () => data.labels !== null },
   { key: "overall", name: () => data.columns[0].name, kind: "number", column: () => 0, value: (at) => score(0, at) },
   { key: "picked", name: () => data.columns[state.column].name, kind: "number", column: () => state.column, value: (at) => score(state.column, at), there: () => state.column > 0 },
-  { key: "exact", name: "exact", kind: "number", column: () => state.column, value: (at) => exact(state.column, at), there: () => query().exact !== null },
+  { key: "estimate", name: "estimated", kind: "number", column: () => state.column, value: (at) => (replaced(state.column, at) ? estimate(state.column, at) : NaN), there: () => query().exact !== null && data.exact_ranks },
+  { key: "exact", name: exactName, kind: "number", column: () => state.column, value: (at) => exact(state.column, at), there: () => query().exact !== null && !data.exact_ranks },
   { key: "spark", name: "over training", there: () => data.columns.length > 1 },
   { key: "marks", name: "marks", value: (at) => -(2 * query().flagged.has(at) + damagedSet.has(at)) },
   { key: "pattern", name: "pattern", value: pattern, there: () => query().patterns !== null },
@@ -67,17 +68,17 @@ function drawBody() {
   const rows = shown.flatMap((position) => (position === state.open ? [sampleRow(position), detailRow(position)] : [sampleRow(position)]));
   byId("samples").tBodies[0].replaceChildren(...rows);
   for (const holder of document.querySelectorAll(".over-time")) holder.draw(holder.clientWidth);
-  byId("count").textContent = `${positions.length.toLocaleString("en")} of ${count.toLocaleString("en")} samples`;
+  byId("count").textContent = `${positions.length.toLocaleString("en")} of ${count.toLocaleString("en")} samples${count < data.total ? " on this page" : ""}`;
   byId("page-number").textContent = `page ${state.page + 1} of ${pages}`;
   byId("previous").disabled = state.page === 0;
   byId("next").disabled = state.page >= pages - 1;
 }
 
 function sampleRow(position) {
-  const row = element("tr", { tabindex: 0, class: position === state.open ? "sample open" : "sample", "data-index": data.samples[position] });
+  const row = element("tr", { class: position === state.open ? "sample open" : "sample", "data-index": data.samples[position] });
   row.append(...shownColumns().map((column) => element("td", { class: `${column.kind || ""} ${column.key}` }, ...cell(column, position, row))));
   row.addEventListener("click", () => toggle(position));
-  row.addEventListener("keydown", (event) => rowKey(event, row, position));
+  row.addEventListener("keydown", (event) => rowKey(event, row));
   return row;
 }
 
@@ -85,11 +86,11 @@ function cell(column, position, row) {
   if (column.key === "sample") return [sampleCell(position)];
   if (column.key === "index") {
     const opened = position === state.open;
-    return [element("button", { type: "button", tabindex: -1, class: "plain", "aria-expanded": opened, "aria-label": `sample ${data.samples[position]}` }, String(data.samples[position]))];
+    return [element("button", { type: "button", class: "plain", "aria-expanded": opened, "aria-label": `sample ${data.samples[position]}` }, String(data.samples[position]))];
   }
   if (column.key === "spark") return [sparkline(position)];
   if (column.key === "marks") {
-    return [query().flagged.has(position) ? element("span", { class: "badge flag" }, "flagged") : null, damagedSet.has(position) ? element("span", { class: "badge" }, "damaged") : null];
+    return [query().flagged.has(position) ? element("span", { class: "badge flag" }, "flagged") : null, unclear(state.column, position) ? element("span", { class: "badge", title: "the 95 % interval contains 0" }, "unclear") : null, damagedSet.has(position) ? element("span", { class: "badge" }, "damaged") : null];
   }
   const value = column.value(position);
   if (missing(value)) return ["–"];
@@ -98,7 +99,9 @@ function cell(column, position, row) {
   const strength = unit.largest > 0 ? Math.min(1, Math.sqrt(Math.abs(value) / unit.largest)) : 0;
   const shown = element("span", { class: value < 0 ? "value harmful" : "value helpful" }, number(value, unit));
   shown.style.setProperty("--strength", `${Math.round(34 * strength)}%`);
-  return [shown];
+  if (column.key === "estimate" || column.key === "exact") return [shown];
+  if (unclear(column.column(), position)) shown.classList.add("unclear");
+  return replaced(column.column(), position) ? [element("span", { class: "exact-mark", title: "exact" }, "◇"), shown] : [shown];
 }
 
 function sampleCell(position) {
@@ -112,15 +115,11 @@ function detailRow(position) {
   return element("tr", { class: "detail-row" }, element("td", { colspan: shownColumns().length }, detailOf(position)));
 }
 
-function rowKey(event, row, position) {
-  if (event.target !== row) return;
+/* From one sample's button to the next; the button itself opens the sample. */
+function rowKey(event, row) {
   const steps = { ArrowDown: 1, ArrowUp: -1 };
-  if (event.key === "Enter" || event.key === " ") {
-    event.preventDefault();
-    toggle(position);
-  } else if (event.key in steps) {
-    event.preventDefault();
-    const rows = [...byId("samples").querySelectorAll("tr.sample")];
-    (rows[rows.indexOf(row) + steps[event.key]] || row).focus();
-  }
+  if (!(event.key in steps) || !event.target.matches("td.index button")) return;
+  event.preventDefault();
+  const rows = [...byId("samples").querySelectorAll("tr.sample")];
+  (rows[rows.indexOf(row) + steps[event.key]] || row).querySelector("td.index button").focus();
 }

@@ -16,7 +16,7 @@ from dit_mlflow.evaluation.trials import Cleansing, Outcome, Trial, untouched
 from dit_mlflow.explanation import cleansing_answer, cleansing_table, terminal_table
 from dit_mlflow.explanation.cleansing import ACTIONS, CleansingTask, parse_shares
 from dit_mlflow.influence import Influence, check_kind
-from dit_mlflow.progress import progress_bar
+from dit_mlflow.progress import phase, progress_bar
 from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.jobs.cleanse_runs import CleansingRuns
@@ -104,8 +104,10 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         )
         log_datasets_of(training_run, run.info.run_id)
         asked = trajectory, windows, kind, request.draws, request.memory_budget
+        phase("influence")
         task, tried = task.flag(*asked, reached=_log_each)
         runs = CleansingRuns(task, training_run, seeds)
+        phase("cleansing")
         outcomes, failures = _outcomes([untouched(workload.num_samples), *tried], runs)
         cleansing = Cleansing(tuple(outcomes), task.metric, request.action, workload.corrupted)
         remarks = [*_against_record(cleansing.before, training_run, known), *failures]

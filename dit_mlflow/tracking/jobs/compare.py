@@ -34,7 +34,7 @@ from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods import Method, method
 from dit_mlflow.methods.given_scores import GivenScores
 from dit_mlflow.plots import plot_fidelity_against_cost, plot_recall_curves
-from dit_mlflow.progress import progress_over
+from dit_mlflow.progress import phase, progress_over
 from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort
@@ -146,6 +146,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
     trainings = []
     for one in _trained(request):
         checks = request.checks(one.workload)
+        phase("ground truth")
         truth = find_truth(one.trajectory, one.workload, one.windows, kind, checks, effort=effort)
         trainings.append(replace(one, truth=truth))
     workload = trainings[0].workload
@@ -162,6 +163,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
         )
         log_datasets_of(trainings[0].run_id, run.info.run_id)
         asked = [(training, name) for training in trainings for name in estimators]
+        phase("comparing")
         rows = [_child(request, name, training) for training, name in progress_over(asked, "comparing", "method")]
         ceiling = _attainable(rows, trainings[0])
         table = summarised(pd.DataFrame(rows))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import click
 import mlflow
 from mlflow import ActiveRun, MlflowClient
 
-from dit_mlflow.command import command, option
+from dit_mlflow.command import option
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.figures import (
     FIDELITY,
@@ -26,6 +25,7 @@ from dit_mlflow.explanation.tables import OF_WINDOWS
 from dit_mlflow.influence import Influence, Kind, Window, check_kind
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.removal import Removal
+from dit_mlflow.progress import phase, say
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Groups
 from dit_mlflow.tracking.jobs.request import Request, parse_groups, trained
@@ -35,6 +35,7 @@ from dit_mlflow.tracking.store.explanations import log_answer, log_part
 from dit_mlflow.tracking.store.names import KIND, METHOD, TRAINING_RUN
 from dit_mlflow.tracking.store.run_log import project_run
 from dit_mlflow.tracking.ui.links import where_to_look
+from dit_mlflow.tracking.ui.next_steps import next_steps
 from dit_mlflow.workload import Workload
 
 DIT = Dit()
@@ -77,7 +78,7 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
     training_run, trajectory, workload, windows, (checks, method, groups) = asked
     seconds = MlflowClient().get_run(training_run).data.metrics.get(TRAINING_SECONDS.name, 0.0)
     if line := cost_line(seconds, checks, workload.num_samples):
-        click.echo(line, err=True)
+        say(line)
     answer = run_influence(training_run, trajectory, workload, windows, kind, checks, method, groups, project_run_id)
     return summary(answer, training_run)
 
@@ -135,6 +136,7 @@ def run_influence(
             }
         )
         log_datasets_of(training_run_id, run.info.run_id)
+        phase("influence")
         explanation = explain(
             trajectory, workload, windows, kind, method=method, checks=checks, groups=groups, reached=log_part
         )
@@ -172,7 +174,8 @@ def summary(answer: Answer, training_run: str) -> str:
         lines += ["", told, "", terminal_table(groups, {str(name): str(name) for name in groups}), ""]
     lines += [*_trusted(answer.whole), "", *map(paragraph, answer.explanation.sentences), ""]
     lines += [f"training run   {training_run}", f"influence run  {answer.run.info.run_id}", where_to_look(answer.run)]
-    lines += ["", f"next, see whether it helps to drop what harms: {command('cleanse', training_run=training_run)}"]
+    what, command = next_steps(MlflowClient().get_run(training_run), answer.run.info.run_id)[0]
+    lines += ["", f"next, {what[0].lower()}{what[1:]}: {command}"]
     return "\n".join(lines)
 
 

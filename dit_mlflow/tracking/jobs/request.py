@@ -17,6 +17,7 @@ from dit_mlflow.influence import Window, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.removal import Removal, check_removal
+from dit_mlflow.progress import phase
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Groups
 from dit_mlflow.retraining.groups import check_groups
@@ -200,5 +201,6 @@ def trained(
     workload = load_workload(request.workload or DEFAULT_WORKLOAD, **request.settings)
     windows, checked = parse_windows(request.windows, workload.plan), check(workload)
     rehearse(workload, request.memory_budget)
+    phase("training")
     run_id = run_training(workload, request.init_seed, request.order_seed)
     return run_id, load_trajectory(run_id), workload, windows, checked

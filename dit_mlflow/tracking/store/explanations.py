@@ -34,7 +34,7 @@ from dit_mlflow.plots import (
     plot_window_correlations,
     plot_window_samples,
 )
-from dit_mlflow.progress import progress_over
+from dit_mlflow.progress import phase, progress_over
 from dit_mlflow.tracking.store.artifacts import active_run_id, log_influence
 from dit_mlflow.tracking.store.names import (
     CONFIRMED,
@@ -48,6 +48,7 @@ from dit_mlflow.tracking.store.names import (
 )
 from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot, log_series, peak_memory_mb
 from dit_mlflow.tracking.ui.links import run_link
+from dit_mlflow.tracking.ui.next_steps import next_steps, rest_of_scores
 from dit_mlflow.tracking.ui.notes import influence_links, set_note
 
 MANY_WINDOWS = 1000
@@ -95,13 +96,15 @@ def log_answer(explanation: Explanation, training_run_id: str) -> None:
     """
     run = mlflow.active_run()
     assert run is not None
+    phase("logging")
     training = MlflowClient().get_run(training_run_id)
     _log_figures(explanation, training)
     samples = _log_tables(explanation)
     # The UI lists the newest run first, so the last window is logged first.
     positions = progress_over(range(len(explanation.windows))[::-1], "logging windows", "window")
     runs = [_log_window(explanation, k, samples, training_run_id) for k in positions][::-1]
-    _draw(explanation, run.info.run_id)
+    phase("drawing")
+    _draw(explanation, run.info.run_id, training)
     for index, child in enumerate(progress_over(runs, "drawing windows", "window")):
         _draw_window(explanation, index, child.info.run_id, run)
     # Last, since it links to what there is.
@@ -118,7 +121,7 @@ def log_growing(explanation: Explanation, new: range, training_run_id: str) -> N
     assert run is not None
     log_part("influence", explanation.influence)
     samples = _log_tables(explanation)
-    _draw(explanation, run.info.run_id)
+    _draw(explanation, run.info.run_id, MlflowClient().get_run(training_run_id))
     for index in new:
         child = _log_window(explanation, index, samples, training_run_id, MANY_WINDOWS)
         _draw_window(explanation, index, child.info.run_id, run)
@@ -168,7 +171,7 @@ def _log_tables(explanation: Explanation) -> pd.DataFrame:
     return samples
 
 
-def _draw(explanation: Explanation, run_id: str) -> None:
+def _draw(explanation: Explanation, run_id: str, training: Run) -> None:
     """Log the plots and the page of the influence run."""
     for name, plot in _plots(explanation).items():
         path = f"{INFLUENCE}/{name}.png"
@@ -176,7 +179,8 @@ def _draw(explanation: Explanation, run_id: str) -> None:
             log_plot(plot(), path, run_id)
     path = f"{INFLUENCE}/report.html"
     with drawing(path, run_id):
-        MlflowClient().log_text(run_id, explanation_page(explanation), path)
+        page = explanation_page(explanation, next_steps(training, run_id), rest_of_scores(run_id))
+        MlflowClient().log_text(run_id, page, path)
 
 
 def _plots(explanation: Explanation) -> dict[str, Callable[[], Figure]]:
@@ -191,8 +195,8 @@ def _plots(explanation: Explanation) -> dict[str, Callable[[], Figure]]:
         known = [part for part in (explanation.whole_run, truth) if part is not None]
         curves = {f"{part.method}, whole run": part.of(-1) for part in known}
         plots["recall_curve"] = partial(plot_recall_curves, curves, corrupted)
-    plots["influence_over_windows"] = partial(plot_top_samples, found, gallery, whole=explanation.ranking)
-    plots["heat_map"] = partial(plot_heat_map, found, gallery, whole=explanation.ranking)
+    plots["influence_over_windows"] = partial(plot_top_samples, explanation.best, gallery, whole=explanation.ranking)
+    plots["heat_map"] = partial(plot_heat_map, explanation.best, gallery, whole=explanation.ranking)
     if truth is not None:
         everywhere = range(len(explanation.scores.windows))
         plots["against_leave_one_out"] = partial(plot_against_truth, explanation.scores, truth, everywhere, corrupted)
