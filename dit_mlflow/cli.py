@@ -24,14 +24,17 @@ KINDS = ("local", "final", "cumulative")
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
-_TRUST = click.option(
+
+def _switch(name: str, text: str) -> Callable[..., Any]:
+    """An option that is true when it is given, and takes ``true`` and ``false`` as MLproject gives them."""
+    return click.option(name, type=bool, is_flag=False, flag_value="true", default=False, help=text)
+
+
+_TRUST = _switch(
     "--trust-workload",
-    type=bool,
-    is_flag=False,
-    flag_value="true",
-    default=False,
-    help="Run the workload that the run names, though you do not name it and it does not come with the package.",
+    "Run the workload that the run names, though you do not name it and it does not come with the package.",
 )
+_ALL_FIGURES = _switch("--all-figures", "Log every figure, not only those of docs/figures.md that are default.")
 
 
 def _option(name: str, default: Any, text: str, *choices: str) -> Callable[..., Any]:
@@ -49,6 +52,7 @@ _QUESTION = (
         "--kind", "local", "Removed in the window and asked at its end; asked at the end; removed from step 0.", *KINDS
     ),
     _option("--ground-truth", "all", "Samples checked by exact leave-one-out: all, none, a number."),
+    _ALL_FIGURES,
     _option("--init-seed", 0, "As for train; of the first training, if there are several."),
     _option("--order-seed", 0, "As for train; of the first training, if there are several."),
 )
@@ -181,6 +185,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
 @_option("--repeats", 3, "Pairs of seeds to train again with, the recorded one first.")
 @_option("--draws", 5, "Random draws of as many samples, for comparison; 0: none.")
 @_option("--metric", "", "To choose and judge by; empty: accuracy if there is one, else loss.")
+@_ALL_FIGURES
 @_option("--memory-mb", 0, "MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
 @_option("--init-seed", 0, "As for train.")
 @_option("--order-seed", 0, "As for train.")

@@ -105,7 +105,7 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         log_datasets_of(training_run, run.info.run_id)
         asked = trajectory, windows, kind, request.draws, request.memory_budget
         task, tried = task.flag(*asked, reached=_log_each)
-        runs = CleansingRuns(task, training_run, seeds)
+        runs = CleansingRuns(task, training_run, seeds, request.all_figures)
         outcomes, failures = _outcomes([untouched(workload.num_samples), *tried], runs)
         cleansing = Cleansing(tuple(outcomes), task.metric, request.action, workload.corrupted)
         remarks = [*_against_record(cleansing.before, training_run, known), *failures]

@@ -265,9 +265,9 @@ def _log_explained(request: ComparisonRequest, name: str, training: ComparedTrai
     found = explain(*asked, method=request.estimators[name], checks=Checks(), truth=training.truth)
     mlflow.log_params({"method": name, "kind": found.influence.kind})
     log_influence(found.scores)
-    log_metrics(found.whole.and_(found.cost))
+    log_metrics(found.whole.and_(found.cost).shown(request.all_figures))
     if len(found.scores.windows) > 1:
-        log_window_series(found)
+        log_window_series(found, request.all_figures)
     short = {name.partition("/")[2]: value for name, value in found.whole.values.items()}
     return {**short, **{column: found.cost.values[figure.name] for column, figure in COSTS.items()}}
 

@@ -78,7 +78,10 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
     seconds = MlflowClient().get_run(training_run).data.metrics.get(TRAINING_SECONDS.name, 0.0)
     if line := cost_line(seconds, checks, workload.num_samples):
         click.echo(line, err=True)
-    answer = run_influence(training_run, trajectory, workload, windows, kind, checks, method, groups, project_run_id)
+    answer = run_influence(
+        *(training_run, trajectory, workload, windows, kind, checks, method, groups, project_run_id),
+        all_figures=request.all_figures,
+    )
     return summary(answer, training_run)
 
 
@@ -110,6 +113,8 @@ def run_influence(
     method: Dit | Removal = DIT,
     groups: Groups | None = None,
     project_run_id: str | None = None,
+    *,
+    all_figures: bool = False,
 ) -> Answer:
     """:func:`dit_mlflow.explain` in a run of its own, which logs it: a parent run, and a nested child per window.
 
@@ -118,6 +123,7 @@ def run_influence(
         trajectory, workload, windows, kind, method, groups: see :func:`dit_mlflow.explain`.
         checks: exact retrainings to compare the scores with.
         project_run_id: the run that ``mlflow run`` made for this job; ``None`` = start one.
+        all_figures: log every figure, not only those that docs/figures.md calls default.
     """
     tags = {KIND: "influence", METHOD: method.name, TRAINING_RUN: training_run_id}
     seeds = MlflowClient().get_run(training_run_id).data.params
@@ -138,7 +144,7 @@ def run_influence(
         explanation = explain(
             trajectory, workload, windows, kind, method=method, checks=checks, groups=groups, reached=log_part
         )
-        log_answer(explanation, training_run_id)
+        log_answer(explanation, training_run_id, all_figures)
     return Answer(run, explanation)
 
 

@@ -59,6 +59,7 @@ class Request:
             ``sample_index`` and ``group``; empty = none.
         init_seed, order_seed: of training.
         settings: of the workload.
+        all_figures: log every figure, not only those that docs/figures.md calls default.
         trust_workload: the user consents to run the workload that the training run names, whatever that is.
     """
 
@@ -77,6 +78,7 @@ class Request:
     init_seed: int = 0
     order_seed: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
+    all_figures: bool = False
     trust_workload: bool = False
 
     @property

@@ -174,7 +174,7 @@ def test_relabelling_looks_at_no_true_label(store: str, monkeypatch: pytest.Monk
     changed = samples["new_label"] != samples["label"]
     assert changed.any()
     assert child.data.metrics["relabelled/changed"] == changed.sum()
-    check_figures("test/loss_lowest_draw")
+    check_figures("gain/test/loss_low")
     taken = mlflow.artifacts.load_dict(f"runs:/{first.info.run_id}/relabelled_indices.json")
     assert len(taken["classes"]) == len(taken["indices"])
 
@@ -350,7 +350,7 @@ def test_a_loop_of_ones_own_needs_a_workload_that_can_be_trained(own_loop: str) 
     (parent,) = runs("cleansing")
     assert parent.data.params["resolved.metric"] == "loss"
     assert "seeds of the recorded training are not known" in parent.data.tags["mlflow.note.content"]
-    assert "need" in parent.data.tags["dit.undefined.test/loss_low"]
+    assert "need" in parent.data.tags["dit.undefined.gain/test/loss_low"]
 
 
 def planned(workload: Workload, **asked: Any) -> CleansingTask:

@@ -31,7 +31,7 @@ def compare(**options: str) -> Any:
 
 
 def test_all_methods_from_its_entry_point(store: str) -> None:
-    finished = entry_point("compare", **SMALL, corrupt="0.2", windows="2")
+    finished = entry_point("compare", **SMALL, corrupt="0.2", windows="2", all_figures="true")
     assert finished.exit_code == 0, finished.output
     (parent,) = runs("comparison")
     (training,) = runs("training")
@@ -92,7 +92,7 @@ def test_a_method_that_fails_is_reported_and_stops_nothing(store: str, monkeypat
 
 
 def test_seeds_of_weights_and_order_are_separate(store: str) -> None:
-    finished = compare(methods="dit", seeds="4", windows="2", ground_truth="6")
+    finished = compare(methods="dit", seeds="4", windows="2", ground_truth="12")
     assert finished.exit_code == 0, finished.output
     (parent,) = runs("comparison")
     names = [child.info.run_name for child in children(parent)]

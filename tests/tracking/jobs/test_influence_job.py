@@ -128,7 +128,11 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
     for name, value in parent.data.metrics.items():
         if name.startswith(("detection/", "ground_truth/")):
             assert second.data.metrics[name] == pytest.approx(value)
-    check_figures("patterns/early", "ground_truth/attainable_kendall", "by_window/detection/average_precision")
+    check_figures("patterns/early", "ground_truth/attainable_spearman", "by_window/detection/auroc")
+    # About 25 figures of the whole run, and fewer of each window.
+    assert "ground_truth/kendall" not in parent.data.metrics and len(parent.data.metrics) <= 30
+    assert all(len(child.data.metrics) <= 18 for child in children(parent))
+    assert "detection/accuracy" in mlflow.load_table("influence/windows.json", run_ids=[parent.info.run_id])
 
 
 def check_notes(parent: Run, training: Run) -> None:
@@ -194,7 +198,7 @@ def check_windows(parent: Run, kind: str, bounds: list[tuple[int, int]]) -> None
 
 
 def test_trust_and_confirmed_samples_without_ground_truth(store: str) -> None:
-    options = ["--removed=0", "--ground-truth=none", "--trust=12", "--confirm=3", "--windows=2"]
+    options = ["--removed=0", "--ground-truth=none", "--trust=12", "--confirm=3", "--windows=2", "--all-figures"]
     finished = invoke("influence", *options)
     assert finished.exit_code == 0, finished.output
     (parent,) = runs("influence")
@@ -369,13 +373,13 @@ def test_existing_trajectory_that_cannot_be_used(store: str, tmp_path: Path) -> 
 
 
 def test_undefined_metrics_are_absent_with_a_reason(store: str) -> None:
-    assert invoke("influence", "--corrupt", "0", "--ground-truth", "5").exit_code == 0
+    assert invoke("influence", "--corrupt", "0", "--ground-truth", "12").exit_code == 0
     (parent,) = runs("influence")
     assert "ground_truth/pearson" in parent.data.metrics
     assert "detection/auroc" not in parent.data.metrics
     assert parent.data.tags["dit.undefined.detection/auroc"] == "0 of 40 samples are corrupted"
     truth = load_influence(parent.info.run_id, "ground_truth")
-    assert np.isfinite(truth.of(0)).sum() == 5
+    assert np.isfinite(truth.of(0)).sum() == 12
     # Of the whole run, those that stand out are known too.
     folders = ("influence/whole_run", "ground_truth/whole_run")
     estimate, exact = (load_influence(parent.info.run_id, folder).of(0) for folder in folders)

@@ -44,10 +44,10 @@ def described_workload() -> Workload:
 
 
 def asked(training_run: str, workload: Workload, windows: str = "3", kind: str = "local") -> str:
-    """An influence run, checked against 6 samples left out."""
+    """An influence run, checked against 12 samples left out."""
     trajectory = load_trajectory(training_run)
     answer = run_influence(
-        training_run, trajectory, workload, parse_windows(windows, trajectory), kind, Checks(ground_truth=6)
+        training_run, trajectory, workload, parse_windows(windows, trajectory), kind, Checks(ground_truth=12)
     )
     return str(answer.run.info.run_id)
 
@@ -171,7 +171,7 @@ def test_the_description_names_the_samples_and_shows_their_texts_as_they_are(pai
     influence = load_influence(influence_run)
     estimate, exact = (load_influence(influence_run, f"{part}/whole_run") for part in ("influence", "ground_truth"))
     whole = np.where(np.isfinite(exact.scores[0, 0]), exact.scores[0, 0], estimate.scores[0, 0])
-    assert np.isfinite(exact.scores).sum() == 6 and f"steps {exact.windows[0]}, of 6 samples by exact" in text
+    assert np.isfinite(exact.scores).sum() == 12 and f"steps {exact.windows[0]}, of 12 samples by exact" in text
     order = np.argsort(whole)
     sections = dict(re.findall(r"^### (\w+)(.*?)(?=^###|\Z)", text, re.MULTILINE | re.DOTALL))
     for side, expected in (("Harmful", order[:5]), ("Helpful", order[::-1][:5])):
