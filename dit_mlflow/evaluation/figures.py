@@ -332,7 +332,7 @@ def by_default(name: str) -> bool:
 
 def _parsed(name: str) -> tuple[Figure, list[str]]:
     """The figure of a name, and what stands around the figure's own; raises :class:`KeyError` if it is of none."""
-    own, around = name, []
+    own, around = name, list[str]()
     for prefix in (BY_WINDOW, MEAN_OVER_WINDOWS, BY_FRACTION, BEFORE):
         if own.startswith(prefix):
             own, around = own.removeprefix(prefix), [*around, prefix]

@@ -21,7 +21,7 @@ from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.jobs.cleanse_runs import CleansingRuns
 from dit_mlflow.tracking.jobs.request import Request, trained
-from dit_mlflow.tracking.jobs.train import workload_params
+from dit_mlflow.tracking.jobs.train import run_title, workload_params
 from dit_mlflow.tracking.store.artifacts import log_influence
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.failed_run import error_text
@@ -87,8 +87,9 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         request, lambda workload: CleansingTask.of(workload, request.drop, request.action, request.metric)
     )
     seeds, known = _seeds(training_run, request.repeats)
+    shares = " ".join(f"{100 * fraction:g}" for fraction in task.counts) + " %"
     tags = {KIND: CLEANSING, METHOD: "removal", TRAINING_RUN: training_run}
-    with project_run(project_run_id, f"cleanse {workload.title} {request.action}", tags) as run:
+    with project_run(project_run_id, run_title("cleanse", workload, f"{request.action} {shares}"), tags) as run:
         mlflow.log_params(
             {
                 **workload_params(workload),

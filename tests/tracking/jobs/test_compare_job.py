@@ -169,6 +169,15 @@ def test_scores_computed_elsewhere_are_compared(store: str, tmp_path: Path) -> N
     theirs = by_name["leave_one_out"].data.metrics
     for figure in ("ground_truth/lds", "ground_truth/spearman"):
         assert given[figure] == pytest.approx(theirs[figure], abs=0.02)
+    # The same without our methods.
+    arguments = [f"--training-run={training}", f"--scores={file}", "--windows=1", "--subsets=8", "--removed=0.25"]
+    assert CliRunner().invoke(cli, ["evaluate", *arguments]).exit_code == 0
+    latest = max(runs("comparison"), key=lambda run: run.info.start_time)
+    assert latest.info.run_name == "elsewhere local · compare mnist logreg"
+    (alone,) = children(latest)
+    assert alone.data.metrics["ground_truth/lds"] == pytest.approx(given["ground_truth/lds"])
+    refused = CliRunner().invoke(cli, ["evaluate", arguments[0]])
+    assert refused.exit_code == 1 and "evaluate needs scores: CSV files" in refused.output
     file.write_text("sample_index,score\n0,1\n1,inf\n")
     said = compare(training_run=training, methods="loss", scores=str(file)).output
     assert "has finite scores of 1 training samples in 2 lines" in said
