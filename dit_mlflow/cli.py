@@ -228,7 +228,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
 @_option("--workload", "", "As for train; empty: the training run's own, or projects/mnist.")
 @_TRUST
 @_option("--drop", "0.05,0.1,0.2,0.3", "Shares of the training samples, with commas between.")
-@_option("--action", "drop", "Relabelling is by cross-validated predictions.", "drop", "relabel")
+@_option("--action", "drop", "Relabel: by cross-validation; reweight: by harm.", "drop", "relabel", "reweight")
 @_option("--windows", "1", "As for influence; of several, the validation split chooses.")
 @_option("--kind", "final", "As for influence.", *KINDS)
 @_option("--repeats", 3, "Pairs of seeds to train again with, the recorded one first.")
@@ -240,7 +240,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
 @_option("--order-seed", 0, "As for train.")
 @click.pass_context
 def cleanse(context: click.Context, /, **options: Any) -> None:
-    """Drop (or relabel) the samples of lowest influence and train again; compare with random ones and highest losses.
+    """Drop (relabel, reweight) the samples of lowest influence, train again; compare with random and highest losses.
 
     The validation split chooses how many, the test split judges. Further options are settings of the workload, if it is
     to be trained first.
@@ -257,7 +257,7 @@ def cleanse(context: click.Context, /, **options: Any) -> None:
 @cli.command(context_settings=_TAKES_SETTINGS)
 @click.argument("target")
 @_option("--workload", "", "As for train; empty: the trajectory's own.")
-@click.option("--trust-workload", is_flag=True, help="Run the workload that the trajectory names, whatever that is.")
+@_TRUST
 @click.pass_context
 def verify(context: click.Context, target: str, workload: str, trust_workload: bool) -> None:
     """Check that a trajectory is whole and replays: TARGET is a run's id or a folder.

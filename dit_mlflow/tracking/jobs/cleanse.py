@@ -1,4 +1,4 @@
-"""The cleansing job: drop or relabel the samples that influence flags, train again, and test whether that helped."""
+"""The cleansing job: drop, relabel or reweight what influence flags, train again, and test whether that helped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from dit_mlflow.errors import InputError, TrainingError
 from dit_mlflow.evaluation.figures import LOSS, PRECISION, TEST, VALIDATION, VALIDATION_LOSS, figure_of
 from dit_mlflow.evaluation.trials import Cleansing, Outcome, Trial, untouched
-from dit_mlflow.explanation import cleansing_answer, cleansing_table, terminal_table
+from dit_mlflow.explanation import cleansing_answer, cleansing_table, paragraph, terminal_table
 from dit_mlflow.explanation.cleansing import ACTIONS, CleansingTask, parse_shares
 from dit_mlflow.influence import Influence, check_kind
 from dit_mlflow.progress import progress_bar
@@ -43,7 +43,7 @@ class CleansingRequest(Request):
             all of training.
         kind: default ``final``, the effect on the final model, which is the one to improve.
         drop: shares of the training samples to clean, separated by commas.
-        action: ``drop`` or ``relabel``.
+        action: ``drop``, ``relabel`` or ``reweight``.
         repeats: trainings per trial, each with its own pair of seeds: the recorded pair and those after it.
         draws: random draws of as many samples, for comparison; 0 = none.
         metric: to choose by (validation) and judge by (test); empty = ``accuracy`` if the workload has it, else
@@ -185,5 +185,6 @@ def _summary(cleansing: Cleansing, remarks: list[str], where: list[str]) -> str:
     legend = f"{gain.heading}: {gain.sentence}; means over seeds"
     if cleansing.corrupted:
         legend += f"; {PRECISION.heading}: {PRECISION.sentence}"
-    lines = ["", cleansing_answer(cleansing), *remarks, "", legend, "", terminal_table(table, headings), "", *where]
+    answer = map(paragraph, cleansing_answer(cleansing).split("\n"))
+    lines = ["", *answer, *remarks, "", legend, "", terminal_table(table, headings), "", *where]
     return "\n".join(lines)

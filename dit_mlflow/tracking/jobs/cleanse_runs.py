@@ -91,6 +91,8 @@ class CleansingRuns:
             columns["score"] = np.take_along_axis(trial.scores, trial.flagged, axis=1).ravel()
         if gallery.describe is not None:
             columns["sample"] = [gallery.describe(int(index)) for index in indices]
+        if trial.weights is not None:
+            columns["weight"] = np.take_along_axis(trial.weights, trial.flagged, axis=1).ravel()
         columns["label"] = [gallery.label_of(int(index)) for index in indices]
         if self.task.predicted is not None:
             columns["new_label"] = [self._names.get(int(found), str(found)) for found in self.task.predicted[indices]]
@@ -130,6 +132,8 @@ class CleansingRuns:
         taken: dict[str, object] = {"strategy": chosen.trial.strategy, "indices": indices.tolist()}
         if self.task.predicted is not None:
             taken["classes"] = self.task.predicted[indices].tolist()
+        if chosen.trial.weights is not None:
+            taken["weights"] = chosen.trial.weights[0, indices].tolist()
         mlflow.log_dict(taken, f"{self.done}_indices.json")
         with drawing("cleansing.png", run_id):
             log_plot(plot_cleansing(cleansing), "cleansing.png", run_id)

@@ -194,6 +194,26 @@ def test_windows_are_candidates_of_their_own(store: str) -> None:
     check_choice(parent, tried)
 
 
+def test_reweighting_lowers_the_losses_of_what_harms(store: str) -> None:
+    finished = cleanse(**QUICK, action="reweight", corrupt="0.2")
+    assert finished.exit_code == 0, finished.output
+    (parent,) = runs("cleansing")
+    assert parent.info.run_name == "reweight 10 20 % · cleanse mnist logreg"
+    tried = strategies()
+    ours, random = (table(tried[f"{way} 20 %"], "reweighted.json") for way in ("influence", "random"))
+    harm = (-ours["score"]).clip(lower=0)
+    np.testing.assert_allclose(ours["weight"], 1 - harm / harm.max(), atol=1e-6)
+    assert ours["weight"].min() == 0 and (ours["weight"] > 0).any()
+    for _, draw in random.groupby("draw"):
+        np.testing.assert_allclose(draw["weight"], ours["weight"], atol=1e-6)
+    figures = {name: run.data.metrics["test/loss"] for name, run in tried.items()}
+    assert len(set(figures.values())) == len(figures)
+    if parent.data.params["chosen.strategy"] != "no cleaning":
+        taken = mlflow.artifacts.load_dict(f"runs:/{parent.info.run_id}/reweighted_indices.json")
+        assert len(taken["weights"]) == len(taken["indices"]) and min(taken["weights"]) == 0
+    assert "multiplied by weights below 1" in parent.data.tags["mlflow.note.content"]
+
+
 def test_a_trial_that_fails_stops_nothing(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails_for_loss(trial: Any, *arguments: Any) -> Any:
         if trial.strategy == "loss":
