@@ -295,7 +295,9 @@ CORRUPTED_AMONG_WORST = Figure(
 )
 
 WINDOW_START = Figure("window_start", "from step", "first step of the window", "steps", None)
-WINDOW_END = Figure("window_end", "to step", "the step before which the window ends", "steps", None)
+WINDOW_END = Figure(
+    "window_end", "to step", "the step before which the window ends", "steps", None, (*ALONE, BY_WINDOW)
+)
 
 FIGURES: Mapping[str, Figure] = {found.name: found for found in globals().values() if isinstance(found, Figure)}
 """All of the above by name, in their order. A workload's own metrics are not among them."""

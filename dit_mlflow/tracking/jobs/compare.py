@@ -253,6 +253,7 @@ def _child(request: ComparisonRequest, name: str, training: ComparedTraining) ->
         "method": name,
         "training_run": training.run_id,
         "measures": request.estimators[name].measures,
+        "question": request.estimators[name].question,
     }
     tags = {KIND: "method", METHOD: name, TRAINING_RUN: training.run_id}
     try:

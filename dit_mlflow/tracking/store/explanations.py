@@ -136,8 +136,10 @@ def log_growing(explanation: Explanation, new: range, training_run_id: str) -> N
 def log_window_series(explanation: Explanation, all_figures: bool = False) -> None:
     """The figures of the windows as series on the active run, step = window index.
 
-    Interval bounds and levels of chance are left to the windows' own runs: they would clutter the charts.
+    With the windows' ends, over which the saved charts are drawn. Interval bounds and levels of chance are left to the
+    windows' own runs: they would clutter the charts.
     """
+    log_series(WINDOW_END.by_window, [window.end for window in explanation.windows])
     names = dict.fromkeys(name for metrics in explanation.per_window for name in metrics.values)
     for name in names:
         if not name.endswith(BESIDE) and (all_figures or by_default(BY_WINDOW + name)):
