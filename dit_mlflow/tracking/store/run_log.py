@@ -45,7 +45,9 @@ def experiment_of(training_run: str) -> Iterator[None]:
 
     An experiment that the user has chosen (variables, ``mlflow.set_experiment``, ``mlflow run``) stays.
     """
-    if os.environ.get(CHOSEN) or os.environ.get(CHOSEN_ID):
+    # On Databricks, an experiment's name is a path in the user's workspace.
+    chosen = os.environ.get(CHOSEN) or os.environ.get(CHOSEN_ID) or mlflow.get_tracking_uri().startswith("databricks")
+    if chosen:
         yield
         return
     name, value = CHOSEN, EXPERIMENT
