@@ -26,7 +26,7 @@ DONE = {"drop": "dropped", "relabel": "relabelled", "reweight": "reweighted"}
 
 ANSWERS = {"yes": "Cleaning helped", "no": "Cleaning did not help", "unclear": "Cleaning may have helped"}
 
-SURE = {"yes": "better", "no": "worse", "unclear": "within the noise of seeds and test samples"}
+SURE = {"yes": "better", "no": "worse", "unclear": "within the noise"}
 """What an interval says of a gain."""
 
 REMARK = {
@@ -53,7 +53,7 @@ def cleansing_answer(cleansing: Cleansing) -> str:
     else:
         what = f"{cleansing.action} {_samples(chosen)} by {chosen.trial.strategy}, as the validation split chose"
         took = [f"{n} {before.mean(n):.4f} to {chosen.mean(n):.4f}, {_gain(chosen, before, n)}" for n in names]
-        gains = f"On test, it takes {'; '.join(took)}; {_pairs(chosen)}."
+        gains = f"On test ({_pairs(chosen)}): {'; '.join(took)}."
     return "\n".join([f"{ANSWERS[cleansing.helped]}: {what}; {damaged}.", gains, *_beside(cleansing, names)])
 
 
@@ -79,10 +79,10 @@ def _beside(cleansing: Cleansing, names: Sequence[str]) -> list[str]:
         told = [f"{_figure(outcome, names[0])} with {_samples(outcome)}" for outcome in others]
         return [f"Of each strategy, the number that validation likes best gives {names[0]} {', '.join(told)}."]
     told = [
-        f"{_by(other)}: {'; '.join(f'{name} {_gain(chosen, other, name)}' for name in names)}"
+        f"{_by(other)}: {', '.join(f'{name} {_gain(chosen, other, name)}' for name in names)}"
         for other in sorted(others, key=lambda other: other.trial.strategy != RANDOM)
     ]
-    return [f"Against as many samples chosen otherwise, {'. '.join(told)}."]
+    return [f"Against as many samples {'; '.join(told)}."]
 
 
 def _by(outcome: Outcome) -> str:
@@ -119,14 +119,15 @@ def _gain(outcome: Outcome, other: Outcome, name: str) -> str:
     gain = outcome.gain(other)
     values = gain.values
     if name + LOW not in values:
-        return f"gain {values[name]:+.4f}"
+        return f"{values[name]:+.4f} (no interval)"
     ends = f"{values[name + LOW]:+.4f} to {values[name + HIGH]:+.4f}"
-    return f"gain {values[name]:+.4f} (95 % interval {ends}: {SURE[verdict(gain, name)]})"
+    return f"{values[name]:+.4f} ({ends}: {SURE[verdict(gain, name)]})"
 
 
 def _pairs(outcome: Outcome) -> str:
     pairs = next(iter(outcome.figures.values())).shape[1]
-    return "one pair of seeds, so that there is no interval" if pairs == 1 else f"{pairs} pairs of seeds"
+    seeds = "one pair of seeds" if pairs == 1 else f"{pairs} pairs of seeds"
+    return f"{seeds}; gains, positive = better, with 95 % intervals"
 
 
 def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = ()) -> str:

@@ -92,11 +92,11 @@ def test_the_answer_says_what_was_chosen_what_came_of_it_and_what_else() -> None
         "Cleaning helped: drop 5 samples (5 %) by influence, as the validation split chose; "
         "3 of the 5 are truly damaged, of 4 damaged ones in the training set."
     )
-    assert gains.startswith("On test, it takes test/accuracy 0.6000 to 0.7000, gain +0.1000 (95 % interval +0.0")
-    assert ": better); test/loss 0.6000 to 0.7000, gain -0.1000" in gains
-    assert gains.endswith(": worse); 3 pairs of seeds.")
-    assert "at random: test/accuracy gain +0.1200" in others
-    assert "by loss: test/accuracy gain +0.0800" in others
+    assert gains.startswith("On test (3 pairs of seeds; gains, positive = better, with 95 % intervals): test/accuracy ")
+    assert "test/accuracy 0.6000 to 0.7000, +0.1000 (+0.09" in gains
+    assert ": better); test/loss 0.6000 to 0.7000, -0.1000 (-0.1" in gains and gains.endswith(": worse).")
+    assert others.startswith("Against as many samples at random: test/accuracy +0.1200 (+0.1")
+    assert "; by loss: test/accuracy +0.0800 (+0.0" in others
 
 
 def test_the_answer_says_plainly_that_cleaning_did_not_help() -> None:
@@ -153,7 +153,7 @@ def test_a_gain_without_an_interval_says_how_many_trainings_it_is_of() -> None:
     """One test sample has no spread, however many pairs of seeds there are."""
     found = cleansing()
     one = [Outcome(o.trial, o.figures, {name: x[:1] for name, x in o.by_sample.items()}) for o in found.outcomes]
-    assert "gain +0.1000; test/loss 0.6000 to 0.7000, gain -0.1000; 3 pairs of seeds." in cleansing_answer(
+    assert "0.7000, +0.1000 (no interval); test/loss 0.6000 to 0.7000, -0.1000 (no interval)." in cleansing_answer(
         Cleansing(tuple(one), "accuracy", "drop")
     )
 
@@ -188,4 +188,4 @@ def test_where_the_metric_cannot_tell_the_loss_does(loss: float, helped: str, sa
     assert found.helped == helped
     what, gains = cleansing_answer(found).split("\n")
     assert what.startswith(f"Cleaning {said}: ")
-    assert f": within the noise of seeds and test samples); test/loss 0.6000 to {loss:.4f}" in gains
+    assert f": within the noise); test/loss 0.6000 to {loss:.4f}" in gains
