@@ -162,7 +162,7 @@ def windows_view(run: Run) -> View:
 
 
 def methods_view(run: Run) -> View:
-    """The methods of a comparison side by side, the best first: over windows, and against cost."""
+    """The methods of a comparison side by side, the best first: over windows, in two tests, and against cost."""
     whole = [figure.name for figure in (SPEARMAN, PEARSON, LDS, AUROC)]
     cost = INFLUENCE_SECONDS.name
     return _children_view(
@@ -171,6 +171,7 @@ def methods_view(run: Run) -> View:
         charts=(
             over_windows(SPEARMAN),
             over_windows(AUROC),
+            scatter("Leave-one-out against LDS", LDS.name, SPEARMAN.name),
             scatter("Agreement against cost", cost, SPEARMAN.name),
             parallel(["method"], [cost, SPEARMAN.name]),
             *map(bar_chart, whole),
