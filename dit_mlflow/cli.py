@@ -298,11 +298,11 @@ def register(**options: Any) -> None:
 @click.pass_context
 def ui(context: click.Context) -> None:
     """Start MLflow's UI on the results; the options are those of mlflow ui (--port, --host …)."""
-    import mlflow
+    from dit_mlflow.tracking.ui.links import store_uri
 
-    results = {"MLFLOW_BACKEND_STORE_URI": mlflow.get_tracking_uri()}
-    if results["MLFLOW_BACKEND_STORE_URI"].startswith("http"):
-        raise click.ClickException(told(f"results are on a server: open {masked(mlflow.get_tracking_uri())}"))
+    results = {"MLFLOW_BACKEND_STORE_URI": store_uri()}
+    if store_uri().startswith("http"):
+        raise click.ClickException(told(f"results are on a server: open {masked(store_uri())}"))
     command = [sys.executable, "-m", "mlflow", "ui", *context.args]
     if os.name != "nt":
         # In place of this process, so that signals reach the server.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +20,7 @@ from test_influence_job import SMALL, artifact_names, check_figures, children, e
 from dit_mlflow import methods
 from dit_mlflow.cli import cli
 from dit_mlflow.explanation.over_seeds import summarised
-from dit_mlflow.methods import NAMES, method
+from dit_mlflow.methods import NAMES
 from dit_mlflow.methods.at_window_end import Loss
 from dit_mlflow.tracking import load_influence
 from dit_mlflow.tracking.jobs.compare import ComparisonRequest
@@ -61,10 +62,12 @@ def test_all_methods_from_its_entry_point(store: str) -> None:
     table = mlflow.load_table("comparison.json", run_ids=[parent.info.run_id])
     assert list(table["method"]) == list(NAMES)
     assert "Spearman" in finished.stdout
-    cheap = table[~table["method"].isin([name for name in NAMES if method(name).retrains])]
-    best = cheap.loc[cheap["spearman"].idxmax(), "method"].replace("_", "\\_")
-    answer, _, rest = parent.data.tags["mlflow.note.content"].partition("best with exact leave")
-    assert best in answer
+    judged = table[table["method"] != "leave_one_out"].set_index("method")
+    answer, _, rest = parent.data.tags["mlflow.note.content"].partition("They answer different questions")
+    first, _, second = answer.partition("without a random share")
+    for figure, part in (("spearman", first), ("lds", second)):
+        assert re.search(rf"nearest come {judged[figure].idxmax()} [01]\.", part), answer
+    assert "the removal of many samples at once (expected, removal, downsampling, datamodel and 1 more)" in rest
     assert len(parent.data.tags["mlflow.note.content"]) < 8000
     assert rest.count("\n| ") == len(NAMES) + 2
     check_figures("ground_truth/lds_low", "cost/cpu_seconds", "by_window/ground_truth/jaccard_bottom_30")
