@@ -30,7 +30,7 @@ def test_windows_of_a_run(page, site, shot, names) -> None:
     page.goto(printed(site.world.said, "windows", site))
     expect(page.get_by_text("5 matching runs")).to_be_visible()
     section = page.get_by_test_id("experiment-view-compare-runs-section-header").first
-    expect(section).to_have_text(re.compile(r"Windows of local 5 windows · influence mnist logreg\s*\(4\)"))
+    expect(section).to_have_text(re.compile(r"Windows of local 5 windows · influence mnist logreg\s*\(5\)"))
     assert names() == WINDOWS
     bars = card(page, "ground_truth/spearman").locator(".bartext")
     expect(bars).to_have_count(5)
@@ -38,8 +38,9 @@ def test_windows_of_a_run(page, site, shot, names) -> None:
     logged = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
     # From bottom to top; the UI shows two decimals.
     assert numbers(bars.all_text_contents()) == pytest.approx(logged[::-1], abs=0.0051)
+    # Below the others, it is drawn when it is looked at.
+    card(page, "Parallel Coordinates").scroll_into_view_if_needed()
     axes = card(page, "Parallel Coordinates").locator(".parcoords")
-    axes.scroll_into_view_if_needed()
     expect(axes).to_be_visible()
     for axis in ("window_start", "detection/auroc"):
         expect(axes.get_by_text(axis)).to_be_visible()
