@@ -38,9 +38,8 @@ def test_windows_of_a_run(page, site, shot, names) -> None:
     logged = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
     # From bottom to top; the UI shows two decimals.
     assert numbers(bars.all_text_contents()) == pytest.approx(logged[::-1], abs=0.0051)
-    # Below the others, it is drawn when it is looked at.
-    card(page, "Parallel Coordinates").scroll_into_view_if_needed()
     axes = card(page, "Parallel Coordinates").locator(".parcoords")
+    axes.scroll_into_view_if_needed()
     expect(axes).to_be_visible()
     for axis in ("window_start", "detection/auroc"):
         expect(axes.get_by_text(axis)).to_be_visible()

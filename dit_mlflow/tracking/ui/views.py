@@ -152,11 +152,11 @@ def windows_view(run: Run) -> View:
     """The windows of an influence run side by side."""
     agreement = SPEARMAN if SPEARMAN.name in run.data.metrics else TRUST_SPEARMAN
     found = [figure.name for figure in (REMOVAL_LDS, agreement, AUROC, RECALL_AT_K) if figure.name in run.data.metrics]
-    axes = (agreement.name, AUROC.name)
+    axes, bars = (agreement.name, AUROC.name), [bar_chart(name) for name in found]
     return _children_view(
         run,
         "Windows",
-        charts=(*map(bar_chart, found), parallel([], [WINDOW_START.name, *(name for name in found if name in axes)])),
+        charts=(*bars[:2], parallel([], [WINDOW_START.name, *(name for name in found if name in axes)]), *bars[2:]),
         columns=_metrics(WINDOW_START.name, WINDOW_END.name, *found),
         order=f"metrics.{WINDOW_START.name}",
     )
