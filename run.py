@@ -18,25 +18,24 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE / ".venv"
 SCRIPTS = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = SCRIPTS / ("python.exe" if os.name == "nt" else "python")
-MLFLOW = ["-m", "mlflow"]
+JOBS = ("influence", "explain", "evaluate", "compare", "cleanse", "register", "train", "follow", "verify", "ui")
+"""Commands of ``dit-mlflow``."""
 COMMANDS = {
-    "influence": [*MLFLOW, "run", str(HERE), "-e", "influence", "--env-manager", "local"],
-    "compare": [*MLFLOW, "run", str(HERE), "-e", "compare", "--env-manager", "local"],
-    "cleanse": [*MLFLOW, "run", str(HERE), "-e", "cleanse", "--env-manager", "local"],
-    "reproduce": [*MLFLOW, "run", str(HERE), "-e", "reproduce", "--env-manager", "local"],
-    "register": [*MLFLOW, "run", str(HERE), "-e", "register", "--env-manager", "local"],
-    "ui": [*MLFLOW, "ui"],
+    **{job: ["-m", "dit_mlflow.cli", job] for job in JOBS},
+    "reproduce": ["-m", "mlflow", "run", str(HERE), "-e", "reproduce", "--env-manager", "local"],
     "test": ["-m", "pytest"],
     "docs": ["-m", "sphinx", "-W", "--keep-going", "-b", "html", str(HERE / "docs"), str(HERE / "build" / "docs")],
     "setup": ["-c", "pass"],
 }
 USAGE = """usage: python3 run.py COMMAND [ARGUMENT ...]
 
-  influence [-P name=value ...]   the main job: train, compute influence per window, log everything to MLflow
+  influence [-P name=value ...]   the main job: train, compute influence per window, log everything (or: explain)
+  evaluate -P scores=FILE.csv     scores computed elsewhere, held against exact retraining
   compare [-P name=value ...]     methods side by side: fidelity, detection, cost
   cleanse [-P name=value ...]     drop the samples that influence flags, train again, see whether it helped
   reproduce [-P name=value ...]   the paper's tables, on its data: docs/reproduction.md
   register -P name=value ...      keep influence with the model: influence_run=ID and model_name=NAME
+  train, follow, verify           as dit-mlflow: docs/commands.md
   ui [--port N ...]               the MLflow UI on those results
   test [pytest argument ...]      the tests
   docs [sphinx argument ...]      this project's pages as a site, in build/docs; runs the tutorial, fails on warnings
@@ -52,7 +51,14 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     name, *rest = arguments
-    extras = {"test": "[dev]", "setup": "[dev]", "docs": "[docs]", "compare": "[methods]", "reproduce": "[methods]"}
+    extras = {
+        "test": "[dev]",
+        "setup": "[dev]",
+        "docs": "[docs]",
+        "compare": "[methods]",
+        "evaluate": "[methods]",
+        "reproduce": "[methods]",
+    }
     set_up(extras.get(name, ""))
     environment = {
         "MLFLOW_TRACKING_URI": f"sqlite:///{(HERE / 'mlflow.db').as_posix()}",
@@ -62,15 +68,29 @@ def main(arguments: list[str]) -> int:
     }
     if name == "test":
         environment.pop("MLFLOW_TRACKING_URI")
-    if "run" in COMMANDS[name]:
+    if name in JOBS:
         # What people are told to run next is then written so too.
         environment["DIT_CALLED_AS"] = shlex.join(["python3", sys.argv[0]])
+        rest = with_options(rest)
     command = [str(PYTHON), *COMMANDS[name], *rest]
     os.chdir(HERE)
     if os.name != "nt":
         # In place of this process, so that signals reach the command.
         os.execve(command[0], command, environment)
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def with_options(arguments: list[str]) -> list[str]:
+    """``-P name=value`` as the option ``--name=value``; the rest as it is."""
+    found, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "-P" and rest and "=" in rest[0]:
+            name, _, value = rest.pop(0).partition("=")
+            found.append(f"--{name.replace('_', '-')}={value}")
+        else:
+            found.append(argument)
+    return found
 
 
 def set_up(extras: str) -> None:

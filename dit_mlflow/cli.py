@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import re
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,20 +27,30 @@ KINDS = ("local", "final", "cumulative")
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
-_TRUST = click.option(
+
+def _switch(name: str, text: str) -> Callable[..., Any]:
+    """An option that is true when it is given, and takes ``true`` and ``false`` as MLproject gives them."""
+    return click.option(name, type=bool, is_flag=False, flag_value="true", default=False, help=text)
+
+
+_TRUST = _switch(
     "--trust-workload",
-    type=bool,
-    is_flag=False,
-    flag_value="true",
-    default=False,
-    help="Run the workload that the run names, though you do not name it and it does not come with the package.",
+    "Run the workload that the run names, though you do not name it and it does not come with the package.",
 )
+_ALL_FIGURES = _switch("--all-figures", "Log every figure, not only those of docs/figures.md that are default.")
+
+
+class _Choice(click.Choice[str]):
+    """Choices for help and completion. Any text is taken: the job refuses it, and says so on a run that there is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
 
 
 def _option(name: str, default: Any, text: str, *choices: str) -> Callable[..., Any]:
-    """An option of a job; what is empty by default says so in its text. A job refuses a choice that is none."""
-    shown = f"[{'|'.join(choices)}]" if choices else None
-    return click.option(name, default=default, show_default=default != "", metavar=shown, help=text)
+    """An option of a job; what is empty by default says so in its text."""
+    kind = _Choice(choices) if choices else None
+    return click.option(name, default=default, show_default=default != "", type=kind, help=text)
 
 
 _QUESTION = (
@@ -50,7 +61,9 @@ _QUESTION = (
     _option(
         "--kind", "local", "Removed in the window and asked at its end; asked at the end; removed from step 0.", *KINDS
     ),
+    _option("--query", "", "Of what, instead of the mean validation loss: class:NAME, sample:3, …; docs/commands.md."),
     _option("--ground-truth", "all", "Samples checked by exact leave-one-out: all, none, a number."),
+    _ALL_FIGURES,
     _option("--init-seed", 0, "As for train; of the first training, if there are several."),
     _option("--order-seed", 0, "As for train; of the first training, if there are several."),
 )
@@ -66,7 +79,8 @@ def _asks(job: Callable[..., Any]) -> Callable[..., Any]:
 @click.group(context_settings={"show_default": True})
 @click.version_option(__version__, prog_name="dit-mlflow")
 def cli() -> None:
-    """Which training samples did this, and when? Results go to MLflow (MLFLOW_TRACKING_URI).
+    """Which training samples did this, and when? Results go to MLflow (MLFLOW_TRACKING_URI), to the experiment that
+    MLFLOW_EXPERIMENT_NAME names, to that of the training run, or to dit-mlflow.
 
     Exit codes: 0, done; 1, the job failed, was interrupted, or refused what it was given, and says why; 2, unknown
     option; 143, ended by SIGTERM.
@@ -122,7 +136,11 @@ def influence(context: click.Context, /, **options: Any) -> None:
 
         return main_job(Request(settings=parse_settings(context.args), **options), project_run_id)
 
-    run_job("influence", job, "training", "influence", "logging", "drawing")
+    run_job("influence", job, "training", "influence", "logging", "drawing", beside=options["training_run"])
+
+
+# One job, two words for it: that of the library's explain(), and that of the runs it makes.
+cli.add_command(influence, "explain")
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
@@ -146,7 +164,45 @@ def follow(context: click.Context, /, **options: Any) -> None:
 
         return follow_job(FollowRequest(settings=parse_settings(context.args), **options), project_run_id)
 
-    run_job("influence", job)
+    run_job("influence", job, beside=options["training_run"])
+
+
+_TRUTH = (
+    _option("--subsets", 32, "Trainings on random subsets, for the linear datamodeling score; 0: none."),
+    _option("--removed", 0.5, "Share of the samples that each of them leaves out."),
+    _option("--jobs", 1, "Processes for the ground truth, one thread each."),
+    _option("--backend", "", "Of joblib: loky, dask or ray."),
+)
+
+
+def _held_against_truth(job: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that compare and evaluate share."""
+    for option in reversed(_TRUTH):
+        job = option(job)
+    return job
+
+
+@cli.command(context_settings=_TAKES_SETTINGS)
+@_asks
+@_option("--scores", "", "CSV files (sample_index, score) with commas between.")
+@_held_against_truth
+@click.pass_context
+def evaluate(context: click.Context, /, **options: Any) -> None:
+    """Hold scores computed elsewhere against exact retraining; a child run for each file.
+
+    What compare does with --scores, without our methods. Further options are settings of the workload, if it is to be
+    trained first.
+    """
+
+    def job(project_run_id: str | None) -> str:
+        from dit_mlflow.tracking.jobs.compare import ComparisonRequest, compare_job
+
+        if not options["scores"].strip():
+            raise InputError("evaluate needs scores: CSV files with the columns sample_index and score")
+        request = ComparisonRequest(methods="", settings=parse_settings(context.args), **options)
+        return compare_job(request, project_run_id)
+
+    run_job("comparison", job, "training", "ground truth", "comparing", beside=options["training_run"])
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
@@ -154,10 +210,7 @@ def follow(context: click.Context, /, **options: Any) -> None:
 @_option("--methods", "all", "Names with commas between, or all.")
 @_option("--scores", "", "CSV files (sample_index, score) of scores computed elsewhere, to compare.")
 @_option("--seeds", 1, "Trainings to compare on.")
-@_option("--subsets", 32, "Trainings on random subsets, for the linear datamodeling score; 0: none.")
-@_option("--removed", 0.5, "Share of the samples that each of them leaves out.")
-@_option("--jobs", 1, "Processes for the ground truth, one thread each.")
-@_option("--backend", "", "Of joblib: loky, dask or ray.")
+@_held_against_truth
 @click.pass_context
 def compare(context: click.Context, /, **options: Any) -> None:
     """Compare methods on one trajectory, or on several seeds: fidelity, detection and cost; a child run each.
@@ -170,26 +223,27 @@ def compare(context: click.Context, /, **options: Any) -> None:
 
         return compare_job(ComparisonRequest(settings=parse_settings(context.args), **options), project_run_id)
 
-    run_job("comparison", job, "training", "ground truth", "comparing")
+    run_job("comparison", job, "training", "ground truth", "comparing", beside=options["training_run"])
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
 @_option("--training-run", "", "Run with a trajectory; empty: train first.")
 @_option("--workload", "", "As for train; empty: the training run's own, or projects/mnist.")
 @_TRUST
-@click.option("--drop", default="0.05,0.1,0.2,0.3", help="Shares of the training samples, with commas between.")
-@_option("--action", "drop", "Relabelling is by cross-validated predictions.", "drop", "relabel")
+@_option("--drop", "0.05,0.1,0.2,0.3", "Shares of the training samples, with commas between.")
+@_option("--action", "drop", "Relabel: by cross-validation; reweight: by harm.", "drop", "relabel", "reweight")
 @_option("--windows", "1", "As for influence; of several, the validation split chooses.")
 @_option("--kind", "final", "As for influence.", *KINDS)
 @_option("--repeats", 3, "Pairs of seeds to train again with, the recorded one first.")
 @_option("--draws", 5, "Random draws of as many samples, for comparison; 0: none.")
 @_option("--metric", "", "To choose and judge by; empty: accuracy if there is one, else loss.")
+@_ALL_FIGURES
 @_option("--memory-mb", 0, "MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
 @_option("--init-seed", 0, "As for train.")
 @_option("--order-seed", 0, "As for train.")
 @click.pass_context
 def cleanse(context: click.Context, /, **options: Any) -> None:
-    """Drop (or relabel) the samples of lowest influence and train again; compare with random ones and highest losses.
+    """Drop (relabel, reweight) the samples of lowest influence, train again; compare with random and highest losses.
 
     The validation split chooses how many, the test split judges. Further options are settings of the workload, if it is
     to be trained first.
@@ -200,13 +254,13 @@ def cleanse(context: click.Context, /, **options: Any) -> None:
 
         return cleanse_job(CleansingRequest(settings=parse_settings(context.args), **options), project_run_id)
 
-    run_job("cleansing", job, "training", "influence", "cleansing")
+    run_job("cleansing", job, "training", "influence", "cleansing", beside=options["training_run"])
 
 
 @cli.command(context_settings=_TAKES_SETTINGS)
 @click.argument("target")
 @_option("--workload", "", "As for train; empty: the trajectory's own.")
-@click.option("--trust-workload", is_flag=True, help="Run the workload that the trajectory names, whatever that is.")
+@_TRUST
 @click.pass_context
 def verify(context: click.Context, target: str, workload: str, trust_workload: bool) -> None:
     """Check that a trajectory is whole and replays: TARGET is a run's id or a folder.
@@ -240,7 +294,23 @@ def register(**options: Any) -> None:
 
         return register_job(RegistrationRequest(**options), project_run_id)
 
-    run_job("registration", job)
+    run_job("registration", job, beside=options["influence_run"])
+
+
+@cli.command(context_settings=_TAKES_SETTINGS | {"help_option_names": []})
+@click.pass_context
+def ui(context: click.Context) -> None:
+    """Start MLflow's UI on the results; the options are those of mlflow ui (--port, --host …)."""
+    from dit_mlflow.tracking.ui.links import store_uri
+
+    results = {"MLFLOW_BACKEND_STORE_URI": store_uri()}
+    if store_uri().startswith("http"):
+        raise click.ClickException(told(f"results are on a server: open {masked(store_uri())}"))
+    command = [sys.executable, "-m", "mlflow", "ui", *context.args]
+    if os.name != "nt":
+        # In place of this process, so that signals reach the server.
+        os.execve(command[0], command, {**results, **os.environ})
+    raise SystemExit(subprocess.run(command, env={**results, **os.environ}, check=False).returncode)
 
 
 def _say(line: str) -> None:
@@ -260,10 +330,13 @@ def parse_settings(arguments: Sequence[str]) -> dict[str, str]:
     return settings
 
 
-def run_job(kind: str, job: Callable[[str | None], str], *titles: str) -> None:
+def run_job(kind: str, job: Callable[[str | None], str], *titles: str, beside: str = "") -> None:
     """Run a job and print what it says; if it fails, exit code 1, a clear message and no run left RUNNING.
 
-    ``titles``: the job's phases, after the imports.
+    Args:
+        kind, job: what it is called, and does, given the run that ``mlflow run`` made.
+        titles: the job's phases, after the imports.
+        beside: the run whose experiment the job's runs belong to, unless the user has chosen one.
     """
     # Made by ``mlflow run`` for this process; taken away, so that later runs do not attach to it by accident.
     project_run_id = os.environ.pop("MLFLOW_RUN_ID", None)
@@ -271,7 +344,10 @@ def run_job(kind: str, job: Callable[[str | None], str], *titles: str) -> None:
     with ending_on_signals(imports=project_run_id is None):
         try:
             with phases(*titles):
-                said = job(project_run_id)
+                from dit_mlflow.tracking.store.run_log import experiment_of
+
+                with experiment_of(beside):
+                    said = job(project_run_id)
             click.echo("\n".join(map(told, said.split("\n"))))
         except BaseException as error:
             message = _message(error)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dit_mlflow.evaluation.figures import FIGURES, Figure
+from dit_mlflow.evaluation.figures import ATTAINABLE, BY_WINDOW, CHANCE, FIGURES, HIGH, LOW, Figure
 
 DIRECTION = {True: "higher", False: "lower", None: "–"}
+
+FORMS = {"": "itself", LOW: f"`…{LOW}`", HIGH: f"`…{HIGH}`", CHANCE: f"`…{CHANCE}`", BY_WINDOW: f"`{BY_WINDOW}…`"}
+FORMS[ATTAINABLE] = f"`{ATTAINABLE}…`"
 
 HEAD = """# Every figure that is logged
 
@@ -32,8 +35,13 @@ names are made of a figure's:
 `validation/…` and `test/…` are also the metrics of a workload, by the names that `Workload.metrics` gives them, such as
 `accuracy`: means over the split, of which higher is taken to be better.
 
-| name | heading | unit | better | what it says |
-|---|---|---|---|---|
+**Default** are the names in the column of that heading (itself: the figure's own name); one with two of these forms,
+such as `by_window/ground_truth/attainable_spearman`, is not. `-P all_figures=true` (`--all-figures`) logs all of
+them. The tables `windows.json`, `comparison.json` and `cleansing.json` hold all figures of windows, methods and trials,
+whatever is logged. A correlation over fewer than 10 samples is never logged; the tag says so.
+
+| name | heading | unit | better | default | what it says |
+|---|---|---|---|---|---|
 """
 
 
@@ -44,7 +52,8 @@ def page() -> str:
 
 def _row(figure: Figure) -> str:
     better = DIRECTION[figure.higher_is_better]
-    return f"| `{figure.name}` | {figure.heading} | {figure.unit or '–'} | {better} | {figure.sentence} |\n"
+    default = ", ".join(FORMS[form] for form in figure.forms if form in FORMS) or "–"
+    return f"| `{figure.name}` | {figure.heading} | {figure.unit or '–'} | {better} | {default} | {figure.sentence} |\n"
 
 
 if __name__ == "__main__":

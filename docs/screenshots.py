@@ -87,8 +87,10 @@ def look(page: Any, jobs: Jobs, training: str, registered: str) -> None:
     page.get_by_text("Show more").click()
     picture(page, "note")
 
-    visit(page, f"{runs}?{MODE}", "influence mnist dnn local")
-    row = page.get_by_role("row").filter(has=page.get_by_role("link", name="influence mnist dnn local", exact=True))
+    visit(page, f"{runs}?{MODE}", "local 5 windows · influence mnist dnn")
+    row = page.get_by_role("row").filter(
+        has=page.get_by_role("link", name="local 5 windows · influence mnist dnn", exact=True)
+    )
     row.get_by_role("button").click()
     page.get_by_text("w00 0-16").wait_for()
     picture(page, "runs")

@@ -174,7 +174,8 @@ def test_every_public_name_has_its_place_in_the_reference() -> None:
 
 def test_every_parameter_of_every_command_is_described() -> None:
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text("commands.md"), re.DOTALL | re.M))
-    for name, command in cli.commands.items():
+    for command in cli.commands.values():
+        name = str(command.name)  # That of influence has two.
         told = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", sections[name], re.M)))
         assert sorted(told) == sorted(str(parameter.name) for parameter in command.params), name
 

@@ -96,22 +96,25 @@ def relabelled(
     return found
 
 
-def sample_classes(workload: Workload) -> np.ndarray:
-    """The class of each training sample's label, ``[n]``, numbered from 0.
+def sample_classes(workload: Workload, dataset: Dataset[Any] | None = None) -> np.ndarray:
+    """The class of each sample's label, ``[n]``, numbered from 0; ``dataset``: default the training set.
 
     Raises:
         UnsupportedError: labels, or outputs, are not those of a classification.
 
-    Cost: reads the training set once, and calls the model on one sample.
+    Cost: reads the set once, and calls the model on one sample.
     """
-    size = workload.num_samples
+    samples = workload.train_set if dataset is None else dataset
+    size = len(samples)  # type: ignore[arg-type]
     with preserved_random_state(), torch.no_grad():
         model = workload.build_model().eval()
         first = to_like(workload.batch([0]), floating_one(model.parameters()).device, None)
         try:
             count = workload.class_logits(model, first, 1).shape[1]
             parts = np.array_split(np.arange(size), -(-size // CHUNK))
-            return np.concatenate([workload.class_labels(workload.batch(part), count).cpu().numpy() for part in parts])
+            return np.concatenate(
+                [workload.class_labels(workload.unvarying(samples, part), count).cpu().numpy() for part in parts]
+            )
         except Exception as error:  # Of whatever kind: data that is no classification can have any shape.
             raise UnsupportedError(f"the training samples have no classes: {type(error).__name__}: {error}") from error
 

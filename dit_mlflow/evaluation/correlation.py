@@ -19,26 +19,27 @@ TOP_SHARE = 0.3
 RESAMPLES = 200
 """Bootstrap samples behind an interval."""
 
-FEWEST = 8
-"""Fewest samples with an interval; of three points, most resamples are lines, and it would be [1, 1]."""
+FEWEST = 10
+"""Fewest samples of a correlation that is logged or told: of fewer, chance alone makes large ones."""
 
 
-def correlations(estimate: np.ndarray, truth: np.ndarray) -> Metrics:
+def correlations(estimate: np.ndarray, truth: np.ndarray, fewest: int = 2) -> Metrics:
     """``pearson``, ``spearman``, ``kendall`` (tau-b), ``jaccard_30`` and ``jaccard_bottom_30`` between score vectors.
 
     Args:
         estimate, truth: ``[samples]``; samples where either is NaN are left out.
+        fewest: samples that must be left; what is logged or told has :data:`FEWEST`.
 
     Returns:
         Each in [-1, 1], Jaccard in [0, 1]: the overlap of the two sets of the 30 % highest (lowest) scores. Equal
         scores at a set's bound belong to it at random, independently in the two vectors: with the expected number
         :math:`m` of shared samples among :math:`k` each, the index is :math:`m / (2 k - m)`. So it does not depend on
         the order of the samples, and scores that tie there agree with themselves by less than 1. Undefined, with the
-        reason, for fewer than 2 samples, and for scores that are constant but for rounding.
+        reason, for fewer than ``fewest`` samples, and for scores that are constant but for rounding.
     """
     known = np.isfinite(estimate) & np.isfinite(truth)
     estimate, truth = estimate[known], truth[known]
-    reason = _why_undefined(estimate, truth)
+    reason = _why_undefined(estimate, truth, fewest)
     if reason is not None:
         return Metrics(undefined=dict.fromkeys(MEASURES, reason))
     return Metrics({name: float(_MEASURES[name](estimate[None], truth[None])[0]) for name in MEASURES})
@@ -61,11 +62,11 @@ def correlation_intervals(
         names: of the correlations to give; default: all.
 
     Returns:
-        ``(low, high)`` by name; nothing where the correlation is undefined, nor for fewer than :data:`FEWEST` samples.
-        Resamples without variation are left out.
+        ``(low, high)`` by name; nothing for fewer than :data:`FEWEST` samples, and where undefined. Resamples
+        without variation are left out.
     """
     known = np.flatnonzero(np.isfinite(estimate) & np.isfinite(truth))
-    if len(known) < FEWEST or _why_undefined(estimate[known], truth[known]) is not None:
+    if _why_undefined(estimate[known], truth[known], FEWEST) is not None:
         return {}
     drawn = np.random.default_rng(seed).choice(known, size=(resamples, len(known)))
     estimates, truths = estimate[drawn], truth[drawn]
@@ -87,11 +88,13 @@ def correlations_with_intervals(
 ) -> Metrics:
     """What :func:`correlations` gives, each with ``_low`` and ``_high`` from :func:`correlation_intervals`.
 
+    Undefined, with the reason, for fewer than :data:`FEWEST` samples.
+
     Args:
         estimate, truth, resamples, confidence: as there.
         names: of the correlations to give; default: all.
     """
-    found = correlations(estimate, truth).only(*(MEASURES if names is None else names))
+    found = correlations(estimate, truth, FEWEST).only(*(MEASURES if names is None else names))
     intervals = correlation_intervals(estimate, truth, confidence, resamples, names=names)
     bounds = {
         name + end: bound
@@ -101,9 +104,9 @@ def correlations_with_intervals(
     return Metrics({**found.values, **bounds}, found.undefined)
 
 
-def _why_undefined(estimate: np.ndarray, truth: np.ndarray) -> str | None:
-    if len(estimate) < 2:
-        return f"{len(estimate)} samples have both an estimate and ground truth; at least 2 are needed"
+def _why_undefined(estimate: np.ndarray, truth: np.ndarray, fewest: int) -> str | None:
+    if len(estimate) < fewest:
+        return f"{len(estimate)} samples have both an estimate and ground truth; at least {fewest} are needed"
     for name, values in (("estimated", estimate), ("ground truth", truth)):
         if (values == values[0]).all():
             return f"all {len(values)} {name} scores are equal"

@@ -38,6 +38,15 @@ ROWS = "dit/"
 ATTAINABLE = "attainable_"
 """Before the leaf of an agreement with exact retraining: that of exact retraining, as recorded, with itself."""
 
+ALONE = ("", BY_FRACTION, BEFORE)
+"""Forms in which most figures are logged by default: what stands around the name, if anything."""
+
+BOUNDED = (*ALONE, LOW, HIGH)
+"""As :data:`ALONE`, and the ends of the interval."""
+
+RARELY: tuple[str, ...] = ()
+"""Forms of a figure that is logged only where all figures are asked for."""
+
 VALIDATION, TEST = "validation/", "test/"
 """Before a metric of a workload: the data that it is of."""
 
@@ -55,6 +64,7 @@ class Figure:
         sentence: what it says, as a legend has it behind heading and colon.
         unit: :data:`SHARE`, ``seconds``, ``MiB``, ``samples``, ``steps``; empty for a plain number.
         higher_is_better: ``None`` where neither is better.
+        forms: of its name that are logged by default (:func:`by_default`): what stands around it, ``""`` for nothing.
     """
 
     name: str
@@ -62,6 +72,7 @@ class Figure:
     sentence: str
     unit: str = ""
     higher_is_better: bool | None = True
+    forms: tuple[str, ...] = ALONE
 
     @property
     def group(self) -> str:
@@ -102,11 +113,11 @@ class Figure:
     def gain(self) -> Figure:
         """The improvement by cleaning; higher is better, for a loss too."""
         sentence = f"of {self.heading} over that without cleaning, positive = better"
-        return Figure(GAIN + self.name, "gain", sentence, unit=self.unit)
+        return Figure(GAIN + self.name, "gain", sentence, unit=self.unit, forms=BOUNDED)
 
 
-def _seconds(name: str, heading: str, sentence: str) -> Figure:
-    return Figure(name, heading, sentence, "seconds", False)
+def _seconds(name: str, heading: str, sentence: str, forms: tuple[str, ...] = ALONE) -> Figure:
+    return Figure(name, heading, sentence, "seconds", False, forms)
 
 
 def _count(name: str, heading: str, sentence: str) -> Figure:
@@ -114,53 +125,69 @@ def _count(name: str, heading: str, sentence: str) -> Figure:
 
 
 SPEARMAN = Figure(
-    "ground_truth/spearman", "Spearman", "agreement of the scores with exact retraining without each sample, by rank"
+    "ground_truth/spearman",
+    "Spearman",
+    "agreement of the scores with exact retraining without each sample, by rank",
+    forms=(*BOUNDED, BY_WINDOW, ATTAINABLE),
 )
 PEARSON = Figure(
-    "ground_truth/pearson", "Pearson", "agreement of the scores with exact retraining without each sample, by value"
+    "ground_truth/pearson",
+    "Pearson",
+    "agreement of the scores with exact retraining without each sample, by value",
+    forms=(*ALONE, BY_WINDOW),
 )
 KENDALL = Figure(
     "ground_truth/kendall",
     "Kendall",
     "agreement of the scores with exact retraining without each sample, by the order within pairs of samples (tau-b)",
+    forms=RARELY,
 )
 JACCARD_30 = Figure(
     "ground_truth/jaccard_30",
     "Jaccard of the highest 30 %",
     "overlap of the 30 % of the samples that help most with those by exact retraining",
     SHARE,
+    forms=RARELY,
 )
 JACCARD_BOTTOM_30 = Figure(
     "ground_truth/jaccard_bottom_30",
     "Jaccard of the lowest 30 %",
     "overlap of the 30 % of the samples that harm most with those by exact retraining",
     SHARE,
+    forms=RARELY,
 )
 LDS = Figure(
     "ground_truth/lds",
     "LDS",
     "linear datamodeling score: agreement of summed scores with training on random subsets of the data, by rank",
+    forms=BOUNDED,
 )
 
 REMOVAL_LDS = Figure(
     "removal/lds",
     "LDS of removals",
     "agreement of summed scores with retraining without random shares of the samples that did not fit them, by rank",
+    forms=(*BOUNDED, BY_WINDOW),
 )
 REMOVAL_SLOPE = Figure(
     "removal/slope",
     "slope of removals",
     "real change over the foretold one, over retrainings without random shares of the samples; 1 is the right size",
     higher_is_better=None,
+    forms=(*ALONE, BY_WINDOW),
 )
 
 TRUST_SPEARMAN = Figure(
     "trust/spearman",
     "Spearman",
     "agreement of the scores of random samples with exact retraining without each, by rank",
+    forms=(*BOUNDED, BY_WINDOW),
 )
 TRUST_PEARSON = Figure(
-    "trust/pearson", "Pearson", "agreement of the scores of random samples with exact retraining without each, by value"
+    "trust/pearson",
+    "Pearson",
+    "agreement of the scores of random samples with exact retraining without each, by value",
+    forms=RARELY,
 )
 TRUST_SAMPLES = _count("trust/samples", "samples", "how many random samples were left out exactly")
 SPREAD_RATIO = Figure(
@@ -171,7 +198,10 @@ SPREAD_RATIO = Figure(
     None,
 )
 SMOOTHNESS = Figure(
-    "trust/smoothness", "smoothness", "1 if training is linear in the samples' weights, as the estimate assumes"
+    "trust/smoothness",
+    "smoothness",
+    "1 if training is linear in the samples' weights, as the estimate assumes",
+    forms=(*ALONE, BY_WINDOW),
 )
 SLOPE_RATIO = Figure(
     "trust/slope_ratio",
@@ -179,6 +209,7 @@ SLOPE_RATIO = Figure(
     "true over predicted change when weights move along the scores by as much as one removal; 1 is right",
     "",
     None,
+    forms=RARELY,
 )
 
 DETECTION_ACCURACY = Figure(
@@ -186,24 +217,34 @@ DETECTION_ACCURACY = Figure(
     "accuracy",
     "share of all samples judged rightly if the k lowest scores are flagged, k = number of damaged samples",
     SHARE,
+    forms=RARELY,
 )
 RECALL_AT_K = Figure(
     "detection/recall_at_k",
     "recall@k",
     "share of the damaged samples among the k lowest scores, k = their number",
     SHARE,
+    forms=(*ALONE, BY_WINDOW, CHANCE),
 )
-AUROC = Figure("detection/auroc", "AUROC", "probability that a damaged sample scores lower than another one")
+AUROC = Figure(
+    "detection/auroc",
+    "AUROC",
+    "probability that a damaged sample scores lower than another one",
+    forms=(*ALONE, BY_WINDOW),
+)
 AVERAGE_PRECISION = Figure(
     "detection/average_precision",
     "average precision",
     "precision at the rank of each damaged sample, lowest scores first; mean over them",
+    forms=RARELY,
 )
 PRECISION = Figure("detection/precision", "precision", "share of the cleaned samples that truly are damaged", SHARE)
 RECALL = Figure("detection/recall", "recall", "share of the damaged samples that are cleaned", SHARE)
 
 INFLUENCE_SECONDS = _seconds("cost/influence_seconds", "seconds", "time that the estimate took")
-CPU_SECONDS = _seconds("cost/cpu_seconds", "CPU seconds", "time that the estimate took, summed over cores")
+CPU_SECONDS = _seconds(
+    "cost/cpu_seconds", "CPU seconds", "time that the estimate took, summed over cores", forms=RARELY
+)
 TRUTH_SECONDS = _seconds("cost/ground_truth_seconds", "ground truth seconds", "time that exact retraining took")
 TRAINING_SECONDS = _seconds("cost/training_seconds", "training seconds", "time that the recorded training took")
 PEAK_MEMORY = Figure(
@@ -254,7 +295,9 @@ CORRUPTED_AMONG_WORST = Figure(
 )
 
 WINDOW_START = Figure("window_start", "from step", "first step of the window", "steps", None)
-WINDOW_END = Figure("window_end", "to step", "the step before which the window ends", "steps", None)
+WINDOW_END = Figure(
+    "window_end", "to step", "the step before which the window ends", "steps", None, (*ALONE, BY_WINDOW)
+)
 
 FIGURES: Mapping[str, Figure] = {found.name: found for found in globals().values() if isinstance(found, Figure)}
 """All of the above by name, in their order. A workload's own metrics are not among them."""
@@ -273,21 +316,44 @@ def figure_of(name: str) -> Figure:
     Raises:
         KeyError: the name is of none.
     """
-    own = name
+    return _parsed(name)[0]
+
+
+def by_default(name: str) -> bool:
+    """Whether a metric is logged where not all figures are asked for.
+
+    It is if the figure has the form of its name: ``ground_truth/spearman_low`` the form :data:`LOW`. A name with more
+    than one form, as ``by_window/ground_truth/attainable_spearman``, is not; a name of no figure is.
+    """
+    try:
+        figure, around = _parsed(name)
+    except KeyError:
+        return True
+    return len(around) < 2 and all(form in figure.forms for form in around or [""])
+
+
+def _parsed(name: str) -> tuple[Figure, list[str]]:
+    """The figure of a name, and what stands around the figure's own; raises :class:`KeyError` if it is of none."""
+    own, around = name, list[str]()
     for prefix in (BY_WINDOW, MEAN_OVER_WINDOWS, BY_FRACTION, BEFORE):
-        own = own.removeprefix(prefix)
+        if own.startswith(prefix):
+            own, around = own.removeprefix(prefix), [*around, prefix]
     for suffix in (*BESIDE, LOWEST_DRAW, HIGHEST_DRAW):
-        own = own.removesuffix(suffix)
+        if own.endswith(suffix):
+            own, around = own.removesuffix(suffix), [*around, suffix]
     if own in FIGURES:
-        return FIGURES[own]
+        return FIGURES[own], around
     if own.startswith(GAIN):
-        return figure_of(own.removeprefix(GAIN)).gain
+        figure, within = _parsed(own.removeprefix(GAIN))
+        return figure.gain, [*around, *within]
     group, _, leaf = own.rpartition("/")
     # Agreement among the samples of a pattern, or of exact retraining with itself.
     agreement = TRUTH + leaf.removeprefix(ATTAINABLE)
-    if agreement in FIGURES and (group in FIGURES or own.startswith(TRUTH)):
-        return FIGURES[agreement]
+    if agreement in FIGURES and own.startswith(TRUTH):
+        return FIGURES[agreement], [*around, ATTAINABLE]
+    if agreement in FIGURES and group in FIGURES:
+        return FIGURES[agreement], [*around, PATTERN]
     if f"{group}/" in (VALIDATION, TEST):
         unit = SHARE if leaf == ACCURACY else ""
-        return Figure(own, f"{group} {leaf}", f"mean of the workload's {leaf} over the {group} split", unit)
+        return Figure(own, f"{group} {leaf}", f"mean of the workload's {leaf} over the {group} split", unit), around
     raise KeyError(f"{name!r} is the name of no figure; write it into dit_mlflow/evaluation/figures.py")

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dit_mlflow.evaluation.figures import LOSS
+from dit_mlflow.evaluation.figures import LOSS, by_default
 from dit_mlflow.influence.query import CHUNK
 from dit_mlflow.workload import Batch, Workload, floating_one, to_like
 from dit_mlflow.workload.random_state import fixed_draws
@@ -34,6 +34,10 @@ class Metrics:
     def and_(self, other: Metrics) -> Metrics:
         """Both; ``other`` wins where a name is in both."""
         return Metrics({**self.values, **other.values}, {**self.undefined, **other.undefined})
+
+    def shown(self, every: bool) -> Metrics:
+        """All of them, or those that are logged by default (:func:`dit_mlflow.evaluation.figures.by_default`)."""
+        return self if every else self.only(*filter(by_default, [*self.values, *self.undefined]))
 
     def only(self, *names: str) -> Metrics:
         """Only the metrics named ``names``, as far as they are there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -45,12 +45,14 @@ class Trial:
         fraction: share of the training samples that was asked for.
         flagged: the samples, lowest score first, ``[draws, k]``; deterministic strategies have one draw.
         scores: of all training samples, low = harmful or suspicious, ``[draws, n]``.
+        weights: of their losses in training, in [0, 1], ``[draws, n]``; ``None`` = 1.
     """
 
     strategy: str
     fraction: float
     flagged: np.ndarray
     scores: np.ndarray
+    weights: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -92,6 +94,26 @@ def trials(strategies: Mapping[str, Scores], counts: Mapping[float, int]) -> lis
         for name, scores in strategies.items()
         for fraction in counts
     ]
+
+
+def lowered(tried: Sequence[Trial]) -> list[Trial]:
+    """The trials with weights that are lowered in proportion to harm: of the flagged samples, the worst gets 0.
+
+    ``1 - h / max(h)`` for harm ``h``, the negative part of the score; a flagged sample that does not harm keeps 1.
+    Random scores say nothing of harm: their samples get the weights of the first other strategy at that fraction.
+    """
+    found: list[Trial] = []
+    for trial in tried:
+        weights = np.ones_like(trial.scores, dtype=np.float64)
+        harm = np.clip(-np.take_along_axis(trial.scores, trial.flagged, axis=1), 0, None)
+        taken = 1 - harm / np.maximum(harm.max(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        if trial.strategy == RANDOM:
+            like = next((o for o in found if o.strategy != RANDOM and o.fraction == trial.fraction), None)
+            if like is not None and like.weights is not None:
+                taken = np.broadcast_to(like.weights[0, like.flagged[0]], taken.shape)
+        np.put_along_axis(weights, trial.flagged, taken, axis=1)
+        found.append(replace(trial, weights=weights))
+    return found
 
 
 def random_scores(draws: int, num_samples: int, seed: int = 0) -> np.ndarray:
@@ -197,10 +219,10 @@ def tried_out(
     Cost: ``draws * repeats`` trainings; nothing of them is stored.
     """
     found: dict[str, list[np.ndarray]] = {}
-    for flagged in trial.flagged:
-        workload = change(flagged)
+    for draw, flagged in enumerate(trial.flagged):
+        workload, weights = change(flagged), None if trial.weights is None else trial.weights[draw]
         for init_seed, order_seed in seeds:
-            model = train_unrecorded(workload, init_seed, order_seed).eval()
+            model = train_unrecorded(workload, init_seed, order_seed, weights).eval()
             for data, dataset in ((VALIDATION, workload.validation_set), (TEST, workload.test_set)):
                 if dataset is not None:
                     for name, values in sample_scores(workload, model, dataset).items():
@@ -234,6 +256,13 @@ def choose(outcomes: Sequence[Outcome], metric: str) -> Outcome:
 Verdict = Literal["yes", "no", "unclear"]
 
 
+def verdict(gain: Metrics, name: str) -> Verdict:
+    """Whether a gain is above 0, as far as its interval says."""
+    if gain.values.get(name + LOW, 0.0) > 0:
+        return "yes"
+    return "no" if gain.values.get(name + HIGH, 0.0) < 0 else "unclear"
+
+
 @dataclass(frozen=True, eq=False)
 class Cleansing:
     """All that was tried on one training.
@@ -241,7 +270,7 @@ class Cleansing:
     Attributes:
         outcomes: of the trials, one of them without cleaning.
         metric: that decides, without the split, such as ``accuracy`` or ``loss``.
-        action: ``drop`` or ``relabel``.
+        action: ``drop``, ``relabel`` or ``reweight``.
         corrupted: training samples that are known to be damaged.
     """
 
@@ -275,14 +304,17 @@ class Cleansing:
     def helped(self) -> Verdict:
         """Whether cleaning helped, judged on the test split.
 
-        ``no``: no cleaning was chosen, or the mean did not improve; ``yes``: the whole interval of the gain is above 0;
-        ``unclear``: the mean improved, by no more than seeds and test samples make it vary.
+        By the metric, or, where the interval of its gain has 0 in it, by the loss. ``yes``: the whole interval is above
+        0; ``no``: it is below 0, or the metric's mean did not improve, or no cleaning was chosen; ``unclear``: the mean
+        improved, by no more than seeds and test samples make it vary.
         """
-        name = TEST + self.metric
-        gain = self.chosen.gain(self.before).values
-        if self.chosen is self.before or not gain[name] > 0:
+        if self.chosen is self.before:
             return "no"
-        return "yes" if gain.get(name + LOW, 0.0) > 0 else "unclear"
+        gain = self.chosen.gain(self.before)
+        for name in (TEST + self.metric, TEST + LOSS):
+            if (found := verdict(gain, name)) != "unclear":
+                return found
+        return "unclear" if gain.values[TEST + self.metric] > 0 else "no"
 
 
 def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.evaluation.correlation import correlations, correlations_with_intervals
+from dit_mlflow.evaluation.correlation import FEWEST, correlations, correlations_with_intervals
 from dit_mlflow.evaluation.figures import (
     ATTAINABLE,
     SLOPE_RATIO,
@@ -158,4 +158,4 @@ def attainable(
     chosen = sorted(np.random.default_rng(seed).permutation(known)[:samples].tolist())
     kind = check_kind(truth.kind)
     again = leave_one_out(trajectory, workload, truth.windows, kind, queries, chosen, dtype=None, effort=effort)
-    return tuple(correlations(again.of(k), truth.of(k)).prefixed(ATTAINABLE) for k in range(len(truth.windows)))
+    return tuple(correlations(again.of(k), truth.of(k), FEWEST).prefixed(ATTAINABLE) for k in range(len(truth.windows)))

@@ -18,6 +18,7 @@ from dit_mlflow.evaluation.trials import (
     Scores,
     Trial,
     check_classes_stay,
+    lowered,
     random_scores,
     trials,
     tried_out,
@@ -31,7 +32,7 @@ from dit_mlflow.replay import Trajectory
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
 
-ACTIONS = ("drop", "relabel")
+ACTIONS = ("drop", "relabel", "reweight")
 
 PREDICTION_FOLDS = 5
 """Parts of the training samples; a model that is trained on the other parts predicts each."""
@@ -68,7 +69,7 @@ class CleansingTask:
 
     Attributes:
         workload: before cleaning.
-        action: ``drop`` or ``relabel``.
+        action: one of :data:`ACTIONS`.
         counts: fraction -> number of samples.
         metric: to choose and judge by.
         classes: of the training samples as labelled, ``[n]``; ``None`` if they have none.
@@ -160,15 +161,17 @@ class CleansingTask:
         tried = trials(strategies, self.counts)
         if self.action == "drop" and self.classes is not None:
             check_classes_stay(tried, self.classes)
-        return replace(self, predicted=predicted), tried
+        return replace(self, predicted=predicted), lowered(tried) if self.action == "reweight" else tried
 
     def attempt(
         self, trial: Trial, seeds: Sequence[tuple[int, int]], told: Callable[[], object] = lambda: None
     ) -> Outcome:
-        """Train again without the flagged samples, or with their new labels; see :func:`tried_out`."""
+        """Train again without the flagged samples, with their new labels, or their weights; see :func:`tried_out`."""
         return tried_out(trial, self._changed, seeds, told)
 
     def _changed(self, flagged: np.ndarray) -> Workload:
+        if self.action == "reweight":
+            return self.workload
         if self.predicted is not None:
             return relabelled(self.workload, flagged, self.predicted[flagged])
         return subset(self.workload, np.delete(np.arange(self.workload.num_samples), flagged))

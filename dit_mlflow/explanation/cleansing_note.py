@@ -15,21 +15,19 @@ from dit_mlflow.evaluation.figures import (
     VALIDATION,
     figure_of,
 )
-from dit_mlflow.evaluation.trials import RANDOM, Cleansing, Outcome, choose
+from dit_mlflow.evaluation.trials import RANDOM, Cleansing, Outcome, choose, verdict
 from dit_mlflow.explanation.markdown import NOTE_CHARACTERS, escaped, markdown_table
 from dit_mlflow.explanation.numbers import cell
 
 TRIALS_LISTED, REMARKS = 40, 4
 """Most trials in the table, and most further sentences."""
 
-DONE = {"drop": "dropped", "relabel": "relabelled"}
-DOING = {"drop": "dropping", "relabel": "relabelling"}
+DONE = {"drop": "dropped", "relabel": "relabelled", "reweight": "reweighted"}
 
-ANSWERS = {
-    "yes": "Cleaning helped",
-    "no": "Cleaning did not help",
-    "unclear": "Whether cleaning helped is unclear (the gain is within the noise of seeds and test samples)",
-}
+ANSWERS = {"yes": "Cleaning helped", "no": "Cleaning did not help", "unclear": "Cleaning may have helped"}
+
+SURE = {"yes": "better", "no": "worse", "unclear": "within the noise"}
+"""What an interval says of a gain."""
 
 REMARK = {
     "drop": "Dropped samples were taken out of the data set and training was run again, with the workload's batch size "
@@ -37,28 +35,30 @@ REMARK = {
     "drawn anew from fewer samples, and an epoch has fewer steps.",
     "relabel": "Relabelled samples were given the class that models trained without them predict (5 parts, each left "
     "out in turn); no true label was used, so a wrong guess costs what it would cost in practice.",
+    "reweight": "The losses of flagged samples were multiplied by weights below 1, in proportion to the harm that the "
+    "scores tell of (the most harmful of them: 0), and training was run again, all else as it was. Random samples got "
+    "the weights that influence gave.",
 }
 
 
 def cleansing_answer(cleansing: Cleansing) -> str:
-    """Three sentences: whether cleaning helped, what other strategies give, how many flagged samples are damaged."""
+    """Three lines: what to clean, what that gains on test, and whether other samples gain as much."""
     chosen, before = cleansing.chosen, cleansing.before
     names = [TEST + name for name in _metrics(cleansing)]
-    lead = ANSWERS[cleansing.helped]
+    damaged = _damaged(cleansing)
     if chosen is before:
-        figures = ", ".join(f"{name} {before.mean(name):.4f}" for name in names)
-        first = f"{lead}: on the validation split, nothing is better than to leave the data as it is ({figures})."
+        known = ", ".join(f"{name} {before.mean(name):.4f}" for name in names)
+        what = f"{cleansing.action} nothing; on the validation split, nothing is better than to leave the data as it is"
+        gains = f"On test, as it is: {known}."
     else:
-        took = [f"{n} from {before.mean(n):.4f} to {chosen.mean(n):.4f} ({_gain(chosen, before, n)})" for n in names]
-        first = (
-            f"{lead}: {DOING[cleansing.action]} {_samples(chosen)} by {chosen.trial.strategy}, which the validation "
-            f"split chose, takes {' and '.join(took)}."
-        )
-    return " ".join(filter(None, [first, _beside(cleansing, names[0]), _damaged(cleansing)]))
+        what = f"{cleansing.action} {_samples(chosen)} by {chosen.trial.strategy}, as the validation split chose"
+        took = [f"{n} {before.mean(n):.4f} to {chosen.mean(n):.4f}, {_gain(chosen, before, n)}" for n in names]
+        gains = f"On test ({_pairs(chosen)}): {'; '.join(took)}."
+    return "\n".join([f"{ANSWERS[cleansing.helped]}: {what}; {damaged}.", gains, *_beside(cleansing, names)])
 
 
-def _beside(cleansing: Cleansing, name: str) -> str:
-    """The other strategies with as many samples; if cleaning none was chosen, each with the number validation prefers.
+def _beside(cleansing: Cleansing, names: Sequence[str]) -> list[str]:
+    """The chosen samples against as many by other strategies; if none was chosen, what validation prefers of each.
 
     Of several windows of influence, only the one that validation prefers.
     """
@@ -74,24 +74,30 @@ def _beside(cleansing: Cleansing, name: str) -> str:
         window = choose(windows, cleansing.metric)
         others = [outcome for outcome in others if outcome is window or outcome not in windows]
     if not others:
-        return ""
+        return []
     if nothing:
-        told = [f"{_figure(outcome, name)} with {_samples(outcome)}" for outcome in others]
-        return f"Of each strategy, the number that validation likes best gives {name} {', '.join(told)}."
-    told = [_figure(outcome, name) for outcome in others]
-    random = [f"; over random: {_gain(chosen, o, name)}" for o in others if o.trial.strategy == RANDOM]
-    return f"As many samples chosen otherwise give {name} {', '.join(told)}{''.join(random)}."
+        told = [f"{_figure(outcome, names[0])} with {_samples(outcome)}" for outcome in others]
+        return [f"Of each strategy, the number that validation likes best gives {names[0]} {', '.join(told)}."]
+    told = [
+        f"{_by(other)}: {', '.join(f'{name} {_gain(chosen, other, name)}' for name in names)}"
+        for other in sorted(others, key=lambda other: other.trial.strategy != RANDOM)
+    ]
+    return [f"Against as many samples {'; '.join(told)}."]
+
+
+def _by(outcome: Outcome) -> str:
+    return "at random" if outcome.trial.strategy == RANDOM else f"by {outcome.trial.strategy}"
 
 
 def _damaged(cleansing: Cleansing) -> str:
     known, count = len(cleansing.corrupted), cleansing.chosen.trial.count
     if not known:
-        return "Which samples are truly damaged is not known."
+        return "which samples are truly damaged is not known"
     found = cleansing.chosen.trial.found(cleansing.corrupted).values
     if not found:
-        return f"{known} samples of the training set are truly damaged."
+        return f"{known} samples of the training set are truly damaged"
     damaged = round(found[PRECISION.leaf] * count)
-    return f"{damaged} of the {count} are truly damaged, of {known} damaged ones in the training set."
+    return f"{damaged} of the {count} are truly damaged, of {known} damaged ones in the training set"
 
 
 def _samples(outcome: Outcome) -> str:
@@ -110,13 +116,18 @@ def _figure(outcome: Outcome, name: str) -> str:
 
 def _gain(outcome: Outcome, other: Outcome, name: str) -> str:
     """Positive = better."""
-    values = outcome.gain(other).values
-    pairs = outcome.figures[name].shape[1]
-    over = "one pair of seeds" if pairs == 1 else f"{pairs} pairs of seeds"
+    gain = outcome.gain(other)
+    values = gain.values
     if name + LOW not in values:
-        return f"gain {values[name]:+.4f}, {over}"
+        return f"{values[name]:+.4f} (no interval)"
     ends = f"{values[name + LOW]:+.4f} to {values[name + HIGH]:+.4f}"
-    return f"gain {values[name]:+.4f}, 95 % interval {ends}, {over}"
+    return f"{values[name]:+.4f} ({ends}: {SURE[verdict(gain, name)]})"
+
+
+def _pairs(outcome: Outcome) -> str:
+    pairs = next(iter(outcome.figures.values())).shape[1]
+    seeds = "one pair of seeds" if pairs == 1 else f"{pairs} pairs of seeds"
+    return f"{seeds}; gains, positive = better, with 95 % intervals"
 
 
 def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = ()) -> str:
@@ -134,12 +145,13 @@ def cleansing_note(cleansing: Cleansing, run_id: str, remarks: Sequence[str] = (
 
 
 def _note(cleansing: Cleansing, run_id: str, remarks: Sequence[str], rows: int) -> str:
-    lead, _, rest = cleansing_answer(cleansing).partition(":")
+    lead, *more = cleansing_answer(cleansing).split("\n")
+    answer, _, rest = lead.partition(":")
     columns = [figure_of(name) for name in _columns(cleansing)]
     headings = ["strategy", "samples", *(escaped(of.heading) for of in (*columns, PRECISION))]
     done = DONE[cleansing.action]
     parts = [
-        f"**{lead}**: {escaped(rest, longest=1500)}",
+        f"**{answer}**: {escaped(rest.strip(), 900)}\n\n" + "\n\n".join(escaped(line, 1500) for line in more),
         markdown_table(headings, [_row(outcome, cleansing) for outcome in cleansing.outcomes[:rows]])
         + ("\n\nThe other trials are in `cleansing.json`." if len(cleansing.outcomes) > rows else ""),
         f"The indices, in Python: `mlflow.artifacts.load_dict('runs:/{run_id}/{done}_indices.json')['indices']`",

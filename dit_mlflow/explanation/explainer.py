@@ -19,6 +19,7 @@ from dit_mlflow.evaluation import (
     detection,
     trust,
 )
+from dit_mlflow.evaluation.correlation import FEWEST
 from dit_mlflow.evaluation.figures import (
     CPU_SECONDS,
     DETECTION,
@@ -178,7 +179,7 @@ def _figures(explanation: Explanation, window: Window) -> Metrics:
     if truth.leave_one_out is None:
         return figures
     exact = truth.leave_one_out.of(window)
-    agreement = correlations(scores, exact).and_(
+    agreement = correlations(scores, exact, FEWEST).and_(
         correlations_with_intervals(scores, exact, (SPEARMAN.leaf, PEARSON.leaf))
     )
     return agreement.prefixed(TRUTH).and_(figures)

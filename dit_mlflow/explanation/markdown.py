@@ -14,7 +14,15 @@ NOTE_CHARACTERS = 7500
 GAP = "&emsp;"
 """Space between columns; the tables of MLflow's UI have none."""
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~=])")
+_SPECIAL = re.compile(
+    r"[\\`*{}\[\]|~]"
+    r"|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])"  # Within a word, it is no emphasis.
+    r"|(?<=[A-Za-z])\.(?=\w)"  # Of an address, which would become a link; not of 0.5, nor at a sentence's end.
+    r"|^[#+\-=!]"
+)
+_NUMBERED = re.compile(r"^([0-9]+)([.)])(?=\s|$)")
+"""The start of an item of a list."""
+_REFERENCE = re.compile(r"[&<>$@]|:(?!\s|$)")
 _REFERENCES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", ":": "&#58;", "@": "&#64;"}
 """For marks that MLflow's UI, or HTML, would show with the backslash that escapes them."""
 
@@ -42,8 +50,8 @@ def escaped(text: str, longest: int = LINE_CHARACTERS) -> str:
 
     Characters that change the direction of text are removed; longer texts are cut, with an ellipsis.
     """
-    plain = one_line(text, longest)
-    return "".join(_REFERENCES.get(mark) or _SPECIAL.sub(r"\\\1", mark) for mark in plain)
+    plain = _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", one_line(text, longest)))
+    return _REFERENCE.sub(lambda found: _REFERENCES[found[0]], plain)
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], gap: str = "") -> str:

@@ -30,6 +30,8 @@ def summarised(rows: pd.DataFrame) -> pd.DataFrame:
     for name, group in rows.groupby("method", sort=False):
         worked = group[~group["failed"]]
         row: dict[str, object] = {"method": name, "measures": group["measures"].iloc[0], "trainings": len(worked)}
+        if "question" in group:
+            row["question"] = group["question"].iloc[0]
         row["asked"] = len(group)
         for column in map(str, worked.select_dtypes("number")):
             values = worked[column].dropna()

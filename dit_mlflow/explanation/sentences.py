@@ -82,16 +82,22 @@ def _who(found: Explanation, scores: Influence) -> str:
     harmful, helpful = extreme_samples(scores, 1, ranking)
     over = "on average" if ranking is None else "over the whole run"
     parts: list[str] = []
-    for samples, sign, verb, change in ((harmful, -1, "hurt", "lowers"), (helpful, 1, "helped", "raises")):
+    hurt, helped = _verbs(found)
+    for samples, sign, verb, change in ((harmful, -1, hurt, "lowers"), (helpful, 1, helped, "raises")):
         if samples:
             parts.append(_one(found, scores, samples[0], sign, verb, change, first=not parts))
     if not parts:
         return f"No sample changed the {found.query} {over}."
     if not harmful:
-        parts.append(f"no sample hurt {over}")
+        parts.append(f"no sample {hurt} {over}")
     elif not helpful:
-        parts.append(f"no sample helped {over}")
+        parts.append(f"no sample {helped} {over}")
     return _capitalised("; ".join(parts)) + "."
+
+
+def _verbs(found: Explanation) -> tuple[str, str]:
+    """What samples do whose removal lowers the query, and raises it; only of a loss, a lower one is better."""
+    return ("hurt", "helped") if "loss" in found.query else ("raised", "lowered")
 
 
 def _suspicious(found: Explanation) -> str:
@@ -108,6 +114,8 @@ def _one(found: Explanation, by_window: Influence, sample: int, sign: int, verb:
     scores = by_window.scores[:, 0, sample]
     place = int(np.nanargmax(sign * scores))
     object_, quantity = (" the model", f"the {found.query}") if first else ("", "it")
+    if "loss" not in found.query:
+        object_, quantity = f" the {found.query}" if first else " it", "it"
     text = f"{found.gallery.name(int(found.influence.samples[sample]))} {verb}{object_} most"
     if ranking is None:
         told, over = by_window.select([windows[place]]), ""
@@ -128,7 +136,7 @@ def _one(found: Explanation, by_window: Influence, sample: int, sign: int, verb:
     text += f", above all in steps {windows[place]} ({said})"
     other = int(np.nanargmin(sign * scores))
     if sign * scores[other] < -TURNED * sign * scores[place]:
-        text += f", but {'helped' if verb == 'hurt' else 'hurt'} in steps {windows[other]}"
+        text += f", but {next(word for word in _verbs(found) if word != verb)} in steps {windows[other]}"
     return text
 
 

@@ -113,7 +113,9 @@ def find_truth(
     return Truth(exact, subsets)
 
 
-def noise_floor(truth: Truth, trajectory: Trajectory, workload: Workload) -> float | None:
+def noise_floor(
+    truth: Truth, trajectory: Trajectory, workload: Workload, queries: Sequence[Query] | None = None
+) -> float | None:
     """How well leave-one-out in the recorded precision agrees with the truth over the whole run (Spearman).
 
     See :func:`dit_mlflow.evaluation.attainable`; ``None`` = there is no truth, or the correlation is undefined.
@@ -121,7 +123,7 @@ def noise_floor(truth: Truth, trajectory: Trajectory, workload: Workload) -> flo
     if truth.leave_one_out is None:
         return None
     whole = truth.leave_one_out.windows[-1]
-    (floor,) = attainable(truth.leave_one_out.select([whole]), trajectory, workload)
+    (floor,) = attainable(truth.leave_one_out.select([whole]), trajectory, workload, queries=queries)
     return floor.prefixed(TRUTH).values.get(SPEARMAN.attainable)
 
 

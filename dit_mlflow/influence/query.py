@@ -46,19 +46,24 @@ class Query:
         return value.reshape(())
 
 
-def mean_validation_loss(workload: Workload) -> Query:
-    """The mean of ``workload.loss`` over the validation set: the default query.
+def mean_validation_loss(workload: Workload, samples: Sequence[int] | None = None, of: str = "") -> Query:
+    """The mean of ``workload.loss`` over the validation set, the default query, or over some of its samples.
 
-    Cost: one forward pass of the validation set per evaluation.
+    Args:
+        workload: loss and data.
+        samples: indices of validation samples; default: all.
+        of: what they are, behind the query's name: ``mean_validation_loss of class 7``.
+
+    Cost: one forward pass of the samples per evaluation.
     """
-    size = len(workload.validation_set)  # type: ignore[arg-type]
-    parts = np.array_split(np.arange(size), -(-size // CHUNK))
+    chosen = np.arange(len(workload.validation_set)) if samples is None else np.asarray(samples)  # type: ignore[arg-type]
+    parts = np.array_split(chosen, -(-len(chosen) // CHUNK))
     batches = [(workload.unvarying(workload.validation_set, part), len(part)) for part in parts]
 
     def rows(model: nn.Module) -> Tensor:
         return torch.cat([workload.sample_losses(model, _moved(batch, model), size) for batch, size in batches])
 
-    return Query("mean_validation_loss", lambda model: rows(model).mean(), rows)
+    return Query(f"mean_validation_loss{f' of {of}' if of else ''}", lambda model: rows(model).mean(), rows)
 
 
 def sample_losses(workload: Workload, samples: Sequence[int] | None = None, of: Dataset = "validation") -> list[Query]:

@@ -49,6 +49,7 @@ class DataShapley(RetrainingMethod):
     """
 
     name = "data_shapley"
+    of_many = True
 
     retrainings: int = 2560
     tolerance: float = 0.01

@@ -49,6 +49,7 @@ class Datamodel(RetrainingMethod):
     """
 
     name = "datamodel"
+    of_many = True
 
     subsets: int = 1024
     share: float = 0.9

@@ -50,6 +50,7 @@ class Expected(WindowMethod):
     """
 
     name = "expected"
+    of_many = True
 
     draws: int = 16
     seed: int = 0

@@ -43,6 +43,7 @@ class Downsampling(RetrainingMethod):
     """
 
     name = "downsampling"
+    of_many = True
 
     subsets: int = 1024
     share: float = 0.9

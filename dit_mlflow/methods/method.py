@@ -54,6 +54,7 @@ class Method(ABC):
         per_window: whether it has scores for windows; otherwise it answers for ``[0, T)`` alone.
         measures: ``query`` = the change of the query when the sample is removed, in its units; ``ranking`` = the same
             sign and order, in units of its own; ``suspicion`` = low scores are suspicious, whatever the query.
+        of_many: whether the scores are made for the removal of many samples at once, not of one.
         retrains: whether it retrains without samples, as the ground truth does.
         follows_a_loss: whether it takes the gradients that training followed for those of a function. They are not
             where something is detached, or a hook or an autograd function changes gradients.
@@ -65,9 +66,17 @@ class Method(ABC):
     kinds: ClassVar[tuple[str, ...]] = ()
     per_window: ClassVar[bool] = False
     measures: ClassVar[Measure] = "ranking"
+    of_many: ClassVar[bool] = False
     retrains: ClassVar[bool] = False
     follows_a_loss: ClassVar[bool] = False
     skips: ClassVar[bool] = False
+
+    @property
+    def question(self) -> Literal["one", "many", "suspicion"]:
+        """What the scores tell: the removal of one sample, of many at once, or suspicion, whatever the query."""
+        if self.measures == "suspicion":
+            return "suspicion"
+        return "many" if self.of_many else "one"
 
     def _expect(self, expected: str, allowed: bool, *settings: str) -> None:
         """Raise :class:`InputError` with the settings' values unless they are allowed."""

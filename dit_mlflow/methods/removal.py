@@ -348,6 +348,7 @@ class Removal(RetrainingMethod):
     """
 
     name = "removal"
+    of_many = True
 
     removed: float = 0.1
     trainings: int = 16

@@ -46,7 +46,8 @@ def plot_cleansing(cleansing: Cleansing) -> Figure:
     axes.set_xlim(-apart, max(shares) + 8 * apart)
     axes.set_xticks(shares)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:g} %")
-    axes.set_xlabel(f"training samples {'dropped' if cleansing.action == 'drop' else 'given another label'}")
+    done = {"drop": "dropped", "relabel": "given another label", "reweight": "given a lower weight"}
+    axes.set_xlabel(f"training samples {done[cleansing.action]}")
     axes.set_ylabel(f"{judged.heading}{' (%)' if scale == 100 else ''}\nbars: 95 % interval over seeds")
     axes.set_title(f"Does cleaning help? ({'higher' if judged.higher_is_better else 'lower'} is better)")
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dit_mlflow.errors import InputError, TrainingError, TrajectoryError, WorkloadError
 from dit_mlflow.progress import progress_bar
@@ -90,18 +92,46 @@ def check_seeds(init_seed: int, order_seed: int) -> None:
             raise InputError(f"{name}={seed}; expected a whole number of 64 bits, such as 0")
 
 
-def train_unrecorded(workload: Workload, init_seed: int = 0, order_seed: int = 0) -> nn.Module:
+def train_unrecorded(
+    workload: Workload, init_seed: int = 0, order_seed: int = 0, weights: np.ndarray | None = None
+) -> nn.Module:
     """:func:`train` without a record and without a progress bar; returns the same model, bit for bit.
+
+    Args:
+        workload, init_seed, order_seed: see :func:`train`.
+        weights: of the samples' losses, ``[samples]``; ``None`` = 1 for each. They change nothing else.
 
     Raises:
         WorkloadError: the workload lacks what training needs.
         TrainingError: a loss is not finite.
     """
-    return _train(workload, None, init_seed, order_seed)[0]
+    return _train(workload, None, init_seed, order_seed, weights=weights)[0]
+
+
+class _Numbered(Dataset[Any]):
+    """A data set whose samples come with their numbers."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self._dataset[index], index
+
+
+def _numbered(collate: Callable[[list[Any]], Batch], items: list[tuple[Any, int]]) -> tuple[Batch, list[int]]:
+    return collate([sample for sample, _ in items]), [index for _, index in items]
 
 
 def _train(
-    workload: Workload, recording: Recording | None, init_seed: int, order_seed: int, max_steps: int | None = None
+    workload: Workload,
+    recording: Recording | None,
+    init_seed: int,
+    order_seed: int,
+    max_steps: int | None = None,
+    weights: np.ndarray | None = None,
 ) -> tuple[nn.Module, TrajectoryRecorder | None]:
     check_seeds(init_seed, order_seed)
     plan = workload.plan
@@ -114,11 +144,12 @@ def _train(
         except (TypeError, ValueError) as error:
             raise WorkloadError(f"Workload.optimizer cannot be built: {error}") from error
         scheduler = workload.scheduler(optimizer) if workload.scheduler is not None else None
-        loader: DataLoader[Batch] = DataLoader(
-            workload.train_set,
+        collate = workload.collate_fn
+        loader: DataLoader[Any] = DataLoader(
+            workload.train_set if weights is None else _Numbered(workload.train_set),
             batch_size=workload.batch_size,
             shuffle=True,
-            collate_fn=workload.collate_fn,
+            collate_fn=collate if weights is None else partial(_numbered, collate or default_collate),
             generator=torch.Generator().manual_seed(order_seed),
         )
         torch.manual_seed(order_seed)
@@ -132,13 +163,15 @@ def _train(
                     break
                 last = len(loader) - 1
                 total, rows = 0.0, []
-                for position, batch in enumerate(loader if recorder is None else recorder.watch(loader)):
+                for position, found in enumerate(loader if recorder is None else recorder.watch(loader)):
+                    batch, samples = (found, None) if weights is None else found
+                    given = None if weights is None else torch.from_numpy(weights[samples])
                     if workload.step is not None:
                         with nullcontext() if recorder is None else recorder.one_step():
-                            total = _whole_step(workload, model, optimizer, batch, position)
+                            total = _whole_step(workload, model, optimizer, batch, position, given)
                             _refuse_not_finite(total, made, epoch)
                     else:
-                        losses, value = _backward(workload, model, batch, position)
+                        losses, value = _backward(workload, model, batch, position, given)
                         total += value
                         rows.append(losses)
                         if (position + 1) % workload.accumulate and position != last:
@@ -177,11 +210,13 @@ def _refuse_not_finite(
     )
 
 
-def _whole_step(workload: Workload, model: nn.Module, optimizer: Any, batch: Batch, position: int) -> float:
+def _whole_step(
+    workload: Workload, model: nn.Module, optimizer: Any, batch: Batch, position: int, given: Tensor | None
+) -> float:
     """Make :attr:`Workload.step` of the epoch's batch number ``position``; returns its loss, 0 if it says none."""
     assert workload.step is not None
     like = floating_one(model.parameters())
-    weights = like.new_ones(_size(workload, position))
+    weights = like.new_ones(_size(workload, position)) if given is None else given.to(like)
     loss: Any = workload.step(model, optimizer, to_like(batch, like.device, None), weights)
     if loss is None:
         return 0.0
@@ -198,12 +233,16 @@ def _size(workload: Workload, position: int) -> int:
     return min(workload.batch_size, workload.num_samples - position * workload.batch_size)
 
 
-def _backward(workload: Workload, model: nn.Module, batch: Batch, position: int) -> tuple[Tensor, float]:
+def _backward(
+    workload: Workload, model: nn.Module, batch: Batch, position: int, given: Tensor | None
+) -> tuple[Tensor, float]:
     """Accumulate the gradient of the epoch's micro-batch number ``position``; returns its losses and objective."""
     size = _size(workload, position)
     device = floating_one(model.parameters()).device
     coefficients = workload.batch_coefficients(batch, size).to(device)
     losses = workload.sample_losses(model, to_like(batch, device, None), size)
+    if given is not None:
+        coefficients = coefficients * given.to(coefficients)
     objective = (coefficients.to(losses.dtype) * losses).sum()
     objective.backward()
     return losses.detach(), objective.item()

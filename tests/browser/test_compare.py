@@ -30,7 +30,7 @@ def test_windows_of_a_run(page, site, shot, names) -> None:
     page.goto(printed(site.world.said, "windows", site))
     expect(page.get_by_text("5 matching runs")).to_be_visible()
     section = page.get_by_test_id("experiment-view-compare-runs-section-header").first
-    expect(section).to_have_text(re.compile(r"Windows of influence mnist logreg local\s*\(4\)"))
+    expect(section).to_have_text(re.compile(r"Windows of local 5 windows · influence mnist logreg\s*\(5\)"))
     assert names() == WINDOWS
     bars = card(page, "ground_truth/spearman").locator(".bartext")
     expect(bars).to_have_count(5)
@@ -66,8 +66,8 @@ def test_influence_runs_of_two_kinds_lie_over_each_other(page, site, shot) -> No
     page.goto(printed(site.world.said, "influence runs", site))
     expect(page.get_by_text("2 matching runs")).to_be_visible()
     chart = card(page, COMPARED)
-    for kind in ("local", "cumulative"):
-        expect(chart.get_by_text(f"influence mnist logreg {kind} ({COMPARED})")).to_be_visible()
+    for asked in ("local 5 windows", "cumulative 2 windows"):
+        expect(chart.get_by_text(f"{asked} · influence mnist logreg ({COMPARED})")).to_be_visible()
     expect(chart.locator(".scatterlayer .trace")).not_to_have_count(0)
     shot("compare-influence-runs")
 

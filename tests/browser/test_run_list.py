@@ -10,13 +10,13 @@ from world import WINDOWS
 
 def test_runs_stand_at_top_level_and_windows_open_below_in_order(page, site, shot, names) -> None:
     page.goto(site.runs())
-    expect(page.get_by_role("link", name="influence mnist logreg local", exact=True)).to_be_visible()
+    expect(page.get_by_role("link", name="local 5 windows · influence mnist logreg", exact=True)).to_be_visible()
     expect(page.get_by_text("16 matching runs")).to_be_visible()
     top = [
-        "compare mnist logreg local",
-        "influence mnist logreg cumulative",
-        "train mnist logreg init 1 order 0",
-        "influence mnist logreg local",
+        "4 methods local · compare mnist logreg",
+        "cumulative 2 windows · influence mnist logreg",
+        "init 1 order 0 · train mnist logreg",
+        "local 5 windows · influence mnist logreg",
         "train mnist logreg",
     ]
     assert names() == top
@@ -33,16 +33,16 @@ def test_saved_views_are_offered_by_name(page, site, shot, names) -> None:
     offered = [
         "Trainings",
         "Influence runs",
-        "Windows of influence mnist logreg local",
-        "Windows of influence mnist logreg cumulative",
-        "Methods of compare mnist logreg local",
+        "Windows of local 5 windows · influence mnist logreg",
+        "Windows of cumulative 2 windows · influence mnist logreg",
+        "Methods of 4 methods local · compare mnist logreg",
     ]
     for name in offered:
         expect(page.get_by_text(name, exact=True)).to_be_visible()
     shot("saved-views")
     page.get_by_text("Trainings", exact=True).click()
     expect(page.get_by_text("2 matching runs")).to_be_visible()
-    assert names() == ["train mnist logreg", "train mnist logreg init 1 order 0"]
+    assert names() == ["train mnist logreg", "init 1 order 0 · train mnist logreg"]
     # As a table, with the columns that matter.
     for heading in ("validation/loss", "test/accuracy", "resolved.init_seed"):
         expect(page.get_by_role("columnheader").filter(has_text=heading).first).to_be_visible()

@@ -25,7 +25,7 @@ def table(page) -> list[list[str]]:
 
 def test_metrics_parameters_and_children_are_on_the_page(page, site, shot) -> None:
     page.goto(site.run(site.world.local))
-    expect(page.get_by_role("heading", name="influence mnist logreg local")).to_be_visible()
+    expect(page.get_by_role("heading", name="local 5 windows · influence mnist logreg")).to_be_visible()
     spearman = site.client.get_run(site.world.local).data.metrics["ground_truth/spearman"]
     row = page.get_by_role("row").filter(has=page.get_by_role("link", name="ground_truth/spearman", exact=True))
     expect(row).to_contain_text(f"{spearman:.12f}"[:10])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dit_mlflow.evaluation import correlation_intervals, correlations, detection
+from dit_mlflow.evaluation import correlation_intervals, correlations, correlations_with_intervals, detection
 
 NAN = np.nan
 
@@ -86,10 +86,16 @@ def test_bottom_jaccard_looks_at_the_lowest() -> None:
     assert found["jaccard_30"] == pytest.approx(1 / 5)
 
 
-def test_of_a_handful_of_samples_there_is_no_interval() -> None:
-    scores = np.arange(7.0)
-    assert correlation_intervals(scores, scores**2) == {}
-    assert set(correlation_intervals(np.arange(8.0), np.arange(8.0) ** 2, names=["spearman"])) == {"spearman"}
+def test_of_a_handful_of_samples_nothing_is_told() -> None:
+    nine, ten = np.arange(9.0), np.arange(10.0)
+    assert correlation_intervals(nine, nine**2) == {}
+    told = correlations_with_intervals(nine, nine**2, ["spearman"])
+    assert told.values == {}
+    assert told.undefined == {"spearman": "9 samples have both an estimate and ground truth; at least 10 are needed"}
+    told = correlations_with_intervals(ten, ten**2, ["spearman"])
+    assert told.values == pytest.approx({"spearman": 1, "spearman_low": 1, "spearman_high": 1})
+    # Alone, as a function of two vectors, the correlation is what it is.
+    assert correlations(nine, nine**2).values["spearman"] == pytest.approx(1)
 
 
 def test_no_figure_depends_on_the_order_of_the_samples() -> None:

@@ -8,11 +8,16 @@ import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 
 import dit_mlflow
-from dit_mlflow.evaluation import figures
-from dit_mlflow.evaluation.figures import FIGURES, SHARE, Figure, figure_of
+from dit_mlflow.evaluation import Metrics, figures
+from dit_mlflow.evaluation.figures import FIGURES, SHARE, Figure, by_default, figure_of
+from dit_mlflow.explanation.model_card import CARD_COLUMNS
+from dit_mlflow.explanation.over_seeds import COMPARED
+from dit_mlflow.explanation.tables import OF_WINDOWS
+from dit_mlflow.tracking.ui import views
 
 PACKAGE = Path(dit_mlflow.__file__).parent
 
@@ -100,6 +105,53 @@ def test_a_name_of_no_figure_is_refused(name: str) -> None:
         figure_of(name)
 
 
+BY_DEFAULT = {
+    "ground_truth/spearman": True,
+    "ground_truth/spearman_low": True,
+    "by_window/ground_truth/spearman": True,
+    "ground_truth/attainable_spearman": True,
+    "by_window/ground_truth/attainable_spearman": False,  # Two forms at once.
+    "ground_truth/kendall": False,
+    "ground_truth/pearson_low": False,
+    "patterns/early": True,
+    "patterns/early/spearman": False,
+    "detection/recall_at_k_chance": True,
+    "detection/auroc_chance": False,
+    "cost/cpu_seconds": False,
+    "validation/accuracy": True,
+    "by_fraction/validation/accuracy": True,
+    "test/loss_low": False,
+    "test/loss_lowest_draw": False,
+    "gain/test/f1_low": True,
+    "of a user": True,
+}
+
+
+@pytest.mark.parametrize("name", BY_DEFAULT)
+def test_what_is_logged_by_default(name: str) -> None:
+    assert by_default(name) is BY_DEFAULT[name]
+    metrics = Metrics({name: 0.5}, {f"{name}_of_none": "why"})
+    assert (name in metrics.shown(False).values, name in metrics.shown(True).values) == (BY_DEFAULT[name], True)
+    assert f"{name}_of_none" in metrics.shown(False).undefined
+
+
+def test_what_tables_cards_and_saved_charts_need_is_logged_by_default() -> None:
+    run = mlflow.entities.Run(
+        mlflow.entities.RunInfo("f" * 32, "1", "u", "FINISHED", 0, 1, "active", run_name="run"),
+        mlflow.entities.RunData([mlflow.entities.Metric(figures.SPEARMAN.name, 1, 0, 0)], [], []),
+    )
+    made = (views.TRAININGS, views.INFLUENCES, views.windows_view(run), views.methods_view(run))
+    keys = {"metricKey", "selectedMetricKeys", "selectedMetrics", "xaxis", "yaxis"}
+    charts = [value for view in made for chart in view.charts for key, value in chart.items() if key in keys]
+    needed = {name for value in charts for name in re.findall(r"[a-z_/0-9]+/[a-z_/0-9]+", str(value))}
+    needed |= {column.removeprefix("metrics.") for view in made for column in view.columns if "metrics." in column}
+    needed |= {name for figure in OF_WINDOWS for name in (figure.name, figure.by_window)}
+    needed |= {name for figure in (figures.REMOVAL_LDS, figures.TRUST_SPEARMAN) for name in (figure.low, figure.high)}
+    needed |= {figure.name for figure in (*CARD_COLUMNS, *COMPARED.values(), figures.TRUST_SAMPLES)}
+    assert len(needed) > 25
+    assert [name for name in needed if not by_default(name)] == []
+
+
 def test_metrics_of_a_workload_are_of_its_data_and_higher_is_better_but_for_the_loss() -> None:
     accuracy, own = figure_of("by_fraction/validation/accuracy"), figure_of("test/f1_high")
     assert (accuracy.name, accuracy.heading, accuracy.unit) == ("validation/accuracy", "validation accuracy", SHARE)
@@ -133,6 +185,11 @@ def test_the_page_of_all_figures_is_up_to_date() -> None:
     docs = Path(__file__).parents[2] / "docs"
     page = runpy.run_path(str(docs / "figures.py"))["page"]()
     assert (docs / "figures.md").read_text(encoding="utf-8") == page
-    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `") and "…" not in line}
+    rows = {
+        line.split("`")[1]: line
+        for line in page.splitlines()
+        if line.startswith("| `") and "…" not in line.split("|")[1]
+    }
     assert set(rows) == set(FIGURES)
-    assert rows["cost/cpu_seconds"].startswith("| `cost/cpu_seconds` | CPU seconds | seconds | lower | time")
+    assert rows["cost/cpu_seconds"].startswith("| `cost/cpu_seconds` | CPU seconds | seconds | lower | – | time")
+    assert "| itself, `…_low`, `…_high`, `by_window/…` |" in rows["removal/lds"]

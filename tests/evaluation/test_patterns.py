@@ -63,13 +63,14 @@ def test_definitions_that_overlap_are_refused(settings: dict[str, float]) -> Non
 
 
 def test_agreement_by_pattern() -> None:
-    names = np.array(["early", "early", "early", "late", "stable", "stable", "stable"])
-    estimate = np.array([1.0, 2.0, 3.0, 9.0, 1.0, 2.0, 3.0])
-    truth = np.array([1.0, 2.0, 3.0, 5.0, 3.0, 2.0, 1.0])
+    names = np.repeat(["early", "late", "stable"], [10, 9, 11])
+    estimate = np.concatenate([np.arange(10.0), np.arange(9.0), np.arange(11.0)])
+    truth = np.concatenate([np.arange(10.0), np.arange(9.0), -np.arange(11.0)])
     found = correlations_by_pattern(estimate, truth, names)
     assert found.values["early/spearman"] == pytest.approx(1)
     assert found.values["stable/pearson"] == pytest.approx(-1)
-    assert set(found.undefined) == {"late/spearman", "late/pearson"}
+    assert found.undefined.keys() == {"late/spearman", "late/pearson"}
+    assert "9 samples have both" in found.undefined["late/pearson"]
 
 
 def test_scores_without_a_finite_value_count_as_none() -> None:

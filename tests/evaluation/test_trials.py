@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracles import train_again
 from scipy import stats
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,11 +24,13 @@ from dit_mlflow.evaluation.trials import (
     Outcome,
     Trial,
     check_classes_stay,
+    lowered,
     random_scores,
     trials,
     tried_out,
     untouched,
 )
+from dit_mlflow.recording.loop import train_unrecorded
 
 
 def accuracy(model: Any, batch: Any) -> dict[str, torch.Tensor]:
@@ -158,6 +161,29 @@ def test_help_is_what_test_samples_alone_do_not_explain() -> None:
     gain = after.gain(before).values
     low, high = stats.t.interval(0.95, 99, loc=0.01, scale=stats.sem(np.eye(100)[0]))
     assert (gain["test/accuracy_low"], gain["test/accuracy_high"]) == pytest.approx((low, high))
+
+
+def test_weights_are_lowered_in_proportion_to_harm_and_random_samples_get_those_of_the_first_strategy() -> None:
+    scores = {"influence": np.array([[-4.0, 1.0, -1.0, 2.0, 3.0]]), RANDOM: np.array([[4.0, 3.0, 2.0, 1.0, 0.0]] * 2)}
+    ours, random = lowered(trials(scores, {0.6: 3}))
+    assert ours.weights is not None and random.weights is not None
+    np.testing.assert_array_equal(ours.weights, [[0, 1, 0.75, 1, 1]])
+    np.testing.assert_array_equal(random.weights, [[1, 1, 1, 0.75, 0]] * 2)
+    (harmless,) = lowered(trials({"influence": np.array([[1.0, 2.0]])}, {0.5: 1}))
+    np.testing.assert_array_equal(harmless.weights, [[1, 1]])
+
+
+def test_training_with_weights_is_that_of_a_plain_loop_with_them(tmp_path: Path) -> None:
+    workload = digits_workload(accumulate=2)
+    trajectory = train(workload, tmp_path / "t")
+    weights = np.random.default_rng(0).random(workload.num_samples)
+    model = train_again(workload, trajectory, lambda t, i: weights[i], trajectory.num_steps)
+    found = train_unrecorded(workload, weights=weights)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name].to(value), value, rtol=1e-4, atol=1e-5)
+    ones = train_unrecorded(workload, weights=np.ones(workload.num_samples)).state_dict()
+    for name, value in train_unrecorded(workload).state_dict().items():
+        torch.testing.assert_close(ones[name], value, rtol=0, atol=0)
 
 
 def test_summary_and_gain_against_their_formulas() -> None:

@@ -87,20 +87,25 @@ def test_one_fraction_and_a_loss() -> None:
 
 def test_the_answer_says_what_was_chosen_what_came_of_it_and_what_else() -> None:
     text = cleansing_answer(cleansing(corrupted=(0, 1, 2, 50)))
-    assert text.startswith("Cleaning helped: dropping 5 samples (5 %) by influence, which the validation split chose")
-    assert "takes test/accuracy from 0.6000 to 0.7000 (gain +0.1000, 95 % interval +0.0" in text
-    assert "give test/accuracy 0.6200 by loss, 0.5800 at random (draws from 0.57" in text
-    assert "over random: gain +0.1200" in text
-    assert text.endswith("3 of the 5 are truly damaged, of 4 damaged ones in the training set.")
+    what, gains, others = text.split("\n")
+    assert what == (
+        "Cleaning helped: drop 5 samples (5 %) by influence, as the validation split chose; "
+        "3 of the 5 are truly damaged, of 4 damaged ones in the training set."
+    )
+    assert gains.startswith("On test (3 pairs of seeds; gains, positive = better, with 95 % intervals): test/accuracy ")
+    assert "test/accuracy 0.6000 to 0.7000, +0.1000 (+0.09" in gains
+    assert ": better); test/loss 0.6000 to 0.7000, -0.1000 (-0.1" in gains and gains.endswith(": worse).")
+    assert others.startswith("Against as many samples at random: test/accuracy +0.1200 (+0.1")
+    assert "; by loss: test/accuracy +0.0800 (+0.0" in others
 
 
 def test_the_answer_says_plainly_that_cleaning_did_not_help() -> None:
     text = cleansing_answer(cleansing(gain=-0.1))
-    assert text.startswith("Cleaning did not help: on the validation split, nothing is better than to leave the data")
+    assert text.startswith("Cleaning did not help: drop nothing; on the validation split, nothing is better than to")
     # What validation likes best of each strategy; test would prefer others.
     assert "0.6500 by influence with 20" not in text
     assert "0.5000 by influence with 5 samples (5 %), 0.6200 by loss with 5 samples (5 %)" in text
-    assert text.endswith("Which samples are truly damaged is not known.")
+    assert "which samples are truly damaged is not known." in text
 
 
 def test_the_table_holds_every_trial() -> None:
@@ -119,7 +124,7 @@ def test_the_table_holds_every_trial() -> None:
 def test_the_description_holds_the_answer_and_escapes_what_comes_from_data() -> None:
     hostile = "the_loss <script>alert(1)</script> ![x](http://x)"
     note = cleansing_note(cleansing(), "abc", [hostile])
-    assert note.startswith("**Cleaning helped**: dropping 5 samples")
+    assert note.startswith("**Cleaning helped**: drop 5 samples")
     assert "| **influence** | **5 (5 %)** | **0.7000** |" in note
     assert "mlflow.artifacts.load_dict('runs:/abc/dropped_indices.json')['indices']" in note
     assert "<script>" not in note
@@ -148,7 +153,9 @@ def test_a_gain_without_an_interval_says_how_many_trainings_it_is_of() -> None:
     """One test sample has no spread, however many pairs of seeds there are."""
     found = cleansing()
     one = [Outcome(o.trial, o.figures, {name: x[:1] for name, x in o.by_sample.items()}) for o in found.outcomes]
-    assert "(gain +0.1000, 3 pairs of seeds)" in cleansing_answer(Cleansing(tuple(one), "accuracy", "drop"))
+    assert "0.7000, +0.1000 (no interval); test/loss 0.6000 to 0.7000, -0.1000 (no interval)." in cleansing_answer(
+        Cleansing(tuple(one), "accuracy", "drop")
+    )
 
 
 @pytest.mark.parametrize("gain", [0.1, -0.1])
@@ -163,3 +170,22 @@ def test_a_note_of_very_many_trials_is_not_cut_by_mlflow(gain: float) -> None:
     assert len(note) <= 8000
     assert "dropped_indices.json" in note
     assert "The validation split chose" in note
+
+
+@pytest.mark.parametrize(("loss", "helped", "said"), [(0.3, "yes", "helped"), (0.9, "no", "did not help")])
+def test_where_the_metric_cannot_tell_the_loss_does(loss: float, helped: str, said: str) -> None:
+    """A gain whose interval is beside 0 never stands below an answer that leaves it open."""
+    before, after = (
+        outcome(name, count, "accuracy", 0.6 + count, 0.6) for name, count in ((NO_CLEANING, 0), ("loss", 5))
+    )
+    noisy = {
+        **after.figures,
+        "test/accuracy": np.array([[0.4, 0.6, 0.9]]),
+        "test/loss": after.figures["test/loss"] - 0.6 + loss,
+    }
+    samples = {**after.by_sample, "test/loss": after.by_sample["test/loss"] - 0.6 + loss}
+    found = Cleansing((before, Outcome(after.trial, noisy, samples)), "accuracy", "drop")
+    assert found.helped == helped
+    what, gains = cleansing_answer(found).split("\n")
+    assert what.startswith(f"Cleaning {said}: ")
+    assert f": within the noise); test/loss 0.6000 to {loss:.4f}" in gains

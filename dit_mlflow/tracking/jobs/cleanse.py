@@ -1,4 +1,4 @@
-"""The cleansing job: drop or relabel the samples that influence flags, train again, and test whether that helped."""
+"""The cleansing job: drop, relabel or reweight what influence flags, train again, and test whether that helped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from dit_mlflow.errors import InputError, TrainingError
 from dit_mlflow.evaluation.figures import LOSS, PRECISION, TEST, VALIDATION, VALIDATION_LOSS, figure_of
 from dit_mlflow.evaluation.trials import Cleansing, Outcome, Trial, untouched
-from dit_mlflow.explanation import cleansing_answer, cleansing_table, terminal_table
+from dit_mlflow.explanation import cleansing_answer, cleansing_table, paragraph, terminal_table
 from dit_mlflow.explanation.cleansing import ACTIONS, CleansingTask, parse_shares
 from dit_mlflow.influence import Influence, check_kind
 from dit_mlflow.progress import phase, progress_bar
@@ -21,7 +21,7 @@ from dit_mlflow.recording.loop import check_seeds
 from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.jobs.cleanse_runs import CleansingRuns
 from dit_mlflow.tracking.jobs.request import Request, trained
-from dit_mlflow.tracking.jobs.train import workload_params
+from dit_mlflow.tracking.jobs.train import run_title, workload_params
 from dit_mlflow.tracking.store.artifacts import log_influence
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.failed_run import error_text
@@ -43,7 +43,7 @@ class CleansingRequest(Request):
             all of training.
         kind: default ``final``, the effect on the final model, which is the one to improve.
         drop: shares of the training samples to clean, separated by commas.
-        action: ``drop`` or ``relabel``.
+        action: ``drop``, ``relabel`` or ``reweight``.
         repeats: trainings per trial, each with its own pair of seeds: the recorded pair and those after it.
         draws: random draws of as many samples, for comparison; 0 = none.
         metric: to choose by (validation) and judge by (test); empty = ``accuracy`` if the workload has it, else
@@ -87,8 +87,9 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         request, lambda workload: CleansingTask.of(workload, request.drop, request.action, request.metric)
     )
     seeds, known = _seeds(training_run, request.repeats)
+    shares = " ".join(f"{100 * fraction:g}" for fraction in task.counts) + " %"
     tags = {KIND: CLEANSING, METHOD: "removal", TRAINING_RUN: training_run}
-    with project_run(project_run_id, f"cleanse {workload.title} {request.action}", tags) as run:
+    with project_run(project_run_id, run_title("cleanse", workload, f"{request.action} {shares}"), tags) as run:
         mlflow.log_params(
             {
                 **workload_params(workload),
@@ -106,7 +107,7 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
         asked = trajectory, windows, kind, request.draws, request.memory_budget
         phase("influence")
         task, tried = task.flag(*asked, reached=_log_each)
-        runs = CleansingRuns(task, training_run, seeds)
+        runs = CleansingRuns(task, training_run, seeds, request.all_figures)
         phase("cleansing")
         outcomes, failures = _outcomes([untouched(workload.num_samples), *tried], runs)
         cleansing = Cleansing(tuple(outcomes), task.metric, request.action, workload.corrupted)
@@ -186,5 +187,6 @@ def _summary(cleansing: Cleansing, remarks: list[str], where: list[str]) -> str:
     legend = f"{gain.heading}: {gain.sentence}; means over seeds"
     if cleansing.corrupted:
         legend += f"; {PRECISION.heading}: {PRECISION.sentence}"
-    lines = ["", cleansing_answer(cleansing), *remarks, "", legend, "", terminal_table(table, headings), "", *where]
+    answer = map(paragraph, cleansing_answer(cleansing).split("\n"))
+    lines = ["", *answer, *remarks, "", legend, "", terminal_table(table, headings), "", *where]
     return "\n".join(lines)

@@ -34,11 +34,15 @@ from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot, lo
 
 @dataclass(frozen=True, eq=False)
 class CleansingRuns:
-    """Logs on the active run and below it; ``seeds``: ``(init_seed, order_seed)`` of each repeat."""
+    """Logs on the active run and below it.
+
+    ``seeds``: ``(init_seed, order_seed)`` of each repeat; ``all_figures``: all, not the default ones.
+    """
 
     task: CleansingTask
     training_run: str
     seeds: Sequence[tuple[int, int]]
+    all_figures: bool = False
 
     @cached_property
     def _gallery(self) -> Gallery:
@@ -87,6 +91,8 @@ class CleansingRuns:
             columns["score"] = np.take_along_axis(trial.scores, trial.flagged, axis=1).ravel()
         if gallery.describe is not None:
             columns["sample"] = [gallery.describe(int(index)) for index in indices]
+        if trial.weights is not None:
+            columns["weight"] = np.take_along_axis(trial.weights, trial.flagged, axis=1).ravel()
         columns["label"] = [gallery.label_of(int(index)) for index in indices]
         if self.task.predicted is not None:
             columns["new_label"] = [self._names.get(int(found), str(found)) for found in self.task.predicted[indices]]
@@ -119,13 +125,15 @@ class CleansingRuns:
             {"chosen.strategy": chosen.trial.strategy, "chosen.fraction": chosen.trial.fraction}
             | {f"chosen.{self.done}": chosen.trial.count}
         )
-        log_metrics(before.summary().prefixed(BEFORE).and_(self._figures(chosen, before)))
+        log_metrics(before.summary().prefixed(BEFORE).shown(self.all_figures).and_(self._figures(chosen, before)))
         mlflow.log_table(cleansing_table(cleansing), "cleansing.json")
         mlflow.log_table(self.samples(chosen.trial), f"{self.done}.json")
         indices = chosen.trial.flagged[0]
         taken: dict[str, object] = {"strategy": chosen.trial.strategy, "indices": indices.tolist()}
         if self.task.predicted is not None:
             taken["classes"] = self.task.predicted[indices].tolist()
+        if chosen.trial.weights is not None:
+            taken["weights"] = chosen.trial.weights[0, indices].tolist()
         mlflow.log_dict(taken, f"{self.done}_indices.json")
         with drawing("cleansing.png", run_id):
             log_plot(plot_cleansing(cleansing), "cleansing.png", run_id)
@@ -143,7 +151,7 @@ class CleansingRuns:
             extra[RELABELLED_CHANGED.name] = float(other.sum(axis=1).mean())
         if outcome is not before:
             found = found.and_(outcome.gain(before).prefixed(GAIN))
-        return found.and_(Metrics(extra))
+        return found.and_(Metrics(extra)).shown(self.all_figures)
 
     def _series(self, outcome: Outcome) -> dict[str, float]:
         means = {name: outcome.mean(name) for name in outcome.figures}

@@ -28,8 +28,10 @@ from dit_mlflow.explanation import (
     paragraph,
     terminal_table,
 )
+from dit_mlflow.explanation.asked_query import parse_query
 from dit_mlflow.explanation.over_seeds import COMPARED, SECONDS, stability_table, summarised
-from dit_mlflow.influence import Window, check_kind, parse_windows
+from dit_mlflow.influence import Query, Window, check_kind, parse_windows
+from dit_mlflow.influence.query import resolve_queries
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods import Method, method
 from dit_mlflow.methods.given_scores import GivenScores
@@ -40,7 +42,7 @@ from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort
 from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.jobs.request import DEFAULT_WORKLOAD, Request, trained
-from dit_mlflow.tracking.jobs.train import run_training, workload_params
+from dit_mlflow.tracking.jobs.train import run_title, run_training, workload_params
 from dit_mlflow.tracking.store.artifacts import load_influence, load_trajectory, log_influence
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.explanations import log_window_series
@@ -84,6 +86,7 @@ class ComparisonRequest(Request):
 
     def checks(self, workload: Workload) -> Checks:
         """Leave-one-out and subsets; raises :class:`InputError` for values that cannot be used."""
+        parse_query(self.query, workload)
         for estimator in self.estimators.values():
             if isinstance(estimator, GivenScores):
                 estimator.check(workload.num_samples)
@@ -122,6 +125,7 @@ class ComparedTraining:
     workload: Workload
     windows: list[Window]
     truth: Truth = field(default_factory=Truth)
+    queries: list[Query] | None = None
 
     @property
     def whole(self) -> Window:
@@ -146,17 +150,21 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
     trainings = []
     for one in _trained(request):
         checks = request.checks(one.workload)
+        queries = parse_query(request.query, one.workload)(one.trajectory)
         phase("ground truth")
-        truth = find_truth(one.trajectory, one.workload, one.windows, kind, checks, effort=effort)
-        trainings.append(replace(one, truth=truth))
+        truth = find_truth(one.trajectory, one.workload, one.windows, kind, checks, queries, effort)
+        trainings.append(replace(one, truth=truth, queries=queries))
     workload = trainings[0].workload
+    query = resolve_queries(trainings[0].queries, workload)[0].name
+    counted = f"{len(estimators)} methods {kind}" if len(estimators) > 1 else f"{next(iter(estimators))} {kind}"
     tags = {KIND: COMPARISON, TRAINING_RUN: ",".join(training.run_id for training in trainings)}
-    with project_run(project_run_id, f"compare {workload.title} {kind}", tags) as run:
+    with project_run(project_run_id, run_title("compare", workload, counted), tags) as run:
         mlflow.log_params(
             {
                 **workload_params(workload),
                 "resolved.kind": kind,
                 "resolved.windows": len(trainings[0].windows),
+                "resolved.query": query,
                 "resolved.methods": ",".join(estimators),
                 "resolved.seeds": request.seeds,
             }
@@ -186,7 +194,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
             with drawing("recall_curve.png", run.info.run_id):
                 log_plot(plot_recall_curves(scores, workload.corrupted), "recall_curve.png", run.info.run_id)
         retraining = [name for name, estimator in estimators.items() if estimator.retrains]
-        note = comparison_note(table, retraining, len(trainings), kind, attainable=ceiling)
+        note = comparison_note(table, retraining, len(trainings), kind, query.replace("_", " "), ceiling)
         views = save_comparisons(run.info.run_id)
         set_note(run.info.run_id, f"{note}\n\n{compare_line(views)}" if views else note)
         if table["failed"].all():
@@ -247,6 +255,7 @@ def _child(request: ComparisonRequest, name: str, training: ComparedTraining) ->
         "method": name,
         "training_run": training.run_id,
         "measures": request.estimators[name].measures,
+        "question": request.estimators[name].question,
     }
     tags = {KIND: "method", METHOD: name, TRAINING_RUN: training.run_id}
     try:
@@ -264,12 +273,12 @@ def _child(request: ComparisonRequest, name: str, training: ComparedTraining) ->
 def _log_explained(request: ComparisonRequest, name: str, training: ComparedTraining) -> dict[str, float]:
     """Explain by one method and log it on the active run; returns figures of the whole run by their short names."""
     asked = training.trajectory, training.workload, training.windows, check_kind(request.kind)
-    found = explain(*asked, method=request.estimators[name], checks=Checks(), truth=training.truth)
+    found = explain(*asked, training.queries, method=request.estimators[name], checks=Checks(), truth=training.truth)
     mlflow.log_params({"method": name, "kind": found.influence.kind})
     log_influence(found.scores)
-    log_metrics(found.whole.and_(found.cost))
+    log_metrics(found.whole.and_(found.cost).shown(request.all_figures))
     if len(found.scores.windows) > 1:
-        log_window_series(found)
+        log_window_series(found, request.all_figures)
     short = {name.partition("/")[2]: value for name, value in found.whole.values.items()}
     return {**short, **{column: found.cost.values[figure.name] for column, figure in COSTS.items()}}
 
@@ -279,7 +288,7 @@ def _attainable(rows: Sequence[dict[str, object]], training: ComparedTraining) -
     known = [row[SPEARMAN.leaf] for row in rows if row["method"] == "leave_one_out" and SPEARMAN.leaf in row]
     if known:
         return float(np.mean(known))  # type: ignore[arg-type]
-    return noise_floor(training.truth, training.trajectory, training.workload)
+    return noise_floor(training.truth, training.trajectory, training.workload, training.queries)
 
 
 def _training_seconds(trainings: Sequence[ComparedTraining]) -> float | None:

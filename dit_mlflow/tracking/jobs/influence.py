@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlflow
@@ -21,15 +21,17 @@ from dit_mlflow.evaluation.figures import (
     WINDOW_START,
 )
 from dit_mlflow.explanation import Checks, Explanation, explain, paragraph, terminal_table, windows_table
+from dit_mlflow.explanation.asked_query import AskedQuery, parse_query
 from dit_mlflow.explanation.tables import OF_WINDOWS
-from dit_mlflow.influence import Influence, Kind, Window, check_kind
+from dit_mlflow.influence import Influence, Kind, Query, Window, check_kind
+from dit_mlflow.influence.query import resolve_queries
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.removal import Removal
 from dit_mlflow.progress import phase, say
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Groups
 from dit_mlflow.tracking.jobs.request import Request, parse_groups, trained
-from dit_mlflow.tracking.jobs.train import seeds_title, workload_params
+from dit_mlflow.tracking.jobs.train import run_title, seeds_title, workload_params
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.explanations import log_answer, log_part
 from dit_mlflow.tracking.store.names import KIND, METHOD, TRAINING_RUN
@@ -75,11 +77,15 @@ def main_job(request: Request, project_run_id: str | None = None) -> str:
     """
     kind = check_kind(request.kind)
     asked = trained(request, _checked_by(request))
-    training_run, trajectory, workload, windows, (checks, method, groups) = asked
+    training_run, trajectory, workload, windows, (checks, method, groups, query) = asked
     seconds = MlflowClient().get_run(training_run).data.metrics.get(TRAINING_SECONDS.name, 0.0)
     if line := cost_line(seconds, checks, workload.num_samples):
         say(line)
-    answer = run_influence(training_run, trajectory, workload, windows, kind, checks, method, groups, project_run_id)
+    answer = run_influence(
+        *(training_run, trajectory, workload, windows, kind, checks, method, groups, project_run_id),
+        all_figures=request.all_figures,
+        queries=query(trajectory),
+    )
     return summary(answer, training_run)
 
 
@@ -94,9 +100,14 @@ def cost_line(seconds: float, checks: Checks, num_samples: int) -> str | None:
     )
 
 
-def _checked_by(request: Request) -> Callable[[Workload], tuple[Checks, Dit | Removal, Groups | None]]:
-    def check(workload: Workload) -> tuple[Checks, Dit | Removal, Groups | None]:
-        return request.checks(workload), request.method(workload), parse_groups(request.groups, workload)
+Checked = tuple[Checks, Dit | Removal, Groups | None, AskedQuery]
+"""A request's parts that need the workload."""
+
+
+def _checked_by(request: Request) -> Callable[[Workload], Checked]:
+    def check(workload: Workload) -> Checked:
+        parts = request.checks(workload), request.method(workload), parse_groups(request.groups, workload)
+        return *parts, parse_query(request.query, workload)
 
     return check
 
@@ -111,6 +122,9 @@ def run_influence(
     method: Dit | Removal = DIT,
     groups: Groups | None = None,
     project_run_id: str | None = None,
+    *,
+    all_figures: bool = False,
+    queries: Sequence[Query] | None = None,
 ) -> Answer:
     """:func:`dit_mlflow.explain` in a run of its own, which logs it: a parent run, and a nested child per window.
 
@@ -119,17 +133,23 @@ def run_influence(
         trajectory, workload, windows, kind, method, groups: see :func:`dit_mlflow.explain`.
         checks: exact retrainings to compare the scores with.
         project_run_id: the run that ``mlflow run`` made for this job; ``None`` = start one.
+        all_figures: log every figure, not only those that docs/figures.md calls default.
+        queries: see :func:`dit_mlflow.explain`.
     """
     tags = {KIND: "influence", METHOD: method.name, TRAINING_RUN: training_run_id}
     seeds = MlflowClient().get_run(training_run_id).data.params
     seeded = seeds_title(seeds.get("resolved.init_seed", 0), seeds.get("resolved.order_seed", 0))
-    with project_run(project_run_id, f"influence {workload.title}{seeded} {kind}", tags) as run:
+    query = resolve_queries(queries, workload)[0].name
+    told = "" if queries is None else query.replace("_", " ").removeprefix("mean validation loss of ")
+    asked = f"{kind} {len(windows)} window{'s' * (len(windows) > 1)}"
+    with project_run(project_run_id, run_title("influence", workload, seeded, told, asked), tags) as run:
         mlflow.log_params(
             {
                 **workload_params(workload),
                 "method": method.name,
                 "resolved.kind": kind,
                 "resolved.windows": len(windows),
+                "resolved.query": query,
                 "resolved.dtype": str(method.dtype or "recorded").removeprefix("torch."),
                 **({"resolved.removed": method.removed} if isinstance(method, Removal) else {}),
                 "resolved.training_run": training_run_id,
@@ -138,9 +158,13 @@ def run_influence(
         log_datasets_of(training_run_id, run.info.run_id)
         phase("influence")
         explanation = explain(
-            trajectory, workload, windows, kind, method=method, checks=checks, groups=groups, reached=log_part
+            *(trajectory, workload, windows, kind, queries),
+            method=method,
+            checks=checks,
+            groups=groups,
+            reached=log_part,
         )
-        log_answer(explanation, training_run_id)
+        log_answer(explanation, training_run_id, all_figures)
     return Answer(run, explanation)
 
 

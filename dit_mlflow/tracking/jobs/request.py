@@ -13,6 +13,7 @@ import torch
 from dit_mlflow.command import option
 from dit_mlflow.errors import InputError, WorkloadError
 from dit_mlflow.explanation import Checks
+from dit_mlflow.explanation.asked_query import read_groups
 from dit_mlflow.influence import Window, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods.dit import Dit
@@ -46,6 +47,7 @@ class Request:
         workload: reference; empty = the training run's own, or :data:`DEFAULT_WORKLOAD`.
         windows: see :func:`dit_mlflow.parse_windows`.
         kind: ``local``, ``final`` or ``cumulative``.
+        query: see :func:`dit_mlflow.explanation.asked_query.parse_query`; empty = the mean validation loss.
         ground_truth: ``all``, ``none`` or a number of samples.
         trust: random samples left out exactly where the ground truth does not, see :func:`dit_mlflow.evaluation.trust`;
             0 = none.
@@ -60,6 +62,7 @@ class Request:
             ``sample_index`` and ``group``; empty = none.
         init_seed, order_seed: of training.
         settings: of the workload.
+        all_figures: log every figure, not only those that docs/figures.md calls default.
         trust_workload: the user consents to run the workload that the training run names, whatever that is.
     """
 
@@ -67,6 +70,7 @@ class Request:
     workload: str = ""
     windows: str = "5"
     kind: str = "local"
+    query: str = ""
     ground_truth: str = "all"
     trust: int = 24
     confirm: int = 0
@@ -78,6 +82,7 @@ class Request:
     init_seed: int = 0
     order_seed: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
+    all_figures: bool = False
     trust_workload: bool = False
 
     @property
@@ -114,16 +119,9 @@ def parse_groups(text: str, workload: Workload) -> Groups | None:
             raise InputError(
                 "groups=label, and the workload's samples have no labels; give a CSV file, or Workload.label"
             )
-        table = pd.DataFrame({"sample_index": labels.index, "group": "label " + labels})
+        found = {f"label {label}": part.index.tolist() for label, part in labels.groupby(labels)}
     else:
-        try:
-            table = pd.read_csv(text, dtype={"group": str})
-        except (OSError, ValueError) as error:
-            raise InputError(f"groups={text!r} cannot be read: {error}; expected label, or a CSV file") from error
-        if missing := {"sample_index", "group"} - set(table):
-            told = ", ".join(map(str, table))
-            raise InputError(f"{text} has the columns {told}; expected {' and '.join(sorted(missing))} among them")
-    found = {str(name): part["sample_index"].tolist() for name, part in table.groupby("group")}
+        found = read_groups(text, "groups", "label, or a CSV file")
     check_groups(found, workload.num_samples)
     return found
 

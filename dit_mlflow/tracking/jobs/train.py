@@ -47,7 +47,7 @@ def run_training(
         The run's id. If training fails, the run is FAILED and holds what was recorded until then.
     """
     check_seeds(init_seed, order_seed)
-    title = f"train {workload.title}{seeds_title(init_seed, order_seed)}"
+    title = run_title("train", workload, seeds_title(init_seed, order_seed))
     with project_run(project_run_id, title, {KIND: "training"}) as run:
         run_id = str(run.info.run_id)
         mlflow.log_params(
@@ -81,7 +81,12 @@ def run_training(
 
 def seeds_title(init_seed: int | str, order_seed: int | str) -> str:
     """The seeds as a part of a run's name; empty for the default seeds."""
-    return "" if int(init_seed) == int(order_seed) == 0 else f" init {init_seed} order {order_seed}"
+    return "" if int(init_seed) == int(order_seed) == 0 else f"init {init_seed} order {order_seed}"
+
+
+def run_title(job: str, workload: Workload, *differs: str) -> str:
+    """The name of a job's run: what tells it from others of the same job comes first, since the UI cuts long names."""
+    return " · ".join([*filter(None, differs), f"{job} {workload.title}"])
 
 
 def workload_params(workload: Workload) -> dict[str, Any]:

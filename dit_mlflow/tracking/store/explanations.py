@@ -12,7 +12,15 @@ from mlflow import ActiveRun, MlflowClient
 from mlflow.entities import Run
 
 from dit_mlflow.evaluation import Metrics
-from dit_mlflow.evaluation.figures import BESIDE, BY_WINDOW, PEAK_MEMORY, TRAINING_SECONDS, WINDOW_END, WINDOW_START
+from dit_mlflow.evaluation.figures import (
+    BESIDE,
+    BY_WINDOW,
+    PEAK_MEMORY,
+    TRAINING_SECONDS,
+    WINDOW_END,
+    WINDOW_START,
+    by_default,
+)
 from dit_mlflow.explanation import (
     Explanation,
     influence_note,
@@ -69,12 +77,13 @@ def log_part(part: Part, found: Influence) -> None:
     log_influence(found, folder=FOLDERS[part])
 
 
-def log_explanation(explanation: Explanation, training_run_id: str) -> None:
+def log_explanation(explanation: Explanation, training_run_id: str, all_figures: bool = False) -> None:
     """Log an explanation on the active run: scores, figures, tables, plots, its page, and a child run per window.
 
     Args:
         explanation: from :func:`dit_mlflow.explain`.
         training_run_id: the run that recorded the trajectory.
+        all_figures: every figure, not only those that docs/figures.md calls default.
 
     Raises:
         InputError: no run is active.
@@ -85,10 +94,10 @@ def log_explanation(explanation: Explanation, training_run_id: str) -> None:
     mlflow.log_params({"method": found.method, "resolved.kind": found.kind, "resolved.windows": len(found.windows)})
     for part, scores in explanation.parts.items():
         log_part(part, scores)
-    log_answer(explanation, training_run_id)
+    log_answer(explanation, training_run_id, all_figures)
 
 
-def log_answer(explanation: Explanation, training_run_id: str) -> None:
+def log_answer(explanation: Explanation, training_run_id: str, all_figures: bool = False) -> None:
     """Like :func:`log_explanation`, for scores that :func:`log_part` has logged already.
 
     Nothing is drawn before all that was computed is logged. The run gets the figures of the whole run ``[0, T)`` and
@@ -98,11 +107,11 @@ def log_answer(explanation: Explanation, training_run_id: str) -> None:
     assert run is not None
     phase("logging")
     training = MlflowClient().get_run(training_run_id)
-    _log_figures(explanation, training)
+    _log_figures(explanation, training, all_figures)
     samples = _log_tables(explanation)
     # The UI lists the newest run first, so the last window is logged first.
     positions = progress_over(range(len(explanation.windows))[::-1], "logging windows", "window")
-    runs = [_log_window(explanation, k, samples, training_run_id) for k in positions][::-1]
+    runs = [_log_window(explanation, k, samples, training_run_id, all_figures=all_figures) for k in positions][::-1]
     phase("drawing")
     _draw(explanation, run.info.run_id, training)
     for index, child in enumerate(progress_over(runs, "drawing windows", "window")):
@@ -127,14 +136,16 @@ def log_growing(explanation: Explanation, new: range, training_run_id: str) -> N
         _draw_window(explanation, index, child.info.run_id, run)
 
 
-def log_window_series(explanation: Explanation) -> None:
+def log_window_series(explanation: Explanation, all_figures: bool = False) -> None:
     """The figures of the windows as series on the active run, step = window index.
 
-    Interval bounds and levels of chance are left to the windows' own runs: they would clutter the charts.
+    With the windows' ends, over which the saved charts are drawn. Interval bounds and levels of chance are left to the
+    windows' own runs: they would clutter the charts.
     """
+    log_series(WINDOW_END.by_window, [window.end for window in explanation.windows])
     names = dict.fromkeys(name for metrics in explanation.per_window for name in metrics.values)
     for name in names:
-        if not name.endswith(BESIDE):
+        if not name.endswith(BESIDE) and (all_figures or by_default(BY_WINDOW + name)):
             log_series(BY_WINDOW + name, [metrics.values.get(name) for metrics in explanation.per_window])
 
 
@@ -143,14 +154,14 @@ def window_run_name(window: Window, index: int, count: int) -> str:
     return f"w{index:0{max(2, len(str(count - 1)))}d} {window}"
 
 
-def _log_figures(explanation: Explanation, training: Run) -> None:
+def _log_figures(explanation: Explanation, training: Run, all_figures: bool) -> None:
     seconds = training.data.metrics.get(TRAINING_SECONDS.name)
     known = {TRAINING_SECONDS.name: seconds, PEAK_MEMORY.name: peak_memory_mb()}
     costs = Metrics({name: value for name, value in known.items() if value is not None})
-    log_metrics(explanation.whole)
-    log_metrics(explanation.cost.and_(costs))
-    log_window_series(explanation)
-    log_metrics(explanation.pattern_figures)
+    figures = (explanation.whole, explanation.cost.and_(costs), explanation.pattern_figures)
+    for found in figures:
+        log_metrics(found.shown(all_figures))
+    log_window_series(explanation, all_figures)
 
 
 def _log_tables(explanation: Explanation) -> pd.DataFrame:
@@ -204,7 +215,12 @@ def _plots(explanation: Explanation) -> dict[str, Callable[[], Figure]]:
 
 
 def _log_window(
-    explanation: Explanation, index: int, samples: pd.DataFrame, training_run_id: str, count: int = 0
+    explanation: Explanation,
+    index: int,
+    samples: pd.DataFrame,
+    training_run_id: str,
+    count: int = 0,
+    all_figures: bool = False,
 ) -> Run:
     """Log a window's run. ``samples``: the top samples of all windows; ``count``: of windows, if more will come."""
     found, window = explanation.influence, explanation.windows[index]
@@ -213,7 +229,7 @@ def _log_window(
     with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
         bounds = {"window_index": index, "window_start": window.start, "window_end": window.end}
         mlflow.log_params({"method": found.method, "kind": found.kind, **bounds})
-        log_metrics(explanation.per_window[index])
+        log_metrics(explanation.per_window[index].shown(all_figures))
         # Last, since the page that compares runs begins with the metric that was logged first.
         mlflow.log_metrics({WINDOW_START.name: window.start, WINDOW_END.name: window.end})
         mlflow.log_table(samples[samples["window_index"] == index], "top_samples.json")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import mlflow
 from mlflow import ActiveRun, MlflowClient
 from mlflow.data.dataset import Dataset
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.told import logger_of
@@ -30,11 +32,48 @@ _log = logger_of(__name__)
 BATCH = 1000
 """Most metrics that MLflow takes per request."""
 
+EXPERIMENT = "dit-mlflow"
+"""Of the runs of the command line, where the user has chosen none."""
+
+CHOSEN, CHOSEN_ID = "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"
+"""Variables by which MLflow is told the experiment."""
+
+
+@contextmanager
+def experiment_of(training_run: str) -> Iterator[None]:
+    """Let runs start in the experiment of ``training_run``, or, if that is empty, in :data:`EXPERIMENT`.
+
+    An experiment that the user has chosen (variables, ``mlflow.set_experiment``, ``mlflow run``) stays.
+    """
+    # On Databricks, an experiment's name is a path in the user's workspace.
+    chosen = os.environ.get(CHOSEN) or os.environ.get(CHOSEN_ID) or mlflow.get_tracking_uri().startswith("databricks")
+    if chosen:
+        yield
+        return
+    name, value = CHOSEN, EXPERIMENT
+    # Of a run that is not there, the job says so.
+    with suppress(MlflowException):
+        if training_run:
+            name, value = CHOSEN_ID, MlflowClient().get_run(training_run).info.experiment_id
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+def _make_experiment() -> None:
+    """Make :data:`EXPERIMENT` if runs go there; of two processes that do so at once, MLflow would fail one."""
+    if os.environ.get(CHOSEN) == EXPERIMENT and MlflowClient().get_experiment_by_name(EXPERIMENT) is None:
+        with suppress(MlflowException):
+            MlflowClient().create_experiment(EXPERIMENT)
+
 
 @contextmanager
 def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Iterator[ActiveRun]:
     """A top-level run: the one that ``mlflow run`` made, or a new one. FAILED if the body raises."""
     if run_id is None:
+        _make_experiment()
         with mlflow.start_run(run_name=name, tags=dict(tags)) as run:
             yield run
         return

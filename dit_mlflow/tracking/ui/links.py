@@ -38,6 +38,11 @@ COMPARED: dict[str, tuple[str, Callable[[Run], View]]] = {
 """For each kind of run with children: what the children are, and the view that compares them."""
 
 
+def store_uri() -> str:
+    """Where results are, as MLflow is told it."""
+    return str(mlflow.get_tracking_uri())
+
+
 def run_link(run: Run, tab: str = "") -> str:
     """The page of a run, or a tab of it (``/model-metrics``), from ``#`` on, as notes link to it."""
     return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{tab}?{MODE}"

@@ -27,6 +27,7 @@ from dit_mlflow.evaluation.figures import (
     LOSS,
     PEARSON,
     RECALL_AT_K,
+    REMOVAL_LDS,
     SPEARMAN,
     TEST,
     TRAINING_LOSS,
@@ -35,12 +36,15 @@ from dit_mlflow.evaluation.figures import (
     VALIDATION_LOSS,
     WINDOW_END,
     WINDOW_START,
+    Figure,
 )
 from dit_mlflow.told import logger_of
 from dit_mlflow.tracking.mlflow_internals import SAVED_VIEW
 from dit_mlflow.tracking.store.names import INFLUENCE, KIND, PARENT_RUN
 
 PREFIX = "dit-"
+COLUMNS = 2
+"""Of charts: in three, the UI's default, their titles do not fit on a screen of 1280 px."""
 KEPT = 50
 """Most views of single runs that an experiment keeps: the UI reads all its tags for every page."""
 
@@ -85,7 +89,9 @@ class View:
                 {"uuid": f"{section}-{place}", "metricSectionId": section, **chart}
                 for place, chart in enumerate(self.charts)
             ],
-            "compareRunSections": [{"uuid": section, "name": self.name, "display": True, "isReordered": True}],
+            "compareRunSections": [
+                {"uuid": section, "name": self.name, "display": True, "isReordered": True, "columns": COLUMNS}
+            ],
             # Keeps the given order; the UI would sort our section in among its own.
             "isAccordionReordered": True,
         }
@@ -106,9 +112,15 @@ def bar_chart(metric: str) -> Chart:
     return _chart("BAR", metricKey=metric)
 
 
-def line_chart(metric: str) -> Chart:
-    """A line for each run, over the metric's steps."""
-    return _chart("LINE", metricKey=metric, selectedMetricKeys=[metric], xAxisKey="step", lineSmoothness=0)
+def line_chart(metric: str, x: str = "") -> Chart:
+    """A line for each run, over the metric's steps, or over the metric ``x`` at the same steps."""
+    axis = {"xAxisKey": "metric", "selectedXAxisMetricKey": x} if x else {"xAxisKey": "step"}
+    return _chart("LINE", metricKey=metric, selectedMetricKeys=[metric], lineSmoothness=0, **axis)
+
+
+def over_windows(figure: Figure) -> Chart:
+    """A line for each run over the ends of its windows."""
+    return line_chart(figure.by_window, WINDOW_END.by_window)
 
 
 def scatter(title: str, x: str, y: str) -> Chart:
@@ -139,26 +151,28 @@ def _metrics(*names: str) -> tuple[str, ...]:
 def windows_view(run: Run) -> View:
     """The windows of an influence run side by side."""
     agreement = SPEARMAN if SPEARMAN.name in run.data.metrics else TRUST_SPEARMAN
-    found = [figure.name for figure in (agreement, AUROC, RECALL_AT_K) if figure.name in run.data.metrics]
+    found = [figure.name for figure in (REMOVAL_LDS, agreement, AUROC, RECALL_AT_K) if figure.name in run.data.metrics]
+    axes, bars = (agreement.name, AUROC.name), [bar_chart(name) for name in found]
     return _children_view(
         run,
         "Windows",
-        charts=(*map(bar_chart, found), parallel([], [WINDOW_START.name, *found[:2]])),
+        charts=(*bars[:2], parallel([], [WINDOW_START.name, *(name for name in found if name in axes)]), *bars[2:]),
         columns=_metrics(WINDOW_START.name, WINDOW_END.name, *found),
         order=f"metrics.{WINDOW_START.name}",
     )
 
 
 def methods_view(run: Run) -> View:
-    """The methods of a comparison side by side, the best first: over windows, and against cost."""
+    """The methods of a comparison side by side, the best first: over windows, in two tests, and against cost."""
     whole = [figure.name for figure in (SPEARMAN, PEARSON, LDS, AUROC)]
     cost = INFLUENCE_SECONDS.name
     return _children_view(
         run,
         "Methods",
         charts=(
-            line_chart(SPEARMAN.by_window),
-            line_chart(AUROC.by_window),
+            over_windows(SPEARMAN),
+            over_windows(AUROC),
+            scatter("Leave-one-out against LDS", LDS.name, SPEARMAN.name),
             scatter("Agreement against cost", cost, SPEARMAN.name),
             parallel(["method"], [cost, SPEARMAN.name]),
             *map(bar_chart, whole),
@@ -208,7 +222,7 @@ INFLUENCES = View(
     name="Influence runs",
     runs=f"tags.`{KIND}` = '{INFLUENCE}'",
     charts=(
-        *(line_chart(figure.by_window) for figure in (SPEARMAN, AUROC, TRUST_SPEARMAN)),
+        *map(over_windows, (REMOVAL_LDS, SPEARMAN, AUROC, TRUST_SPEARMAN)),
         *(bar_chart(figure.name) for figure in (SPEARMAN, AUROC, INFLUENCE_SECONDS)),
     ),
     columns=(

@@ -174,7 +174,7 @@ def test_relabelling_looks_at_no_true_label(store: str, monkeypatch: pytest.Monk
     changed = samples["new_label"] != samples["label"]
     assert changed.any()
     assert child.data.metrics["relabelled/changed"] == changed.sum()
-    check_figures("test/loss_lowest_draw")
+    check_figures("gain/test/loss_low")
     taken = mlflow.artifacts.load_dict(f"runs:/{first.info.run_id}/relabelled_indices.json")
     assert len(taken["classes"]) == len(taken["indices"])
 
@@ -192,6 +192,26 @@ def test_windows_are_candidates_of_their_own(store: str) -> None:
         lowest = np.argsort(influence.of(index), kind="stable")[:4]
         assert table(tried[f"{way} 10 %"], "dropped.json")["sample_index"].tolist() == lowest.tolist()
     check_choice(parent, tried)
+
+
+def test_reweighting_lowers_the_losses_of_what_harms(store: str) -> None:
+    finished = cleanse(**QUICK, action="reweight", corrupt="0.2")
+    assert finished.exit_code == 0, finished.output
+    (parent,) = runs("cleansing")
+    assert parent.info.run_name == "reweight 10 20 % · cleanse mnist logreg"
+    tried = strategies()
+    ours, random = (table(tried[f"{way} 20 %"], "reweighted.json") for way in ("influence", "random"))
+    harm = (-ours["score"]).clip(lower=0)
+    np.testing.assert_allclose(ours["weight"], 1 - harm / harm.max(), atol=1e-6)
+    assert ours["weight"].min() == 0 and (ours["weight"] > 0).any()
+    for _, draw in random.groupby("draw"):
+        np.testing.assert_allclose(draw["weight"], ours["weight"], atol=1e-6)
+    figures = {name: run.data.metrics["test/loss"] for name, run in tried.items()}
+    assert len(set(figures.values())) == len(figures)
+    if parent.data.params["chosen.strategy"] != "no cleaning":
+        taken = mlflow.artifacts.load_dict(f"runs:/{parent.info.run_id}/reweighted_indices.json")
+        assert len(taken["weights"]) == len(taken["indices"]) and min(taken["weights"]) == 0
+    assert "multiplied by weights below 1" in parent.data.tags["mlflow.note.content"]
 
 
 def test_a_trial_that_fails_stops_nothing(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +370,7 @@ def test_a_loop_of_ones_own_needs_a_workload_that_can_be_trained(own_loop: str) 
     (parent,) = runs("cleansing")
     assert parent.data.params["resolved.metric"] == "loss"
     assert "seeds of the recorded training are not known" in parent.data.tags["mlflow.note.content"]
-    assert "need" in parent.data.tags["dit.undefined.test/loss_low"]
+    assert "need" in parent.data.tags["dit.undefined.gain/test/loss_low"]
 
 
 def planned(workload: Workload, **asked: Any) -> CleansingTask:

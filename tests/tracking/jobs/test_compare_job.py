@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +20,7 @@ from test_influence_job import SMALL, artifact_names, check_figures, children, e
 from dit_mlflow import methods
 from dit_mlflow.cli import cli
 from dit_mlflow.explanation.over_seeds import summarised
-from dit_mlflow.methods import NAMES, method
+from dit_mlflow.methods import NAMES
 from dit_mlflow.methods.at_window_end import Loss
 from dit_mlflow.tracking import load_influence
 from dit_mlflow.tracking.jobs.compare import ComparisonRequest
@@ -31,7 +32,7 @@ def compare(**options: str) -> Any:
 
 
 def test_all_methods_from_its_entry_point(store: str) -> None:
-    finished = entry_point("compare", **SMALL, corrupt="0.2", windows="2")
+    finished = entry_point("compare", **SMALL, corrupt="0.2", windows="2", all_figures="true")
     assert finished.exit_code == 0, finished.output
     (parent,) = runs("comparison")
     (training,) = runs("training")
@@ -61,10 +62,12 @@ def test_all_methods_from_its_entry_point(store: str) -> None:
     table = mlflow.load_table("comparison.json", run_ids=[parent.info.run_id])
     assert list(table["method"]) == list(NAMES)
     assert "Spearman" in finished.stdout
-    cheap = table[~table["method"].isin([name for name in NAMES if method(name).retrains])]
-    best = cheap.loc[cheap["spearman"].idxmax(), "method"].replace("_", "\\_")
-    answer, _, rest = parent.data.tags["mlflow.note.content"].partition("best with exact leave")
-    assert best in answer
+    judged = table[table["method"] != "leave_one_out"].set_index("method")
+    answer, _, rest = parent.data.tags["mlflow.note.content"].partition("They answer different questions")
+    first, _, second = answer.partition("without a random share")
+    for figure, part in (("spearman", first), ("lds", second)):
+        assert re.search(rf"nearest come {judged[figure].idxmax()} [01]\.", part), answer
+    assert "the removal of many samples at once (expected, removal, downsampling, datamodel and 1 more)" in rest
     assert len(parent.data.tags["mlflow.note.content"]) < 8000
     assert rest.count("\n| ") == len(NAMES) + 2
     check_figures("ground_truth/lds_low", "cost/cpu_seconds", "by_window/ground_truth/jaccard_bottom_30")
@@ -92,7 +95,7 @@ def test_a_method_that_fails_is_reported_and_stops_nothing(store: str, monkeypat
 
 
 def test_seeds_of_weights_and_order_are_separate(store: str) -> None:
-    finished = compare(methods="dit", seeds="4", windows="2", ground_truth="6")
+    finished = compare(methods="dit", seeds="4", windows="2", ground_truth="12")
     assert finished.exit_code == 0, finished.output
     (parent,) = runs("comparison")
     names = [child.info.run_name for child in children(parent)]
@@ -169,6 +172,15 @@ def test_scores_computed_elsewhere_are_compared(store: str, tmp_path: Path) -> N
     theirs = by_name["leave_one_out"].data.metrics
     for figure in ("ground_truth/lds", "ground_truth/spearman"):
         assert given[figure] == pytest.approx(theirs[figure], abs=0.02)
+    # The same without our methods.
+    arguments = [f"--training-run={training}", f"--scores={file}", "--windows=1", "--subsets=8", "--removed=0.25"]
+    assert CliRunner().invoke(cli, ["evaluate", *arguments]).exit_code == 0
+    latest = max(runs("comparison"), key=lambda run: run.info.start_time)
+    assert latest.info.run_name == "elsewhere local · compare mnist logreg"
+    (alone,) = children(latest)
+    assert alone.data.metrics["ground_truth/lds"] == pytest.approx(given["ground_truth/lds"])
+    refused = CliRunner().invoke(cli, ["evaluate", arguments[0]])
+    assert refused.exit_code == 1 and "evaluate needs scores: CSV files" in refused.output
     file.write_text("sample_index,score\n0,1\n1,inf\n")
     said = compare(training_run=training, methods="loss", scores=str(file)).output
     assert "has finite scores of 1 training samples in 2 lines" in said

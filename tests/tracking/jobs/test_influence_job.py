@@ -94,7 +94,7 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
     assert "mlflow.parentRunId" not in training.data.tags
     assert parent.data.tags["dit.training_run_id"] == training.info.run_id
     assert parent.data.tags["dit.version"] == dit_mlflow.__version__
-    assert parent.info.run_name == "influence mnist logreg local"
+    assert parent.info.run_name == "local 5 windows · influence mnist logreg"
     check_windows(parent, kind="local", bounds=[(0, 2), (2, 4), (4, 7), (7, 9), (9, 12)])
     assert "workflowType=machine_learning" in finished.stdout
     assert artifact_names(parent, "influence") == {
@@ -128,7 +128,11 @@ def test_main_job_from_mlflow_run_then_again_on_its_trajectory(store: str) -> No
     for name, value in parent.data.metrics.items():
         if name.startswith(("detection/", "ground_truth/")):
             assert second.data.metrics[name] == pytest.approx(value)
-    check_figures("patterns/early", "ground_truth/attainable_kendall", "by_window/detection/average_precision")
+    check_figures("patterns/early", "ground_truth/attainable_spearman", "by_window/detection/auroc")
+    # About 25 figures of the whole run, and fewer of each window.
+    assert "ground_truth/kendall" not in parent.data.metrics and len(parent.data.metrics) <= 30
+    assert all(len(child.data.metrics) <= 18 for child in children(parent))
+    assert "detection/accuracy" in mlflow.load_table("influence/windows.json", run_ids=[parent.info.run_id])
 
 
 def check_notes(parent: Run, training: Run) -> None:
@@ -154,9 +158,7 @@ def check_notes(parent: Run, training: Run) -> None:
     assert command in training.data.tags["mlflow.note.content"]
     for child in children(parent):
         steps = child.info.run_name.split()[1]
-        assert child.data.tags["mlflow.note.content"].startswith(
-            f"In steps {steps.replace('-', chr(92) + '-')}, sample "
-        )
+        assert child.data.tags["mlflow.note.content"].startswith(f"In steps {steps}, sample ")
         assert artifact_names(child, "") == {"against_leave_one_out.png", "top_samples.png", "top_samples.json"}
         table = mlflow.load_table("top_samples.json", run_ids=[child.info.run_id])
         assert set(table["window"]) == {steps}
@@ -194,7 +196,7 @@ def check_windows(parent: Run, kind: str, bounds: list[tuple[int, int]]) -> None
 
 
 def test_trust_and_confirmed_samples_without_ground_truth(store: str) -> None:
-    options = ["--removed=0", "--ground-truth=none", "--trust=12", "--confirm=3", "--windows=2"]
+    options = ["--removed=0", "--ground-truth=none", "--trust=12", "--confirm=3", "--windows=2", "--all-figures"]
     finished = invoke("influence", *options)
     assert finished.exit_code == 0, finished.output
     (parent,) = runs("influence")
@@ -369,13 +371,13 @@ def test_existing_trajectory_that_cannot_be_used(store: str, tmp_path: Path) -> 
 
 
 def test_undefined_metrics_are_absent_with_a_reason(store: str) -> None:
-    assert invoke("influence", "--corrupt", "0", "--ground-truth", "5").exit_code == 0
+    assert invoke("influence", "--corrupt", "0", "--ground-truth", "12").exit_code == 0
     (parent,) = runs("influence")
     assert "ground_truth/pearson" in parent.data.metrics
     assert "detection/auroc" not in parent.data.metrics
     assert parent.data.tags["dit.undefined.detection/auroc"] == "0 of 40 samples are corrupted"
     truth = load_influence(parent.info.run_id, "ground_truth")
-    assert np.isfinite(truth.of(0)).sum() == 5
+    assert np.isfinite(truth.of(0)).sum() == 12
     # Of the whole run, those that stand out are known too.
     folders = ("influence/whole_run", "ground_truth/whole_run")
     estimate, exact = (load_influence(parent.info.run_id, folder).of(0) for folder in folders)
@@ -450,3 +452,40 @@ def test_an_explanation_from_python_is_logged_as_the_job_logs_it(store: str, tmp
     assert logged.metrics.keys() == expected.metrics.keys() | {"cost/peak_memory_mb"}
     assert logged.tags["dit.kind"] == "influence"
     assert [child.data.params["window_start"] for child in children(run)] == ["0", "4"]  # type: ignore[arg-type]
+
+
+def test_a_query_in_a_word_is_recorded_and_a_bad_one_fails_before_a_run_exists(store: str) -> None:
+    finished = invoke("explain", "--query=class:7", "--removed=0", "--ground-truth=12", "--trust=0", "--windows=2")
+    assert finished.exit_code == 0, finished.output
+    (parent,) = runs("influence")
+    assert parent.data.params["resolved.query"] == "mean_validation_loss of class 7"
+    assert parent.info.run_name == "class 7 · local 2 windows · influence mnist logreg"
+    assert load_influence(parent.info.run_id).queries == ("mean_validation_loss of class 7",)
+    before = len(runs())
+    for option, value in (("query", "class:3"), ("kind", "lokal"), ("windows", "x"), ("groups", "none.csv")):
+        failed = invoke("explain", f"--{option}={value}", "--ground-truth=12")
+        assert failed.exit_code == 1 and f"{value}" in failed.output, failed.output
+    assert len(runs()) == before
+
+
+def test_runs_go_to_the_experiment_chosen_or_to_that_of_the_training_or_to_one_of_their_own(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a process of its own begins, that has chosen nothing.
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
+
+    def experiments(kind: str) -> list[str]:
+        return [mlflow.get_experiment(run.info.experiment_id).name for run in runs(kind)]
+
+    quick = ("--removed=0", "--ground-truth=none", "--trust=0", "--windows=1")
+    assert invoke("influence", *quick).exit_code == 0
+    assert experiments("training") == experiments("influence") == experiments("window") == ["dit-mlflow"]
+    mine = mlflow.create_experiment("mine")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", mine)
+    assert invoke("train").exit_code == 0
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    (training,) = (run for run in runs("training") if run.info.experiment_id == mine)
+    assert CliRunner().invoke(cli, ["influence", *quick, "--training-run", training.info.run_id]).exit_code == 0
+    assert sorted(experiments("influence")) == ["dit-mlflow", "mine"]
+    assert not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys()
