@@ -11,13 +11,17 @@ import torch
 from scipy import optimize, special, stats
 
 from dit_mlflow.errors import InputError, UnsupportedError
-from dit_mlflow.influence import Influence, Kind, Query, Window, expected_influence, track
+from dit_mlflow.influence import Influence, Kind, Query, Window
+from dit_mlflow.influence.draws import Draws, expected_over
+from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.question import Question
+from dit_mlflow.influence.sweep import tracked
 from dit_mlflow.methods.method import Estimate, RetrainingMethod
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, leave_one_out, train_on_subsets
 from dit_mlflow.told import logger_of
 from dit_mlflow.workload import Workload
+from dit_mlflow.workload.random_state import preserved_random_state
 
 _log = logger_of(__name__)
 
@@ -115,11 +119,13 @@ def removal_curve(
     question = Question.of(trajectory, workload, windows, kind, queries)
     given = (trajectory, workload, question.windows, question.kind, question.queries)
     draws = 2 * max(1, trainings // 8)
-    parts = {
-        "dit": track(*given, dtype=dtype, memory_budget=memory_budget),
-        "uniform": expected_influence(*given, draws, seed, dtype, memory_budget),
-        "beta": expected_influence(*given, draws, seed + 1, dtype, memory_budget, power=BETA),
-    }
+    with preserved_random_state():
+        engine = Engine(trajectory.replay(workload, dtype), memory_budget)
+        named = str(dtype or "recorded")
+        kinds = [Draws(draws, seed), Draws(draws, seed + 1, BETA)]
+        names = ("dit", "uniform", "beta")
+        found = [tracked(question, engine, named), *expected_over(question, engine, kinds, named)]
+        parts = dict(zip(names, found, strict=True))
     if exact is not None:
         _check_exact(exact, question)
         parts["leave_one_out"] = exact.select(list(question.windows))

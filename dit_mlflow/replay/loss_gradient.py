@@ -56,7 +56,7 @@ class LossGradient:
         total: dict[str, Tensor] = {}
         for term in self.terms(record, batches):
             with self._naming(record):
-                value = term(parameters, buffers, weights)
+                value = self.value(term, parameters, buffers, weights)
             if not inputs:
                 continue
             parts = torch.autograd.grad(value, list(inputs.values()), create_graph=create_graph, allow_unused=True)
@@ -68,6 +68,10 @@ class LossGradient:
             for name, value in parameters.items()
             if name in inputs or name in record.zero_gradient
         }
+
+    def value(self, term: Term, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
+        """What a term gives, ``[]``."""
+        return term(parameters, buffers, weights)
 
     def terms(self, record: StepRecord, batches: list[MicroBatch]) -> Iterator[Term]:
         """Yield the terms whose gradients add up to ``g_t``: one per micro-batch, then the regularizer.

@@ -247,9 +247,10 @@ class LossStep(TrainingStep):
         (by_weight,) = vector_jacobian(
             list(gradients.values()), [weights], cotangents, len(cotangents[0]), self.batched
         )
-        row, place = divmod(int(by_weight.abs().argmax()), by_weight.shape[1])
+        place = int(by_weight.abs().argmax())
         # Anything smaller is rounding, as in elements whose gradient is 0 by symmetry (the bias of attention's keys).
-        if by_weight[row, place].abs() > 1e-6 * largest:
+        if by_weight.view(-1)[place].abs() > 1e-6 * largest:
+            place %= len(record.samples)
             self._warned = True
             names = [name for name, mask in zip(gradients, undefined, strict=True) if bool(mask.any())]
             warnings.warn(

@@ -45,29 +45,37 @@ class DifferentiableStatistics(TorchFunctionMode):
     ``running = (1 - momentum) * running + momentum * statistic of the layer's input``
 
     Calls whose running statistics are missing or need no gradient go to PyTorch's kernels.
+
+    Args:
+        always: they need a gradient, which they do not say under ``vmap``.
     """
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self._always = always
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (F.batch_norm, F.instance_norm):
             return func(*args, **(kwargs or {}))
         given = inspect.signature(func).bind(*args, **(kwargs or {}))
         given.apply_defaults()
+        mean = given.arguments["running_mean"]
+        if mean is None or not (self._always or mean.requires_grad):
+            return func(*given.args)
         return _normalised(func, *given.args)
 
 
 def _normalised(
     norm: Callable[..., Tensor],
     input: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
 ) -> Tensor:
-    if mean is None or variance is None or not mean.requires_grad:
-        return norm(input, mean, variance, weight, bias, training, momentum, eps)
     if training:
         over = [0] if norm is F.batch_norm else []
         new_variance, new_mean = torch.var_mean(input, dim=[*over, *range(2, input.dim())])
