@@ -123,9 +123,9 @@ class WeightedSweeps:
         times = []
         try:
             with _quiet():
+                starts = engine.start(state, queries), engine.start(states, queries, together=together)
                 for t in sorted({course.start, (course.start + last) // 2, last}):
                     record = engine.replay.trajectory.step(t)
-                    starts = engine.start(state, queries), engine.start(states, queries, together=together)
                     one = _made(alone, state, record, starts[0], torch.ones(len(record.samples)))
                     all_ = _made(together, states, record, starts[1], weights[:, record.samples])
                     times.append((one.seconds, all_.seconds))
@@ -152,6 +152,8 @@ class _Made:
 
 
 def _made(step: TrainingStep, state: State, record: StepRecord, adjoint: Adjoint, weights: Tensor) -> _Made:
+    # A pull-back may change its adjoint.
+    adjoint = adjoint.keep(list(range(adjoint.rows)))
     begun = time.perf_counter()
     after = step(state, record, weights)
     _, by_weight = step.pull_back(state, record, adjoint, weights)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dit_mlflow.replay.adjoint import Flat
 from dit_mlflow.replay.dynamics import Buffers, Dynamics, Parameters
-from dit_mlflow.replay.loss_gradient import LossGradient, Term
+from dit_mlflow.replay.loss_gradient import GradientSideBySide
 from dit_mlflow.replay.loss_step import LossStep
+from dit_mlflow.replay.narrow_layers import NarrowLayers
 from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.running_statistics import BuffersApart, DifferentiableStatistics
 from dit_mlflow.replay.training_step import TrainingStep
@@ -75,7 +76,7 @@ class SideBySide(LossStep):
     def __init__(self, dynamics: Dynamics, copies: int) -> None:
         super().__init__(dynamics)
         self.copies = copies
-        self.gradient = _Sum(dynamics)
+        self.gradient = GradientSideBySide(dynamics)
         self.followed_parameters = self._stacked(self.followed_parameters)
         clip = torch.func.vmap(self.gradient.clip) if self.gradient.clips else None
         self._update_adjoint = UpdateAdjoint(self._layout, self.followed_parameters, self._optimizer, clip)
@@ -91,7 +92,7 @@ class SideBySide(LossStep):
         def one(own: Parameters, left: Parameters) -> Tensor:
             return self.dynamics.evaluate(own, left, query)
 
-        with self.differentiable():
+        with self.differentiable(), NarrowLayers():
             try:
                 return torch.func.vmap(one, randomness="same")(parameters, buffers).sum()
             except RuntimeError:
@@ -107,25 +108,6 @@ class SideBySide(LossStep):
 
     def _buffers_after_of_first(self, parameters: Parameters, buffers: Buffers, record: StepRecord) -> Buffers:
         return self.gradient.buffers_after(_of(parameters, 0), _of(buffers, 0), record)
-
-
-class _Sum(LossGradient):
-    """The gradients of ``K`` trainings: that of the sum of their objectives."""
-
-    def value(self, term: Term, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
-        def one(own: Parameters, left: Buffers, row: Tensor | None) -> Tensor:
-            given = dict(left)
-            found = term(own, left, row)
-            if any(left[name] is not given[name] for name in given):
-                raise NotImplementedError("the model assigns buffers anew; copies side by side would lose them")
-            return found
-
-        return torch.func.vmap(one, randomness="same")(parameters, buffers, weights).sum()
-
-    @contextmanager
-    def _naming(self, record: StepRecord) -> Iterator[None]:
-        # What fails here says that vmap cannot run it; the record was compared before.
-        yield
 
 
 def _of(tensors: Mapping[str, Tensor], copy: int) -> dict[str, Tensor]:
