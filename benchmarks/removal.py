@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 from scipy import stats
 
-from dit_mlflow import Influence, Window, load_workload, parse_windows, train
+from dit_mlflow import Influence, UnsupportedError, Window, load_workload, parse_windows, train
 from dit_mlflow.evaluation import datamodeling_score
 from dit_mlflow.evaluation.figures import LDS
 from dit_mlflow.methods import Method, method
@@ -95,8 +96,11 @@ def measure(of: Training, seed: int, options: argparse.Namespace) -> list[dict[s
             return by(trajectory, workload, windows), (time.process_time() - begun) / training
 
         for windows in (parse_windows("1", trajectory), parse_windows(options.windows, trajectory)):
-            methods = METHODS | (PEERS if options.peers and len(windows) == 1 else {})
-            known = {name: scored(by, windows) for name, by in methods.items()}
+            known = {name: scored(by, windows) for name, by in METHODS.items()}
+            if options.peers and len(windows) == 1:
+                for name, by in PEERS.items():
+                    with suppress(UnsupportedError):  # SOURCE is for SGD alone.
+                        known[name] = scored(by, windows)
             for share in options.removed:
                 removal = Removal(removed=share, seed=seed)
                 exact, cost_of_exact = known["leave_one_out"]

@@ -29,6 +29,12 @@ from dit_mlflow.workload.random_state import preserved_random_state
 
 _log = logger_of(__name__)
 
+DRAWS_AGREE = "draws_agree"
+"""The key of :func:`agreement` in a result's metadata."""
+
+KINKED = 0.5
+"""Cosine of partners' derivatives, median over pairs, below which scores foretell little: see docs/fidelity.md."""
+
 LONGEST = 3.0
 """Length of a draw's derivative, in medians over draws, above which it is left out."""
 
@@ -82,6 +88,9 @@ def expected_influence(
         its intervals are wide. Under Adam, one draw can outweigh all others; so a draw whose derivative, as a vector
         over samples, is not finite or longer than three medians is left out with its partner, for that window and
         query. ``metadata["draws_left_out"]`` is the largest number of them for any window and query.
+        ``metadata["draws_agree"]`` is the cosine of the derivatives of partners (median over pairs; ``None`` = one of
+        them is 0), by window and query: 1 where the derivative does not depend on the weights. Below :data:`KINKED`, a
+        warning says so.
 
     Raises:
         InputError: ``draws``, ``seed`` or ``power`` cannot be used, or as :func:`dit_mlflow.track`.
@@ -101,6 +110,7 @@ def expected_influence(
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget, shown=False)
         (found,) = expected_over(question, engine, [Draws(draws, seed, power)], str(dtype or "recorded"))
+    warn_of_kinks(found)
     return found
 
 
@@ -127,6 +137,7 @@ def expected_over(question: Question, engine: Engine, of: Sequence[Draws], dtype
     of_pairs = [slice(a, b) for a, b in pairwise(firsts.tolist())]
     scores, errors = np.zeros((len(of), *question.shape)), np.full((len(of), *question.shape), np.nan)
     counted = np.zeros((len(of), *question.shape[:2]), dtype=np.int64)
+    cosines = np.zeros((len(of), *question.shape[:2]))
     trainings = courses(question.kind, question.windows, steps)
     num_windows, num_queries, _ = question.shape
     swept = WeightedSweeps(engine)
@@ -148,11 +159,21 @@ def expected_over(question: Question, engine: Engine, of: Sequence[Draws], dtype
                         lengths.append(np.linalg.norm(pair, axis=-1))
                         found = []
                 for number, pairs in enumerate(of_pairs):
+                    mean, length = np.stack(means[pairs]), np.stack(lengths[pairs])
                     scores[number, own, part], errors[number, own, part], counted[number, own, part] = over_pairs(
-                        np.stack(means[pairs]), np.stack(lengths[pairs])
+                        mean, length
                     )
+                    cosines[number, own, part] = agreement(mean, length)
     return [
-        _answer(question, draws, scores[number], errors[number], counted[number], dtype, engine.details)
+        _answer(
+            question,
+            draws,
+            scores[number],
+            errors[number],
+            counted[number],
+            dtype,
+            {**engine.details, DRAWS_AGREE: _by_window(question, cosines[number])},
+        )
         for number, draws in enumerate(of)
     ]
 
@@ -193,6 +214,43 @@ def _answer(
         draws_left_out=left_out,
         **details,
     )
+
+
+def _by_window(question: Question, cosines: np.ndarray) -> dict[str, list[float | None]]:
+    found = zip(question.windows, cosines.tolist(), strict=True)
+    return {str(window): [None if np.isnan(cosine) else cosine for cosine in row] for window, row in found}
+
+
+def agreement(means: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The cosine of partners' derivatives, median over finite pairs, ``[windows, queries]``; NaN = one is 0.
+
+    Arguments as for :func:`over_pairs`: ``|a + b|^2 = |a|^2 + |b|^2 + 2 a b``.
+    """
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        inner = 2 * np.square(means).sum(axis=-1) - np.square(lengths).sum(axis=1) / 2
+        cosine = inner / lengths.prod(axis=1)
+    return np.array(
+        [
+            [np.median(own[np.isfinite(own)]) if np.isfinite(own).any() else np.nan for own in of_queries]
+            for of_queries in np.moveaxis(cosine, 0, -1)
+        ]
+    )
+
+
+def kinked(found: Influence) -> list[Window]:
+    """The windows in which, for the first query, opposite draws of weights disagree: see :data:`KINKED`."""
+    agree = found.metadata.get(DRAWS_AGREE, {})
+    cosines = ((window, agree.get(str(window), [None])[0]) for window in found.windows)
+    return [window for window, cosine in cosines if cosine is not None and cosine < KINKED]
+
+
+def warn_of_kinks(found: Influence) -> None:
+    if windows := kinked(found):
+        _log.warning(
+            "under opposite random sample weights (w and 1 - w) the derivatives are unlike, over steps %s: training is "
+            "too kinked there to foretell removals well. Long windows fail first; ask for shorter local ones",
+            ", ".join(map(str, windows)),
+        )
 
 
 def check_draws(draws: Any, seed: Any) -> None:

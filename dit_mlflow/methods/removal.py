@@ -12,7 +12,7 @@ from scipy import optimize, special, stats
 
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Influence, Kind, Query, Window
-from dit_mlflow.influence.draws import Draws, expected_over
+from dit_mlflow.influence.draws import DRAWS_AGREE, Draws, expected_over, warn_of_kinks
 from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import tracked
@@ -86,7 +86,8 @@ def removal_influence(
         coefficients (bootstrap over the bank); that a set's effect is not the sum of its members' is not in it.
         ``metadata["bank"]`` says, for each window (by its name) and query, how well the blend foretells retrainings
         that did not choose it: ``order`` (LDS: Spearman), ``size`` (slope of real on foretold change; 1 is right),
-        their intervals of 95 %, and the coefficients.
+        their intervals of 95 %, and the coefficients. ``metadata["draws_agree"]``, and a warning before the
+        retrainings where training is too kinked: see :func:`dit_mlflow.expected_influence`.
 
     Raises:
         InputError: a share or a budget that cannot be used, and what :func:`dit_mlflow.track` refuses.
@@ -126,13 +127,15 @@ def removal_curve(
         names = ("dit", "uniform", "beta")
         found = [tracked(question, engine, named), *expected_over(question, engine, kinds, named)]
         parts = dict(zip(names, found, strict=True))
+    warn_of_kinks(parts["uniform"])
     if exact is not None:
         _check_exact(exact, question)
         parts["leave_one_out"] = exact.select(list(question.windows))
     elif trainings >= workload.num_samples:
         parts["leave_one_out"] = leave_one_out(*given, dtype=dtype, effort=effort)
     spent = {"sweeps": 1 + 2 * draws, "retrainings": 2 * trainings}
-    common = {"trainings": int(trainings), "seed": int(seed), "spent": spent}
+    agree = {DRAWS_AGREE: parts["uniform"].metadata[DRAWS_AGREE]}
+    common = {"trainings": int(trainings), "seed": int(seed), "spent": spent, **agree}
     return [_blended(question, parts, removed, 2 * trainings, seed, dtype, effort, common) for removed in shares]
 
 
@@ -379,6 +382,6 @@ class Removal(RetrainingMethod):
             self.effort,
             self.exact,
         )
-        names = ("removed", "trainings", "seed", "spent", "bank", "max_drift")
+        names = ("removed", "trainings", "seed", "spent", "bank", DRAWS_AGREE, "max_drift")
         details = {name: found.metadata[name] for name in names}
         return Estimate(found.scores, found.metadata["dtype"], details, found.standard_error, found.degrees_of_freedom)

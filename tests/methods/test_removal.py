@@ -174,6 +174,7 @@ def test_the_same_seed_gives_the_same_and_a_large_budget_takes_leave_one_out(
     one, again, other = (removal_influence(trajectory, workload, windows, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.scores, again.scores)
     assert not np.array_equal(one.scores, other.scores)
+    assert one.metadata["draws_agree"]["0-4"][0] > 0.8
     assert one.metadata["spent"] == {"sweeps": 9, "retrainings": 32}
     large = removal_influence(trajectory, workload, windows, trainings=workload.num_samples)
     assert "leave_one_out" in large.metadata["bank"]["0-4"][0]["coefficients"]
