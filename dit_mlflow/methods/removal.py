@@ -16,7 +16,8 @@ from dit_mlflow.influence.draws import DRAWS_AGREE, Draws, expected_over, warn_o
 from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import tracked
-from dit_mlflow.methods.method import Estimate, RetrainingMethod
+from dit_mlflow.methods.dit import Dit
+from dit_mlflow.methods.method import Estimate, Method, RetrainingMethod
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, leave_one_out, train_on_subsets
 from dit_mlflow.told import logger_of
@@ -134,8 +135,8 @@ def removal_curve(
     elif trainings >= workload.num_samples:
         parts["leave_one_out"] = leave_one_out(*given, dtype=dtype, effort=effort)
     spent = {"sweeps": 1 + 2 * draws, "retrainings": 2 * trainings}
-    agree = {DRAWS_AGREE: parts["uniform"].metadata[DRAWS_AGREE]}
-    common = {"trainings": int(trainings), "seed": int(seed), "spent": spent, **agree}
+    told = {key: value for key, value in parts["uniform"].metadata.items() if key in (DRAWS_AGREE, "derivative")}
+    common = {"trainings": int(trainings), "seed": int(seed), "spent": spent, **told}
     return [_blended(question, parts, removed, 2 * trainings, seed, dtype, effort, common) for removed in shares]
 
 
@@ -382,6 +383,16 @@ class Removal(RetrainingMethod):
             self.effort,
             self.exact,
         )
-        names = ("removed", "trainings", "seed", "spent", "bank", DRAWS_AGREE, "max_drift")
-        details = {name: found.metadata[name] for name in names}
+        names = ("removed", "trainings", "seed", "spent", "bank", DRAWS_AGREE, "derivative", "max_drift")
+        details = {name: found.metadata[name] for name in names if name in found.metadata}
         return Estimate(found.scores, found.metadata["dtype"], details, found.standard_error, found.degrees_of_freedom)
+
+
+def usual_share(samples: int) -> float:
+    """A tenth of the samples, and two at least."""
+    return max(Removal.removed, 2 / samples)
+
+
+def usual_method(samples: int) -> Method:
+    """Removal influence at the usual share; the derivative, where two samples would be all."""
+    return Removal(removed=usual_share(samples)) if samples > 2 else Dit()
