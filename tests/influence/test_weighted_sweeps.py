@@ -126,9 +126,11 @@ def test_of_every_kind(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     np.testing.assert_allclose(found[True], found[False], atol=1e-12 * np.abs(found[False]).max(), rtol=1e-9)
 
 
-def compared(trajectory: Trajectory, workload: Workload) -> tuple[float, float] | None:
+def compared(
+    trajectory: Trajectory, workload: Workload, dtype: torch.dtype | None = torch.float64
+) -> tuple[float, float] | None:
     """What the stop-watch says of three draws on the whole run."""
-    engine = Engine(trajectory.replay(workload, torch.float64))
+    engine = Engine(trajectory.replay(workload, dtype))
     course = Course(0, trajectory.num_steps, ((trajectory.num_steps, 0, 1),))
     queries = [mean_validation_loss(workload)]
     engine.choose(0, trajectory.num_steps, queries)
@@ -140,6 +142,15 @@ def test_steps_that_are_the_same_are_timed(tmp_path: Path) -> None:
     seconds = compared(train(workload, tmp_path / "t"), workload)
     assert seconds is not None
     assert min(seconds) > 0
+
+
+def test_what_rounding_alone_moves_is_the_same(tmp_path: Path) -> None:
+    """At Adam's first step with a tiny ``eps``, rounding moves the derivative by half of its length, in float32."""
+    workload = digits_workload(
+        optimizer=lambda model: AdamW(model.parameters(), lr=0.01, eps=1e-12),
+        model=lambda: nn.Sequential(nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 3)),
+    )
+    assert compared(train(workload, tmp_path / "t"), workload, None) is not None
 
 
 class Assigns(nn.Module):
