@@ -1,9 +1,12 @@
 """Which scores foretell what leaving out many samples does?
 
-``python benchmarks/removal.py`` trains projects/mnist for each seed, retrains it without random shares of the samples,
-and holds the summed scores of methods against the real changes, for the whole run and for ``local`` windows: LDS (the
-Spearman correlation over the retrainings), and the slope of real on foretold changes. ``removal`` has a bank of its
-own; all methods are judged by other retrainings. Cost is CPU time, in trainings.
+``python benchmarks/removal.py --adult FOLDER --newsgroups ARCHIVE --to rows.csv`` trains each of :data:`TRAININGS` for
+each seed, retrains it without random shares of the samples, and holds the summed scores of methods against the real
+changes, for the whole run and for ``local`` windows: LDS (the Spearman correlation over the retrainings), and the slope
+of real on foretold changes. All methods are judged by retrainings that none has seen. Cost is CPU time, in trainings.
+
+Rows are added to the file as they are measured, seed after seed; a second call goes on from there. The table is
+Markdown: median and, in brackets, the worst over seeds and windows.
 """
 
 from __future__ import annotations
@@ -11,34 +14,75 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 from scipy import stats
 
-from dit_mlflow import Influence, Window, load_workload, parse_windows, train
+from dit_mlflow import Influence, UnsupportedError, Window, load_workload, parse_windows, train
 from dit_mlflow.evaluation import datamodeling_score
 from dit_mlflow.evaluation.figures import LDS
 from dit_mlflow.methods import Method, method
+from dit_mlflow.methods.datamodel import Datamodel
 from dit_mlflow.methods.dit import Expected
 from dit_mlflow.methods.removal import Removal
 from dit_mlflow.retraining import train_on_subsets
 
 METHODS: dict[str, Method] = {
     "dit": method("dit"),
-    "expected, 4 draws": Expected(draws=4),
+    "expected": Expected(draws=4),
     "leave_one_out": method("leave_one_out"),
     "tracin": method("tracin"),
 }
+PEERS: dict[str, Method] = {
+    "ridge on 512": Datamodel(subsets=512, share=0.5, regression="ridge"),
+    "EK-FAC": method("influence_function_ekfac"),
+    "SOURCE": method("source"),
+    "TRAK": method("trak"),
+}
+"""Besides, where they are asked for."""
+
+REMOVAL, INFORMED = "removal", "removal, leave-one-out known"
+
 JUDGES = 7
 """Added to the seed of the retrainings that judge, so that they are none of those that a blend was fitted to."""
 
 
-def measure(
-    reference: str, settings: dict[str, str], seed: int, count: str, shares: list[float], subsets: int
-) -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class Training:
+    """A workload with its settings; ``data`` names the option that says where its data lie."""
+
+    name: str
+    workload: str
+    settings: dict[str, str] = field(default_factory=dict)
+    data: str | None = None
+
+
+ADAMW = {"optimizer": "adamw", "lr": "0.01"}
+
+TRAININGS = [
+    *(Training(f"mnist dnn, {of}", "projects/mnist", {"model": "dnn", **more}) for of, more in [
+        ("SGD", {}), ("momentum", {"momentum": "0.9", "lr": "0.02"}), ("AdamW", ADAMW),
+    ]),
+    *(Training(f"adult dnn, {of}", "projects/adult", {"model": "dnn", **more}, "adult") for of, more in [
+        ("SGD", {}), ("momentum", {"momentum": "0.9", "lr": "0.02"}), ("AdamW", ADAMW),
+    ]),
+    *(Training(f"digits dnn, {of}", "projects/digits", more) for of, more in [
+        ("SGD", {}), ("momentum", {"momentum": "0.9", "lr": "0.03"}), ("AdamW", ADAMW),
+    ]),
+    *(Training(f"newsgroups dnn, {of}", "projects/newsgroups", {"model": "dnn", **more}, "newsgroups") for of, more in [
+        ("SGD", {}), ("AdamW", ADAMW),
+    ]),
+    Training("mnist cnn, SGD", "projects/mnist", {"model": "cnn"}),
+]  # fmt: skip
+
+
+def measure(of: Training, seed: int, options: argparse.Namespace) -> list[dict[str, object]]:
     """A row for each share, method and window."""
-    workload = load_workload(reference, **settings)
+    found_at = {} if of.data is None else {"data_dir": getattr(options, of.data)}
+    workload = load_workload(of.workload, **of.settings, **found_at)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         # Timed when all that is loaded on first use is there.
@@ -47,70 +91,95 @@ def measure(
         trajectory = train(workload, Path(folder) / "trajectory", init_seed=seed, order_seed=seed)
         training = time.process_time() - begun
 
-        def scored(of: Method, windows: list[Window]) -> tuple[Influence, float]:
+        def scored(by: Method, windows: list[Window]) -> tuple[Influence, float]:
             begun = time.process_time()
-            return of(trajectory, workload, windows), (time.process_time() - begun) / training
+            return by(trajectory, workload, windows), (time.process_time() - begun) / training
 
-        for windows in (parse_windows("1", trajectory), parse_windows(count, trajectory)):
-            known = {name: scored(of, windows) for name, of in METHODS.items()}
-            for share in shares:
+        for windows in (parse_windows("1", trajectory), parse_windows(options.windows, trajectory)):
+            known = {name: scored(by, windows) for name, by in METHODS.items()}
+            if options.peers and len(windows) == 1:
+                for name, by in PEERS.items():
+                    with suppress(UnsupportedError):  # SOURCE is for SGD alone.
+                        known[name] = scored(by, windows)
+            for share in options.removed:
                 removal = Removal(removed=share, seed=seed)
                 exact, cost_of_exact = known["leave_one_out"]
                 informed, cost = scored(removal.informed_by(exact), windows)
                 found = {
                     **known,
-                    "removal": scored(removal, windows),
-                    "removal, leave-one-out known": (informed, cost + cost_of_exact),
+                    REMOVAL: scored(removal, windows),
+                    INFORMED: (informed, cost + cost_of_exact),
                 }
                 judges = train_on_subsets(
-                    trajectory, workload, windows, subsets=subsets, share=1 - share, seed=seed + JUDGES
+                    trajectory, workload, windows, subsets=options.subsets, share=1 - share, seed=seed + JUDGES
                 )
-                for name, (scores, cost) in found.items():
-                    for place, window in enumerate(windows):
-                        own = scores.of(place)
-                        lds = datamodeling_score(own, judges, window).values.get(LDS.leaf)
-                        slope = stats.linregress(~judges.kept @ own, judges.changes[place, 0]).slope
-                        of = "whole run" if len(windows) == 1 else "windows"
-                        rows.append(
-                            {
-                                "of": of,
-                                "removed": share,
-                                "method": name,
-                                "seed": seed,
-                                "window": str(window),
-                                "lds": lds,
-                                "slope": slope,
-                                "trainings": cost,
-                            }
-                        )
+                rows += [
+                    {
+                        "training": of.name,
+                        "of": "whole run" if len(windows) == 1 else "windows",
+                        "removed": share,
+                        "method": name,
+                        "seed": seed,
+                        "window": str(window),
+                        "lds": datamodeling_score(scores.of(place), judges, window).values.get(LDS.leaf),
+                        "slope": stats.linregress(~judges.kept @ scores.of(place), judges.changes[place, 0]).slope,
+                        "trainings": cost,
+                    }
+                    for name, (scores, cost) in found.items()
+                    for place, window in enumerate(windows)
+                ]
     return rows
 
 
+def summary(rows: pd.DataFrame) -> str:
+    """Markdown: a line for each training, window and share, a column for each method."""
+    names = [name for name in [*METHODS, *PEERS, REMOVAL, INFORMED] if name in set(rows["method"])]
+    lines = [
+        "| training (seeds) | of | removed | " + " | ".join(f"`{name}`" for name in names) + " | slope of `removal` |",
+        "|" + "---|" * (len(names) + 4),
+    ]
+    for (training, of, removed), part in rows.groupby(["training", "of", "removed"], sort=False):
+        lds = part.groupby("method")["lds"]
+        cells = [f"{lds.median()[name]:.2f} ({lds.min()[name]:.2f})" if name in lds.groups else "" for name in names]
+        slope = part.loc[part["method"] == REMOVAL, "slope"].median()
+        seeds = part["seed"].nunique()
+        lines.append(f"| {training} ({seeds}) | {of} | {removed:.0%} | " + " | ".join(cells) + f" | {slope:.2f} |")
+    costs = rows.groupby(["training", "method"], sort=False)["trainings"].median().unstack()[names]
+    lines += ["", "| cost in trainings | " + " | ".join(f"`{name}`" for name in names) + " |"]
+    lines.append("|" + "---|" * (len(names) + 1))
+    lines += [
+        f"| {training} | " + " | ".join(f"{cost:.1f}" for cost in line) + " |" for training, line in costs.iterrows()
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workload", default="projects/mnist")
-    parser.add_argument(
-        "--set", nargs="+", default=["model=dnn"], metavar="NAME=VALUE", help="settings of the workload"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trainings", nargs="+", metavar="NAME", help="those whose names begin so (default: all)")
+    parser.add_argument("--adult", help="folder of UCI Adult; without it, adult is left out")
+    parser.add_argument("--newsgroups", help="archive of 20 Newsgroups; without it, newsgroups is left out")
     parser.add_argument("--windows", default="5")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--removed", nargs="+", type=float, default=[0.02, 0.1, 0.5], help="shares that are left out")
     parser.add_argument("--subsets", type=int, default=100, help="retrainings that judge")
+    parser.add_argument("--peers", action="store_true", help="also ridge on 512 retrainings, EK-FAC, SOURCE, TRAK")
+    parser.add_argument("--to", type=Path, help="a file of rows, to go on from and to add to")
     options = parser.parse_args()
-    settings = dict(option.split("=", 1) for option in options.set)
-    rows = [
-        row
-        for seed in range(options.seeds)
-        for row in measure(options.workload, settings, seed, options.windows, options.removed, options.subsets)
+    rows = pd.read_csv(options.to) if options.to and options.to.exists() else pd.DataFrame()
+    done = set() if rows.empty else set(zip(rows["training"], rows["seed"], strict=True))
+    chosen = [
+        of
+        for of in TRAININGS
+        if (of.data is None or getattr(options, of.data))
+        and (options.trainings is None or of.name.startswith(tuple(options.trainings)))
     ]
-    table = pd.DataFrame(rows)
-    print(table.to_string(index=False, float_format="%.3f"))
-    print()
-    print(
-        table.groupby(["of", "removed", "method"], sort=False)
-        .agg(median=("lds", "median"), worst=("lds", "min"), slope=("slope", "median"), trainings=("trainings", "mean"))
-        .to_string(float_format="%.2f")
-    )
+    for seed in range(options.seeds):
+        for of in chosen:
+            if (of.name, seed) not in done:
+                rows = pd.concat([rows, pd.DataFrame(measure(of, seed, options))], ignore_index=True)
+                if options.to:
+                    rows.to_csv(options.to, index=False)
+    print(summary(rows))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from dit_mlflow.explanation.truth import NAMED, Checks, Truth, find_truth, joine
 from dit_mlflow.influence import Influence, Kind, Query, Window, check_kind, parse_windows
 from dit_mlflow.methods import Method
 from dit_mlflow.methods import method as method_of
+from dit_mlflow.methods.removal import usual_method
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, Groups, confirm, leave_groups_out, leave_one_out
 from dit_mlflow.retraining.groups import check_groups
@@ -56,7 +57,7 @@ def explain(
     windows: str | Sequence[Window] = "epochs",
     kind: Kind = "local",
     queries: Sequence[Query] | None = None,
-    method: str | Method = "dit",
+    method: str | Method | None = None,
     checks: Checks = DEFAULT_CHECKS,
     truth: Truth | None = None,
     effort: Effort | None = None,
@@ -69,7 +70,9 @@ def explain(
     Args:
         trajectory, workload, kind, queries: as for :func:`dit_mlflow.track`.
         windows: windows, or text for :func:`dit_mlflow.parse_windows`.
-        method: the estimator: its name, or an instance with settings.
+        method: the estimator: its name, or an instance with settings; ``None`` = as the main job's,
+            :func:`dit_mlflow.removal_influence` of a tenth of the samples (of two at least; of fewer than three samples
+            in all, ``dit``).
         checks: exact retrainings to compare the estimate with.
         truth: known exact retrainings of ``windows`` and the whole run, from :func:`find_truth`: the estimate is
             compared with them and nothing is retrained.
@@ -89,7 +92,7 @@ def explain(
     """
     if groups is not None:
         check_groups(groups, workload.num_samples)
-    estimator = method_of(method) if isinstance(method, str) else method
+    estimator = method_of(method) if isinstance(method, str) else method or usual_method(workload.num_samples)
     kind = check_kind(kind)
     asked = parse_windows(windows, trajectory) if isinstance(windows, str) else list(windows)
     known = truth

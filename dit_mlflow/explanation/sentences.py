@@ -24,6 +24,7 @@ from dit_mlflow.evaluation.patterns import PATTERNS, patterns
 from dit_mlflow.explanation.numbers import decimals, figure, share, span
 from dit_mlflow.explanation.ranking import extreme_samples, ranking_scores
 from dit_mlflow.influence import Influence, Window
+from dit_mlflow.influence.draws import kinked
 
 if TYPE_CHECKING:
     from dit_mlflow.explanation.explanation import Explanation
@@ -55,7 +56,7 @@ ABSENT = "The loss couples the samples of a batch; removed samples are not in th
 def answer_sentences(found: Explanation) -> tuple[str, str, str]:
     """Which samples hurt and helped most, and when; how sure that is; damaged samples and patterns."""
     coupled = "" if not found.influence.coupled else f" {ABSENT if found.influence.absence else COUPLED}"
-    return _who(found, found.best) + coupled, _how_sure(found), _what_kind(found)
+    return _who(found, found.best) + coupled, _how_sure(found) + _kinks(found), _what_kind(found)
 
 
 def window_sentences(found: Explanation, position: int) -> tuple[str, str]:
@@ -66,7 +67,7 @@ def window_sentences(found: Explanation, position: int) -> tuple[str, str]:
         found, influence=found.influence.select([window]), whole=metrics, per_window=(metrics,), whole_run=None
     )
     who = _who(alone, alone.influence)
-    return f"In steps {window}, {who[0].lower()}{who[1:]}", _how_sure(alone)
+    return f"In steps {window}, {who[0].lower()}{who[1:]}", _how_sure(alone) + _kinks(alone)
 
 
 def agreement_word(spearman: float) -> str:
@@ -193,6 +194,18 @@ def _how_sure(found: Explanation) -> str:
         told.append(_agreement([found.whole], key, over, " over the whole run" if told else ""))
     agreement = f"agreement with exact retraining is {' and '.join(told)}."
     return _capitalised(agreement) if over else f"As far as {count} random samples tell, {agreement}"
+
+
+def _kinks(found: Explanation) -> str:
+    """A warning where opposite draws of sample weights disagree."""
+    if not (windows := kinked(found.scores)):
+        return ""
+    every = len(windows) == len(found.scores.windows)
+    where = "" if every else f" over steps {', '.join(map(str, windows))}"
+    return (
+        f" Training is too kinked{where} to foretell removals well: its derivatives at opposite random weights of the "
+        "samples are unlike. Long windows fail first; ask for shorter local ones."
+    )
 
 
 def _how_sure_of_removals(found: Explanation) -> str:

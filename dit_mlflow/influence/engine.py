@@ -16,8 +16,10 @@ from dit_mlflow.influence.query import Query, refuse_not_finite
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
 from dit_mlflow.replay.derivative_check import Asking
+from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.not_finite import are_finite, refuse_derivative
 from dit_mlflow.replay.replay import Replay
+from dit_mlflow.replay.side_by_side import SideBySide
 from dit_mlflow.replay.training_step import WeightsOf
 from dit_mlflow.trajectory import State
 
@@ -65,43 +67,51 @@ class Engine:
         planned: Sequence[Sweep],
         num_windows: int,
         weights: WeightsOf | None = None,
+        together: SideBySide | None = None,
     ) -> np.ndarray:
         """Scores ``[windows, queries, samples]``, float64: ``-dq / dw``, at ``w = 1``.
 
         With ``weights``, the derivative is taken at these, along the training under them from the first swept step on.
+        With a step of ``K`` trainings ``together``, weights are ``[K, sum B]`` and scores ``[windows, queries,
+        K * samples]``, training after training.
         """
-        collected = WindowScores(num_windows, len(queries), self.training_step.dynamics.workload.num_samples, planned)
+        copies, samples = None if together is None else together.copies, self.replay.dynamics.workload.num_samples
+        offsets = samples * torch.arange(copies or 1)[:, None]
+        collected = WindowScores(num_windows, len(queries), samples * len(offsets), planned)
         first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
-        self._choose(first, last, queries)
+        self.choose(first, last, queries)
+        step = together or self.training_step
         rows: list[Row] = []
         beginning: dict[int, list[Sweep]] = {}
         for sweep in planned:
             beginning.setdefault(sweep.start, []).append(sweep)
         adjoint: Adjoint | None = None
         needs_values = self.training_step.needs_optimizer_values
+        walk = self.replay.backward(first, last, self.memory_budget, needs_values, weights, copies)
         with progress_bar(last - first, "influence", shown=self.shown) as progress:
-            for t, state in self.replay.backward(first, last, self.memory_budget, needs_values, weights):
+            for t, state in walk:
                 if adjoint is not None:
                     record = self.replay.trajectory.step(t)
                     at = None if weights is None else weights(record)
-                    adjoint, by_weight = self.training_step.pull_back(state, record, adjoint, at)
+                    adjoint, by_weight = step.pull_back(state, record, adjoint, at)
                     # Under other weights, training may diverge; the caller leaves such a draw out.
                     if weights is None and not are_finite([by_weight, adjoint.parameters, adjoint.buffers]):
-                        refuse_derivative(self.training_step, state, record, adjoint)
+                        refuse_derivative(step, state, record, adjoint)
                     # Removal lowers the weight.
-                    collected.add(rows, t, torch.from_numpy(record.samples), -by_weight)
+                    met = torch.from_numpy(record.samples) + offsets
+                    collected.add(rows, t, met.view(-1), -by_weight.flatten(1))
                     alive = [position for position, row in enumerate(rows) if row.sweep.stop < t]
                     if len(alive) < len(rows):
                         rows = [rows[position] for position in alive]
                         adjoint = adjoint.keep(alive) if alive else None
                     progress.update()
                 for sweep in beginning.get(t, ()):
-                    started = self._start(state, queries, None if weights is not None else t)
+                    started = self.start(state, queries, t if weights is None else None, together)
                     adjoint = started if adjoint is None else adjoint.append(started)
                     rows += [Row(sweep, query) for query in range(len(queries))]
         return collected.scores.numpy()
 
-    def _choose(self, first: int, last: int, queries: Sequence[Query]) -> None:
+    def choose(self, first: int, last: int, queries: Sequence[Query]) -> None:
         """On the first call, choose steps whose derivatives, of gradients and of queries, are right."""
         if self._chosen:
             return
@@ -113,23 +123,30 @@ class Engine:
                 self._asked_by = check.asking(queries)
 
     @property
+    def standard(self) -> bool:
+        """Whether steps are a loss, then an optimizer, and autograd's derivatives of them and of queries are right."""
+        return type(self.training_step) is LossStep and self._asked_by is self.training_step
+
+    @property
     def details(self) -> dict[str, Any]:
         """Metadata of the computation, for a result."""
         traced = {"derivative": "traced"} if self.training_step.by_trace else {}
         return {"max_drift": self.replay.max_drift, **traced}
 
-    def _start(self, state: State, queries: Sequence[Query], t: int | None) -> Adjoint:
+    def start(
+        self, state: State, queries: Sequence[Query], t: int | None = None, together: SideBySide | None = None
+    ) -> Adjoint:
         """``lambda = grad q`` at ``state``, one row per query; 0 for the optimizer's state.
 
         If ``state`` is the recorded ``s_t``, raises unless queries and gradients are finite.
         """
-        step = self.training_step
+        step, asked_by = together or self.training_step, together or self._asked_by
         held = {name: state.parameters[name].detach().requires_grad_() for name in step.followed_parameters.shapes}
         moving = {name: state.buffers[name].detach().requires_grad_() for name in step.followed_buffers.shapes}
         parameters, buffers = {**state.parameters, **held}, {**state.buffers, **moving}
         by_parameters, by_buffers = [], []
         for query in queries:
-            value = self._asked_by.ask(parameters, buffers, query)
+            value = asked_by.ask(parameters, buffers, query)
             if not value.requires_grad:
                 raise InputError(
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "

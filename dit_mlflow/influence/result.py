@@ -121,7 +121,9 @@ class Influence:
         """The first-order effect of removing samples together: the sum of their scores, ``[windows, queries]``.
 
         NaN where one of the scores was not computed. It has no standard error: those of single samples come from the
-        same draws, and cannot be added up.
+        same draws, and cannot be added up, nor do they know that a group is not the sum of its members. Sums foretell
+        which of two random sets of one size matters more. The size of a class's effect they miss by far:
+        :func:`dit_mlflow.leave_groups_out` retrains once for each group.
 
         Args:
             indices: training set indices; each counts once.

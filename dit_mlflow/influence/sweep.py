@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence.engine import Engine
-from dit_mlflow.influence.kind import Course, Kind, courses, sweeps
+from dit_mlflow.influence.kind import Kind, courses, sweeps
 from dit_mlflow.influence.query import Query, sample_losses
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.result import Influence
+from dit_mlflow.influence.weighted_sweeps import WeightedSweeps
 from dit_mlflow.influence.window import Window
 from dit_mlflow.replay import Trajectory
-from dit_mlflow.replay.training_step import SampleWeights
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
 
@@ -83,15 +83,14 @@ def track(
     at = None if weights is None else _checked(weights, workload.num_samples)
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget)
-        parts = [scores for _, scores in in_parts(engine, question, at)]
-    details = engine.details if at is None else {**engine.details, "weights": "given"}
-    return question.answer(
-        np.concatenate(parts, axis=1),
-        "dit",
-        str(dtype or "recorded"),
-        asked=np.arange(workload.num_samples),
-        **details,
-    )
+        return tracked(question, engine, str(dtype or "recorded"), at)
+
+
+def tracked(question: Question, engine: Engine, dtype: str, weights: Tensor | None = None) -> Influence:
+    """:func:`track` by an engine that may have walked before."""
+    scores = np.concatenate([scores for _, scores in in_parts(engine, question, weights)], axis=1)
+    details = engine.details if weights is None else {**engine.details, "weights": "given"}
+    return question.answer(scores, "dit", dtype, asked=np.arange(question.workload.num_samples), **details)
 
 
 def self_influence(
@@ -140,16 +139,9 @@ def in_parts(engine: Engine, question: Question, weights: Tensor | None = None) 
             yield part.start, engine.run(queries, sweeps(trainings), num_windows)
             continue
         # A window's scores come from one course; the others give zeros.
-        own = (scores_under(engine, queries, course, num_windows, weights) for course in trainings)
+        swept = WeightedSweeps(engine)
+        own = (next(swept(queries, course, num_windows, weights[None])) for course in trainings)
         yield part.start, reduce(operator.iadd, own)
-
-
-def scores_under(
-    engine: Engine, queries: Sequence[Query], course: Course, num_windows: int, weights: Tensor
-) -> np.ndarray:
-    """``-dq / dw`` at ``weights [samples]`` for the windows of one course, 0 for the others."""
-    of = SampleWeights(weights, course.start, course.until)
-    return engine.run(queries, sweeps([course]), num_windows, of)
 
 
 def _checked(weights: Sequence[float] | np.ndarray | Tensor, samples: int) -> Tensor:

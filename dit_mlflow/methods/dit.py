@@ -10,7 +10,7 @@ import torch
 
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence import Influence, expected_influence, self_influence, track
-from dit_mlflow.influence.draws import check_draws
+from dit_mlflow.influence.draws import DRAWS_AGREE, check_draws
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method, WindowMethod
 
@@ -63,7 +63,7 @@ class Expected(WindowMethod):
     def estimate(self, question: Question) -> Estimate:
         asked = question.trajectory, question.workload, question.windows, question.kind, question.queries
         found = expected_influence(*asked, self.draws, self.seed, self.dtype, self.memory_budget)
-        details = {name: found.metadata[name] for name in ("draws", "seed", "draws_left_out", "max_drift")}
+        details = {name: found.metadata[name] for name in ("draws", "seed", "draws_left_out", DRAWS_AGREE, "max_drift")}
         return Estimate(found.scores, found.metadata["dtype"], details, found.standard_error, found.degrees_of_freedom)
 
 

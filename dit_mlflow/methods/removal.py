@@ -11,13 +11,18 @@ import torch
 from scipy import optimize, special, stats
 
 from dit_mlflow.errors import InputError, UnsupportedError
-from dit_mlflow.influence import Influence, Kind, Query, Window, expected_influence, track
+from dit_mlflow.influence import Influence, Kind, Query, Window
+from dit_mlflow.influence.draws import DRAWS_AGREE, Draws, expected_over, warn_of_kinks
+from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.question import Question
-from dit_mlflow.methods.method import Estimate, RetrainingMethod
+from dit_mlflow.influence.sweep import tracked
+from dit_mlflow.methods.dit import Dit
+from dit_mlflow.methods.method import Estimate, Method, RetrainingMethod
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, leave_one_out, train_on_subsets
 from dit_mlflow.told import logger_of
 from dit_mlflow.workload import Workload
+from dit_mlflow.workload.random_state import preserved_random_state
 
 _log = logger_of(__name__)
 
@@ -82,7 +87,8 @@ def removal_influence(
         coefficients (bootstrap over the bank); that a set's effect is not the sum of its members' is not in it.
         ``metadata["bank"]`` says, for each window (by its name) and query, how well the blend foretells retrainings
         that did not choose it: ``order`` (LDS: Spearman), ``size`` (slope of real on foretold change; 1 is right),
-        their intervals of 95 %, and the coefficients.
+        their intervals of 95 %, and the coefficients. ``metadata["draws_agree"]``, and a warning before the
+        retrainings where training is too kinked: see :func:`dit_mlflow.expected_influence`.
 
     Raises:
         InputError: a share or a budget that cannot be used, and what :func:`dit_mlflow.track` refuses.
@@ -115,18 +121,22 @@ def removal_curve(
     question = Question.of(trajectory, workload, windows, kind, queries)
     given = (trajectory, workload, question.windows, question.kind, question.queries)
     draws = 2 * max(1, trainings // 8)
-    parts = {
-        "dit": track(*given, dtype=dtype, memory_budget=memory_budget),
-        "uniform": expected_influence(*given, draws, seed, dtype, memory_budget),
-        "beta": expected_influence(*given, draws, seed + 1, dtype, memory_budget, power=BETA),
-    }
+    with preserved_random_state():
+        engine = Engine(trajectory.replay(workload, dtype), memory_budget)
+        named = str(dtype or "recorded")
+        kinds = [Draws(draws, seed), Draws(draws, seed + 1, BETA)]
+        names = ("dit", "uniform", "beta")
+        found = [tracked(question, engine, named), *expected_over(question, engine, kinds, named)]
+        parts = dict(zip(names, found, strict=True))
+    warn_of_kinks(parts["uniform"])
     if exact is not None:
         _check_exact(exact, question)
         parts["leave_one_out"] = exact.select(list(question.windows))
     elif trainings >= workload.num_samples:
         parts["leave_one_out"] = leave_one_out(*given, dtype=dtype, effort=effort)
     spent = {"sweeps": 1 + 2 * draws, "retrainings": 2 * trainings}
-    common = {"trainings": int(trainings), "seed": int(seed), "spent": spent}
+    told = {key: value for key, value in parts["uniform"].metadata.items() if key in (DRAWS_AGREE, "derivative")}
+    common = {"trainings": int(trainings), "seed": int(seed), "spent": spent, **told}
     return [_blended(question, parts, removed, 2 * trainings, seed, dtype, effort, common) for removed in shares]
 
 
@@ -374,6 +384,16 @@ class Removal(RetrainingMethod):
             self.effort,
             self.exact,
         )
-        names = ("removed", "trainings", "seed", "spent", "bank", "max_drift")
-        details = {name: found.metadata[name] for name in names}
+        names = ("removed", "trainings", "seed", "spent", "bank", DRAWS_AGREE, "derivative", "max_drift")
+        details = {name: found.metadata[name] for name in names if name in found.metadata}
         return Estimate(found.scores, found.metadata["dtype"], details, found.standard_error, found.degrees_of_freedom)
+
+
+def usual_share(samples: int) -> float:
+    """A tenth of the samples, and two at least."""
+    return max(Removal.removed, 2 / samples)
+
+
+def usual_method(samples: int) -> Method:
+    """Removal influence at the usual share; the derivative, where two samples would be all."""
+    return Removal(removed=usual_share(samples)) if samples > 2 else Dit()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_mlflow.errors import DitError, TrajectoryError
 from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
+from dit_mlflow.replay.narrow_layers import NarrowLayers
 from dit_mlflow.trajectory.step_record import StepRecord
 
 Term = Callable[[Parameters, Buffers, Tensor | None], Tensor]
@@ -56,7 +57,7 @@ class LossGradient:
         total: dict[str, Tensor] = {}
         for term in self.terms(record, batches):
             with self._naming(record):
-                value = term(parameters, buffers, weights)
+                value = self.value(term, parameters, buffers, weights)
             if not inputs:
                 continue
             parts = torch.autograd.grad(value, list(inputs.values()), create_graph=create_graph, allow_unused=True)
@@ -68,6 +69,10 @@ class LossGradient:
             for name, value in parameters.items()
             if name in inputs or name in record.zero_gradient
         }
+
+    def value(self, term: Term, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
+        """What a term gives, ``[]``."""
+        return term(parameters, buffers, weights)
 
     def terms(self, record: StepRecord, batches: list[MicroBatch]) -> Iterator[Term]:
         """Yield the terms whose gradients add up to ``g_t``: one per micro-batch, then the regularizer.
@@ -164,3 +169,27 @@ class LossGradient:
                 f"the workload's loss fails on the record of step {record.index}: {type(error).__name__}: {error}. "
                 f"{why}"
             ) from error
+
+
+class GradientSideBySide(LossGradient):
+    """The gradients of ``K`` trainings, ``[K, *shape]`` each: that of the sum of their objectives.
+
+    Parameters and buffers have a leading dimension ``K``, weights are ``[K, sum B]``; batches and random draws are
+    shared.
+    """
+
+    def value(self, term: Term, parameters: Parameters, buffers: Buffers, weights: Tensor | None) -> Tensor:
+        def one(own: Parameters, left: Buffers, row: Tensor | None) -> Tensor:
+            given = dict(left)
+            found = term(own, left, row)
+            if any(left[name] is not given[name] for name in given):
+                raise NotImplementedError("the model assigns buffers anew; copies side by side would lose them")
+            return found
+
+        with NarrowLayers():
+            return torch.func.vmap(one, randomness="same")(parameters, buffers, weights).sum()
+
+    @contextmanager
+    def _naming(self, record: StepRecord) -> Iterator[None]:
+        # What fails here says that vmap cannot run it; the record was compared before.
+        yield

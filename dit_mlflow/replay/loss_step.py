@@ -16,7 +16,7 @@ from dit_mlflow.errors import DitError, TrajectoryError
 from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
 from dit_mlflow.replay.double_backward import refuse_dead_ends
 from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
-from dit_mlflow.replay.loss_gradient import LossGradient, Term
+from dit_mlflow.replay.loss_gradient import GradientSideBySide, LossGradient
 from dit_mlflow.replay.optimizers import build_optimizer, is_others, set_hyperparameters
 from dit_mlflow.replay.running_statistics import BuffersApart, running_statistics
 from dit_mlflow.replay.training_step import TrainingStep
@@ -80,6 +80,7 @@ class LossStep(TrainingStep):
     def __init__(self, dynamics: Dynamics) -> None:
         super().__init__(dynamics)
         self.gradient = LossGradient(dynamics)
+        self._side_by_side = GradientSideBySide(dynamics)
         self._layout = dynamics.manifest.optimizer
         self._optimizer = build_optimizer(self._layout, dynamics.workload)
         parameters, buffers = self.followed_parameters.shapes, self.followed_buffers.shapes
@@ -126,27 +127,11 @@ class LossStep(TrainingStep):
     def forward_side_by_side(
         self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, over: State | None = None
     ) -> State:
-        """Gradients by one ``vmap``, then one step of the optimizer, which treats each element by itself."""
+        """The gradients of one sum, then one step of the optimizer, which treats each element by itself."""
         if is_others(self._layout.name):
             raise NotImplementedError(f"{self._layout.name} may not treat each element by itself")
         after = state.copy(over)
-        values = dict(after.parameters)
-        rest = {name: values.pop(name) for name in record.no_gradient | record.zero_gradient if name in values}
-
-        def gradient(term: Term) -> dict[str, Tensor]:
-            def objective(trained: Parameters, fixed: Parameters, buffers: Buffers, row: Tensor) -> Tensor:
-                given = dict(buffers)
-                value = term({**trained, **fixed}, buffers, row)
-                if any(buffers[name] is not given[name] for name in given):
-                    raise NotImplementedError("the model assigns buffers anew; copies side by side would lose them")
-                return value
-
-            stacked = torch.func.vmap(torch.func.grad(objective), randomness="same")
-            return stacked(values, rest, after.buffers, weights)
-
-        parts = [gradient(term) for term in self.gradient.terms(record, batches)]
-        total = {name: sum(part[name] for part in parts[1:]) + parts[0][name] for name in values}
-        total |= {name: torch.zeros_like(rest[name]) for name in record.zero_gradient}
+        total = self._side_by_side(leaves(after.parameters), after.buffers, record, batches, weights)
         clipped = torch.func.vmap(self.gradient.clip)(total) if total else total
         return self._updated(after, clipped, record)
 
@@ -247,9 +232,10 @@ class LossStep(TrainingStep):
         (by_weight,) = vector_jacobian(
             list(gradients.values()), [weights], cotangents, len(cotangents[0]), self.batched
         )
-        row, place = divmod(int(by_weight.abs().argmax()), by_weight.shape[1])
+        place = int(by_weight.abs().argmax())
         # Anything smaller is rounding, as in elements whose gradient is 0 by symmetry (the bias of attention's keys).
-        if by_weight[row, place].abs() > 1e-6 * largest:
+        if by_weight.view(-1)[place].abs() > 1e-6 * largest:
+            place %= len(record.samples)
             self._warned = True
             names = [name for name, mask in zip(gradients, undefined, strict=True) if bool(mask.any())]
             warnings.warn(

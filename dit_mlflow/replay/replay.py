@@ -150,7 +150,7 @@ class Replay:
             raise InputError(f"states {a} … {b} were asked; the trajectory has 0 … {self.trajectory.num_steps}")
         self._refuse_diverged(b)
         if weights is not None:
-            yield from self._segment(self._recorded(a), a, b, _Walk(weights))
+            yield from self._segment(self.recorded(a), a, b, _Walk(weights))
             return
         anchor = max(step for step in self._anchors if step <= a)
         if anchor == b:
@@ -169,6 +169,7 @@ class Replay:
         memory_budget: int | None = None,
         optimizer_values: bool = True,
         weights: WeightsOf | None = None,
+        copies: int | None = None,
     ) -> Iterator[tuple[int, State]]:
         """Yield ``(b, s_b), (b - 1, s_{b-1}), …, (a, s_a)``: the states of :meth:`forward`, last first.
 
@@ -181,6 +182,7 @@ class Replay:
             optimizer_values: ``False`` = between checkpoints, the optimizer's state has its keys only (values
                 ``None``), which takes less memory.
             weights: as for :meth:`forward`.
+            copies: ``K`` trainings side by side under weights ``[K, sum B]``, in states with a leading dimension.
 
         Steps between checkpoints whose states do not fit are replayed in pieces, from states placed as in binomial
         checkpointing (Griewank and Walther 2000, doi 10.1145/347837.347846): with room for ``c`` states,
@@ -196,7 +198,8 @@ class Replay:
         hi, first = self._next_anchor(b) if weights is None else b, True
         previous: State | None = None
         for lo in reversed(anchors):
-            start = self.checkpoint(lo) if weights is None else self._recorded(lo)
+            start = self.checkpoint(lo) if weights is None else self.recorded(lo)
+            start = start if copies is None else start.side_by_side(copies)
             for t, state in self._backward_segment(start, lo, hi, walk):
                 if t < a:
                     return
@@ -258,7 +261,7 @@ class Replay:
             thin = recorded
         yield thin
 
-    def _recorded(self, a: int) -> State:
+    def recorded(self, a: int) -> State:
         """``s_a`` as recorded; the last one is kept, since many walks under weights start at the same state."""
         if self._outset is None or self._outset[0] != a:
             self._outset = a, next(self.forward(a, a))

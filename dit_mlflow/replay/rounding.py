@@ -66,14 +66,19 @@ def _replay(
     nudges: torch.Generator | None = None,
 ) -> State:
     """The state after the steps, with parameters and losses nudged if ``nudges`` is given."""
-    parameters = {name: _nudged(value, nudges) for name, value in start.parameters.items()}
-    like = next(value for value in parameters.values() if value.is_floating_point())
+    nudged = nudged_state(start, nudges)
+    like = next(value for value in nudged.parameters.values() if value.is_floating_point())
 
     def weights(record: StepRecord) -> Tensor:
         return _nudged(like.new_ones(len(record.samples)), nudges)
 
-    nudged = State(parameters, start.buffers, start.optimizer)
     return training_step.run(nudged, records, None if nudges is None else weights)
+
+
+def nudged_state(state: State, nudges: torch.Generator | None) -> State:
+    """The state with its parameters changed in their last places."""
+    parameters = {name: _nudged(value, nudges) for name, value in state.parameters.items()}
+    return State(parameters, state.buffers, state.optimizer)
 
 
 def _nudged(value: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -47,13 +47,15 @@ class DifferentiableStatistics(TorchFunctionMode):
     Calls whose running statistics are missing or need no gradient go to PyTorch's kernels.
 
     Args:
+        always: running statistics need a gradient, which they do not say under ``vmap``.
         written_out: do all of the normalisation, and that of ``layer_norm``, by ordinary operations, which have every
             derivative. That of the kernels is wrong from the third on (torch 2.13, without an error), which a penalty
             on gradients needs.
     """
 
-    def __init__(self, written_out: bool = False) -> None:
+    def __init__(self, always: bool = False, written_out: bool = False) -> None:
         super().__init__()
+        self._always = always
         self._written_out = written_out
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,7 +65,9 @@ class DifferentiableStatistics(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         given = inspect.signature(func).bind(*args, **(kwargs or {}))
         given.apply_defaults()
-        return _normalised(self._written_out, func, *given.args)
+        mean = given.arguments["running_mean"]
+        followed = mean is not None and (self._always or mean.requires_grad)
+        return _normalised(followed, self._written_out, func, *given.args)
 
 
 def layer_norm(
@@ -93,6 +97,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def _normalised(
+    followed: bool,
     written_out: bool,
     norm: Callable[..., Tensor],
     input: Tensor,
@@ -107,7 +112,8 @@ def _normalised(
     shape = (1, -1, *(1 for _ in range(input.dim() - 2)))
     by_channel = [part if part is None else part.view(shape) for part in (weight, bias)]
     over = [*([0] if norm is F.batch_norm else []), *range(2, input.dim())]
-    if mean is not None and variance is not None and mean.requires_grad:
+    if followed:
+        assert mean is not None and variance is not None
         if not training:
             return _scaled((input - mean.view(shape)) * torch.rsqrt(variance + eps).view(shape), *by_channel)
         new_variance, new_mean = torch.var_mean(input, dim=over)

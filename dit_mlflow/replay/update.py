@@ -85,7 +85,9 @@ class UpdateAdjoint:
         if self._clip is not None and groups:
             unclipped = joined().requires_grad_()
             with torch.enable_grad():
-                (clipped,) = self._clip({"all": unclipped}).values()
+                parts = flat.split_rows(unclipped.unsqueeze(0))
+                found = self._clip({name: part[0] for name, part in zip(flat.shapes, parts, strict=True)})
+                clipped = flat.join([found[name] for name in flat.shapes])
             pulled = self._step(state, groups, clipped.detach, adjoint)
             by_clipped = self._by_gradient(groups, pulled, adjoint, flat.size)
             (by_gradient,) = vector_jacobian([clipped], [unclipped], [by_clipped], adjoint.rows, batched=True)

@@ -18,21 +18,16 @@ from torch import Tensor
 from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course
-from dit_mlflow.replay.rounding import missed_by_rounding
+from dit_mlflow.replay.side_by_side import misses
 from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory import State, StepRecord
-from dit_mlflow.trajectory.state import drifts
-from dit_mlflow.workload.batches import floating_one
 from dit_mlflow.workload.without_graph import without_graph
 
 _log = logger_of(__name__)
 
 Removal = Literal["weight", "absent"]
 """What removing a sample means: its weight becomes 0 and it stays in its batches, or it is not in them either."""
-
-CONTROL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Largest drift of the control (all weights 1) of retrainings side by side, relative to how far training moved."""
 
 
 def is_absent(removal: str) -> bool:
@@ -215,13 +210,7 @@ class Retraining:
         return changes
 
     def _control_holds(self, states: State, recorded: State, origin: State, steps: Sequence[StepRecord]) -> bool:
-        control = State(states.parameters, states.buffers).map(lambda value: value[0])
-        tolerance = CONTROL_TOLERANCE.get(floating_one(control.parameters.values()).dtype, 1e-3)
-        missed = {name: drift for name, drift in drifts(control, recorded, origin).items() if drift > tolerance}
-        if missed:
-            excused = missed_by_rounding(self.training_step, steps, origin, recorded, control)
-            missed = {name: drift for name, drift in missed.items() if name not in excused}
-        if missed:
+        if missed := misses(self.training_step, steps, origin, recorded, states, copy=0):
             name = max(missed, key=lambda name: missed[name])
             _log.warning(
                 "retrainings side by side: the control run misses %r of the recorded one by %.2g; random draws differ "

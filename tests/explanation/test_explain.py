@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 from workloads import digits_workload
 
 from dit_mlflow import Checks, InputError, Query, Trajectory, Window, Workload, explain, leave_one_out, track, train
@@ -19,7 +20,8 @@ from dit_mlflow.explanation import find_truth
 from dit_mlflow.explanation.numbers import figure
 from dit_mlflow.explanation.ranking import extreme_samples
 from dit_mlflow.explanation.run_note import Links, influence_note
-from dit_mlflow.methods.removal import Removal
+from dit_mlflow.methods.dit import Dit
+from dit_mlflow.methods.removal import Removal, usual_method
 from dit_mlflow.page import explanation_page
 
 WINDOWS = [Window(0, 4), Window(4, 9)]
@@ -44,6 +46,7 @@ def test_estimates_truth_and_figures_are_those_of_the_functions_that_they_come_f
         trajectory,
         workload,
         WINDOWS,
+        method="dit",
         checks=Checks(ground_truth=None, trust=5, subsets=4),
         reached=lambda part, _: parts.append(part),
     )
@@ -83,7 +86,7 @@ def test_a_truth_that_is_known_serves_every_method_and_nothing_is_retrained(
 
 
 def test_samples_that_stand_out_are_exact_and_rank_by_that(trajectory: Trajectory, workload: Workload) -> None:
-    found = explain(trajectory, workload, WINDOWS, checks=Checks(trust=4))
+    found = explain(trajectory, workload, WINDOWS, method="dit", checks=Checks(trust=4))
     truth = leave_one_out(trajectory, workload, [WHOLE]).of(0)
     estimate = found.whole_run.of(0)  # type: ignore[union-attr]
     order = np.argsort(estimate)
@@ -109,8 +112,10 @@ def test_the_first_of_several_queries_is_checked_and_all_have_scores(
 ) -> None:
     bias = Query("bias", lambda model: model[2].bias[0])
     weight = Query("weight", lambda model: model[0].weight.sum())
-    both = explain(trajectory, workload, WINDOWS, queries=[bias, weight], checks=Checks(ground_truth=5, trust=3))
-    alone = explain(trajectory, workload, WINDOWS, queries=[bias], checks=Checks(ground_truth=5, trust=3))
+    both = explain(
+        trajectory, workload, WINDOWS, queries=[bias, weight], method="dit", checks=Checks(ground_truth=5, trust=3)
+    )
+    alone = explain(trajectory, workload, WINDOWS, queries=[bias], method="dit", checks=Checks(ground_truth=5, trust=3))
     assert both.query == "bias"
     assert both.whole.values == pytest.approx(alone.whole.values, rel=1e-4)
     np.testing.assert_allclose(
@@ -119,7 +124,7 @@ def test_the_first_of_several_queries_is_checked_and_all_have_scores(
 
 
 def test_confirmed_samples_and_the_table_of_all_scores(trajectory: Trajectory, workload: Workload, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    found = explain(trajectory, workload, "2", "final", checks=Checks(confirm=2))
+    found = explain(trajectory, workload, "2", "final", method="dit", checks=Checks(confirm=2))
     exact = leave_one_out(trajectory, workload, list(found.windows), "final")
     table = pd.read_csv(found.to_csv(tmp_path / "scores.csv"))
     assert len(table) == 3 * 24
@@ -134,7 +139,7 @@ def test_confirmed_samples_and_the_table_of_all_scores(trajectory: Trajectory, w
 
 def test_a_table_for_spreadsheets_runs_nothing(trajectory: Trajectory, workload: Workload, tmp_path: Path) -> None:
     formula = Query("=cmd|' /C calc'!A0", lambda model: model[2].bias[0])
-    found = explain(trajectory, workload, WINDOWS, queries=[formula], checks=Checks())
+    found = explain(trajectory, workload, WINDOWS, queries=[formula], method="dit", checks=Checks())
     table = pd.read_csv(found.to_csv(tmp_path / "scores.csv"))
     assert set(table["query"]) == {f"'{formula.name}"}
     assert (table["score"] < 0).any(), "negative numbers stay numbers"
@@ -185,11 +190,11 @@ def test_scores_that_are_no_amounts_are_not_told_as_such(name: str, trajectory: 
 def test_a_truth_of_other_windows_is_refused(trajectory: Trajectory, workload: Workload) -> None:
     truth = find_truth(trajectory, workload, WINDOWS, "local", Checks(ground_truth=3))
     with pytest.raises(InputError, match="has no scores of window 0-3"):
-        explain(trajectory, workload, [Window(0, 3)], checks=Checks(), truth=truth)
+        explain(trajectory, workload, [Window(0, 3)], method="dit", checks=Checks(), truth=truth)
 
 
 def test_a_sample_that_may_do_either_is_not_named(trajectory: Trajectory, workload: Workload) -> None:
-    found = explain(trajectory, workload, WINDOWS, checks=Checks())
+    found = explain(trajectory, workload, WINDOWS, method="dit", checks=Checks())
     whole = found.whole_run
     assert whole is not None
     order = np.argsort(whole.of(0))
@@ -207,13 +212,16 @@ def test_removal_of_a_share_is_told_with_its_interval_and_held_against_the_bank(
     method = Removal(removed=0.25)
     found = explain(trajectory, workload, WINDOWS, method=method, checks=Checks(ground_truth=6, trust=5))
     direct = method(trajectory, workload, [*WINDOWS, WHOLE])
-    np.testing.assert_array_equal(found.scores.scores, direct.scores)
+    # Draws and retrainings run side by side or one after the other, as a stop-watch says: the same to rounding.
+    np.testing.assert_allclose(found.scores.scores, direct.scores, rtol=0, atol=1e-5 * np.abs(direct.scores).max())
     for window in (*WINDOWS, WHOLE):
         (judged,) = direct.metadata["bank"][str(window)]
         figures = found.measured[window].values
-        assert figures["removal/lds"] == judged["order"]
-        assert (figures["removal/lds_low"], figures["removal/lds_high"]) == tuple(judged["order_interval"])
-        assert figures["removal/slope"] == judged["size"]
+        assert figures["removal/lds"] == pytest.approx(judged["order"], abs=0.01)
+        assert [figures["removal/lds_low"], figures["removal/lds_high"]] == pytest.approx(
+            judged["order_interval"], abs=0.03
+        )
+        assert figures["removal/slope"] == pytest.approx(judged["size"], rel=1e-3)
     # Exact leave-one-out stands beside, and does not rank.
     assert found.ranking is found.whole_run
     who, sure, _ = found.sentences
@@ -265,3 +273,14 @@ def test_agreement_in_order_alone_is_not_called_high(
     alike = replace(found, whole=Metrics(figures), per_window=(Metrics(figures),) * 2)
     assert f"changes is {word} in the windows (Spearman 0.95" in alike.sentences[1]
     assert f"real changes being {size:.2f} times the foretold ones" in alike.sentences[1]
+
+
+def test_by_default_the_method_is_the_main_jobs(trajectory: Trajectory, workload: Workload, tmp_path: Path) -> None:
+    """Removal influence of a tenth, two samples at least; of two samples in all, the derivative."""
+    found = explain(trajectory, workload, WINDOWS, checks=Checks())
+    assert (found.influence.method, found.influence.removed) == ("removal", 0.1)
+    assert usual_method(12) == Removal(removed=2 / 12)
+    assert usual_method(3) == Removal(removed=2 / 3)
+    assert usual_method(2) == Dit()
+    few = digits_workload(train_set=Subset(workload.train_set, range(2)), batch_size=1, epochs=1)
+    assert explain(train(few, tmp_path / "t"), few, "1", checks=Checks()).influence.method == "dit"

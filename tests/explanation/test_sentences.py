@@ -336,3 +336,21 @@ def test_coupled_samples_are_said() -> None:
         f"{answer_sentences(found)[0]} The loss couples the samples of a batch; removed samples are not in their "
         "batches either."
     )
+
+
+@pytest.mark.parametrize(
+    ("agree", "where"),
+    [([0.9, 0.9, 0.9], None), ([0.9, 0.49, None], " over steps 4-8"), ([0.1, 0.2, -0.3], "")],
+)
+def test_a_training_that_is_too_kinked_is_told(agree: list[float | None], where: str | None) -> None:
+    plain = findings(SCORES)
+    cosines = {str(window): [cosine] for window, cosine in zip(WINDOWS, agree, strict=True)}
+    found = replace(plain, influence=replace(plain.influence, metadata={"draws_agree": cosines}))
+    said = answer_sentences(found)[1]
+    if where is None:
+        assert said == answer_sentences(plain)[1]
+    else:
+        assert f" Training is too kinked{where} to foretell removals well: its derivatives at opposite" in said
+        assert said.endswith("Long windows fail first; ask for shorter local ones.")
+    by_window = [window_sentences(found, position)[1] for position in range(3)]
+    assert ["too kinked" in said for said in by_window] == [cosine is not None and cosine < 0.5 for cosine in agree]

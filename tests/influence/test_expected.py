@@ -29,7 +29,7 @@ from dit_mlflow import (
     track,
     train,
 )
-from dit_mlflow.influence.draws import over_pairs
+from dit_mlflow.influence.draws import agreement, kinked, over_pairs
 from dit_mlflow.methods.dit import Expected
 
 KINDS: tuple[Any, ...] = ("local", "final", "cumulative")
@@ -236,6 +236,44 @@ def test_pairs_with_a_long_or_broken_draw_do_not_count() -> None:
     assert counted[:, 0].tolist() == [3, 2, 2, 0, 3]
     np.testing.assert_allclose(scores[:, 0, 0], [2, 2, 1.5, np.nan, 2])
     np.testing.assert_allclose(errors[:, 0, 0], [1 / np.sqrt(3), 1, 0.5, np.nan, 1 / np.sqrt(3)])
+
+
+def test_agreement_is_the_cosine_of_partners() -> None:
+    """Median over pairs; pairs that are not finite do not count, and of a derivative of 0 there is none."""
+    random = np.random.default_rng(0)
+    drawn = random.normal(size=(3, 2, 4, 2, 5))
+    drawn[1, 0, 1] = np.nan
+    drawn[:, 1, 2] = 0
+    drawn[:, 1, 3] = 2 * drawn[:, 0, 3]
+    found = agreement(drawn.mean(axis=1), np.linalg.norm(drawn, axis=-1))
+    lengths = np.linalg.norm(drawn, axis=-1)
+    with np.errstate(invalid="ignore"):
+        cosines = (drawn[:, 0] * drawn[:, 1]).sum(axis=-1) / lengths.prod(axis=1)
+    np.testing.assert_allclose(found[0], np.median(cosines[:, 0], axis=0))
+    np.testing.assert_allclose(found[1], np.median(cosines[[0, 2], 1], axis=0))
+    assert np.isnan(found[2]).all()
+    np.testing.assert_allclose(found[3], 1)
+
+
+def test_opposite_draws_that_disagree_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The query ``(theta_0 - c)^2`` after one step: its derivative changes its sign where ``theta_0 = c``."""
+    workload, trajectory, _, theta = one_step(tmp_path)
+    asked = (trajectory, workload, [Window(0, 1)], "local")
+    middle = float(theta(np.full(12, 0.5))[0])
+    turned = Query("turned", lambda model: (model.theta[0] - middle) ** 2)
+    found = expected_influence(*asked, [turned], draws=4)
+    assert found.metadata["draws_agree"]["0-1"] == pytest.approx([-1])
+    assert kinked(found) == [Window(0, 1)]
+    assert "unlike, over steps 0-1: training is too kinked there" in caplog.text
+    caplog.clear()
+    straight = expected_influence(*asked, [Query("straight", lambda model: model.theta[0])], draws=4)
+    assert straight.metadata["draws_agree"]["0-1"] == pytest.approx([1])
+    assert not kinked(straight)
+    still = expected_influence(*asked, [Query("still", lambda model: 0 * model.theta[0])], draws=2)
+    assert still.metadata["draws_agree"] == {"0-1": [None]}
+    assert not kinked(still)
+    assert not kinked(track(*asked))
+    assert not caplog.messages
 
 
 def test_a_training_that_diverges_under_weights_is_refused(tmp_path: Path) -> None:

@@ -172,8 +172,10 @@ def test_the_same_seed_gives_the_same_and_a_large_budget_takes_leave_one_out(
     trajectory, workload = usual
     windows = [Window(0, 4)]
     one, again, other = (removal_influence(trajectory, workload, windows, seed=seed) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(one.scores, again.scores)
-    assert not np.array_equal(one.scores, other.scores)
+    # To rounding: a stop-watch says what runs side by side.
+    np.testing.assert_allclose(one.scores, again.scores, rtol=0, atol=1e-5 * np.abs(one.scores).max())
+    assert np.abs(one.scores - other.scores).max() > 0.01 * np.abs(one.scores).max()
+    assert one.metadata["draws_agree"]["0-4"][0] > 0.8
     assert one.metadata["spent"] == {"sweeps": 9, "retrainings": 32}
     large = removal_influence(trajectory, workload, windows, trainings=workload.num_samples)
     assert "leave_one_out" in large.metadata["bank"]["0-4"][0]["coefficients"]

@@ -52,7 +52,7 @@ def test_changes_are_those_of_plain_training_without_the_group(
 
 def test_an_explanation_has_sums_and_exact_effects(recorded: tuple[Trajectory, Workload]) -> None:
     trajectory, workload = recorded
-    found = explain(trajectory, workload, WINDOWS, groups=GROUPS, checks=Checks(ground_truth=None))
+    found = explain(trajectory, workload, WINDOWS, method="dit", groups=GROUPS, checks=Checks(ground_truth=None))
     table = found.groups
     assert table is not None
     whole = Window(0, 9)
@@ -66,7 +66,7 @@ def test_an_explanation_has_sums_and_exact_effects(recorded: tuple[Trajectory, W
     # A group of one is leave-one-out.
     assert found.truth.leave_one_out is not None
     np.testing.assert_allclose(table.loc[table["group"] == "one", "exact"], found.truth.leave_one_out.scores[:, 0, 5])
-    again = explain(trajectory, workload, WINDOWS, groups=GROUPS, truth=found.truth)
+    again = explain(trajectory, workload, WINDOWS, method="dit", groups=GROUPS, truth=found.truth)
     assert again.groups is not None
     np.testing.assert_allclose(again.groups["exact"], table["exact"])
 

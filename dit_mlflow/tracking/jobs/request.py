@@ -17,7 +17,7 @@ from dit_mlflow.explanation.asked_query import read_groups
 from dit_mlflow.influence import Window, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods.dit import Dit
-from dit_mlflow.methods.removal import Removal, check_removal
+from dit_mlflow.methods.removal import Removal, check_removal, usual_share
 from dit_mlflow.progress import phase
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Groups
@@ -100,7 +100,7 @@ class Request:
         if self.removed == 0:
             return Dit(dtype, self.memory_budget)
         # Of few samples, the default share would be less than two.
-        removed = max(self.removed, 2 / workload.num_samples) if self.removed == Removal.removed else self.removed
+        removed = usual_share(workload.num_samples) if self.removed == Removal.removed else self.removed
         check_removal(workload.num_samples, removed, self.trainings, 0)
         return Removal(removed=removed, trainings=self.trainings, dtype=dtype, memory_budget=self.memory_budget)
 

@@ -108,7 +108,7 @@ class RowQuestion:
                 "from those that the model was trained on"
             )
         asked = self.trajectory, self.workload, self.windows, self.kind, queries
-        return RowAnswer(explain(*asked, checks=Checks(), whole_run=whole_run), losses)
+        return RowAnswer(explain(*asked, method="dit", checks=Checks(), whole_run=whole_run), losses)
 
     def _final_losses(self, queries: Sequence[Query]) -> np.ndarray:
         with preserved_random_state():

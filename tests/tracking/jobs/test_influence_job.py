@@ -442,7 +442,7 @@ def test_an_explanation_from_python_is_logged_as_the_job_logs_it(store: str, tmp
     trajectory = load_trajectory(training_run)
     windows = [Window(0, 4), Window(4, 9)]
     by_job = run_influence(training_run, trajectory, workload, windows, "local", Checks(trust=4))
-    found = explain(trajectory, workload, windows, checks=Checks(trust=4))
+    found = explain(trajectory, workload, windows, method="dit", checks=Checks(trust=4))
     with mlflow.start_run() as run:
         log_explanation(found, training_run)
     np.testing.assert_allclose(load_influence(run.info.run_id).scores, found.influence.scores)
