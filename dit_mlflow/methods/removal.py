@@ -87,7 +87,8 @@ def removal_influence(
         coefficients (bootstrap over the bank); that a set's effect is not the sum of its members' is not in it.
         ``metadata["bank"]`` says, for each window (by its name) and query, how well the blend foretells retrainings
         that did not choose it: ``order`` (LDS: Spearman), ``size`` (slope of real on foretold change; 1 is right),
-        their intervals of 95 %, and the coefficients. ``metadata["draws_agree"]``, and a warning before the
+        their intervals of 95 %, the coefficients, and the constant ``a``: the change by leaving out a random share is
+        foretold by ``a`` and the sum of the scores in it. ``metadata["draws_agree"]``, and a warning before the
         retrainings where training is too kinked: see :func:`dit_mlflow.expected_influence`.
 
     Raises:
@@ -191,7 +192,7 @@ class Blend:
     Attributes:
         scores, errors: ``[samples]``.
         freedom: degrees of freedom of the errors.
-        judged: JSON values: ``order``, ``size``, their intervals, ``coefficients``.
+        judged: JSON values: ``order``, ``size``, their intervals, ``coefficients``, ``constant``.
     """
 
     scores: np.ndarray
@@ -238,6 +239,7 @@ class Blend:
             min([len(changes) - len(parts) - 1.0, *used]),
             {
                 "coefficients": dict(zip(parts, coefficients.tolist(), strict=True)),
+                "constant": float(changes.mean() - sums.mean(axis=0) @ coefficients),
                 **_judged(_foretold(sums, changes), changes, drawn),
             },
         )

@@ -50,6 +50,7 @@ def test_the_blend_finds_the_parts_that_made_the_changes() -> None:
     assert found.judged["order"] == pytest.approx(1)
     assert found.judged["size"] == pytest.approx(1)
     assert found.judged["coefficients"] == pytest.approx({"s": 2, "t": 0.5, "nothing": 0}, abs=1e-12)
+    assert found.judged["constant"] == pytest.approx(7)
     assert found.errors.max() < 1e-12
 
 
