@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 SEEDS, SEEDS_OF_DAMAGE = 8, 4
 DAMAGES = {
     "class_flip": "labels of one class flipped",
+    "hard_flip": "labels confused",
     "noise": "noisy image",
     "duplicate": "image of another sample",
     "ood": "image of another digit",

@@ -66,6 +66,7 @@ def notes(thing: str, stranger: str) -> dict[Damage, str]:
     return {
         "flip": "flipped",
         "class_flip": "flipped",
+        "hard_flip": "flipped",
         "noise": f"noisy {thing}",
         "duplicate": f"{thing} of another sample",
         "ood": f"{thing} of {stranger}",

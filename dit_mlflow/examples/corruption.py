@@ -6,10 +6,17 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from dit_mlflow.errors import InputError
 
-Damage = Literal["flip", "class_flip", "noise", "duplicate", "ood"]
+Damage = Literal["flip", "class_flip", "hard_flip", "noise", "duplicate", "ood"]
+
+FOLDS = 5
+"""Parts of the data for ``hard_flip``; each is judged by a model of the others."""
 
 NOISE = 1.0
 """Standard deviation of ``noise``, in units of that of all the inputs."""
@@ -45,12 +52,14 @@ def corrupt(
     - ``flip``: the label becomes another class, all equally likely.
     - ``class_flip``: label ``c`` becomes ``c + 1`` modulo ``classes``, class by class in random order, so that a small
       share comes from one class alone.
+    - ``hard_flip``: labels as an annotator confuses them (instance-dependent noise): samples are drawn by how likely a
+      logistic regression, which has not seen them, holds another class, and get the likeliest other one.
     - ``noise``: normal noise is added to the input, of standard deviation ``noise`` times that of all inputs.
     - ``duplicate``: the input becomes a copy of that of an undamaged sample of another class. The sample keeps its
       label, so the copy contradicts its original; a copy within the class would do little harm.
     - ``ood``: the input becomes one of ``foreign``, each used once; the label stays.
 
-    But for ``class_flip``, every sample is equally likely to be damaged.
+    But for ``class_flip`` and ``hard_flip``, every sample is equally likely to be damaged.
 
     Args:
         inputs: ``[samples, ...]``; floating point for ``noise``.
@@ -71,6 +80,8 @@ def corrupt(
         raise InputError(f"corrupt is {share}; expected a share between 0 and 1")
     generator = np.random.default_rng(seed)
     count = round(share * len(labels))
+    if kind == "hard_flip":
+        return _confused(inputs, labels, count, generator)
     if kind == "class_flip":
         indices = _class_by_class(labels, count, classes, generator)
     else:
@@ -87,6 +98,24 @@ def corrupt(
     else:
         inputs[indices] = _drawn(foreign, inputs, count, generator)
     return Corrupted(inputs, labels, indices)
+
+
+def _confused(inputs: np.ndarray, labels: np.ndarray, count: int, generator: np.random.Generator) -> Corrupted:
+    known, own = np.unique(labels, return_inverse=True)
+    if (smallest := np.bincount(own).min()) < FOLDS or len(known) < 2:
+        raise InputError(
+            f"corruption='hard_flip' on {len(known)} classes, the smallest of {smallest} samples; expected two or "
+            f"more, of {FOLDS} samples each"
+        )
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    parts = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    likely = cross_val_predict(model, inputs.reshape(len(inputs), -1), own, cv=parts, method="predict_proba")
+    likely[np.arange(len(own)), own] = 0
+    chances = likely.max(axis=1) + 1e-12
+    indices = np.sort(generator.choice(len(own), size=count, replace=False, p=chances / chances.sum()))
+    labels = labels.copy()
+    labels[indices] = known[likely[indices].argmax(axis=1)]
+    return Corrupted(inputs.copy(), labels, indices)
 
 
 def _class_by_class(labels: np.ndarray, count: int, classes: int, generator: np.random.Generator) -> np.ndarray:

@@ -28,7 +28,7 @@ from dit_mlflow.examples import corrupt as damage
 from .encoding import COLUMNS, FEATURES, encoded
 from .table import people
 
-Damage = Literal["flip", "class_flip", "duplicate"]
+Damage = Literal["flip", "class_flip", "hard_flip", "duplicate"]
 
 PRESETS: dict[Preset, dict[str, Recipe]] = {
     # Chosen by validation accuracy alone; ``python projects/choose_defaults.py projects/adult`` prints the table.

@@ -30,7 +30,7 @@ from dit_mlflow.examples import corrupt as damage
 
 from .posts import GROUPS, read_posts
 
-Damage = Literal["flip", "class_flip", "duplicate", "ood"]
+Damage = Literal["flip", "class_flip", "hard_flip", "duplicate", "ood"]
 
 PRESETS: dict[Preset, dict[str, Recipe]] = {
     # Chosen by validation accuracy alone; ``python projects/choose_defaults.py projects/newsgroups`` prints the table.

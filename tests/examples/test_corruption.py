@@ -27,7 +27,7 @@ def test_exactly_the_stated_samples_change(kind: Damage, share: float) -> None:
     changed = (found.inputs != INPUTS).any(axis=(1, 2)) | (found.labels != LABELS)
     assert np.flatnonzero(changed).tolist() == found.indices.tolist()
     assert len(found.indices) == round(share * N)
-    assert (found.labels == LABELS).all() == (share == 0 or kind not in ("flip", "class_flip"))
+    assert (found.labels == LABELS).all() == (share == 0 or kind not in ("flip", "class_flip", "hard_flip"))
     np.testing.assert_array_equal(found.inputs, damaged(kind, share).inputs)
     assert share == 0 or damaged(kind, share, seed=1).indices.tolist() != found.indices.tolist()
     assert (before[0] == INPUTS).all() and (before[1] == LABELS).all()
@@ -49,6 +49,20 @@ def test_class_flips_empty_one_class_before_the_next() -> None:
     assert len(first) == 1
     assert (LABELS[many.indices] == first[0]).sum() == sizes[first[0]]
     assert len(np.unique(LABELS[many.indices])) == 2
+
+
+def test_hard_flips_are_of_samples_that_look_like_the_other_class() -> None:
+    labels = np.arange(600) % 3
+    inputs = np.random.default_rng(0).normal(size=(600, 2)) + 2 * labels[:, None]
+    found = corrupt(inputs, labels, "hard_flip", 0.1, seed=0, classes=3)
+    assert {*zip(labels[found.indices], found.labels[found.indices], strict=True)} <= {(0, 1), (1, 0), (1, 2), (2, 1)}
+    to_border = np.minimum(abs(inputs.mean(axis=1) - 1), abs(inputs.mean(axis=1) - 3))
+    assert np.median(to_border[found.indices]) < 0.6 * np.median(to_border)
+
+
+def test_hard_flips_need_samples_of_each_class() -> None:
+    with pytest.raises(InputError, match="2 classes, the smallest of 1 samples; expected two or more, of 5"):
+        corrupt(np.zeros((9, 2)), np.array([1] + [0] * 8), "hard_flip", 0.3, seed=0, classes=2)
 
 
 def test_noise_has_the_stated_size() -> None:
