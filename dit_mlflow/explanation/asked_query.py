@@ -96,11 +96,12 @@ def _classes(workload: Workload) -> dict[str, list[int]]:
 
 
 def _place(groups: Mapping[str, list[int]], kind: str, name: str, text: str) -> int:
-    """The place of the group that is named, by its name or, of classes, by its number."""
+    """The place of the group that is named, by its name or, where some classes have names in words, by its number."""
     names = [known.removeprefix(f"{kind} ") for known in groups]
     if name in names:
         return names.index(name)
-    if kind == "class" and name.isdecimal() and int(name) < len(names):
+    # Where all names are numbers themselves, another number is no place among them: digit 0 is not the class "1".
+    if kind == "class" and name.isdecimal() and int(name) < len(names) and not all(map(str.isdecimal, names)):
         return int(name)
     raise InputError(f"query={text!r}: there is no {kind} {name!r}; there are {', '.join(names)}")
 

@@ -173,6 +173,11 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": focal,
         "batch_size": 12,
     },
+    "with BatchNorm's mean of all batches, of which another share is the last at each step": {
+        "model": lambda: nn.Sequential(nn.Linear(64, 6), nn.BatchNorm1d(6, momentum=None), nn.Tanh(), nn.Linear(6, 3)),
+        "loss": focal,
+        "batch_size": 12,
+    },
     "AdamW, clipping, accumulation, a regularizer": {
         "loss": focal,
         "optimizer": lambda model: AdamW(model.parameters(), lr=0.02),
