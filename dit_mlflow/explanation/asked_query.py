@@ -72,6 +72,8 @@ def read_groups(path: str, parameter: str, expected: str = "a CSV file") -> dict
     """The groups in a CSV file with the columns ``sample_index`` and ``group``; raises :class:`InputError`."""
     try:
         table = pd.read_csv(path, dtype={"group": str})
+        if not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("lines have more fields than the header")
     except (OSError, ValueError) as error:
         raise InputError(f"{parameter}={path!r} cannot be read: {error}; expected {expected}") from error
     if missing := {"sample_index", "group"} - set(table):

@@ -55,8 +55,11 @@ class GivenScores(Method):
 
     def _table(self) -> pd.DataFrame:
         try:
-            table = pd.read_csv(self.path, usecols=[SAMPLE, SCORE], dtype={SAMPLE: "int64", SCORE: "float64"})
-        except (OSError, ValueError, OverflowError) as error:
+            table = pd.read_csv(self.path, dtype={SAMPLE: "int64", SCORE: "float64"})
+            if not isinstance(table.index, pd.RangeIndex):
+                raise ValueError("lines have more fields than the header, as where numbers are written with commas")
+            table = table[[SAMPLE, SCORE]]
+        except (OSError, ValueError, OverflowError, KeyError) as error:
             raise InputError(
                 f"scores={str(self.path)!r} cannot be read: {error}; expected a CSV file with the columns {SAMPLE} "
                 f"(whole numbers) and {SCORE}"
