@@ -77,7 +77,7 @@ class GivenScores(Method):
             ) from error
         if {SAMPLE, SCORE} - set(table):
             raise InputError(
-                f"scores={str(self.path)!r} has the columns {', '.join(map(str, table))}; expected {SAMPLE} and {SCORE} "
+                f"scores={str(self.path)!r} has the columns {', '.join(map(str, table))}; expected {SAMPLE} and {SCORE}"
                 "among them, with commas between"
             )
         if table.empty or table[SAMPLE].duplicated().any():
