@@ -105,14 +105,20 @@ def lowered(tried: Sequence[Trial]) -> list[Trial]:
     found: list[Trial] = []
     for trial in tried:
         weights = np.ones_like(trial.scores, dtype=np.float64)
-        harm = np.clip(-np.take_along_axis(trial.scores, trial.flagged, axis=1), 0, None)
-        taken = 1 - harm / np.maximum(harm.max(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        taken = _lowered(trial)
         if trial.strategy == RANDOM:
-            like = next((o for o in found if o.strategy != RANDOM and o.fraction == trial.fraction), None)
-            if like is not None and like.weights is not None:
-                taken = np.broadcast_to(like.weights[0, like.flagged[0]], taken.shape)
+            of = (other for other in tried if other.strategy != RANDOM and other.fraction == trial.fraction)
+            like = next(map(_lowered, of), None)
+            taken = taken if like is None else np.broadcast_to(like[0], taken.shape)
         np.put_along_axis(weights, trial.flagged, taken, axis=1)
         found.append(replace(trial, weights=weights))
+    return found
+
+
+def _lowered(trial: Trial) -> np.ndarray:
+    """Weights of the flagged samples ``[draws, flagged]``."""
+    harm = np.clip(-np.take_along_axis(trial.scores, trial.flagged, axis=1), 0, None)
+    found: np.ndarray = 1 - harm / np.maximum(harm.max(axis=1, keepdims=True), np.finfo(np.float64).tiny)
     return found
 
 

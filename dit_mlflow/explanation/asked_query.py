@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.evaluation.changed_data import class_names, sample_classes
 from dit_mlflow.evaluation.figures import LOSS
 from dit_mlflow.evaluation.metrics import sample_scores
 from dit_mlflow.influence import Query, logits, margins, mean_validation_loss, probabilities, sample_losses
+from dit_mlflow.methods.given_scores import read_table
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining.groups import check_groups
 from dit_mlflow.workload import Workload
@@ -71,12 +71,14 @@ def _asking(queries: list[Query]) -> AskedQuery:
 def read_groups(path: str, parameter: str, expected: str = "a CSV file") -> dict[str, list[int]]:
     """The groups in a CSV file with the columns ``sample_index`` and ``group``; raises :class:`InputError`."""
     try:
-        table = pd.read_csv(path, dtype={"group": str})
+        table = read_table(path, {"group": "str"})
     except (OSError, ValueError) as error:
         raise InputError(f"{parameter}={path!r} cannot be read: {error}; expected {expected}") from error
     if missing := {"sample_index", "group"} - set(table):
         told = ", ".join(map(str, table))
-        raise InputError(f"{path} has the columns {told}; expected {' and '.join(sorted(missing))} among them")
+        raise InputError(
+            f"{path} has the columns {told}; expected {' and '.join(sorted(missing))} among them, with commas between"
+        )
     return {str(name): part["sample_index"].tolist() for name, part in table.groupby("group")}
 
 
@@ -96,11 +98,12 @@ def _classes(workload: Workload) -> dict[str, list[int]]:
 
 
 def _place(groups: Mapping[str, list[int]], kind: str, name: str, text: str) -> int:
-    """The place of the group that is named, by its name or, of classes, by its number."""
+    """The place of the group that is named, by its name or, where some classes have names in words, by its number."""
     names = [known.removeprefix(f"{kind} ") for known in groups]
     if name in names:
         return names.index(name)
-    if kind == "class" and name.isdecimal() and int(name) < len(names):
+    # Where all names are numbers themselves, another number is no place among them: digit 0 is not the class "1".
+    if kind == "class" and name.isdecimal() and int(name) < len(names) and not all(map(str.isdecimal, names)):
         return int(name)
     raise InputError(f"query={text!r}: there is no {kind} {name!r}; there are {', '.join(names)}")
 

@@ -25,6 +25,7 @@ from dit_mlflow.explanation.numbers import decimals, figure, share, span
 from dit_mlflow.explanation.ranking import extreme_samples, ranking_scores
 from dit_mlflow.influence import Influence, Window
 from dit_mlflow.influence.draws import kinked
+from dit_mlflow.influence.query import is_loss
 
 if TYPE_CHECKING:
     from dit_mlflow.explanation.explanation import Explanation
@@ -98,7 +99,7 @@ def _who(found: Explanation, scores: Influence) -> str:
 
 def _verbs(found: Explanation) -> tuple[str, str]:
     """What samples do whose removal lowers the query, and raises it; only of a loss, a lower one is better."""
-    return ("hurt", "helped") if "loss" in found.query else ("raised", "lowered")
+    return ("hurt", "helped") if is_loss(found.query) else ("raised", "lowered")
 
 
 def _suspicious(found: Explanation) -> str:
@@ -228,7 +229,7 @@ def _how_sure_of_removals(found: Explanation) -> str:
         )
     return (
         f"Held against retrainings without a random {share(removed)} of the samples, agreement of foretold and real "
-        f"changes is {' and '.join(told)}."
+        f"changes is {', and '.join(told)}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -204,6 +205,11 @@ def refuse_not_finite(
 def _moved(batch: Batch, model: nn.Module) -> Batch:
     like = floating_one(model.parameters())
     return to_like(batch, like.device, like.dtype, fresh=True)
+
+
+def is_loss(name: str) -> bool:
+    """Whether a query's name says that it is a loss, of which less is better."""
+    return "loss" in re.findall("[a-z]+", name)
 
 
 def resolve_queries(queries: Sequence[Query] | None, workload: Workload) -> list[Query]:

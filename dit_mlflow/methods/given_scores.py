@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.errors import ParserWarning
 
 from dit_mlflow.errors import InputError
 from dit_mlflow.influence.question import Question
@@ -14,6 +17,17 @@ from dit_mlflow.methods.method import Estimate, Method
 
 SAMPLE, SCORE = "sample_index", "score"
 """Columns of the file."""
+
+
+def read_table(path: str | Path, dtype: Mapping[str, str]) -> pd.DataFrame:
+    """A CSV file; raises :class:`ValueError` if it is none, also if its columns do not stand under their names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ParserWarning)
+        try:
+            # Else pandas takes a field more than the header has, as of 0,25 for 0.25, for another first column.
+            return pd.read_csv(path, index_col=False, dtype=dict(dtype))
+        except ParserWarning as error:
+            raise ValueError("lines have more fields than the header") from error
 
 
 @dataclass(frozen=True)
@@ -55,12 +69,17 @@ class GivenScores(Method):
 
     def _table(self) -> pd.DataFrame:
         try:
-            table = pd.read_csv(self.path, usecols=[SAMPLE, SCORE], dtype={SAMPLE: "int64", SCORE: "float64"})
+            table = read_table(self.path, {SAMPLE: "int64", SCORE: "float64"})
         except (OSError, ValueError, OverflowError) as error:
             raise InputError(
                 f"scores={str(self.path)!r} cannot be read: {error}; expected a CSV file with the columns {SAMPLE} "
                 f"(whole numbers) and {SCORE}"
             ) from error
+        if {SAMPLE, SCORE} - set(table):
+            raise InputError(
+                f"scores={str(self.path)!r} has the columns {', '.join(map(str, table))}; expected {SAMPLE} and {SCORE}"
+                "among them, with commas between"
+            )
         if table.empty or table[SAMPLE].duplicated().any():
             what = "names no sample" if table.empty else "names a sample twice"
             raise InputError(f"scores={str(self.path)!r} {what}; expected one score for each sample")

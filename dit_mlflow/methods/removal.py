@@ -347,7 +347,7 @@ def check_removal(samples: int, removed: Any, trainings: Any, seed: Any) -> None
     if not isinstance(removed, (int, float)) or not 0 < removed < 1 or not 1 < round(removed * samples) < samples:
         raise InputError(
             f"removed={removed!r} of {samples} samples; expected a share between 0 and 1 that is two samples or more "
-            f"(2 / {samples}) and not all; of one sample alone, leave_one_out tells"
+            f"(2 / {samples}) and not all; of one sample alone, removed=0 and leave_one_out tell"
         )
 
 

@@ -19,6 +19,7 @@ from dit_mlflow.explanation.markdown import TURNING, encodable
 from dit_mlflow.explanation.numbers import figure, share
 from dit_mlflow.explanation.ranking import extremes
 from dit_mlflow.influence import Influence, Window
+from dit_mlflow.influence.query import is_loss
 from dit_mlflow.page.columns import Columns
 from dit_mlflow.page.embedding import json_in_html
 from dit_mlflow.page.page_data import cut_in_tie, flag_count, page_data, readable
@@ -98,7 +99,7 @@ def influence_page(
         data=json_in_html(data),
         question=_text(question),
         query=_text(_named(estimate.queries[0]) if len(estimate.queries) == 1 else "the query"),
-        caution="" if all("loss" in query for query in estimate.queries) else CAUTION,
+        caution="" if all(map(is_loss, estimate.queries)) else CAUTION,
         sentences="".join(f"<li>{_text(sentence)}</li>" for sentence in told),
         steps=_steps(next_steps),
         left_out=_left_out(data, columns, rest),

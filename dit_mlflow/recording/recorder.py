@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from dit_mlflow.accelerate_internals import torch_optimizer
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.recording.finite_check import FiniteCheck
 from dit_mlflow.recording.folder import Written, check_new
@@ -111,6 +112,8 @@ class TrajectoryRecorder:
     ) -> None:
         is_checkpoint = checkpoint_rule(checkpoint_every)
         check_model(unwrapped(model), low_precision)
+        if isinstance(optimizer, Optimizer):
+            optimizer = torch_optimizer(optimizer)
         self._model = model
         self._recorded_model = RecordedModel(model, optimizer)
         if not resume:

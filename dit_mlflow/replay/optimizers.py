@@ -240,7 +240,7 @@ def _plain(key: str, value: Any, kept: bool = False) -> Any:
     """As JSON has it: numbers, also inside tuples; ``kept``: whether a tensor stays one."""
     if kept and isinstance(value, Tensor) and value.dim() == 0:
         return {"tensor": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, (Tensor, np.generic)):
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         return value.item()
     if isinstance(value, (list, tuple)):
         return tuple(_plain(key, part) for part in value)

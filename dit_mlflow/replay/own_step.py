@@ -224,6 +224,7 @@ class OwnStep(TrainingStep):
             if not missed or missed <= missed_by_rounding(self, [record], plain, expected, found):
                 if run:
                     self._refuse_numbers(function, detached, micro, record)
+                    self._refuse_moving_counters(plain, expected, weights.detach(), record)
                 self._takes_tensors[key] = takes_tensors
                 return trace
         raise UnsupportedError(
@@ -261,6 +262,23 @@ class OwnStep(TrainingStep):
                 "float(), numpy()), so that influence through it would be lost; compute with the tensor itself, or use "
                 "leave_one_out, which takes no derivative"
             )
+
+    def _refuse_moving_counters(self, before: State, expected: State, weights: Tensor, record: StepRecord) -> None:
+        """Raise :class:`UnsupportedError` if what is named like a counter depends on the parameters."""
+        moved = {
+            name: value * (1 + 1e-3) if value.is_floating_point() else value
+            for name, value in before.parameters.items()
+        }
+        after = self.forward(replace(before, parameters=moved), self.dynamics.load(record), weights, record)
+        for name, entry in after.optimizer.items():
+            for key in entry.keys() & COUNTERS:
+                if torch.as_tensor(entry[key]) != torch.as_tensor(expected.optimizer[name][key]):
+                    self._traces = Traces()
+                    raise UnsupportedError(
+                        f"an optimizer keeps {key!r}, which depends on the gradients, and {key!r} is the name of a "
+                        "number in torch's optimizers that does not; give it another name, or use leave_one_out, which "
+                        "takes no derivative"
+                    )
 
 
 @dataclass(frozen=True, eq=False)

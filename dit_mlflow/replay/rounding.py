@@ -52,9 +52,11 @@ def missed_by_rounding(
     excused = {name for name, miss in _distances(replayed, other).items() if miss <= MARGIN * effects[name]}
     if excused == effects.keys() and any(_distances(_replay(training_step, records, start), replayed).values()):
         raise TrajectoryError(
-            f"replaying steps {records[0].index} to {records[-1].index} twice gives two results: data or model draw "
-            "from a random generator of their own, whose state is not recorded. Draw from the global generators of "
-            "torch, NumPy and random; or, if it is the data, record with store_batches=True"
+            f"replaying steps {records[0].index} to {records[-1].index} twice gives two results: something keeps a "
+            "state that is not recorded. If data or model draw from a random generator of their own, draw from the "
+            "global ones of torch, NumPy and random (or, if it is the data, record with store_batches=True); if the "
+            "model or the loss keeps a counter or a hidden state, make it a buffer; if the optimizer does, keep it in "
+            "its state, by parameter"
         )
     return excused
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,8 @@ class DifferentiableStatistics(TorchFunctionMode):
         self._written_out = written_out
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _BELOW:
+            func, args, kwargs = _BELOW[func](*args, **(kwargs or {}))
         if func is F.layer_norm and self._written_out:
             return layer_norm(*args, **(kwargs or {}))
         if func not in (F.batch_norm, F.instance_norm):
@@ -68,6 +70,26 @@ class DifferentiableStatistics(TorchFunctionMode):
         mean = given.arguments["running_mean"]
         followed = mean is not None and (self._always or mean.requires_grad)
         return _normalised(followed, self._written_out, func, *given.args)
+
+
+_Call = tuple[Callable[..., Tensor], Sequence[Any], Mapping[str, Any]]
+
+
+def _layer_norm(input: Tensor, normalized_shape: Any, *rest: Any, cudnn_enable: bool = True, **named: Any) -> _Call:
+    return F.layer_norm, (input, normalized_shape, *rest[:3]), named
+
+
+def _batch_norm(
+    input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, *rest: Any, **named: Any
+) -> _Call:
+    # Training, momentum, eps, and whether cuDNN may be used, or its names.
+    own = dict(zip(("training", "momentum", "eps"), rest, strict=False)) | named
+    own.pop("cudnn_enabled", None)
+    return F.batch_norm, (input, running_mean, running_var, weight, bias), own
+
+
+_BELOW: Mapping[Any, Callable[..., _Call]] = {torch.layer_norm: _layer_norm, torch.batch_norm: _batch_norm}
+"""What ``torch.nn.functional`` calls, as calls of that."""
 
 
 def layer_norm(

@@ -34,12 +34,15 @@ class TracedQueries:
         def function(*values: Tensor) -> list[Tensor]:
             of = dict(zip(names, values, strict=True))
             left = {name: followed(of[name]) for name in buffers}
-            with DifferentiableStatistics(written_out=True), sdpa_kernel(SDPBackend.MATH):
-                return [self._dynamics.evaluate({name: of[name] for name in parameters}, left, query).reshape(())]
+            with torch.enable_grad(), DifferentiableStatistics(written_out=True), sdpa_kernel(SDPBackend.MATH):
+                theta = {name: of[name].clone().requires_grad_(v.requires_grad) for name, v in parameters.items()}
+                return [self._dynamics.evaluate(theta, left, query).reshape(())]
 
         detached = [value.detach() for value in given]
-        plain = [{name: value.detach() for name, value in part.items()} for part in (parameters, buffers)]
-        expected = self._dynamics.evaluate(plain[0], plain[1], query).detach()
+        # A query, as a loss, may take gradients by the parameters itself.
+        theta = {name: value.detach().requires_grad_(value.requires_grad) for name, value in parameters.items()}
+        left = {name: value.detach() for name, value in buffers.items()}
+        expected = self._dynamics.evaluate(theta, left, query).detach()
         for attempt in ATTEMPTS:
             with naming_what_cannot_be_traced():
                 graph = self._traces.of(query, function, detached, attempt)

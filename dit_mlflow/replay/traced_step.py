@@ -37,11 +37,11 @@ class TracedStep(LossStep):
 
     All floating buffers are followed, also those that a loss or a module changes by itself.
 
-    Each gradient of the trace is compared with the loop's own, which is computed anew. A loss that takes another path
-    (a Python branch, a number that changes) is traced again.
+    Gradients and buffers of the trace are compared with the loop's own, which are computed anew. A loss that takes
+    another path (a Python branch, a number that changes) is traced again.
 
     Raises:
-        UnsupportedError: the loss cannot be traced, or its trace gives another gradient.
+        UnsupportedError: the loss cannot be traced, or its trace gives other gradients or buffers.
 
     Cost: in reverse, three to four training steps; a trace takes up to some seconds for each shape of a batch.
     """
@@ -64,7 +64,7 @@ class TracedStep(LossStep):
     ) -> dict[str, Tensor]:
         left = {name: value.detach().clone() for name, value in buffers.items()}
         expected = self.gradient(leaves(parameters), left, record, batches, weights.detach())
-        before = dict(buffers)
+        before, moving = dict(buffers), list(self.followed_buffers.shapes)
         for attempt in ATTEMPTS:
             buffers.update(before)
             found: dict[str, Tensor] = {}
@@ -78,10 +78,12 @@ class TracedStep(LossStep):
                     raise
                 continue
             found |= {name: torch.zeros_like(parameters[name]) for name in record.zero_gradient}
-            if alike([found[name] for name in expected], list(expected.values())):
+            gradients = alike([found[name] for name in expected], list(expected.values()))
+            # A number read from a counter (BatchNorm's mean of all batches) may change these alone.
+            if gradients and alike([buffers[name] for name in moving], [left[name] for name in moving]):
                 return {name: found[name] for name in expected}
         raise UnsupportedError(
-            f"step {record.index}: a trace of the workload's loss gives another gradient than the loss itself, so the "
+            f"step {record.index}: a trace of the workload's loss gives other values than the loss itself, so the "
             "loss does not do the same each time it is called (a counter, or draws that do not come from the global "
             f"generators). {WITHOUT_TRACE}"
         )

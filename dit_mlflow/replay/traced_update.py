@@ -37,10 +37,12 @@ class TracedUpdate:
     Raises:
         UnsupportedError: the step cannot be traced; its state is larger than the parameter; it has no derivative in
             the gradients (it takes their signs alone); or its derivative is not the trace's (it reads values out of
-            tensors, or rounds).
+            tensors, or rounds); or it keeps a number that is no tensor of a parameter's state and depends on the
+            gradients or the parameters.
 
-    Cost: a trace for each step, since its counters are constants of the trace, and a backward pass through it. The
-    derivative of the first, second, fourth, eighth … step is compared with differences, at about ten optimizer steps.
+    Cost: a trace for each step, since its counters are constants of the trace, a backward pass through it, and two
+    optimizer steps. The derivative of the first, second, fourth, eighth … step is compared with differences, at about
+    ten optimizer steps.
     """
 
     needs_values = True
@@ -52,10 +54,10 @@ class TracedUpdate:
         self._name = type(optimizer).__qualname__
         self._step: Callable[..., Any] = inspect.unwrap(type(optimizer).step)
         self._calls = 0
-        self._numbers: dict[Any, Any] = {}
-        # Keys of the state: of tensors, and of those of one number that depend on the gradients.
-        self._tensors: set[str] = set()
-        self._moving: set[str] = set()
+        # Of the last step: the state and the settings that are one number, or no floating tensor.
+        self._numbers: dict[tuple[str | int, str], Any] = {}
+        # Those of the state that depend on more than hyperparameters and the step's index.
+        self._moving: set[Slot] = set()
 
     def __call__(
         self, state: State, groups: Sequence[UpdateGroup], gradients: Callable[[], Tensor], adjoint: Adjoint
@@ -69,7 +71,7 @@ class TracedUpdate:
         parts = torch.cat([flat[group.gradient] for group in groups]).split([shape.numel() for shape in shapes])
         grads = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         before = {(name, key): value for name in names for key, value in state.optimizer.get(name, {}).items()}
-        slots = {slot: value.detach() for slot, value in before.items() if self._is_slot(slot[1], value)}
+        slots = {slot: value.detach() for slot, value in before.items() if _is_slot(value)}
         rest = {slot: value for slot, value in before.items() if slot not in slots}
         after: list[Slot] = []
 
@@ -88,12 +90,12 @@ class TracedUpdate:
 
         inputs = [*(state.parameters[name].detach() for name in names), *grads, *slots.values()]
         self._calls += 1
+        known = len(self._moving)
+        self._note_moving(update, inputs)
         # Early steps and ever rarer later ones, since a step may take another branch than those before it.
-        if self._calls & (self._calls - 1) == 0:
-            known = len(self._moving)
-            self._check(update, [value.double() for value in inputs], len(names))
-            if len(self._moving) > known:
-                return self(state, groups, gradients, adjoint)
+        if self._calls & (self._calls - 1) == 0 or len(self._moving) > known:
+            still = [not value.dim() and slot not in self._moving for slot, value in slots.items()]
+            self._check(update, [value.double() for value in inputs], len(names), [False] * 2 * len(names) + still)
         graph = self._traced(update, inputs)
         leaves = [value.detach().requires_grad_() for value in inputs]
         with torch.enable_grad():
@@ -120,24 +122,48 @@ class TracedUpdate:
                 f"{type(error).__name__}: {error}. Use leave_one_out, which takes no derivative"
             ) from error
 
-    def _check(self, update: Function, inputs: Sequence[Tensor], count: int) -> None:
+    def _note_moving(self, update: Function, inputs: Sequence[Tensor]) -> None:
+        """Look which numbers depend on parameters, gradients and moments: at each step, since one may change rarely.
+
+        Raises:
+            UnsupportedError: one that no adjoint follows.
+        """
+        random = torch.Generator().manual_seed(0)
+        update(*inputs)
+        before = self._numbers
+        # A share of each element: second moments stay positive, and signs stay.
+        update(
+            *(value * (1 + 1e-3 * _drawn(value, random).to(value.dtype)) if value.dim() else value for value in inputs)
+        )
+        for slot, value in self._numbers.items():
+            if slot in before and _same(before[slot], value):
+                continue
+            if isinstance(slot[0], int) or not _is_slot(value):
+                raise UnsupportedError(
+                    f"the optimizer {self._name} keeps the number {slot[1]!r}, which depends on the gradients or the "
+                    "parameters, so a sample has influence through it; keep it in a floating tensor of its state, or "
+                    "use leave_one_out"
+                )
+            self._moving.add((slot[0], slot[1]))
+
+    def _check(self, update: Function, inputs: Sequence[Tensor], count: int, still: Sequence[bool]) -> None:
         """Compare a directional derivative of the trace, in float64, with central differences of the step.
 
         Args:
             update: the step, as a function of ``inputs``.
             inputs: ``count`` parameters, their gradients, and state.
+            still: which inputs are counters, that do not move.
         """
         random = torch.Generator().manual_seed(0)
-
-        def drawn(value: Tensor) -> Tensor:
-            return torch.randn(value.shape, generator=random, dtype=torch.float64).to(value.device)
-
         leaves = [value.clone().requires_grad_() for value in inputs]
         with torch.enable_grad():
             found = self._traced(update, inputs)(*leaves)
-        weights = [drawn(value) for value in found]
+        weights = [_drawn(value, random) for value in found]
         # Relative to each element, so that second moments stay positive, and zeros stay 0.
-        directions = [drawn(value) * value for value in inputs]
+        directions = [
+            torch.zeros_like(value) if fixed else _drawn(value, random) * value
+            for value, fixed in zip(inputs, still, strict=True)
+        ]
 
         def total(values: Sequence[Tensor]) -> Tensor:
             return torch.stack([(w * v).sum() for w, v in zip(weights, values, strict=False)]).sum()
@@ -148,26 +174,10 @@ class TracedUpdate:
 
         here = total(found)
         parts = grad_or_zeros(here, leaves, retain_graph=True)
-        update(*inputs)
-        before = self._numbers
-        update(
-            *inputs[:count],
-            *(1.1 * value + 0.1 * value.abs().max() for value in inputs[count : 2 * count]),
-            *inputs[2 * count :],
-        )
-        if moving := {key for slot, value in self._numbers.items() if before.get(slot) != value for key in slot[1:]}:
-            if not moving <= self._tensors:
-                raise UnsupportedError(
-                    f"the optimizer {self._name} keeps the number {min(moving - self._tensors)!r}, which depends on "
-                    "the gradients, so a sample has influence through it; keep it in a tensor of its state, or use "
-                    "leave_one_out"
-                )
-            self._moving |= moving
-            return
         # Of the parameters alone: state may depend on the gradients where the parameters depend on signs.
         moved = grad_or_zeros(total(found[:count]), leaves[count : 2 * count], retain_graph=True)
-        still = all(torch.equal(after, before) for after, before in zip(found[:count], inputs[:count], strict=True))
-        if not still and not any(bool(part.any()) for part in moved):
+        stayed = all(torch.equal(after, before) for after, before in zip(found[:count], inputs[:count], strict=True))
+        if not stayed and not any(bool(part.any()) for part in moved):
             raise UnsupportedError(
                 f"the step of the optimizer {self._name} has the derivative 0 in the gradients, as where it depends on "
                 "their signs alone, so every influence would be 0; use leave_one_out"
@@ -198,30 +208,21 @@ class TracedUpdate:
         try:
             self._step(optimizer)
             left = {name: optimizer.state.get(value, {}) for name, value in moved.items()}
-            # Numbers among the state and the settings after the step.
+            places: list[tuple[str | int, Any]] = [*left.items(), *enumerate(optimizer.param_groups)]
             self._numbers = {
-                (name, key): float(value.detach() if isinstance(value, Tensor) else value)
-                for name, entry in [*left.items(), *enumerate(optimizer.param_groups)]
+                (place, key): value.detach().clone() if isinstance(value, Tensor) else value
+                for place, entry in places
                 for key, value in entry.items()
-                if key != "params" and isinstance(value, (Tensor, int, float)) and not self._is_slot(key, value)
-            }
-            self._tensors = {
-                key for entry in left.values() for key, value in entry.items() if isinstance(value, Tensor)
+                if isinstance(value, (int, float))
+                or (isinstance(value, Tensor) and not (_is_slot(value) and value.dim()))
             }
             return {
-                (name, key): value
-                for name, entry in left.items()
-                for key, value in entry.items()
-                if self._is_slot(key, value)
+                (name, key): value for name, entry in left.items() for key, value in entry.items() if _is_slot(value)
             }
         finally:
             optimizer.state = defaultdict(dict)
             for group in optimizer.param_groups:
                 group["params"] = []
-
-    def _is_slot(self, key: str, value: Any) -> bool:
-        """Whether an adjoint follows a value of the state; other values are constants of the trace."""
-        return isinstance(value, Tensor) and value.is_floating_point() and (value.dim() > 0 or key in self._moving)
 
     def _place(self, name: str, value: Tensor) -> slice:
         place = self._held.slices[name]
@@ -259,3 +260,16 @@ class TracedUpdate:
             torch.cat([by_gradient[place].reshape(rows, -1) for place in own], dim=1),
             optimizer,
         )
+
+
+def _is_slot(value: Any) -> bool:
+    """Whether an adjoint follows a value of the state; other values are constants of the trace."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else bool(one == other)
+
+
+def _drawn(value: Tensor, random: torch.Generator) -> Tensor:
+    return torch.randn(value.shape, generator=random, dtype=torch.float64).to(value.device)

@@ -17,10 +17,10 @@ except ImportError as error:
 from accelerate.data_loader import SkipBatchSampler
 from accelerate.state import GradientState
 
+from dit_mlflow.accelerate_internals import torch_loader, torch_optimizer
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
 from dit_mlflow.recording.loader_patch import Handed, LoaderPatch
 from dit_mlflow.told import logger_of
-from dit_mlflow.tracking.accelerate_internals import torch_loader, torch_optimizer
 from dit_mlflow.tracking.recording.loss_share import LossShare
 from dit_mlflow.tracking.recording.recorded_training import RecordedTraining
 from dit_mlflow.workload import Workload

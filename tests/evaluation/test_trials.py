@@ -169,6 +169,8 @@ def test_weights_are_lowered_in_proportion_to_harm_and_random_samples_get_those_
     assert ours.weights is not None and random.weights is not None
     np.testing.assert_array_equal(ours.weights, [[0, 1, 0.75, 1, 1]])
     np.testing.assert_array_equal(random.weights, [[1, 1, 1, 0.75, 0]] * 2)
+    turned = lowered(trials(dict(reversed(scores.items())), {0.6: 3}))
+    np.testing.assert_array_equal(turned[0].weights, random.weights)
     (harmless,) = lowered(trials({"influence": np.array([[1.0, 2.0]])}, {0.5: 1}))
     np.testing.assert_array_equal(harmless.weights, [[1, 1]])
 

@@ -109,6 +109,13 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_trained(
         parse_query(text.replace("GROUPS", str(groups)), workload)
 
 
+def test_a_number_is_no_place_among_classes_that_are_numbers_themselves() -> None:
+    names = ("1", "7", "4")
+    workload = digits_workload(label=lambda index: names[int(digits_workload().train_set[index][1])])
+    with pytest.raises(InputError, match="query='class:0': there is no class '0'; there are 1, 7, 4"):
+        parse_query("class:0", workload)
+
+
 def test_columns_that_are_missing_and_labels_that_are_none(workload: Workload, tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text("index,group\n0,a\n")

@@ -144,7 +144,7 @@ def test_second_sentence_over_all_samples() -> None:
     windows = (truth(0.72), truth(0.979), truth(0.8))
     assert answer_sentences(findings(SCORES, truth(0.61), windows, checked=4))[1] == (
         "Agreement with exact retraining is high to very high in the windows (Spearman 0.72 to 0.98 over all 4 "
-        "samples) and moderate over the whole run (Spearman 0.61 over all 4 samples)."
+        "samples), and moderate over the whole run (Spearman 0.61 over all 4 samples)."
     )
     one = findings(SCORES[:1], truth(0.87), (truth(0.87),), checked=4, windows=WINDOWS[:1])
     assert answer_sentences(one)[1] == "Agreement with exact retraining is high (Spearman 0.87 over all 4 samples)."

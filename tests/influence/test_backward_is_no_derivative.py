@@ -143,6 +143,12 @@ def penalised(model: nn.Module, batch: Any) -> Tensor:
     return sample_losses(model, batch) + 0.1 * slope.square().sum(dim=1)
 
 
+def penalised_by_parameters(model: nn.Module, batch: Any) -> Tensor:
+    losses = sample_losses(model, batch)
+    slopes = torch.autograd.grad(losses.mean(), [*model.parameters()], create_graph=True)
+    return losses + 0.1 * torch.stack([slope.square().sum() for slope in slopes]).sum()
+
+
 def normalised(norm: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 6), norm, nn.Tanh(), nn.Linear(6, 3))
 
@@ -173,6 +179,11 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": focal,
         "batch_size": 12,
     },
+    "with BatchNorm's mean of all batches, of which another share is the last at each step": {
+        "model": lambda: nn.Sequential(nn.Linear(64, 6), nn.BatchNorm1d(6, momentum=None), nn.Tanh(), nn.Linear(6, 3)),
+        "loss": focal,
+        "batch_size": 12,
+    },
     "AdamW, clipping, accumulation, a regularizer": {
         "loss": focal,
         "optimizer": lambda model: AdamW(model.parameters(), lr=0.02),
@@ -187,6 +198,11 @@ CASES: dict[str, dict[str, Any]] = {
             "batch_size": 12,
         }
         for norm in (nn.LayerNorm, nn.BatchNorm1d)
+    },
+    "penalty on gradients by parameters, which the query takes too": {
+        "model": lambda: normalised(nn.BatchNorm1d(6)),
+        "loss": penalised_by_parameters,
+        "batch_size": 12,
     },
     "gradient penalty, no running statistics": {
         "model": lambda: normalised(nn.BatchNorm1d(6, track_running_stats=False)),

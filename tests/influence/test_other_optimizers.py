@@ -157,6 +157,25 @@ class Counting(Optimizer):
             value.sub_(group["lr"] * (1 - 0.5 ** group["made"].item()) * value.grad / (second.sqrt() + 1e-3))
 
 
+class Seldom(Optimizer):
+    """Its rate follows one number, of the gradients or of the parameters, that changes at every third step only."""
+
+    def __init__(self, params: Any, of: str, where: str = "state") -> None:
+        super().__init__(params, {})
+        self.of, self.where = of, where
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        group = self.param_groups[0]
+        for value in group["params"]:
+            state = self.state[value]
+            kept = group if self.where == "settings" else state
+            state["made"] = state.get("made", 0) + 1
+            if state["made"] % 3 == 1:
+                kept["length"] = (value.grad if self.of == "gradients" else value).norm()
+            value.sub_(0.1 * value.grad / (0.5 + kept["length"]))
+
+
 class Warming(Lamb):
     """Its rate is 0 at first, and in some of its steps it moves nothing."""
 
@@ -176,8 +195,16 @@ def of(cls: Any, **settings: Any) -> Workload:
 @pytest.mark.parametrize("kind", ["local", "final", "cumulative"])
 @pytest.mark.parametrize(
     "cls",
-    [Lamb, Factored, lambda parameters: Mine(parameters, lr=0.3), Counting, partial(Averaging, where="tensor")],
-    ids=["lamb", "factored", "mine", "counting", "averaging"],
+    [
+        Lamb,
+        Factored,
+        lambda parameters: Mine(parameters, lr=0.3),
+        Counting,
+        partial(Averaging, where="tensor"),
+        partial(Seldom, of="gradients"),
+        partial(Seldom, of="parameters"),
+    ],
+    ids=["lamb", "factored", "mine", "counting", "averaging", "seldom gradients", "seldom parameters"],
 )
 def test_scores_and_leave_one_out_are_those_of_the_loop(tmp_path: Path, cls: Any, kind: Any) -> None:
     workload = of(cls)
@@ -211,11 +238,19 @@ def test_roots_in_the_trace_of_an_optimizer_have_the_derivative_0_at_0(root: Any
         assert slope.tolist() == [at_0, 0.25]
 
 
-@pytest.mark.parametrize("where", ["settings", "number"])
-def test_numbers_that_depend_on_gradients_are_refused(tmp_path: Path, where: str) -> None:
-    workload = of(Averaging, where=where)
+@pytest.mark.parametrize(
+    ("cls", "number"),
+    [
+        (partial(Averaging, where="settings"), "mean"),
+        (partial(Averaging, where="number"), "mean"),
+        (partial(Seldom, of="gradients", where="settings"), "length"),
+        (partial(Seldom, of="parameters", where="settings"), "length"),
+    ],
+)
+def test_numbers_that_carry_influence_are_refused(tmp_path: Path, cls: Any, number: str) -> None:
+    workload = of(cls)
     trajectory = train(workload, tmp_path / "t")
-    with pytest.raises(UnsupportedError, match="Averaging keeps the number 'mean', which depends on the gradients"):
+    with pytest.raises(UnsupportedError, match=f"keeps the number '{number}', which depends on the gradients or"):
         track(trajectory, workload, whole(trajectory))
 
 
@@ -287,10 +322,11 @@ def test_state_that_is_no_tensor_or_number_is_refused_when_recorded(tmp_path: Pa
         record(tmp_path / "t", model, Listing(model.parameters()))
 
 
-def test_a_setting_that_a_record_cannot_hold_is_refused_when_recorded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rule", "called"), [(max, "builtin"), (torch.zeros(3), "Tensor")])
+def test_a_setting_that_a_record_cannot_hold_is_refused_when_recorded(tmp_path: Path, rule: Any, called: str) -> None:
     model = digits_model()
-    optimizer = SGD([{"params": model.parameters(), "rule": max}], lr=0.1)
-    with pytest.raises(UnsupportedError, match=r"setting 'rule' is a builtin.*; expected numbers"):
+    optimizer = SGD([{"params": model.parameters(), "rule": rule}], lr=0.1)
+    with pytest.raises(UnsupportedError, match=rf"setting 'rule' is a {called}.*; expected numbers"):
         record(tmp_path / "t", model, optimizer)
 
 

@@ -437,3 +437,31 @@ def test_draws_and_explanations_take_any_step(tmp_path: Path) -> None:
     assert found.scores.any()
     explanation = explain(trajectory, workload, windows=[Window(0, 3)], kind="final")
     assert explanation.influence.metadata["derivative"] == "traced"
+
+
+class Named(torch.optim.Optimizer):
+    """Divides by a mean length of the gradients, kept under a name of the caller's."""
+
+    def __init__(self, params: Any, name: str) -> None:
+        super().__init__(params, {})
+        self.name = name
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for value in self.param_groups[0]["params"]:
+            state = self.state[value]
+            state[self.name] = 0.9 * state.get(self.name, torch.ones(())) + 0.1 * value.grad.norm()
+            value.sub_(0.1 * value.grad / state[self.name])
+
+
+def test_a_moment_named_like_a_counter_is_refused(tmp_path: Path) -> None:
+    for name, refused in (("rate", False), ("eta", True)):
+        workload = digits_workload(
+            step=once, optimizer=lambda model, name=name: Named(model.parameters(), name), loss=sample_losses
+        )
+        trajectory = train(workload, tmp_path / name)
+        if not refused:
+            assert track(trajectory, workload, [Window(0, trajectory.num_steps)]).scores.any()
+            continue
+        with pytest.raises(UnsupportedError, match="keeps 'eta', which depends on the gradients"):
+            track(trajectory, workload, [Window(0, trajectory.num_steps)])

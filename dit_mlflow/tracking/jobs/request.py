@@ -100,7 +100,8 @@ class Request:
         if self.removed == 0:
             return Dit(dtype, self.memory_budget)
         # Of few samples, the default share would be less than two.
-        removed = usual_share(workload.num_samples) if self.removed == Removal.removed else self.removed
+        small = self.removed == Removal.removed and workload.num_samples > 2
+        removed = usual_share(workload.num_samples) if small else self.removed
         check_removal(workload.num_samples, removed, self.trainings, 0)
         return Removal(removed=removed, trainings=self.trainings, dtype=dtype, memory_budget=self.memory_budget)
 

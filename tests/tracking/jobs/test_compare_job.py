@@ -184,6 +184,12 @@ def test_scores_computed_elsewhere_are_compared(store: str, tmp_path: Path) -> N
     file.write_text("sample_index,score\n0,1\n1,inf\n")
     said = compare(training_run=training, methods="loss", scores=str(file)).output
     assert "has finite scores of 1 training samples in 2 lines" in said
+    file.write_text("sample_index,score\n0,1,5\n1,0,25\n")
+    said = compare(training_run=training, methods="loss", scores=str(file)).output
+    assert "lines have more fields than the header" in said
+    file.write_text("sample_index;score\n0;1\n")
+    said = compare(training_run=training, methods="loss", scores=str(file)).output
+    assert "has the columns sample_index;score; expected sample_index and score among them, with commas" in said
     file.write_text("sample_index,score\n0,1\n0,2\n")
     assert "names a sample twice" in compare(training_run=training, methods="loss", scores=str(file)).output
 

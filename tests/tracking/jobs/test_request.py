@@ -72,3 +72,9 @@ def test_files_of_groups_that_cannot_be_used_are_named(tmp_path: Path, text: str
         path.write_text(text)
     with pytest.raises(InputError, match=message):
         parse_groups(str(path), digits_workload())
+
+
+def test_of_two_samples_no_share_can_be_asked_about_and_the_message_names_the_share_that_came() -> None:
+    two = digits_workload(train_set=TensorDataset(*(tensor[:2] for tensor in datasets()[0].tensors)))
+    with pytest.raises(InputError, match=r"removed=0\.1 of 2 samples.*removed=0 and leave_one_out tell"):
+        Request().method(two)

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
-from dit_mlflow.tracking import accelerate_internals
+from dit_mlflow import accelerate_internals
 
 
 def test_what_is_wrapped_is_found() -> None:

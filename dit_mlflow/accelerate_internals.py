@@ -1,6 +1,6 @@
 """The undocumented names of accelerate that ``dit_mlflow`` uses, all in this file.
 
-Seen in accelerate 1.10.0 and 1.15.0. If one goes, ``tests/tracking/test_accelerate_internals.py`` fails, and training
+Seen in accelerate 1.10.0 and 1.15.0. If one goes, ``tests/test_accelerate_internals.py`` fails, and training
 is refused before a parameter changes, since the recorder gets a wrapper instead of what it wraps.
 """
 
