@@ -14,7 +14,7 @@ import dit_mlflow
 PACKAGE = Path(dit_mlflow.__file__).parent
 
 ROOMS = (
-    *("told", "errors", "progress", "torch_internals", "command"),
+    *("told", "errors", "progress", "torch_internals", "accelerate_internals", "command"),
     *("workload", "trajectory", "replay", "recording", "influence", "retraining", "methods", "evaluation"),
     *("explanation", "plots", "page", "quanda", "tracking", "cli"),
 )

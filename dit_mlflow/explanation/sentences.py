@@ -193,7 +193,7 @@ def _how_sure(found: Explanation) -> str:
         told.append(_agreement(by_window, key, over, " in the windows" if len(found.per_window) > 1 else ""))
     if key in found.whole.values:
         told.append(_agreement([found.whole], key, over, " over the whole run" if told else ""))
-    agreement = f"agreement with exact retraining is {' and '.join(told)}."
+    agreement = f"agreement with exact retraining is {', and '.join(told)}."
     return _capitalised(agreement) if over else f"As far as {count} random samples tell, {agreement}"
 
 
