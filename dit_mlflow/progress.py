@@ -79,4 +79,6 @@ def phase(title: str) -> None:
 
 def say(line: str, file: TextIO | None = None) -> None:
     """A line on stderr, or on ``file``, above the bars."""
-    tqdm.write(line, file=file or sys.stderr)
+    file = file or sys.stderr
+    tqdm.write(line, file=file)
+    file.flush()

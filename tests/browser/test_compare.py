@@ -26,6 +26,7 @@ def numbers(texts: list[str]) -> list[float]:
     return [float(text.replace("−", "-")) for text in texts]
 
 
+@pytest.mark.slow
 def test_windows_of_a_run(page, site, shot, names) -> None:
     page.goto(printed(site.world.said, "windows", site))
     expect(page.get_by_text("5 matching runs")).to_be_visible()

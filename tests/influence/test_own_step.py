@@ -226,7 +226,7 @@ CASES: dict[str, dict[str, Any]] = {
                 nn.Linear(6, 3),
             )
         ),
-        "optimizer": adamw,
+        "optimizer": sgd,
     },
     "complex values": {
         "step": once,

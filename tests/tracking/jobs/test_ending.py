@@ -43,7 +43,12 @@ def interrupted(arguments: list[str], sign: str, environment: dict[str, str]) ->
     # A new terminal has no columns, and bars no room.
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     begun = time.monotonic()
-    job = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env={**os.environ, **environment})
+    # Where the tests run in the background of a shell, they ignore the signal.
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        job = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env={**os.environ, **environment})
+    finally:
+        signal.signal(signal.SIGINT, kept)
     os.close(its)
     said, first, sent = b"", 0.0, 0.0
     try:

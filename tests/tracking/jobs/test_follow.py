@@ -22,6 +22,7 @@ from dit_mlflow.cli import cli
 from dit_mlflow.tracking import load_influence, load_trajectory, record_trajectory
 
 
+@pytest.mark.slow
 def test_windows_are_there_before_the_training_ends(store: str, tmp_path: Path) -> None:
     workload = load_workload("projects/mnist", **SMALL)
     assert workload.optimizer is not None

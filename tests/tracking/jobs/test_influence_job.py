@@ -370,6 +370,7 @@ def test_existing_trajectory_that_cannot_be_used(store: str, tmp_path: Path) -> 
     assert "has no artifact trajectory/" in result.output
 
 
+@pytest.mark.slow
 def test_undefined_metrics_are_absent_with_a_reason(store: str) -> None:
     assert invoke("influence", "--corrupt", "0", "--ground-truth", "12").exit_code == 0
     (parent,) = runs("influence")

@@ -164,6 +164,7 @@ def test_an_end_is_broken_off_only_if_it_is_asked_for_again(again: bool, monkeyp
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.slow
 def test_a_database_that_fails_is_told_in_a_few_lines(store: str) -> None:
     script = """
 import sqlite3

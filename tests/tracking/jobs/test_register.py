@@ -198,6 +198,7 @@ def test_the_description_names_the_samples_and_shows_their_texts_as_they_are(pai
     assert version.tags["dit.fidelity"] == f"Spearman {spearman:.3f} to exact leave-one-out"
 
 
+@pytest.mark.slow
 def test_another_run_of_the_model_replaces_the_influence_and_nothing_that_people_wrote(pair: tuple[str, str]) -> None:
     training_run, first_run = pair
     client = MlflowClient()

@@ -422,6 +422,7 @@ def test_a_training_whose_frames_are_kept_is_closed_with_the_callback(store: str
     assert trajectory.verify(workload()).max_drift <= REPLAY_TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_of_an_exception_closes_its_trajectory(store: str, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
