@@ -95,5 +95,4 @@ def test_a_training_that_records_nothing_is_given_up(store: str) -> None:
     begun = time.monotonic()
     code, said = follow(training.info.run_id, "--patience=0.3", "--poll=0.1")
     assert code == 1 and "before a window was recorded" in said and time.monotonic() - begun < 30
-    (failed,) = runs("influence")
-    assert failed.info.status == "FAILED"
+    assert runs("influence") == []
