@@ -258,7 +258,9 @@ MAX_DRIFT = Figure(
     False,
 )
 FOLLOW_SECONDS = _seconds(
-    "follow/seconds", "seconds", "time from when a window was seen in the record until its influence was logged"
+    "follow/window_seconds",
+    "window seconds",
+    "time from when a window was seen in the record until its influence was logged",
 )
 STEPS_BEHIND = Figure(
     "follow/steps_behind",
