@@ -30,6 +30,9 @@ from dit_mlflow.tracking.store.run_log import log_series, project_run
 from dit_mlflow.tracking.ui.links import run_link, where_is
 from dit_mlflow.workload import Workload
 
+AT_ONCE = 8
+"""Most windows that are computed before they are logged, where training is ahead."""
+
 
 @dataclass(frozen=True)
 class FollowRequest(Request):
@@ -130,12 +133,13 @@ def _growing(request: FollowRequest) -> Iterator[tuple[Trajectory, list[Window]]
         if now > steps:
             steps, moved = now, time.monotonic()
         ended = ended or time.monotonic() - moved > request.patience
-        if trajectory is not None and (windows := _windows(trajectory, request.every, done, ended)):
+        if trajectory is not None and (windows := _windows(trajectory, request.every, done, ended)[:AT_ONCE]):
             done = windows[-1].end
             yield trajectory, windows
-        if ended:
+        elif ended:
             return
-        told.wait(request.poll)
+        else:
+            told.wait(request.poll)
 
 
 def _wait_for_input(told: Event) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 from tempfile import mkdtemp
@@ -32,6 +33,40 @@ PRIORITY = 10
 logger = logger_of(__name__)
 
 
+@dataclass(frozen=True)
+class Followed:
+    """What a follower is told.
+
+    Attributes:
+        reference: the workload's name, by which another process loads it. The user has given it, no record.
+        every: steps of a window; 0 = a window for each epoch.
+    """
+
+    reference: str
+    every: int
+
+    @classmethod
+    def of(cls, workload: Workload | None, live: bool | int) -> Followed:
+        """By the arguments of :func:`~dit_mlflow.tracking.record_trajectory`.
+
+        Raises:
+            InputError: the workload has no name, or ``live`` is no number of steps.
+            WorkloadError: nothing of that name can be imported.
+        """
+        if live is not True and live < 1:
+            raise InputError(f"live={live}; expected True (a window for each epoch), or the steps of a window")
+        reference = None if workload is None else workload.reference
+        if reference is None or reference.startswith("__main__:"):
+            got = "no workload" if workload is None else "one that was built in this process"
+            raise InputError(
+                f"live={live} has another process load the workload by its name, and got {reference or got}; expected "
+                "a workload=load_workload('package.module:function'), with the function in a file that can be "
+                "imported, or a project folder"
+            )
+        find_factory(reference)
+        return cls(reference, 0 if live is True else live)
+
+
 class Follower:
     """Starts ``dit-mlflow follow`` when a record is first written, and tells it when the record has ended.
 
@@ -40,11 +75,11 @@ class Follower:
 
     Args:
         run: that records.
-        reference: of the workload, by :func:`loadable_reference`.
+        followed: what it is told to do.
     """
 
-    def __init__(self, run: Run, reference: str) -> None:
-        self._run, self._reference = run, reference
+    def __init__(self, run: Run, followed: Followed) -> None:
+        self._run, self._followed = run, followed
         self._process: Popen[bytes] | None = None
         self._wanted = True
 
@@ -61,8 +96,9 @@ class Follower:
     def _start(self) -> None:
         run_id, folder = self._run.info.run_id, artifact_folder(self._run.info.artifact_uri)
         log = (folder or Path(mkdtemp(prefix="dit-mlflow-"))) / LOG
-        arguments = [run_id, "--workload", self._reference, "--until-input-ends", "--patience", "inf"]
-        command = [sys.executable, "-m", "dit_mlflow.cli", "follow", *arguments]
+        windows = ["--workload", self._followed.reference, "--every", str(self._followed.every)]
+        command = [sys.executable, "-m", "dit_mlflow.cli", "follow", run_id, *windows]
+        command += ["--until-input-ends", "--patience", "inf"]
         with log.open("ab") as output:
             # In a session of its own: Ctrl-C ends the trainer, after which the follower comes to its end.
             process = Popen(
@@ -73,8 +109,8 @@ class Follower:
             os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + PRIORITY)
         say(
             told(
-                f"process {process.pid} follows run {run_id}: influence of each epoch as soon as it is recorded. An "
-                "epoch costs it a replay and two to three times its steps; its run logs the seconds "
+                f"process {process.pid} follows run {run_id}: influence of each window as soon as it is recorded. A "
+                "window costs it a replay and two to three times its steps; its run logs the seconds "
                 f"({FOLLOW_SECONDS.name}) and how far training is ahead ({STEPS_BEHIND.name}). It says more in {log}"
             )
         )
@@ -114,22 +150,3 @@ class Follower:
         self._wanted = False
         if self._process is not None:
             self._process.kill()
-
-
-def loadable_reference(workload: Workload | None) -> str:
-    """The name by which another process loads the workload; the user has named it, so that no record is trusted.
-
-    Raises:
-        InputError: it has none.
-        WorkloadError: nothing of that name can be imported.
-    """
-    reference = None if workload is None else workload.reference
-    if reference is None or reference.startswith("__main__:"):
-        got = "no workload" if workload is None else "one that was built in this process"
-        raise InputError(
-            f"live=True has another process load the workload by its name, and got {reference or got}; expected a "
-            "workload=load_workload('package.module:function'), with the function in a file that can be imported, or a "
-            "project folder"
-        )
-    find_factory(reference)
-    return reference

@@ -49,13 +49,18 @@ def small_digits() -> Workload:
     return load_workload("projects/digits", n_train=40, n_validation=30, n_test=20, epochs=4, batch_size=16, lr=0.1)
 
 
-def recorded(workload: Workload, at_epoch: Callable[[int, Any], None] | None = None, run_id: str | None = None) -> None:
+def recorded(
+    workload: Workload,
+    at_epoch: Callable[[int, Any], None] | None = None,
+    run_id: str | None = None,
+    live: bool | int = True,
+) -> None:
     """Four epochs of three steps; ``at_epoch``: called at the end of each, with the recorder."""
     torch.manual_seed(0)
     model = workload.build_model()
     optimizer = SGD(model.parameters(), lr=0.1)
     loader = DataLoader(workload.train_set, batch_size=16, shuffle=True)
-    with record_trajectory(model, optimizer, workload, run_id, live=True, checkpoint_every=1) as recorder:
+    with record_trajectory(model, optimizer, workload, run_id, live=live, checkpoint_every=1) as recorder:
         for epoch in range(4):
             for batch in recorder.watch(loader):
                 optimizer.zero_grad()
@@ -134,6 +139,8 @@ def test_a_workload_that_another_process_cannot_load_is_refused_before_a_run(
     with pytest.raises(error, match=message):
         recorded(workload)
     model = loaded.build_model()
+    with pytest.raises(InputError, match="live=0; expected True"):
+        recorded(loaded, live=0)
     with pytest.raises(InputError, match="no workload"), record_trajectory(model, SGD(model.parameters()), live=True):
         pass
     assert mlflow.search_runs(output_format="list") == []
@@ -182,8 +189,9 @@ def test_a_training_that_fails_before_its_first_step_leaves_no_follower(store: s
     ):
         raise MemoryError
     # The run can record another training, which is followed.
-    recorded(workload, run_id=training.info.run_id)
-    finished()
+    recorded(workload, run_id=training.info.run_id, live=5)
+    found = load_influence(finished().info.run_id)
+    assert [str(window) for window in found.windows] == ["0-5", "5-10", "10-12"]
     assert len(runs("influence")) == 1
 
 
