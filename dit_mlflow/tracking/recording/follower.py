@@ -105,8 +105,10 @@ class Follower:
                 command, stdin=PIPE, stdout=output, stderr=STDOUT, env=self._environment(), start_new_session=True
             )
         self._process = process
-        with suppress(AttributeError, OSError):  # Windows; a process that has ended.
+        with suppress(AttributeError, OSError):  # Windows, or a Mac; a process that has ended.
             os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + PRIORITY)
+            # Linux may share the cores among sessions first, and among the processes of each then.
+            Path(f"/proc/{process.pid}/autogroup").write_text(str(PRIORITY), encoding="ascii")
         say(
             told(
                 f"process {process.pid} follows run {run_id}: influence of each window as soon as it is recorded. A "
