@@ -23,9 +23,16 @@ from torch.utils.data import DataLoader
 from dit_mlflow import InputError, Workload, WorkloadError, load_workload, parse_windows, track
 from dit_mlflow.evaluation.figures import FOLLOW_SECONDS, STEPS_BEHIND
 from dit_mlflow.tracking import load_influence, load_trajectory, record_trajectory
+from dit_mlflow.tracking.recording import follower
 
-LONG = 120.0
+LONG = 300.0
 """Seconds until a follower that does nothing counts as a failure; it takes about ten."""
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other tests, a follower that yields to all of them would take minutes."""
+    monkeypatch.setattr(follower, "PRIORITY", 0)
 
 
 def found_after_a_while(what: Callable[[], Any]) -> Any:
@@ -90,16 +97,16 @@ def test_influence_is_there_while_training_runs(store: str, capfd: pytest.Captur
     assert said.out == "" and said.err.count("\n") == 1
     assert all(word in said.err for word in (training.info.run_id, FOLLOW_SECONDS.name, STEPS_BEHIND.name))
 
-    follower = finished()
-    assert (follower.info.status, follower.info.experiment_id) == ("FINISHED", training.info.experiment_id)
-    found = load_influence(follower.info.run_id)
+    run = finished()
+    assert (run.info.status, run.info.experiment_id) == ("FINISHED", training.info.experiment_id)
+    found = load_influence(run.info.run_id)
     assert [str(window) for window in found.windows] == ["0-3", "3-6", "6-9", "9-12"]
     trajectory = load_trajectory(training.info.run_id)
     expected = track(trajectory, workload, parse_windows("4", trajectory))
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-7)
-    costs = follower.data.metrics
+    costs = run.data.metrics
     assert costs[FOLLOW_SECONDS.name] > 0 and costs[STEPS_BEHIND.name] == 0
-    (before, *_) = MlflowClient().get_metric_history(follower.info.run_id, STEPS_BEHIND.name)
+    (before, *_) = MlflowClient().get_metric_history(run.info.run_id, STEPS_BEHIND.name)
     assert (before.step, before.value) == (0, 3)  # Epoch 0 was computed when epoch 1 was recorded.
     log = Path(mlflow.artifacts.download_artifacts(run_id=training.info.run_id, artifact_path="follow.log"))
     assert "steps 0-3: sample" in log.read_text(encoding="utf-8") and log.name in said.err
@@ -113,10 +120,10 @@ def test_the_callbacks_have_it_too(trainer: str, store: str, tmp_path: Path, cap
     with mlflow.start_run() as training:
         folder = {"folder": tmp_path} if trainer == "huggingface" else {}
         tests.fit(tests.TrajectoryCallback(named, live=True), **folder)
-    follower = finished()
-    assert follower.info.status == "FINISHED"
+    run = finished()
+    assert run.info.status == "FINISHED"
     trajectory = load_trajectory(training.info.run_id)
-    found = load_influence(follower.info.run_id)
+    found = load_influence(run.info.run_id)
     assert [window.end for window in found.windows] == list(trajectory.epoch_ends)
     expected = track(trajectory, named, parse_windows("epochs", trajectory))
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-6)
@@ -198,7 +205,8 @@ def test_a_training_that_fails_before_its_first_step_leaves_no_follower(store: s
 KILLED = """
 import os, signal, sys
 sys.path.append(sys.argv[1])
-from test_follower import recorded, small_digits
+from test_follower import follower, recorded, small_digits
+follower.PRIORITY = 0
 
 def die(epoch, recorder):
     if epoch == 2:
@@ -214,8 +222,8 @@ def test_the_follower_ends_by_itself_when_the_trainer_is_killed(store: str) -> N
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent)]
     killed = subprocess.run(command, env={**os.environ, "MLFLOW_TRACKING_URI": store}, check=False, timeout=LONG)
     assert killed.returncode == -9
-    follower = finished()
-    assert follower.info.status == "FINISHED"
-    assert [str(window) for window in load_influence(follower.info.run_id).windows] == ["0-3", "3-6", "6-9"]
+    run = finished()
+    assert run.info.status == "FINISHED"
+    assert [str(window) for window in load_influence(run.info.run_id).windows] == ["0-3", "3-6", "6-9"]
     (training,) = runs("training")
     assert training.info.status == "RUNNING"
