@@ -83,7 +83,7 @@ def cli() -> None:
     MLFLOW_EXPERIMENT_NAME names, to that of the training run, or to dit-mlflow.
 
     Exit codes: 0, done; 1, the job failed, was interrupted, or refused what it was given, and says why; 2, unknown
-    option; 143, ended by SIGTERM.
+    option, or text for a number; 143, ended by SIGTERM.
     """
 
 
@@ -152,6 +152,7 @@ cli.add_command(influence, "explain")
 @_option("--memory-mb", 0, "MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
 @_option("--poll", 2.0, "Seconds between two looks at the record.")
 @_option("--patience", 600.0, "Seconds without new steps after which the training counts as dead.")
+@_switch("--until-input-ends", "The training ends with standard input, or a line of it, whatever its run says.")
 @click.pass_context
 def follow(context: click.Context, /, **options: Any) -> None:
     """Follow a training while it is recorded: influence per window, as soon as its steps are stored.

@@ -38,7 +38,8 @@ names are made of a figure's:
 **Default** are the names in the column of that heading (itself: the figure's own name); one with two of these forms,
 such as `by_window/ground_truth/attainable_spearman`, is not. `-P all_figures=true` (`--all-figures`) logs all of
 them. The tables `windows.json`, `comparison.json` and `cleansing.json` hold all figures of windows, methods and trials,
-whatever is logged. A correlation over fewer than 10 samples is never logged; the tag says so.
+whatever is logged. A correlation over fewer than 10 samples, or an LDS
+over fewer than 10 subsets, is never logged; the tag says so.
 
 | name | heading | unit | better | default | what it says |
 |---|---|---|---|---|---|

@@ -20,7 +20,7 @@ RESAMPLES = 200
 """Bootstrap samples behind an interval."""
 
 FEWEST = 10
-"""Fewest samples of a correlation that is logged or told: of fewer, chance alone makes large ones."""
+"""Fewest samples, or subsets, of a correlation that is logged or told: of fewer, chance alone makes large ones."""
 
 
 def correlations(estimate: np.ndarray, truth: np.ndarray, fewest: int = 2) -> Metrics:
@@ -158,7 +158,13 @@ MEASURES = tuple(_MEASURES)
 
 
 def datamodeling_score(
-    scores: np.ndarray, subsets: Subsets, window: Window | int = 0, query: int = 0, resamples: int = 1000, seed: int = 0
+    scores: np.ndarray,
+    subsets: Subsets,
+    window: Window | int = 0,
+    query: int = 0,
+    resamples: int = 1000,
+    seed: int = 0,
+    fewest: int = 2,
 ) -> Metrics:
     """LDS of Park et al. 2023 (arXiv 2303.14186, definition 2.3): Spearman correlation over subsets.
 
@@ -170,13 +176,17 @@ def datamodeling_score(
         subsets: from :func:`train_on_subsets`.
         window, query: which of the changes.
         resamples, seed: of the bootstrap over subsets.
+        fewest: subsets that there must be; what is logged or told has :data:`FEWEST`.
 
     Returns:
-        ``lds``, and ``lds_low``, ``lds_high``: a percentile interval of 95 %. Undefined, with the reason, if all
-        predicted or all true changes are equal.
+        ``lds``, and ``lds_low``, ``lds_high``: a percentile interval of 95 %. Undefined, with the reason, for fewer
+        than ``fewest`` subsets, and if all predicted or all true changes are equal.
     """
     position = subsets.windows.index(window) if isinstance(window, Window) else window
     predicted, seen = ~subsets.kept @ np.nan_to_num(scores), subsets.changes[position, query]
+    if len(seen) < fewest:
+        reason = f"{len(seen)} trainings on random subsets; at least {fewest} are needed"
+        return Metrics(undefined={LDS.leaf: reason})
     if np.ptp(predicted) == 0 or np.ptp(seen) == 0:
         reason = f"all {len(seen)} {'predicted' if np.ptp(predicted) == 0 else 'true'} changes are equal"
         return Metrics(undefined={LDS.leaf: reason})

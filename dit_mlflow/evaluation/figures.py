@@ -257,6 +257,18 @@ MAX_DRIFT = Figure(
     "",
     False,
 )
+FOLLOW_SECONDS = _seconds(
+    "follow/window_seconds",
+    "window seconds",
+    "time from when a window was seen in the record until its influence was logged",
+)
+STEPS_BEHIND = Figure(
+    "follow/steps_behind",
+    "steps behind",
+    "recorded steps that training was ahead of the window when its influence was logged",
+    "steps",
+    False,
+)
 
 EARLY = _count("patterns/early", "early", "samples most of whose influence falls in the first half of training")
 LATE = _count("patterns/late", "late", "samples most of whose influence falls in the second half of training")

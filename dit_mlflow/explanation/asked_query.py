@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -49,7 +51,7 @@ def parse_query(text: str, workload: Workload) -> AskedQuery:
     if form == "class":
         return _mean_over(_classes(workload), form, rest, text, workload)
     if form == "group":
-        path, _, name = rest.rpartition(":")
+        path, name = _file_and_name(rest)
         return _mean_over(_groups(path, workload), form, name, text, workload)
     if form == "worst_group":
         return _worst(_groups(rest, workload) if rest else _classes(workload), workload)
@@ -80,6 +82,17 @@ def read_groups(path: str, parameter: str, expected: str = "a CSV file") -> dict
             f"{path} has the columns {told}; expected {' and '.join(sorted(missing))} among them, with commas between"
         )
     return {str(name): part["sample_index"].tolist() for name, part in table.groupby("group")}
+
+
+def _file_and_name(text: str) -> tuple[str, str]:
+    """``FILE:NAME``, where both may hold colons: the shortest beginning that is a file, else all but the last part."""
+    parts = text.split(":")
+    for count in range(1, len(parts)):
+        path = ":".join(parts[:count])
+        with suppress(OSError, ValueError):  # It cannot be the name of a file.
+            if Path(path).is_file():
+                return path, ":".join(parts[count:])
+    return ":".join(parts[:-1]), parts[-1]
 
 
 def _groups(path: str, workload: Workload) -> dict[str, list[int]]:

@@ -178,7 +178,7 @@ def _figures(explanation: Explanation, window: Window) -> Metrics:
     figures = detection(scores, sorted(explanation.gallery.corrupted)).prefixed(DETECTION)
     figures = _of_removals(explanation.scores, window).and_(figures)
     if truth.subsets is not None and window in truth.subsets.windows:
-        figures = datamodeling_score(scores, truth.subsets, window).prefixed(TRUTH).and_(figures)
+        figures = datamodeling_score(scores, truth.subsets, window, fewest=FEWEST).prefixed(TRUTH).and_(figures)
     if truth.leave_one_out is None:
         return figures
     exact = truth.leave_one_out.of(window)

@@ -74,11 +74,12 @@ class TrajectoryCallback(TrainerCallback):
     Args:
         workload: describes the training; if given, the first step is replayed, as a check, before the second is made.
         run_id: the run; default: as above.
-        options: further arguments of :class:`dit_mlflow.TrajectoryRecorder`: ``checkpoint_every``, ``store_batches``,
-            ``low_precision``, …
+        options: ``live`` (influence while training runs) and ``resume`` of
+            :func:`~dit_mlflow.tracking.record_trajectory`; further arguments of :class:`dit_mlflow.TrajectoryRecorder`:
+            ``checkpoint_every``, ``store_batches``, ``low_precision``, …
 
     Raises, from ``train`` and before a parameter changes:
-        InputError: the training set is not map-style.
+        InputError: the training set is not map-style; ``live`` with a workload that has no name to load it by.
         UnsupportedError: several processes, low precision without ``low_precision``, an unsupported optimizer.
     """
 

@@ -70,7 +70,7 @@ def _built() -> World:
     second, first = found(experiment, "training")
     run("influence", "--training-run", first, "--kind", "cumulative", "--windows", "2")
     cumulative, local = found(experiment, "influence")
-    methods = ["--methods", ",".join(METHODS), "--subsets", "4"]
+    methods = ["--methods", ",".join(METHODS), "--subsets", "10"]
     said_of_methods = run("compare", "--training-run", first, *methods)
     (comparison,) = found(experiment, "comparison")
     hostile_experiment = mlflow.set_experiment("hostile").experiment_id

@@ -42,6 +42,15 @@ def test_score_is_the_correlation_of_summed_scores() -> None:
     assert "lds" in datamodeling_score(np.zeros(30), subsets).undefined
 
 
+def test_of_too_few_subsets_there_is_none() -> None:
+    kept = np.random.default_rng(0).random((9, 30)) < 0.5
+    scores = np.arange(30.0)
+    subsets = Subsets(kept, (~kept @ scores)[None, None], (Window(0, 1),))
+    assert datamodeling_score(scores, subsets).values["lds"] == pytest.approx(1)
+    few = datamodeling_score(scores, subsets, fewest=10)
+    assert few.values == {} and few.undefined["lds"] == "9 trainings on random subsets; at least 10 are needed"
+
+
 @pytest.mark.parametrize("settings", [{"subsets": 2}, {"share": 0.0}, {"share": 1.0}])
 def test_subsets_that_say_nothing_are_refused(settings: Any, tmp_path: Any) -> None:
     workload = digits_workload(epochs=1)

@@ -29,7 +29,7 @@ def trajectory(workload: Workload, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("groups") / "groups.csv"
-    path.write_text("sample_index,group\n0,a\n3,a\n5,b: old\n")
+    path.write_text("sample_index,group\n0,a\n3,a\n5,b: old\n4,http://c:1\n")
     return path
 
 
@@ -51,6 +51,7 @@ CASES = {
     "class:zero": ("mean_validation_loss of class zero", lambda z, y, loss: loss[y == 0].mean()),
     "class:1": ("mean_validation_loss of class 1", lambda z, y, loss: loss[y == 2].mean()),
     "class:2": ("mean_validation_loss of class 1", lambda z, y, loss: loss[y == 2].mean()),
+    "group:GROUPS:http://c:1": ("mean_validation_loss of group http://c:1", lambda z, y, loss: loss[4]),
     "group:GROUPS:a": ("mean_validation_loss of group a", lambda z, y, loss: loss[[0, 3]].mean()),
     "sample:4": ("loss of validation sample 4", lambda z, y, loss: loss[4]),
     "logit:one:3": ("logit of class one for validation sample 3", lambda z, y, loss: z[3, 1]),
@@ -75,7 +76,7 @@ def test_the_worst_group_is_that_of_largest_mean_loss(
 ) -> None:
     (found,) = parse_query(f"worst_group:{groups}" if by else "worst_group", workload)(trajectory)
     model, _, labels, losses = outputs(workload, trajectory)
-    of = {"group a": losses[[0, 3]], "group b: old": losses[[5]]}
+    of = {"group a": losses[[0, 3]], "group b: old": losses[[5]], "group http://c:1": losses[[4]]}
     if not by:
         of = {f"class {name}": losses[labels == number] for number, name in enumerate(("zero", "one", "1"))}
     worst = max(of, key=lambda name: of[name].mean())
@@ -92,7 +93,7 @@ REFUSED = {
     "class:five": "query='class:five': there is no class 'five'; there are zero, one, 1",
     "class:7": "there is no class '7'",
     "logit:five:3": "there is no class 'five'",
-    "group:GROUPS:c": "there is no group 'c'; there are a, b: old",
+    "group:GROUPS:c": "there is no group 'c'; there are a, b: old, http://c:1",
     "group:none.csv:a": "query='none.csv' cannot be read",
     "worst_group:none.csv": "expected a CSV file",
     "sample:three": "'three' is no index of a validation sample",
@@ -116,7 +117,9 @@ def test_a_number_is_no_place_among_classes_that_are_numbers_themselves() -> Non
         parse_query("class:0", workload)
 
 
-def test_columns_that_are_missing_and_labels_that_are_none(workload: Workload, tmp_path: Path) -> None:
+def test_what_is_no_table_of_groups_or_labels(workload: Workload, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a CSV file"):
+        parse_query(f"group:{'x:' * 3000}a", workload)
     path = tmp_path / "other.csv"
     path.write_text("index,group\n0,a\n")
     with pytest.raises(InputError, match="has the columns index, group; expected sample_index among them"):

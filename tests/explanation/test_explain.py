@@ -47,7 +47,7 @@ def test_estimates_truth_and_figures_are_those_of_the_functions_that_they_come_f
         workload,
         WINDOWS,
         method="dit",
-        checks=Checks(ground_truth=None, trust=5, subsets=4),
+        checks=Checks(ground_truth=None, trust=5, subsets=12),
         reached=lambda part, _: parts.append(part),
     )
     estimate = track(trajectory, workload, [*WINDOWS, WHOLE])

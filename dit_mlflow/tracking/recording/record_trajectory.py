@@ -16,8 +16,10 @@ from torch import nn
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.recording import TrajectoryRecorder
+from dit_mlflow.recording.folder import Written
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.told import logger_of
+from dit_mlflow.tracking.recording.follower import Followed, Follower
 from dit_mlflow.tracking.recording.upload import Upload
 from dit_mlflow.tracking.store.artifacts import active_run_id, artifact_folder, find_run, load_trajectory
 from dit_mlflow.tracking.store.datasets import SampleSet, log_dataset, workload_source
@@ -36,6 +38,7 @@ def record_trajectory(
     run_id: str | None = None,
     *,
     resume: bool = False,
+    live: bool | int = False,
     **options: Any,
 ) -> Iterator[TrajectoryRecorder]:
     """Record the training in the ``with`` block as ``trajectory/`` of a run, segment by segment.
@@ -51,25 +54,42 @@ def record_trajectory(
         resume: continue the run's trajectory, if it has one, from the model's present state; see
             :class:`dit_mlflow.TrajectoryRecorder`. The run is ``run_id``, or one resumed before
             (``mlflow.start_run(run_id=...)``).
+        live: log the ``local`` influence of each epoch (``True``), or of every so many steps (a number), while training
+            goes on, as ``dit-mlflow follow`` does, in another process that this one starts and never waits for. It
+            loads the workload by its name, so that ``workload`` must be one of :func:`dit_mlflow.load_workload`. It
+            uses a core, or the GPU, beside the trainer (a replay and two to three times the steps of each window), goes
+            on after the training until it has come to its end, and does not fail training if it fails. Of a training
+            that is resumed, it begins anew.
         options: further arguments of :class:`dit_mlflow.TrajectoryRecorder`.
 
     Raises:
-        InputError: no such run.
+        InputError: no such run; ``live`` is no number of steps, or another process cannot load the workload by a name.
+        WorkloadError: ``live``, and nothing of the workload's name can be imported.
         TrajectoryError: the run has a trajectory and ``resume`` is not set; or see
             :class:`dit_mlflow.TrajectoryRecorder`.
     """
-    if run_id is None and mlflow.active_run() is None:
-        with mlflow.start_run(), record_trajectory(model, optimizer, workload, resume=resume, **options) as recorder:
-            yield recorder
-        return
-    run = find_run(run_id or active_run_id())
-    begun = _begun(run, resume)
-    folder, upload = _place(run)
+    # Refused before a run exists.
+    followed = None if live is False else Followed.of(workload, live)
     with ExitStack() as stack:
+        if run_id is None and mlflow.active_run() is None:
+            stack.enter_context(mlflow.start_run())
+        run = find_run(run_id or active_run_id())
+        begun = _begun(run, resume)
+        folder, upload = _place(run)
+        follower = None if followed is None else Follower(run, followed)
+        if follower is not None:
+            # Last of all, when the store holds the whole record.
+            stack.callback(follower.end)
         if upload is not None:
             stack.callback(_finish, upload)
+        listeners = [listener for listener in (upload, follower) if listener is not None]
+
+        def on_written(written: Written) -> None:
+            for listener in listeners:
+                listener(written)
+
         recorder = TrajectoryRecorder(
-            model, optimizer, folder, workload, resume=begun or False, on_written=upload, **options
+            model, optimizer, folder, workload, resume=begun or False, on_written=on_written, **options
         )
         _tag(run)
         stack.callback(_note, run, recorder, upload, begun)
@@ -82,6 +102,8 @@ def record_trajectory(
         except BaseException:
             # Not where another recorder was there first.
             if entered and begun is None and not recorder.num_steps:
+                if follower is not None:
+                    follower.give_up()
                 _give_back(run, recorder, upload)
             raise
 

@@ -1,7 +1,8 @@
 """Saved views of MLflow's run list (runs, columns and charts), opened by a link or from the menu *Views*.
 
 A view is a tag of the experiment, in the form in which the UI saves views. MLflow before 3.17 reads another form, which
-the same tag holds too.
+the same tag holds too. Charts have their metrics' names for titles: the list of runs in the UI of 3.17 shows no chart's
+``displayName``.
 """
 
 from __future__ import annotations
@@ -123,10 +124,10 @@ def over_windows(figure: Figure) -> Chart:
     return line_chart(figure.by_window, WINDOW_END.by_window)
 
 
-def scatter(title: str, x: str, y: str) -> Chart:
+def scatter(x: str, y: str) -> Chart:
     """A point for each run, by two metrics."""
     axes = {name: {"key": key, "type": "METRIC", "dataAccessKey": key} for name, key in (("xaxis", x), ("yaxis", y))}
-    return _chart("SCATTER", displayName=title, **axes)
+    return _chart("SCATTER", **axes)
 
 
 def parallel(params: Sequence[str], metrics: Sequence[str]) -> Chart:
@@ -172,8 +173,8 @@ def methods_view(run: Run) -> View:
         charts=(
             over_windows(SPEARMAN),
             over_windows(AUROC),
-            scatter("Leave-one-out against LDS", LDS.name, SPEARMAN.name),
-            scatter("Agreement against cost", cost, SPEARMAN.name),
+            scatter(LDS.name, SPEARMAN.name),
+            scatter(cost, SPEARMAN.name),
             parallel(["method"], [cost, SPEARMAN.name]),
             *map(bar_chart, whole),
         ),

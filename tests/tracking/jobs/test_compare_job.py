@@ -157,7 +157,7 @@ def test_methods_of_other_distributions_are_compared(
 
 
 def test_scores_computed_elsewhere_are_compared(store: str, tmp_path: Path) -> None:
-    finished = compare(methods="leave_one_out,loss", windows="1", subsets="8", removed="0.25")
+    finished = compare(methods="leave_one_out,loss", windows="1", subsets="12", removed="0.25")
     assert finished.exit_code == 0, finished.output
     (parent,) = runs("comparison")
     by_name = {child.data.tags["dit.method"]: child for child in children(parent)}
@@ -165,7 +165,7 @@ def test_scores_computed_elsewhere_are_compared(store: str, tmp_path: Path) -> N
     file = tmp_path / "elsewhere.csv"
     pd.DataFrame({"score": exact.of(-1), "sample_index": exact.samples})[::-1].to_csv(file, index=False)
     training = parent.data.tags["dit.training_run_id"]
-    again = compare(training_run=training, methods="loss", scores=str(file), windows="1", subsets="8", removed="0.25")
+    again = compare(training_run=training, methods="loss", scores=str(file), windows="1", subsets="12", removed="0.25")
     assert again.exit_code == 0, again.output
     latest = max(runs("comparison"), key=lambda run: run.info.start_time)
     given = {child.data.tags["dit.method"]: child for child in children(latest)}["elsewhere"].data.metrics
@@ -173,7 +173,7 @@ def test_scores_computed_elsewhere_are_compared(store: str, tmp_path: Path) -> N
     for figure in ("ground_truth/lds", "ground_truth/spearman"):
         assert given[figure] == pytest.approx(theirs[figure], abs=0.02)
     # The same without our methods.
-    arguments = [f"--training-run={training}", f"--scores={file}", "--windows=1", "--subsets=8", "--removed=0.25"]
+    arguments = [f"--training-run={training}", f"--scores={file}", "--windows=1", "--subsets=12", "--removed=0.25"]
     assert CliRunner().invoke(cli, ["evaluate", *arguments]).exit_code == 0
     latest = max(runs("comparison"), key=lambda run: run.info.start_time)
     assert latest.info.run_name == "elsewhere local · compare mnist logreg"
