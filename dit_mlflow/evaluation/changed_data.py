@@ -116,7 +116,7 @@ def sample_classes(workload: Workload, dataset: Dataset[Any] | None = None) -> n
                 [workload.class_labels(workload.unvarying(samples, part), count).cpu().numpy() for part in parts]
             )
         except Exception as error:  # Of whatever kind: data that is no classification can have any shape.
-            raise UnsupportedError(f"the training samples have no classes: {type(error).__name__}: {error}") from error
+            raise UnsupportedError(f"the training samples have no classes: {error}") from error
 
 
 def class_names(workload: Workload, classes: np.ndarray) -> dict[int, str]:

@@ -106,7 +106,7 @@ def correlations_with_intervals(
 
 def _why_undefined(estimate: np.ndarray, truth: np.ndarray, fewest: int) -> str | None:
     if len(estimate) < fewest:
-        return f"{len(estimate)} samples have both an estimate and ground truth; at least {fewest} are needed"
+        return f"both an estimate and ground truth: {len(estimate)} samples; at least {fewest} are needed"
     for name, values in (("estimated", estimate), ("ground truth", truth)):
         if (values == values[0]).all():
             return f"all {len(values)} {name} scores are equal"

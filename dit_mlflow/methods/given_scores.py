@@ -77,10 +77,11 @@ class GivenScores(Method):
             ) from error
         if {SAMPLE, SCORE} - set(table):
             raise InputError(
-                f"scores={str(self.path)!r} has the columns {', '.join(map(str, table))}; expected {SAMPLE} and {SCORE}"
+                f"scores={str(self.path)!r} has the columns {', '.join(map(str, table))}; expected {SAMPLE} and {SCORE} "
                 "among them, with commas between"
             )
-        if table.empty or table[SAMPLE].duplicated().any():
-            what = "names no sample" if table.empty else "names a sample twice"
+        twice = table[SAMPLE][table[SAMPLE].duplicated()]
+        if table.empty or len(twice):
+            what = "names no sample" if table.empty else f"names a sample twice, {twice.iloc[0]}"
             raise InputError(f"scores={str(self.path)!r} {what}; expected one score for each sample")
         return table

@@ -37,7 +37,7 @@ def test_samples_without_a_score_are_left_out() -> None:
     [
         ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], "all 3 estimated scores are equal"),
         ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], "all 3 ground truth scores are equal"),
-        ([1.0, NAN], [1.0, 2.0], "1 samples have both"),
+        ([1.0, NAN], [1.0, 2.0], "both an estimate and ground truth: 1 samples"),
         ([1.0, 1 + 2**-52, 1.0], [1.0, 2.0, 3.0], "all 3 estimated scores are equal but for rounding (from 1.0 to 1.0"),
     ],
 )
@@ -91,7 +91,7 @@ def test_of_a_handful_of_samples_nothing_is_told() -> None:
     assert correlation_intervals(nine, nine**2) == {}
     told = correlations_with_intervals(nine, nine**2, ["spearman"])
     assert told.values == {}
-    assert told.undefined == {"spearman": "9 samples have both an estimate and ground truth; at least 10 are needed"}
+    assert told.undefined == {"spearman": "both an estimate and ground truth: 9 samples; at least 10 are needed"}
     told = correlations_with_intervals(ten, ten**2, ["spearman"])
     assert told.values == pytest.approx({"spearman": 1, "spearman_low": 1, "spearman_high": 1})
     # Alone, as a function of two vectors, the correlation is what it is.

@@ -70,7 +70,7 @@ def test_agreement_by_pattern() -> None:
     assert found.values["early/spearman"] == pytest.approx(1)
     assert found.values["stable/pearson"] == pytest.approx(-1)
     assert found.undefined.keys() == {"late/spearman", "late/pearson"}
-    assert "9 samples have both" in found.undefined["late/pearson"]
+    assert "ground truth: 9 samples" in found.undefined["late/pearson"]
 
 
 def test_scores_without_a_finite_value_count_as_none() -> None:

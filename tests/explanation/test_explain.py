@@ -103,7 +103,7 @@ def test_samples_that_stand_out_are_exact_and_rank_by_that(trajectory: Trajector
     assert set(found.trust) >= {"smoothness", "slope_ratio"}
     # Of four samples, no correlation is told.
     assert "spearman" not in found.trust
-    assert "4 samples have both an estimate and ground truth; at least 10" in found.whole.undefined["trust/spearman"]
+    assert "ground truth: 4 samples; at least 10" in found.whole.undefined["trust/spearman"]
     assert str(found) == " ".join(found.sentences)
 
 
