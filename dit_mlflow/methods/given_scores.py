@@ -77,8 +77,8 @@ class GivenScores(Method):
             ) from error
         if {SAMPLE, SCORE} - set(table):
             raise InputError(
-                f"scores={str(self.path)!r} has the columns {', '.join(map(str, table))}; expected {SAMPLE} and {SCORE} "
-                "among them, with commas between"
+                f"scores={str(self.path)!r} has the columns {', '.join(map(str, table))}; expected {SAMPLE} and "
+                f"{SCORE} among them, with commas between"
             )
         twice = table[SAMPLE][table[SAMPLE].duplicated()]
         if table.empty or len(twice):
