@@ -126,6 +126,7 @@ def test_the_quickstart_runs_without_mlflow(empty_folder: Path) -> None:
     assert not Path("mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_what_is_kept_with_the_model_answers(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = "--model logreg --n-train 40 --n-validation 30 --epochs 4 --windows 2 --ground-truth none --trust 0"
     names: dict[str, Any] = {"__name__": "page"}

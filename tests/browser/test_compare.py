@@ -47,6 +47,7 @@ def test_windows_of_a_run(page, site, shot, names) -> None:
     shot("compare-windows")
 
 
+@pytest.mark.slow
 def test_methods_lie_over_each_other_in_one_chart(page, site, shot, names) -> None:
     page.goto(printed(site.world.said_of_methods, "methods", site))
     expect(page.get_by_text("4 matching runs")).to_be_visible()

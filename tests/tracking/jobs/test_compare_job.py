@@ -31,6 +31,7 @@ def compare(**options: str) -> Any:
     return CliRunner().invoke(cli, ["compare", *arguments])
 
 
+@pytest.mark.slow
 def test_all_methods_from_its_entry_point(store: str) -> None:
     finished = entry_point("compare", **SMALL, corrupt="0.2", windows="2", all_figures="true")
     assert finished.exit_code == 0, finished.output

@@ -69,6 +69,7 @@ def log_without_end(ready: Callable[[], None], environment: dict[str, str]) -> N
     run_job("influence", job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "code"),
     [
@@ -92,6 +93,7 @@ def test_signals_in_the_middle_of_logging_end_the_run(store: str, sent: list[sig
     assert mlflow.get_run(run.info.run_id).info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_first_moments_ends_the_run_that_mlflow_made(store: str) -> None:
     run = MlflowClient().create_run("1")
     environment = {**os.environ, "MLFLOW_RUN_ID": run.info.run_id}

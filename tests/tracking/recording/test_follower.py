@@ -112,6 +112,7 @@ def test_influence_is_there_while_training_runs(store: str, capfd: pytest.Captur
     assert "steps 0-3: sample" in log.read_text(encoding="utf-8") and log.name in said.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["lightning", "huggingface"])
 def test_the_callbacks_have_it_too(trainer: str, store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers" if trainer == "huggingface" else trainer)
@@ -165,6 +166,7 @@ def workload() -> Workload:
 """
 
 
+@pytest.mark.slow
 def test_a_follower_that_fails_is_told_once_and_training_goes_on(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -186,6 +188,7 @@ def test_a_follower_that_fails_is_told_once_and_training_goes_on(
     assert runs("influence") == []
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_before_its_first_step_leaves_no_follower(store: str) -> None:
     workload = small_digits()
     model = workload.build_model()
@@ -217,6 +220,7 @@ recorded(small_digits(), die)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_the_follower_ends_by_itself_when_the_trainer_is_killed(store: str) -> None:
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent)]

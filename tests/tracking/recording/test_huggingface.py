@@ -177,6 +177,7 @@ class Weighted(BertForSequenceClassification):
         return output
 
 
+@pytest.mark.slow
 def test_scores_are_derivatives_of_trainings_by_the_real_trainer(run_id: str, tmp_path: Path) -> None:
     fit(TrajectoryCallback(), model=bert().double(), folder=tmp_path)
     found = track(recorded_in(run_id), workload(model=lambda: bert().double()), [Window(0, 6)], queries=None).scores[
@@ -327,6 +328,7 @@ def test_the_best_model_loaded_at_the_end_is_not_taken_for_the_last_state(run_id
         assert_ends_with(trajectory, trainer.model)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_recorded_from_there_on_or_continued(store: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "folder": tmp_path}
     with mlflow.start_run() as run:

@@ -82,6 +82,7 @@ def door(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     found.shut()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_lost_does_not_stop_training(
     door: Door, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
