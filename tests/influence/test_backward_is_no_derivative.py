@@ -149,6 +149,22 @@ def penalised_by_parameters(model: nn.Module, batch: Any) -> Tensor:
     return losses + 0.1 * torch.stack([slope.square().sum() for slope in slopes]).sum()
 
 
+class Below(nn.Module):
+    """Normalises by what ``torch.nn.functional`` calls, as some libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("variance", torch.ones(6))
+
+    def forward(self, values: Tensor) -> Tensor:
+        found = torch.batch_norm(
+            values, self.scale, None, self.mean, self.variance, self.training, 0.1, 1e-5, cudnn_enabled=False
+        )
+        return torch.layer_norm(found, (6,), self.scale)
+
+
 def normalised(norm: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 6), norm, nn.Tanh(), nn.Linear(6, 3))
 
@@ -202,6 +218,11 @@ CASES: dict[str, dict[str, Any]] = {
     "penalty on gradients by parameters, which the query takes too": {
         "model": lambda: normalised(nn.BatchNorm1d(6)),
         "loss": penalised_by_parameters,
+        "batch_size": 12,
+    },
+    "gradient penalty through kernels called directly": {
+        "model": lambda: normalised(Below()),
+        "loss": penalised,
         "batch_size": 12,
     },
     "gradient penalty, no running statistics": {
