@@ -103,7 +103,7 @@ def look(page: Any, jobs: Jobs, training: str, registered: str) -> None:
     ):
         visit(page, jobs.link(name, to), shown)
         cards = page.get_by_test_id("experiment-view-compare-runs-card")
-        cards.nth(2).locator(".main-svg").first.wait_for()
+        cards.nth(1).locator(".main-svg").first.wait_for()
         picture(page, to.replace(" ", "-"))
     visit(page, jobs.link("local", "influence runs").replace("=CHART", "=ARTIFACT"), "influence/windows.json")
     picture(page, "tables")

@@ -196,3 +196,10 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose)
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_scripts_name_files_that_are_there() -> None:
+    """What CI's scripts are given stands in the tree; the last of them runs after an hour."""
+    for script in sorted((ROOT / ".ci").iterdir()):
+        named = re.findall(r"(?<![\w/.])(?:tests|docs|benchmarks|projects)/[\w/.]*\w", script.read_text(encoding="utf-8"))
+        assert [path for path in named if not (ROOT / path).exists()] == [], script.name
