@@ -18,6 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from browsing import HEIGHT, WAIT, WIDTH
+
 NAMES = ("firefox-esr", "firefox")
 START = 60
 """Seconds."""
@@ -86,6 +88,30 @@ class Firefox:
         self.send("WebDriver:Navigate", url=outer.as_uri())
         (found,) = self.send("WebDriver:FindElement", using="css selector", value="iframe").values()
         self.send("WebDriver:SwitchToFrame", element=found)
+
+    def visit(self, address: str, script: str = "") -> None:
+        """Goes to ``address``, in a window of the usual size; ``script`` runs there before the page is loaded again."""
+        self.send("WebDriver:SwitchToFrame")
+        self.send("WebDriver:SetWindowRect", width=WIDTH, height=HEIGHT)
+        # An address that differs after the # alone would be the same page.
+        self.send("WebDriver:Navigate", url="about:blank")
+        self.send("WebDriver:Navigate", url=address)
+        if script:
+            self.run(script)
+            self.send("WebDriver:Refresh")
+
+    def enter(self, selector: str) -> None:
+        """Goes on in the frame that ``selector`` finds."""
+        self.send("WebDriver:SwitchToFrame", element=self._find(selector))
+
+    def wait(self, condition: str, *arguments: Any) -> Any:
+        """What the JavaScript expression ``condition`` gives as soon as it is true there."""
+        until = time.monotonic() + WAIT / 1000
+        while not (found := self.run(f"return {condition}", *arguments)):
+            if time.monotonic() > until:
+                raise AssertionError(f"not within {WAIT // 1000} s: {condition} {arguments}")
+            time.sleep(0.1)
+        return found
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What ``script`` returns, or the promise that it returns gives."""

@@ -201,5 +201,7 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
 def test_scripts_name_files_that_are_there() -> None:
     """What CI's scripts are given stands in the tree; the last of them runs after an hour."""
     for script in sorted((ROOT / ".ci").iterdir()):
-        named = re.findall(r"(?<![\w/.])(?:tests|docs|benchmarks|projects)/[\w/.]*\w", script.read_text(encoding="utf-8"))
+        named = re.findall(
+            r"(?<![\w/.])(?:tests|docs|benchmarks|projects)/[\w/.]*\w", script.read_text(encoding="utf-8")
+        )
         assert [path for path in named if not (ROOT / path).exists()] == [], script.name
