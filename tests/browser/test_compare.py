@@ -10,6 +10,8 @@ import pytest
 from playwright.sync_api import Locator, expect
 from world import COMPARED, METHODS, WINDOWS
 
+pytestmark = pytest.mark.slow
+
 
 def printed(said: str, name: str, site) -> str:
     """The link below ``compare <name>``, at the server that runs now."""
@@ -26,7 +28,6 @@ def numbers(texts: list[str]) -> list[float]:
     return [float(text.replace("−", "-")) for text in texts]
 
 
-@pytest.mark.slow
 def test_windows_of_a_run(page, site, shot, names) -> None:
     page.goto(printed(site.world.said, "windows", site))
     expect(page.get_by_text("5 matching runs")).to_be_visible()
@@ -47,7 +48,6 @@ def test_windows_of_a_run(page, site, shot, names) -> None:
     shot("compare-windows")
 
 
-@pytest.mark.slow
 def test_methods_lie_over_each_other_in_one_chart(page, site, shot, names) -> None:
     page.goto(printed(site.world.said_of_methods, "methods", site))
     expect(page.get_by_text("4 matching runs")).to_be_visible()

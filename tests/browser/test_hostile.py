@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from hostile import TEXTS
 from playwright.sync_api import expect
+
+pytestmark = pytest.mark.slow
 
 MARKUP = "img[src='x'], a[href^='javascript:'], svg[onload]"
 

@@ -9,6 +9,8 @@ import pytest
 from browsing import REQUIRED, SETTLED
 from world import SMALL, WINDOWS
 
+pytestmark = pytest.mark.slow
+
 SAYS = "document.body.innerText.includes(arguments[0])"
 CARDS = "[...document.querySelectorAll('[data-testid=experiment-view-compare-runs-card]')]"
 
@@ -68,7 +70,6 @@ def test_the_report_is_alive_inside_the_ui(visit, site) -> None:
     fox.wait(f"{rows} === {round(0.1 * SMALL['n_train'])}")
 
 
-@pytest.mark.slow
 def test_a_plot_and_a_table_are_shown(visit, site) -> None:
     plot = "influence/influence_over_windows.png"
     fox = visit(site.run(site.world.local, f"artifacts/{plot}"), plot)
@@ -76,7 +77,6 @@ def test_a_plot_and_a_table_are_shown(visit, site) -> None:
     visit(site.run(site.world.local, "artifacts/influence/windows.json"), "most_harmful")
 
 
-@pytest.mark.slow
 def test_charts_of_a_run_are_drawn(visit, site) -> None:
     fox = visit(site.run(site.world.local, "model-metrics"), "ground_truth")
     fox.wait(f"{CARDS}.some(card => card.querySelector('.main-svg'))")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from playwright.sync_api import expect
 from world import WINDOWS
+
+pytestmark = pytest.mark.slow
 
 
 def test_runs_stand_at_top_level_and_windows_open_below_in_order(page, site, shot, names) -> None:

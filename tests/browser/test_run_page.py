@@ -8,6 +8,8 @@ from browsing import pixels
 from playwright.sync_api import expect
 from world import SMALL, WINDOWS
 
+pytestmark = pytest.mark.slow
+
 HARMFUL = (213, 94, 0)
 """The colour of samples that harm, in our plots."""
 
@@ -52,7 +54,6 @@ def test_note_answers_at_the_top_and_leads_to_the_comparison(page, site, shot) -
     expect(opened.value.get_by_role("heading", name="ground_truth/spearman").first).to_be_visible()
 
 
-@pytest.mark.slow
 def test_note_of_a_comparison_leads_to_its_methods(page, site, shot) -> None:
     page.goto(site.run(site.world.comparison))
     page.get_by_text("Show more").click()

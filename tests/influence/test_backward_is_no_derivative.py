@@ -234,7 +234,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG = [case for case in CASES if case.startswith(("gradient penalty", "penalty on", "with BatchNorm's"))][1:]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in LONG else ()) for case in CASES])
 def test_scores_are_those_of_differences(tmp_path: Path, case: str) -> None:
     settings = CASES[case]
     workload = digits_workload(**settings)

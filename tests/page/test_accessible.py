@@ -50,7 +50,7 @@ def axe() -> str:
     return (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module", params=["light", "dark"])
+@pytest.fixture(scope="module", params=["light", pytest.param("dark", marks=pytest.mark.slow)])
 def fox(request: pytest.FixtureRequest) -> Iterator[firefox.Firefox]:
     """A Firefox in either scheme."""
     if firefox.firefox() is None:
@@ -72,9 +72,13 @@ def serious(found: dict[str, Any]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("scheme", "width", "looks"),
     [
-        *((scheme, width, "pictures") for scheme in ("light", "dark") for width in (400, 1280)),
-        ("light", 400, "texts"),
+        ("light", 400, "pictures"),
         ("dark", 1280, "rows"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("light", 1280, "pictures"), *(("dark", width, "pictures") for width in (400, 1280)))
+        ),
+        pytest.param("light", 400, "texts", marks=pytest.mark.slow),
     ],
 )
 def test_axe_finds_nothing_serious(opened: Opener, axe: str, scheme: str, width: int, looks: str) -> None:
@@ -94,7 +98,7 @@ def test_axe_looks(opened: Opener, axe: str) -> None:
     assert {name for name, _ in serious(body.evaluate(f"() => {{ {RUN} }}"))} == {"image-alt", "color-contrast"}
 
 
-@pytest.mark.parametrize("windows", [1, 4, 40])
+@pytest.mark.parametrize("windows", [1, pytest.param(4, marks=pytest.mark.slow), 40])
 @pytest.mark.parametrize("looks", LOOKS)
 def test_on_a_narrow_screen_nothing_is_cut_off(opened: Opener, looks: str, windows: int) -> None:
     page = opened(page_of(looks, windows), width=400)

@@ -253,7 +253,8 @@ def test_cumulative_windows_add_up_to_the_whole_run(tmp_path: Any) -> None:
     np.testing.assert_allclose(parts.scores.sum(axis=0), whole.scores[0], rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", ["loky", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dask", "ray"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["loky", "dask", "ray"])
 def test_the_numbers_are_the_same_from_every_backend(backend: str, tmp_path: Any) -> None:
     workload = digits_workload()
     trajectory = train(workload, tmp_path / "t")

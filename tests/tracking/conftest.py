@@ -55,7 +55,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         yield begin_or_skip
 
 
-@pytest.fixture(params=KINDS)
+SELDOM = ("postgresql", "s3")
+"""Kinds of store that most tests meet among the slow ones only."""
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.slow if kind in SELDOM else ()) for kind in KINDS])
 def any_store(
     request: pytest.FixtureRequest, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Store]:
