@@ -7,6 +7,7 @@ that begins with ``python3 run.py`` is typed as the pages say for an installed p
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -36,6 +37,9 @@ def main(pages: Path) -> None:
     training = ""
     for page in ("README.md", "docs/quickstart.md"):
         text = (pages / page).read_text(encoding="utf-8")
+        folder = Path(page).stem  # Each page begins in an empty one.
+        Path(folder).mkdir()
+        os.chdir(folder)
         for command in commands(text):
             said = follow(command, training)
             training = "".join(re.findall(r"^training run +(\w+)$", said, re.M)[:1]) or training
@@ -43,6 +47,7 @@ def main(pages: Path) -> None:
             started = time.monotonic()
             run([sys.executable, "-c", LOOP + block if page == "README.md" else block])
             print(f"{page}: {len(block.splitlines())} lines of Python, {time.monotonic() - started:.0f} s")
+        os.chdir("..")
 
 
 def commands(text: str) -> list[str]:
