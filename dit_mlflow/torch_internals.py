@@ -85,6 +85,25 @@ def reading_values(
     return mode
 
 
+def widening(dtype: torch.dtype, told: Callable[[torch.dtype], Any]) -> AbstractContextManager[Any]:
+    """A context, also inside :func:`make_fx`, in which what would be made in bfloat16 or float16 has ``dtype``.
+
+    ``told`` is called with the dtype that was asked for. The mode is that of :func:`reading_values`.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Widening(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = dict(kwargs or {})
+            if (asked := kwargs.get("dtype")) in (torch.bfloat16, torch.float16):
+                told(asked)
+                kwargs["dtype"] = dtype
+            return func(*args, **kwargs)
+
+    mode: AbstractContextManager[Any] = Widening()
+    return mode
+
+
 def tensor_slots(module: nn.Module, kind: Literal["parameters", "buffers"]) -> dict[str, Any]:
     """The dictionary in which a module looks for its tensors, or ``None`` (``Module._parameters``, ``_buffers``).
 
