@@ -24,7 +24,7 @@ from dit_mlflow.replay.dynamics import Dynamics, MicroBatch, Parameters
 from dit_mlflow.replay.optimizer_code import HighPrecision, NumbersAsTensors
 from dit_mlflow.replay.optimizers import emptied, every, groups_of, set_hyperparameters
 from dit_mlflow.replay.rounding import missed_by_rounding
-from dit_mlflow.replay.traced import Attempt, Function, Traces, followed
+from dit_mlflow.replay.traced import Attempt, Function, Traces, followed, near
 from dit_mlflow.replay.training_step import Slot, TrainingStep, slots_of
 from dit_mlflow.torch_internals import reading_values
 from dit_mlflow.trajectory.state import COUNTERS, State
@@ -477,13 +477,7 @@ def _missed(found: State, expected: State, before: State) -> set[str]:
     pairs = [pair for pair in pairs if pair[2].is_floating_point() and pair[2].numel()]
     ways = [float((value - start).abs().max()) for _, _, value, start in pairs]
     longest = max(ways, default=0.0)
-
-    def near(ours: Tensor, theirs: Tensor, way: float) -> bool:
-        eps = torch.finfo(theirs.dtype).eps
-        allowed = eps**0.5 * max(way, eps**0.5 * longest) + 8 * eps * float(theirs.abs().max())
-        return bool(((ours - theirs).abs() <= allowed).all())
-
-    return {name for (name, one, other, _), way in zip(pairs, ways, strict=True) if not near(one, other, way)}
+    return {name for (name, one, other, _), way in zip(pairs, ways, strict=True) if not near(one, other, way, longest)}
 
 
 def _draws(value: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:

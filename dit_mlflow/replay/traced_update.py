@@ -17,7 +17,7 @@ from dit_mlflow.replay.optimizer_code import HighPrecision, NumbersAsTensors
 from dit_mlflow.replay.optimizers import set_group
 from dit_mlflow.replay.slope import STRIDES, Slope
 from dit_mlflow.replay.step_adjoint import PulledGroup, UpdateGroup
-from dit_mlflow.replay.traced import Function, traced
+from dit_mlflow.replay.traced import Function, near, traced
 from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory.state import State
 
@@ -45,7 +45,7 @@ class TracedUpdate:
             with values that it takes out of tensors, or rounds); or it keeps a number that is no tensor of a
             parameter's state and depends on the gradients or the parameters.
 
-    Cost: a trace for each step, since its counters are constants of the trace, a backward pass through it, and two
+    Cost: a trace for each step, since its counters are constants of the trace, a backward pass through it, and four
     optimizer steps. The derivative of the first, second, fourth, eighth … step is compared with differences, at about
     ten optimizer steps.
     """
@@ -108,7 +108,7 @@ class TracedUpdate:
         if self._calls & (self._calls - 1) == 0 or len(self._moving) > known:
             still = [not value.dim() and slot not in self._moving for slot, value in slots.items()]
             self._check(widened, [value.double() for value in inputs], len(names), [False] * 2 * len(names) + still)
-        graph = self._traced(widened, inputs)
+        graph = self._traced(widened, inputs, len(names))
         self._high_precision.warn(
             state.parameters,
             *(lambda step=step: dict(zip(names, step(*inputs), strict=False)) for step in (update, widened)),
@@ -129,14 +129,17 @@ class TracedUpdate:
         by_slot = dict(zip(slots, pulled[2 * len(names) :], strict=True))
         return [self._joined(group, names, by_theta, by_gradient, by_slot, adjoint) for group in groups]
 
-    def _traced(self, update: Function, inputs: Sequence[Tensor]) -> Function:
+    def _traced(self, update: Function, inputs: Sequence[Tensor], count: int) -> Function:
         def with_numbers(*values: Tensor) -> list[Tensor]:
             with NumbersAsTensors():
                 return update(*values)
 
         if self._numbers_stay_tensors:
             try:
-                return traced(with_numbers, inputs, roots=True)
+                found = traced(with_numbers, inputs, roots=True)
+                if _lead_alike(found, update, inputs, count):
+                    return found
+                _log.info("%s: a trace with tensors in place of numbers leads elsewhere", self._name)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # Any kind: code may do with a number what no tensor does.
@@ -186,7 +189,7 @@ class TracedUpdate:
         random = torch.Generator().manual_seed(0)
         leaves = [value.clone().requires_grad_() for value in inputs]
         with torch.enable_grad():
-            found = self._traced(update, inputs)(*leaves)
+            found = self._traced(update, inputs, count)(*leaves)
         weights = [_drawn(value, random) for value in found]
         # Relative to each element, so that second moments stay positive, and zeros stay 0.
         directions = [
@@ -290,6 +293,15 @@ class TracedUpdate:
             torch.cat([by_gradient[place].reshape(rows, -1) for place in own], dim=1),
             optimizer,
         )
+
+
+def _lead_alike(one: Function, other: Function, inputs: Sequence[Tensor], count: int) -> bool:
+    """Whether both make the same step of the ``count`` parameters among the inputs, and of the state."""
+    pairs = [*zip(one(*inputs), other(*inputs), strict=True)]
+    moves = [end - start for (_, end), start in zip(pairs, inputs[:count], strict=False)]
+    moves += [end for _, end in pairs[count:]]
+    ways = [float(move.abs().max()) if move.numel() else 0.0 for move in moves]
+    return all(near(*pair, way, max(ways)) for pair, way in zip(pairs, ways, strict=True) if pair[1].numel())
 
 
 def _is_slot(value: Any) -> bool:
