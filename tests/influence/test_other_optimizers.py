@@ -134,13 +134,14 @@ class Rooting(Optimizer):
 
 
 class Choosy(Rooting):
-    """Does with a counter that it reads what no tensor does, also in a step whose derivative is not checked."""
+    """Does with a counter that it reads what no tensor does, also in a step whose derivative is not checked; keeps a flag."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for value in self.param_groups[0]["params"]:
             made = self.state[value].setdefault("made", torch.zeros(()))
             made += 1
+            self.state[value]["flag"] = True
             rate = {1.0: 0.3, 6.0: 0.2}.get(made.item(), 0.1)
             value.sub_(rate * torch.tanh(3 * value.grad))
 
