@@ -255,9 +255,19 @@ class OnlyMatrices(nn.Module):
         return self.last(torch.tanh(self.first(inputs)))
 
 
-def in_float64(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The optimizer without what it rounds to low precision."""
+def unrounded(make: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """The same optimizers without what they round to low precision."""
 
+    def made(model: nn.Module) -> Any:
+        optimizers = make(model)
+        for optimizer in optimizers.values() if isinstance(optimizers, dict) else [optimizers]:
+            optimizer.__class__ = in_float64(type(optimizer))
+        return optimizers
+
+    return made
+
+
+def in_float64(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     class InFloat64(cls):  # type: ignore[valid-type, misc]
         def step(self, closure: Any = None) -> Any:
             with widening(torch.float64, lambda dtype: None):
@@ -266,12 +276,18 @@ def in_float64(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     return InFloat64
 
 
-def muon_and_adamw(cls: type[torch.optim.Optimizer]) -> Callable[[nn.Module], Any]:
-    def make(model: nn.Module) -> Any:
-        matrices, others = ([value for value in model.parameters() if (value.dim() == 2) == of] for of in (True, False))
-        return {"muon": cls(matrices, lr=0.02), "adamw": torch.optim.AdamW(others, lr=0.02)}  # type: ignore[call-arg]
+def rounding(name: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    """An optimizer as it is, held against differences of training in which it does not round; and that training."""
+    optimizer = unrounded(settings["optimizer"])
+    return {
+        name: {**settings, "again": optimizer},
+        f"{name}, made to compute in float64": {**settings, "optimizer": optimizer},
+    }
 
-    return make
+
+def muon_and_adamw(model: nn.Module) -> Any:
+    matrices, others = ([value for value in model.parameters() if (value.dim() == 2) == of] for of in (True, False))
+    return {"muon": torch.optim.Muon(matrices, lr=0.02), "adamw": torch.optim.AdamW(others, lr=0.02)}
 
 
 def two_optimizers(model: nn.Module, optimizers: Any, batch: Any, weights: Tensor) -> Tensor:
@@ -394,26 +410,23 @@ def of_torch(name: str, **settings: Any) -> Callable[[nn.Module], torch.optim.Op
     return lambda model: getattr(torch.optim, name)(model.parameters(), lr=RATES.get(name, 0.02), **settings)
 
 
-def of_muon() -> dict[str, dict[str, Any]]:
-    """As it is, held against differences of training in which it does not round; and that training."""
-    if (cls := getattr(torch.optim, "Muon", None)) is None:
-        return {}
-    wide = in_float64(cls)
-    alone = {"model": OnlyMatrices, "optimizer": of_torch("Muon")}
-    beside = {"step": two_optimizers, "optimizer": muon_and_adamw(cls)}
-    alone_in_float64 = {**alone, "optimizer": lambda model: wide(model.parameters(), lr=0.02)}
-    beside_in_float64 = {**beside, "optimizer": muon_and_adamw(wide)}
-    return {
-        "torch.optim.Muon": {**alone, "again": alone_in_float64["optimizer"]},
-        "torch.optim.Muon, made to compute in float64": alone_in_float64,
-        "a step of one's own: Muon and AdamW": {**beside, "again": beside_in_float64["optimizer"]},
-        "a step of one's own: Muon in float64, and AdamW": beside_in_float64,
-    }
-
-
+MUON = hasattr(torch.optim, "Muon")
 TIMM = find_spec("timm") is not None
 OF_TIMM = (
-    *("adabelief", "adafactor", "adamp", "adan", "adopt", "cadamw", "lamb", "laprop", "lars", "lion", "madgrad"),
+    *(
+        "adabelief",
+        "adafactor",
+        "adafactorbv",
+        "adamp",
+        "adan",
+        "adopt",
+        "cadamw",
+        "lamb",
+        "laprop",
+        "lars",
+        "lion",
+        "madgrad",
+    ),
     *("mars", "nadamw", "novograd", "rmsproptf", "sgdw"),
 )
 
@@ -429,8 +442,9 @@ def of_timm(name: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
 
 CASES: dict[str, dict[str, Any]] = {
     **{f"torch.optim.{name}": {"optimizer": of_torch(name)} for name in OPTIMIZERS if name != "Muon"},
-    **of_muon(),
+    **(rounding("torch.optim.Muon", model=OnlyMatrices, optimizer=of_torch("Muon")) if MUON else {}),
     **{f"timm: {name}": {"optimizer": of_timm(name)} for name in OF_TIMM if TIMM},
+    **(rounding("timm: muon", optimizer=of_timm("muon")) if TIMM else {}),
     "LAMB, one's own": {"optimizer": lambda model: Lamb(model.parameters())},
     "Lion, one's own": {"optimizer": lambda model: Lion(model.parameters())},
     "SGD, Nesterov, weight decay": {"optimizer": of_torch("SGD", momentum=0.9, nesterov=True, weight_decay=0.01)},
@@ -467,6 +481,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a step of one's own: AdamW, clipping": {"step": a_step, "optimizer": of_torch("AdamW")},
     "a step of one's own: three steps a batch": {"step": three_steps, "optimizer": of_torch("SGD", momentum=0.9)},
     "a step of one's own: LAMB": {"step": a_step, "optimizer": lambda model: Lamb(model.parameters())},
+    **(rounding("a step of one's own: Muon and AdamW", step=two_optimizers, optimizer=muon_and_adamw) if MUON else {}),
     "a step of one's own: Adafactor": {"step": a_step, "optimizer": of_torch("Adafactor")},
     "a step of one's own: complex values": {"step": a_step, "model": lambda: Net(Spectrum(), 6)},
     "SAM": {"step": sharpness_aware, "optimizer": of_torch("AdamW")},
