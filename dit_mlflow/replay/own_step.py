@@ -80,6 +80,7 @@ class OwnStep(TrainingStep):
             f"the optimizer {'+'.join(type(one).__qualname__ for one in every(self._optimizer))}"
         )
         self._differentiated = False
+        self.reads_values = False
 
     def forward(
         self,
@@ -138,6 +139,11 @@ class OwnStep(TrainingStep):
         self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, over: State | None = None
     ) -> State:
         """By one ``vmap`` of the trace."""
+        with torch.no_grad():
+            return self.of_all(state, batches, weights, record)
+
+    def of_all(self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord) -> State:
+        """The step of trainings side by side, by one ``vmap`` of the trace of the first."""
         first = state.map(lambda value: value[0], counters=False)
         try:
             trace = self._trace(first, batches, weights[0], record)
@@ -149,7 +155,7 @@ class OwnStep(TrainingStep):
         copies = [*state.parameters.values(), *state.buffers.values(), *slots_of(state).values()]
         inputs[: len(copies)], inputs[trace.weights] = copies, weights
         dims = [0 if place < len(copies) or place == trace.weights else None for place in range(len(inputs))]
-        with self.dynamics.as_recorded(_only(batches, record).random_state), torch.no_grad():
+        with self.dynamics.as_recorded(_only(batches, record).random_state):
             return trace.state(torch.func.vmap(trace.function, tuple(dims), randomness="same")(*inputs))
 
     def _made(
@@ -267,7 +273,9 @@ class OwnStep(TrainingStep):
                 continue
             missed = _missed(found, expected, plain)
             with self.as_differentiated():
-                right = not missed or missed <= missed_by_rounding(self, [record], plain, expected, found)
+                right = not missed or missed <= missed_by_rounding(
+                    self, [record], plain, expected, found, weights.detach()
+                )
             if right:
                 if run:
                     self._refuse_numbers(function, detached, micro, record)
@@ -293,8 +301,11 @@ class OwnStep(TrainingStep):
         are taken as before, whether a number is a thousandth larger or smaller.
         """
 
+        def read() -> None:
+            self.reads_values = True
+
         def outcome(factor: float) -> list[Tensor]:
-            with self.dynamics.as_recorded(micro.random_state), reading_values(factor, self._counts):
+            with self.dynamics.as_recorded(micro.random_state), reading_values(factor, self._counts, read):
                 return function(*inputs)
 
         here = outcome(1.0)

@@ -134,7 +134,7 @@ class Rooting(Optimizer):
 
 
 class Choosy(Rooting):
-    """Does with a counter that it reads what no tensor does, also in a step whose derivative is not checked; keeps a flag."""
+    """Does with a counter that it reads what no tensor does, also in a step that is not checked; keeps a flag."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
