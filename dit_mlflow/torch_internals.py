@@ -61,12 +61,12 @@ def make_fx(function: Callable[..., Any]) -> Callable[..., fx.GraphModule]:
 def reading_values(
     factor: float = 1.0,
     spared: Callable[[Tensor], bool] = lambda value: False,
-    told: Callable[[], Any] = lambda: None,
+    told: Callable[[Tensor], Any] = lambda value: None,
 ) -> AbstractContextManager[Any]:
     """A context, inside :func:`make_fx`, in which ``.item()`` gives the value of a tensor that is traced.
 
-    Floating values are multiplied by ``factor``, but for those of ``spared`` tensors. ``told`` is called for each that
-    is not spared, also for truth values.
+    Floating values are multiplied by ``factor``, but for those of ``spared`` tensors. ``told`` is called with each that
+    is not spared, also with truth values.
 
     The operation is ``aten._local_scalar_dense``; a mode (``torch.utils._python_dispatch.TorchDispatchMode``) sees it
     before the tracer, which would refuse it. If either goes, so does the tracing of losses that read values.
@@ -83,7 +83,7 @@ def reading_values(
             found = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy().item()
             if spared(value):
                 return found
-            told()
+            told(value)
             return found * factor if factor != 1 and isinstance(found, float) else found
 
     mode: AbstractContextManager[Any] = Reading()

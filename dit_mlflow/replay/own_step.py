@@ -80,7 +80,7 @@ class OwnStep(TrainingStep):
             f"the optimizer {'+'.join(type(one).__qualname__ for one in every(self._optimizer))}"
         )
         self._differentiated = False
-        self.reads_values = False
+        self._branches = False
 
     def forward(
         self,
@@ -151,6 +151,8 @@ class OwnStep(TrainingStep):
             raise NotImplementedError(str(error)) from error
         if self._high_precision.needed:
             raise NotImplementedError("a trace of the step is in another precision than the step itself")
+        if self._branches:
+            raise NotImplementedError("the step reads values, by which each training may go another way")
         inputs = [*trace.inputs]
         copies = [*state.parameters.values(), *state.buffers.values(), *slots_of(state).values()]
         inputs[: len(copies)], inputs[trace.weights] = copies, weights
@@ -300,19 +302,22 @@ class OwnStep(TrainingStep):
         They are constants of the trace, so that influence through them is lost. Branches on them are left alone: they
         are taken as before, whether a number is a thousandth larger or smaller.
         """
-
-        def read() -> None:
-            self.reads_values = True
+        read: set[bool] = set()
 
         def outcome(factor: float) -> list[Tensor]:
-            with self.dynamics.as_recorded(micro.random_state), reading_values(factor, self._counts, read):
+            noted = reading_values(factor, self._counts, lambda value: read.add(value.is_floating_point()))
+            with self.dynamics.as_recorded(micro.random_state), noted:
                 return function(*inputs)
 
+        def leads_elsewhere(factor: float) -> bool:
+            try:
+                there = outcome(factor)
+            except Exception:  # Any kind: another number may be none that the step takes.
+                return True
+            return any(not torch.equal(one, other) for one, other in zip(here, there, strict=True))
+
         here = outcome(1.0)
-        if all(
-            any(not torch.equal(one, other) for one, other in zip(here, outcome(factor), strict=True))
-            for factor in (1 - 1e-3, 1 + 1e-3)
-        ):
+        if read and all(leads_elsewhere(1 + change) for change in (-1e-3, 1e-3)):
             # Not to be taken for a trace that was accepted, where somebody asks again.
             self._traces = Traces()
             raise UnsupportedError(
@@ -320,6 +325,8 @@ class OwnStep(TrainingStep):
                 "float(), numpy()), so that influence through it would be lost; compute with the tensor itself, or use "
                 "leave_one_out, which takes no derivative"
             )
+        # A loss that is only told decides nothing.
+        self._branches |= False in read or (True in read and any(map(leads_elsewhere, (0.0, -1.0, 1e6))))
 
     def _refuse_moving_numbers(self, before: State, weights: Tensor, record: StepRecord) -> None:
         """Raise :class:`UnsupportedError` if numbers that the optimizers keep, or what is named like a counter, depend

@@ -105,8 +105,7 @@ class OwnStepSideBySide(OwnStep):
         copies: ``K``.
 
     Raises, when a step is made or pulled back, besides what an :class:`OwnStep` does:
-        RuntimeError, ValueError, NotImplementedError: ``vmap`` cannot run the trace; or the step reads values out of
-            tensors, by which each training may go another way.
+        RuntimeError, ValueError, NotImplementedError: ``vmap`` cannot run the trace.
 
     Cost: one training step, and as one on batches ``K`` times as large.
     """
@@ -116,12 +115,6 @@ class OwnStepSideBySide(OwnStep):
         self.copies = copies
         self.followed_parameters = _stacked(self.followed_parameters, copies)
         self.followed_buffers = _stacked(self.followed_buffers, copies)
-
-    def of_all(self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord) -> State:
-        after = super().of_all(state, batches, weights, record)
-        if self.reads_values:
-            raise NotImplementedError("the step reads values, by which each training may go another way")
-        return after
 
     def with_graph(self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord) -> State:
         with torch.enable_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,13 @@ def adversarial(model: Any, optimizers: Any, batch: Any, weights: Tensor) -> Ten
     return loss
 
 
+def told(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Tensor:
+    """A loss that is read, and decides nothing."""
+    loss = once(model, optimizer, batch, weights)
+    assert f"{loss.item():.3f}"
+    return loss
+
+
 def by_size(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Tensor:
     """A branch on a value, and a gradient of gradients."""
     optimizer.zero_grad()
@@ -195,6 +203,13 @@ def adamw(model: nn.Module) -> Any:
 
 def decaying(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
+
+
+def by_its_loss(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> None:
+    optimizer.zero_grad()
+    loss = (weights * sample_losses(model, batch)).mean()
+    (loss * (1 if loss.item() > 0.8 else 0.5)).backward()
+    optimizer.step()
 
 
 class Normalised(torch.optim.Optimizer):
@@ -353,6 +368,22 @@ def test_numbers_that_an_optimizer_keeps_are_refused(where: str, tmp_path: Path)
     trajectory = train(workload, tmp_path / "t")
     with pytest.raises(UnsupportedError, match=r"keeps 'length', which depends on the gradients.* floating tensor"):
         track(trajectory, workload, [Window(0, trajectory.num_steps)])
+
+
+@pytest.mark.parametrize(("step", "together"), [(told, True), (by_its_loss, False)])
+def test_trainings_that_may_go_another_way_are_made_one_by_one(step: Any, together: bool, tmp_path: Path) -> None:
+    workload = digits_workload(step=step, optimizer=sgd, epochs=1)
+    trajectory = train(workload, tmp_path / "t")
+    replay = trajectory.replay(workload, torch.float64)
+    start, record = replay.checkpoint(0), trajectory.step(0)
+    weights = torch.ones(3, 8, dtype=torch.float64)
+    weights[1, :6] = 0
+    with nullcontext() if together else pytest.raises(NotImplementedError, match="another way"):
+        after = replay.training_step(start.side_by_side(3), record, weights)
+        for copy in range(3):
+            alone = replay.training_step(start, record, weights[copy])
+            for name, value in alone.parameters.items():
+                torch.testing.assert_close(after.parameters[name][copy], value)
 
 
 def dropping(model: Any, optimizer: Any, batch: Any, weights: Tensor) -> None:
