@@ -587,7 +587,7 @@ autograd; {refused} are refused, with the reason. `leave_one_out` takes no deriv
 
 {rounded} kinds of training round to bfloat16 in their optimizer (Muon's Newton-Schulz). They are replayed as they ran,
 and their scores, derivatives "without rounding", are held against differences of the same training without it, which
-goes another way: they agree to {apart}. Made to compute in float64 in training too, both are among the others.
+goes another way: they agree to {apart}. Made to compute in float64 in training too, all of them are among the others.
 
 {table}
 """
