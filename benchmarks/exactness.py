@@ -2,15 +2,18 @@
 
 ``python benchmarks/exactness.py`` trains each kind for a few steps in float64, sweeps it for every kind of window, and
 trains it again in plain PyTorch with one sample's weight a little larger and smaller. It writes docs/exactness.md.
+Names of rows after it, as in that page, are measured alone and printed.
 Optimizers of timm are measured where it is installed (with the torchvision of that torch).
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -28,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from dit_mlflow import DitError, Trajectory, Window, Workload, track, train
+from dit_mlflow.torch_internals import widening
 
 SAMPLES, BATCH, EPOCHS, NUDGE = 24, 8, 2, 1e-5
 SOME = (0, 5, 11)
@@ -251,6 +255,50 @@ class OnlyMatrices(nn.Module):
         return self.last(torch.tanh(self.first(inputs)))
 
 
+def unrounded(make: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """The same optimizers without what they round to low precision."""
+
+    def made(model: nn.Module) -> Any:
+        optimizers = make(model)
+        for optimizer in optimizers.values() if isinstance(optimizers, dict) else [optimizers]:
+            optimizer.__class__ = in_float64(type(optimizer))
+        return optimizers
+
+    return made
+
+
+def in_float64(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    class InFloat64(cls):  # type: ignore[valid-type, misc]
+        def step(self, closure: Any = None) -> Any:
+            with widening(torch.float64, lambda dtype: None):
+                return super().step(closure)
+
+    return InFloat64
+
+
+def rounding(name: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    """An optimizer as it is, held against differences of training in which it does not round; and that training."""
+    optimizer = unrounded(settings["optimizer"])
+    return {
+        name: {**settings, "again": optimizer},
+        f"{name}, made to compute in float64": {**settings, "optimizer": optimizer},
+    }
+
+
+def muon_and_adamw(model: nn.Module) -> Any:
+    matrices, others = ([value for value in model.parameters() if (value.dim() == 2) == of] for of in (True, False))
+    return {"muon": torch.optim.Muon(matrices, lr=0.02), "adamw": torch.optim.AdamW(others, lr=0.02)}
+
+
+def two_optimizers(model: nn.Module, optimizers: Any, batch: Any, weights: Tensor) -> Tensor:
+    model.zero_grad()
+    loss = (weights * losses(model, batch)).mean()
+    loss.backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return loss
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -362,9 +410,23 @@ def of_torch(name: str, **settings: Any) -> Callable[[nn.Module], torch.optim.Op
     return lambda model: getattr(torch.optim, name)(model.parameters(), lr=RATES.get(name, 0.02), **settings)
 
 
+MUON = hasattr(torch.optim, "Muon")
 TIMM = find_spec("timm") is not None
 OF_TIMM = (
-    *("adabelief", "adafactor", "adamp", "adan", "adopt", "cadamw", "lamb", "laprop", "lars", "lion", "madgrad"),
+    *(
+        "adabelief",
+        "adafactor",
+        "adafactorbv",
+        "adamp",
+        "adan",
+        "adopt",
+        "cadamw",
+        "lamb",
+        "laprop",
+        "lars",
+        "lion",
+        "madgrad",
+    ),
     *("mars", "nadamw", "novograd", "rmsproptf", "sgdw"),
 )
 
@@ -380,8 +442,9 @@ def of_timm(name: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
 
 CASES: dict[str, dict[str, Any]] = {
     **{f"torch.optim.{name}": {"optimizer": of_torch(name)} for name in OPTIMIZERS if name != "Muon"},
-    "torch.optim.Muon": {"model": OnlyMatrices, "optimizer": of_torch("Muon")},
+    **(rounding("torch.optim.Muon", model=OnlyMatrices, optimizer=of_torch("Muon")) if MUON else {}),
     **{f"timm: {name}": {"optimizer": of_timm(name)} for name in OF_TIMM if TIMM},
+    **(rounding("timm: muon", optimizer=of_timm("muon")) if TIMM else {}),
     "LAMB, one's own": {"optimizer": lambda model: Lamb(model.parameters())},
     "Lion, one's own": {"optimizer": lambda model: Lion(model.parameters())},
     "SGD, Nesterov, weight decay": {"optimizer": of_torch("SGD", momentum=0.9, nesterov=True, weight_decay=0.01)},
@@ -418,6 +481,8 @@ CASES: dict[str, dict[str, Any]] = {
     "a step of one's own: AdamW, clipping": {"step": a_step, "optimizer": of_torch("AdamW")},
     "a step of one's own: three steps a batch": {"step": three_steps, "optimizer": of_torch("SGD", momentum=0.9)},
     "a step of one's own: LAMB": {"step": a_step, "optimizer": lambda model: Lamb(model.parameters())},
+    **(rounding("a step of one's own: Muon and AdamW", step=two_optimizers, optimizer=muon_and_adamw) if MUON else {}),
+    "a step of one's own: Adafactor": {"step": a_step, "optimizer": of_torch("Adafactor")},
     "a step of one's own: complex values": {"step": a_step, "model": lambda: Net(Spectrum(), 6)},
     "SAM": {"step": sharpness_aware, "optimizer": of_torch("AdamW")},
     "ASAM": {"step": partial(sharpness_aware, adaptive=True)},
@@ -493,6 +558,7 @@ def differences(workload: Workload, trajectory: Trajectory, window: Window, kind
 def measure(name: str) -> dict[str, object]:
     """The row of a case."""
     settings = {"model": Net, "loss": losses, "optimizer": sgd, "batch_size": BATCH, "epochs": EPOCHS} | CASES[name]
+    optimizer_again = settings.pop("again", settings["optimizer"])
     workload = Workload(train_set=data(SAMPLES, 0), validation_set=data(16, 1), **settings)
     row: dict[str, object] = {"training": name}
     with tempfile.TemporaryDirectory() as folder:
@@ -503,9 +569,10 @@ def measure(name: str) -> dict[str, object]:
                 window = Window(1, steps - 1)
                 found = track(trajectory, workload, [window], kind)  # type: ignore[arg-type]
                 scores = found.of(0)
-                exact = differences(workload, trajectory, window, kind)
+                exact = differences(replace(workload, optimizer=optimizer_again), trajectory, window, kind)
                 row[kind] = float(np.abs(scores[list(SOME)] - exact).max() / max(np.abs(scores).max(), 1e-300))
             row["derivative"] = "trace" if found.metadata.get("derivative") else "autograd"
+            row["derivative"] += ", without rounding" if "again" in CASES[name] else ""
         except (DitError, RuntimeError) as error:
             row["derivative"] = shorten(f"refused: {error}", 160, placeholder=" …")
     return row
@@ -518,6 +585,10 @@ three kinds of window against central differences of the loop itself, in float64
 training agree to {worst} of the largest score or better, {traced} of these by a trace of what ran, the others by
 autograd; {refused} are refused, with the reason. `leave_one_out` takes no derivative, and works for all.
 
+{rounded} kinds of training round to bfloat16 in their optimizer (Muon's Newton-Schulz). They are replayed as they ran,
+and their scores, derivatives "without rounding", are held against differences of the same training without it, which
+goes another way: they agree to {apart}. Made to compute in float64 in training too, all of them are among the others.
+
 {table}
 """
 
@@ -528,17 +599,22 @@ def cell(value: object) -> str:
     return str(value).replace("|", "/")
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
+    """Measures all, and writes the page; with ``names`` of some, only prints these."""
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     begun = time.process_time()
     rows = []
-    for name in CASES:
+    for name in names or CASES:
         rows.append(measure(name))
         print(*(f"{key} {cell(value)}," for key, value in rows[-1].items()), flush=True)
+    if names:
+        return
     table = pd.DataFrame(rows)
     known = table[table[KINDS[0]].notna()]
+    rounded = known["derivative"].str.endswith("rounding")
+    apart, known = known[rounded], known[~rounded]
     lines = [[*table.columns], ["---"] * len(table.columns), *table.itertuples(index=False)]
     page = PAGE.format(
         torch=version("torch"),
@@ -548,11 +624,13 @@ def main() -> None:
         agree=len(known),
         worst=f"{known[list(KINDS)].to_numpy().max():.0e}",
         traced=(known["derivative"] == "trace").sum(),
-        refused=len(table) - len(known),
+        refused=len(table) - len(known) - len(apart),
+        rounded=len(apart),
+        apart=f"{apart[list(KINDS)].to_numpy().min():.0e} to {apart[list(KINDS)].to_numpy().max():.0e}",
         table="\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines),
     )
     (Path(__file__).parents[1] / "docs" / "exactness.md").write_text(page)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -59,11 +59,14 @@ def make_fx(function: Callable[..., Any]) -> Callable[..., fx.GraphModule]:
 
 
 def reading_values(
-    factor: float = 1.0, spared: Callable[[Tensor], bool] = lambda value: False
+    factor: float = 1.0,
+    spared: Callable[[Tensor], bool] = lambda value: False,
+    told: Callable[[Tensor], Any] = lambda value: None,
 ) -> AbstractContextManager[Any]:
     """A context, inside :func:`make_fx`, in which ``.item()`` gives the value of a tensor that is traced.
 
-    Floating values are multiplied by ``factor``, but for those of ``spared`` tensors.
+    Floating values are multiplied by ``factor``, but for those of ``spared`` tensors. ``told`` is called with each that
+    is not spared, also with truth values.
 
     The operation is ``aten._local_scalar_dense``; a mode (``torch.utils._python_dispatch.TorchDispatchMode``) sees it
     before the tracer, which would refuse it. If either goes, so does the tracing of losses that read values.
@@ -78,10 +81,31 @@ def reading_values(
                 return func(*args, **(kwargs or {}))
             value = args[0].detach()
             found = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy().item()
-            scaled = factor != 1 and isinstance(found, float) and not spared(value)
-            return found * factor if scaled else found
+            if spared(value):
+                return found
+            told(value)
+            return found * factor if factor != 1 and isinstance(found, float) else found
 
     mode: AbstractContextManager[Any] = Reading()
+    return mode
+
+
+def widening(dtype: torch.dtype, told: Callable[[torch.dtype], Any]) -> AbstractContextManager[Any]:
+    """A context, also inside :func:`make_fx`, in which what would be made in bfloat16 or float16 has ``dtype``.
+
+    ``told`` is called with the dtype that was asked for. The mode is that of :func:`reading_values`.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Widening(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = dict(kwargs or {})
+            if (asked := kwargs.get("dtype")) in (torch.bfloat16, torch.float16):
+                told(asked)
+                kwargs["dtype"] = dtype
+            return func(*args, **kwargs)
+
+    mode: AbstractContextManager[Any] = Widening()
     return mode
 
 

@@ -52,6 +52,21 @@ def test_a_trace_holds_the_backward_pass_and_values_that_are_read() -> None:
     torch.testing.assert_close(graph(torch.tensor([5.0, 7.0])), [torch.tensor([15.0, 21.0])])
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_low_precision_is_widened_also_in_a_trace(narrow: torch.dtype) -> None:
+    value, met = torch.tensor([1.0, 1 / 3], dtype=torch.float64), list[torch.dtype]()
+
+    def function(given: Tensor) -> list[Tensor]:
+        with torch_internals.widening(torch.float64, met.append):
+            return [given.to(narrow).mul_(3) + torch.ones(2, dtype=narrow)]
+
+    expected = [3 * value + 1]
+    torch.testing.assert_close(function(value), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch_internals.make_fx(function)(value)(value), expected, rtol=0, atol=0)
+    assert set(met) == {narrow}
+    assert function(value)[0].dtype == torch.float64
+
+
 def test_a_module_computes_with_what_is_in_its_slots() -> None:
     module = nn.BatchNorm1d(2).eval()
     weight, mean = torch.full((2,), 3.0), torch.full((2,), 5.0)

@@ -18,8 +18,9 @@ from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
 from dit_mlflow.replay.derivative_check import Asking
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.not_finite import are_finite, refuse_derivative
+from dit_mlflow.replay.own_step import OwnStep
 from dit_mlflow.replay.replay import Replay
-from dit_mlflow.replay.side_by_side import SideBySide
+from dit_mlflow.replay.side_by_side import Together
 from dit_mlflow.replay.training_step import WeightsOf
 from dit_mlflow.trajectory import State
 
@@ -67,7 +68,7 @@ class Engine:
         planned: Sequence[Sweep],
         num_windows: int,
         weights: WeightsOf | None = None,
-        together: SideBySide | None = None,
+        together: Together | None = None,
     ) -> np.ndarray:
         """Scores ``[windows, queries, samples]``, float64: ``-dq / dw``, at ``w = 1``.
 
@@ -123,9 +124,9 @@ class Engine:
                 self._asked_by = check.asking(queries)
 
     @property
-    def standard(self) -> bool:
-        """Whether steps are a loss, then an optimizer, and autograd's derivatives of them and of queries are right."""
-        return type(self.training_step) is LossStep and self._asked_by is self.training_step
+    def plain(self) -> bool:
+        """Whether autograd's derivatives, of queries and of steps of a loss and an optimizer, are right."""
+        return type(self.training_step) in (LossStep, OwnStep) and self._asked_by is self.training_step
 
     @property
     def details(self) -> dict[str, Any]:
@@ -134,7 +135,7 @@ class Engine:
         return {"max_drift": self.replay.max_drift, **traced}
 
     def start(
-        self, state: State, queries: Sequence[Query], t: int | None = None, together: SideBySide | None = None
+        self, state: State, queries: Sequence[Query], t: int | None = None, together: Together | None = None
     ) -> Adjoint:
         """``lambda = grad q`` at ``state``, one row per query; 0 for the optimizer's state.
 

@@ -18,10 +18,9 @@ from dit_mlflow.influence.engine import ADJOINTS_IN_MEMORY, Engine
 from dit_mlflow.influence.kind import Course, sweeps
 from dit_mlflow.influence.query import Query
 from dit_mlflow.replay.adjoint import Adjoint
-from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.replay import STATES_IN_MEMORY
 from dit_mlflow.replay.rounding import MARGIN, NUDGES, nudged_state
-from dit_mlflow.replay.side_by_side import SideBySide, misses, tolerance
+from dit_mlflow.replay.side_by_side import Together, misses, together, tolerance
 from dit_mlflow.replay.training_step import SampleWeights, TrainingStep
 from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory import State, StepRecord
@@ -35,7 +34,7 @@ REFUSALS = (RuntimeError, ValueError, NotImplementedError, UnsupportedError)
 class WeightedSweeps:
     """The derivative at each of several vectors of weights, along the training under each.
 
-    Steps of the standard kind run side by side under ``vmap`` if three steps of a training, made in both ways, agree,
+    Steps run side by side under ``vmap`` if three steps of a training, made in both ways, agree,
     and one of them is faster so. All others run one after the other.
 
     Args:
@@ -45,7 +44,7 @@ class WeightedSweeps:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._side_by_side: bool | None = None
-        self._steps: dict[int, SideBySide] = {}
+        self._steps: dict[int, Together] = {}
 
     def __call__(
         self, queries: Sequence[Query], course: Course, num_windows: int, weights: Tensor
@@ -82,9 +81,9 @@ class WeightedSweeps:
             return None
         return np.moveaxis(found.reshape(num_windows, len(queries), len(weights), -1), 2, 0)
 
-    def _step(self, copies: int) -> SideBySide:
+    def _step(self, copies: int) -> Together:
         if copies not in self._steps:
-            self._steps[copies] = SideBySide(self.engine.training_step.dynamics, copies)
+            self._steps[copies] = together(self.engine.training_step, copies)
         return self._steps[copies]
 
     def _at_once(self, queries: Sequence[Query], course: Course, num_windows: int, weights: Tensor) -> int:
@@ -93,7 +92,7 @@ class WeightedSweeps:
             return 1
         length, engine = course.stop - course.start, self.engine
         engine.choose(course.start, course.stop, queries)
-        size = min(len(weights), self._fitting(queries, course, num_windows)) if engine.standard and length else 1
+        size = min(len(weights), self._fitting(queries, course, num_windows)) if engine.plain and length else 1
         if size > 1 and self._side_by_side is None:
             self._side_by_side = self._preferred(queries, course, weights[:size], len(weights))
         return size if self._side_by_side else 1
@@ -118,8 +117,8 @@ class WeightedSweeps:
         """Seconds of a step alone, and side by side; ``None`` if these are not the same but for rounding."""
         engine = self.engine
         # Steps of their own: what they warn of, with other states than training had, is no news, and is said once.
-        dynamics = engine.training_step.dynamics
-        alone, together = LossStep(dynamics), SideBySide(dynamics, len(weights))
+        step = engine.training_step
+        alone, of_all = type(step)(step.dynamics), together(step, len(weights))
         # The last as recorded, to be held against the one alone.
         weights = torch.cat([weights[:-1], torch.ones_like(weights[:1])])
         state, last = engine.replay.recorded(course.start), course.stop - 1
@@ -128,11 +127,11 @@ class WeightedSweeps:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                starts = engine.start(state, queries), engine.start(states, queries, together=together)
+                starts = engine.start(state, queries), engine.start(states, queries, together=of_all)
                 for t in sorted({course.start, (course.start + last) // 2, last}):
                     record = engine.replay.trajectory.step(t)
                     one = _made(alone, state, record, starts[0], torch.ones(len(record.samples)))
-                    all_ = _made(together, states, record, starts[1], weights[:, record.samples])
+                    all_ = _made(of_all, states, record, starts[1], weights[:, record.samples])
                     times.append((one.seconds, all_.seconds))
                     missed = misses(alone, [record], state, one.after, all_.after, copy=-1)
                     if missed or not _same(all_.by_weight[:, -1], one, alone, state, record, starts[0]):
@@ -142,8 +141,8 @@ class WeightedSweeps:
             _log.info("draws cannot run side by side: %s", first_line(error))
             return None
         # The first of each way prepares what the others use.
-        single, of_all = (min(seconds) for seconds in zip(*times, strict=True))
-        return single, of_all
+        single, at_once = (min(seconds) for seconds in zip(*times, strict=True))
+        return single, at_once
 
 
 @dataclass(frozen=True, eq=False)

@@ -216,7 +216,8 @@ class DerivativeCheck:
                 self._ignored = not by_weight.any()
             return total, size
 
-        return _slope(value, near | others | slots, directions, STRIDES[attempt])
+        with step.as_differentiated():
+            return _slope(value, near | others | slots, directions, STRIDES[attempt])
 
 
 def _moves(after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:

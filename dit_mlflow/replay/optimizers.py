@@ -109,20 +109,27 @@ def hyperparameters(optimizer: Optimizers) -> tuple[Hyperparameters, ...]:
     """Per group, all settings but ``initial_lr``, as JSON has them.
 
     A tensor that the optimizer itself keeps in its groups (a counter) becomes ``{"tensor": number, "dtype": name}``;
-    settings that are tensors (a learning rate) become numbers.
+    settings that are tensors (a learning rate) become numbers. So does Adafactor's ``eps``, if it follows the
+    parameters' dtype: a replay in another dtype takes the same.
 
     Raises:
         UnsupportedError: a setting is neither number, string, ``None`` nor a list of them.
     """
     return tuple(
         {
-            key: _plain(key, value, kept=key not in one.defaults)
+            key: _plain(key, _resolved(one, group, key, value), kept=key not in one.defaults)
             for key, value in group.items()
             if key not in _NO_SETTINGS
         }
         for one in every(optimizer)
         for group in one.param_groups
     )
+
+
+def _resolved(optimizer: Optimizer, group: Mapping[str, Any], key: str, value: Any) -> Any:
+    if isinstance(optimizer, torch.optim.Adafactor) and key == "eps" and value[0] is None and group["params"]:
+        return torch.finfo(group["params"][0].dtype).eps, value[1]
+    return value
 
 
 _NO_SETTINGS = ("params", "param_names", "initial_lr")

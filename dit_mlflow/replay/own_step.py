@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,18 +19,24 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.errors import DitError, TrajectoryError, UnsupportedError, first_line
-from dit_mlflow.replay.dynamics import Dynamics, MicroBatch
+from dit_mlflow.replay.adjoint import Adjoint
+from dit_mlflow.replay.dynamics import Dynamics, MicroBatch, Parameters
+from dit_mlflow.replay.optimizer_code import HighPrecision, NumbersAsTensors
 from dit_mlflow.replay.optimizers import emptied, every, groups_of, set_hyperparameters
 from dit_mlflow.replay.rounding import missed_by_rounding
-from dit_mlflow.replay.traced import Attempt, Function, Traces, followed
+from dit_mlflow.replay.traced import Attempt, Function, Traces, followed, near
 from dit_mlflow.replay.training_step import Slot, TrainingStep, slots_of
 from dit_mlflow.torch_internals import reading_values
 from dit_mlflow.trajectory.state import COUNTERS, State
 from dit_mlflow.trajectory.step_record import StepRecord
 from dit_mlflow.workload.batches import tensors_of, with_tensors
 
-WAYS: tuple[tuple[Attempt, bool], ...] = (("kept", True), ("anew", True), ("anew", False), ("as it ran", False))
-"""How to come by a trace, and whether counters and learning rates are inputs of it or numbers in it."""
+WAYS: tuple[tuple[Attempt, bool, bool], ...] = (
+    *(("kept", True, True), ("anew", True, True), ("anew", False, True), ("as it ran", False, True)),
+    *(("anew", False, False), ("as it ran", False, False)),
+)
+"""How to come by a trace; whether counters and learning rates are inputs of it, or numbers in it; and whether numbers
+that optimizers read out of tensors stay tensors."""
 
 
 class OwnStep(TrainingStep):
@@ -40,7 +46,8 @@ class OwnStep(TrainingStep):
     optimizers among them, and differentiated as they ran. A trace serves all steps of its shapes: counters and learning
     rates are inputs of it, where the optimizers take them as tensors (those of ``torch.optim`` that have a flag
     ``differentiable``). Where it leads is held against where the step itself leads, each time; where that is another
-    place (a branch, a counter that is a number), the step is traced anew.
+    place (a branch, a counter that is a number), the step is traced anew. What optimizers compute in low precision is
+    differentiated in that of the parameters, with a warning.
 
     Followed are all floating parameters and buffers, and the optimizers' state.
 
@@ -69,6 +76,11 @@ class OwnStep(TrainingStep):
         self._slots: dict[object, list[Slot]] = {}
         self._takes_tensors: dict[object, bool] = {}
         self._counters: set[int] = set()
+        self._high_precision = HighPrecision(
+            f"the optimizer {'+'.join(type(one).__qualname__ for one in every(self._optimizer))}"
+        )
+        self._differentiated = False
+        self._branches = False
 
     def forward(
         self,
@@ -95,6 +107,29 @@ class OwnStep(TrainingStep):
                 f"Workload.step cannot make step {record.index} of the record: {type(error).__name__}: {error}"
             ) from error
 
+    @contextmanager
+    def as_differentiated(self) -> Iterator[None]:
+        """Inside it, :meth:`forward` makes the step that a trace has the derivative of: without what optimizers round
+        to low precision."""
+        self._differentiated, before = True, self._differentiated
+        try:
+            yield
+        finally:
+            self._differentiated = before
+
+    def vjp(
+        self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, adjoint: Adjoint
+    ) -> tuple[Adjoint, Tensor]:
+        def after(context: AbstractContextManager[Any]) -> Parameters:
+            with context:
+                return self.forward(state, self.dynamics.load(record), weights.detach(), record).parameters
+
+        found = super().vjp(state, batches, weights, record, adjoint)
+        self._high_precision.warn(
+            state.parameters, lambda: after(nullcontext()), lambda: after(self.as_differentiated())
+        )
+        return found
+
     def with_graph(self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord) -> State:
         trace = self._trace(state, batches, weights, record)
         with self.dynamics.as_recorded(_only(batches, record).random_state), torch.enable_grad():
@@ -104,16 +139,25 @@ class OwnStep(TrainingStep):
         self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, over: State | None = None
     ) -> State:
         """By one ``vmap`` of the trace."""
+        with torch.no_grad():
+            return self.of_all(state, batches, weights, record)
+
+    def of_all(self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord) -> State:
+        """The step of trainings side by side, by one ``vmap`` of the trace of the first."""
         first = state.map(lambda value: value[0], counters=False)
         try:
             trace = self._trace(first, batches, weights[0], record)
         except UnsupportedError as error:
             raise NotImplementedError(str(error)) from error
+        if self._high_precision.needed:
+            raise NotImplementedError("a trace of the step is in another precision than the step itself")
+        if self._branches:
+            raise NotImplementedError("the step reads values, by which each training may go another way")
         inputs = [*trace.inputs]
         copies = [*state.parameters.values(), *state.buffers.values(), *slots_of(state).values()]
         inputs[: len(copies)], inputs[trace.weights] = copies, weights
         dims = [0 if place < len(copies) or place == trace.weights else None for place in range(len(inputs))]
-        with self.dynamics.as_recorded(_only(batches, record).random_state), torch.no_grad():
+        with self.dynamics.as_recorded(_only(batches, record).random_state):
             return trace.state(torch.func.vmap(trace.function, tuple(dims), randomness="same")(*inputs))
 
     def _made(
@@ -123,6 +167,7 @@ class OwnStep(TrainingStep):
         weights: Tensor,
         record: StepRecord,
         rates: Sequence[Tensor] | None = None,
+        numbers_stay_tensors: bool = False,
     ) -> State:
         """The step on the tensors of ``state``, in place; with ``rates`` (may be empty), such that it can be traced."""
         parameters, buffers = state.parameters, dict(state.buffers)
@@ -141,6 +186,12 @@ class OwnStep(TrainingStep):
                 stack.enter_context(self.dynamics.as_recorded(micro.random_state))
                 if rates is not None:
                     stack.enter_context(_traceable(every(self._optimizer), rates))
+                if rates is not None or self._differentiated:
+                    contexts: list[Callable[[], AbstractContextManager[Any]]] = [
+                        partial(self._high_precision, self.dynamics.floating_dtype)
+                    ]
+                    contexts += [NumbersAsTensors] * numbers_stay_tensors
+                    stack.enter_context(_stepping(every(self._optimizer), contexts))
                 self.dynamics.call(
                     parameters, buffers, lambda model: self._step(model, self._optimizer, micro.batch, weights)
                 )
@@ -162,7 +213,8 @@ class OwnStep(TrainingStep):
         """A trace that leads from ``state`` where the step does."""
         micro = _only(batches, record)
         plain = state.map(Tensor.detach)
-        expected = self.forward(plain, self.dynamics.load(record), weights.detach(), record)
+        with self.as_differentiated():
+            expected = self.forward(plain, self.dynamics.load(record), weights.detach(), record)
         slots = slots_of(state)
         rest = {
             (name, key): value
@@ -175,7 +227,7 @@ class OwnStep(TrainingStep):
         inputs = [*state.parameters.values(), *state.buffers.values(), *slots.values(), *counters.values(), *rates]
         place = len(inputs)
         inputs += [weights, *tensors_of(micro.batch)]
-        takes_tensors, run = True, False
+        takes_tensors, numbers_stay_tensors, run = True, True, False
         key = (record.evaluation_mode, tuple(slots), tuple(rest))
         shapes = (key, tuple(value.shape for value in inputs))
 
@@ -195,18 +247,19 @@ class OwnStep(TrainingStep):
                 self._counters.add(entries[name][key].data_ptr())
             for (name, key), value in rest.items():
                 entries[name].setdefault(key, value)
-            own_rates = [next(given) for _ in rates]
+            own_rates = [next(given) for _ in record.hyperparameters]
             own_weights = next(given)
             own = replace(micro, batch=with_tensors(micro.batch, list(given)))
             with torch.enable_grad(), self.differentiable(), sdpa_kernel(SDPBackend.MATH):
                 before = State(parameters, buffers, entries)
-                after = self._made(before, own, own_weights, record, own_rates if takes_tensors else ())
+                rates = own_rates if takes_tensors else ()
+                after = self._made(before, own, own_weights, record, rates, numbers_stay_tensors)
             self._slots[shapes] = [*slots_of(after)]
             return [*after.parameters.values(), *after.buffers.values(), *slots_of(after).values()]
 
         detached = [value.detach() for value in inputs]
         problem = "it leads elsewhere than the step itself"
-        for attempt, takes_tensors in WAYS:
+        for attempt, takes_tensors, numbers_stay_tensors in WAYS:  # noqa: B007, `function` reads them
             if takes_tensors and not self._takes_tensors.get(key, True):
                 continue
             run = False
@@ -221,10 +274,14 @@ class OwnStep(TrainingStep):
                 problem = f"{type(error).__name__}: {first_line(error)}"
                 continue
             missed = _missed(found, expected, plain)
-            if not missed or missed <= missed_by_rounding(self, [record], plain, expected, found):
+            with self.as_differentiated():
+                right = not missed or missed <= missed_by_rounding(
+                    self, [record], plain, expected, found, weights.detach()
+                )
+            if right:
                 if run:
                     self._refuse_numbers(function, detached, micro, record)
-                    self._refuse_moving_counters(plain, expected, weights.detach(), record)
+                    self._refuse_moving_numbers(plain, weights.detach(), record)
                 self._takes_tensors[key] = takes_tensors
                 return trace
         raise UnsupportedError(
@@ -245,16 +302,22 @@ class OwnStep(TrainingStep):
         They are constants of the trace, so that influence through them is lost. Branches on them are left alone: they
         are taken as before, whether a number is a thousandth larger or smaller.
         """
+        read: set[bool] = set()
 
         def outcome(factor: float) -> list[Tensor]:
-            with self.dynamics.as_recorded(micro.random_state), reading_values(factor, self._counts):
+            noted = reading_values(factor, self._counts, lambda value: read.add(value.is_floating_point()))
+            with self.dynamics.as_recorded(micro.random_state), noted:
                 return function(*inputs)
 
+        def leads_elsewhere(factor: float) -> bool:
+            try:
+                there = outcome(factor)
+            except Exception:  # Any kind: another number may be none that the step takes.
+                return True
+            return any(not torch.equal(one, other) for one, other in zip(here, there, strict=True))
+
         here = outcome(1.0)
-        if all(
-            any(not torch.equal(one, other) for one, other in zip(here, outcome(factor), strict=True))
-            for factor in (1 - 1e-3, 1 + 1e-3)
-        ):
+        if read and all(leads_elsewhere(1 + change) for change in (-1e-3, 1e-3)):
             # Not to be taken for a trace that was accepted, where somebody asks again.
             self._traces = Traces()
             raise UnsupportedError(
@@ -262,23 +325,42 @@ class OwnStep(TrainingStep):
                 "float(), numpy()), so that influence through it would be lost; compute with the tensor itself, or use "
                 "leave_one_out, which takes no derivative"
             )
+        # A loss that is only told decides nothing.
+        self._branches |= False in read or (True in read and any(map(leads_elsewhere, (0.0, -1.0, 1e6))))
 
-    def _refuse_moving_counters(self, before: State, expected: State, weights: Tensor, record: StepRecord) -> None:
-        """Raise :class:`UnsupportedError` if what is named like a counter depends on the parameters."""
-        moved = {
-            name: value * (1 + 1e-3) if value.is_floating_point() else value
-            for name, value in before.parameters.items()
-        }
-        after = self.forward(replace(before, parameters=moved), self.dynamics.load(record), weights, record)
-        for name, entry in after.optimizer.items():
-            for key in entry.keys() & COUNTERS:
-                if torch.as_tensor(entry[key]) != torch.as_tensor(expected.optimizer[name][key]):
-                    self._traces = Traces()
-                    raise UnsupportedError(
-                        f"an optimizer keeps {key!r}, which depends on the gradients, and {key!r} is the name of a "
-                        "number in torch's optimizers that does not; give it another name, or use leave_one_out, which "
-                        "takes no derivative"
-                    )
+    def _refuse_moving_numbers(self, before: State, weights: Tensor, record: StepRecord) -> None:
+        """Raise :class:`UnsupportedError` if numbers that the optimizers keep, or what is named like a counter, depend
+        on the parameters: an adjoint follows other tensors alone."""
+
+        def numbers(factor: float) -> dict[tuple[Any, str], Any]:
+            moved = {
+                name: value * factor if value.is_floating_point() else value
+                for name, value in before.parameters.items()
+            }
+            after = self.forward(replace(before, parameters=moved), self.dynamics.load(record), weights, record)
+            slots = slots_of(after)
+            kept = [*after.optimizer.items(), *enumerate(groups_of(self._optimizer))]
+            return {
+                (place, key): value
+                for place, entry in kept
+                for key, value in entry.items()
+                if (place, key) not in slots and key != "params"
+            }
+
+        here, there = numbers(1.0), numbers(1 + 1e-3)
+        for (place, key), value in here.items():
+            if not _is_number(value) or torch.equal(torch.as_tensor(value), torch.as_tensor(there[place, key])):
+                continue
+            self._traces = Traces()
+            raise UnsupportedError(
+                f"an optimizer keeps {key!r}, which depends on the gradients, and "
+                + (
+                    f"{key!r} is the name of a number in torch's optimizers that does not; give it another name"
+                    if key in COUNTERS
+                    else "no derivative follows a number; keep it in a floating tensor of its state"
+                )
+                + ", or use leave_one_out, which takes no derivative"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,6 +401,10 @@ class _Trace:
         return State(parameters, buffers, entries)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, Tensor))
+
+
 @contextmanager
 def _traceable(optimizers: Sequence[Optimizer], rates: Sequence[Tensor]) -> Iterator[None]:
     """Optimizers step parameter by parameter, at ``rates`` that are tensors if there are any, and keep every graph."""
@@ -329,14 +415,27 @@ def _traceable(optimizers: Sequence[Optimizer], rates: Sequence[Tensor]) -> Iter
         if "differentiable" in group:
             # SGD reads a rate that needs no gradient as a number.
             group.update(differentiable=True, lr=rate.requires_grad_())
+    with _KeepingGraphs(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph=True", category=UserWarning)
+        yield
+
+
+@contextmanager
+def _stepping(
+    optimizers: Sequence[Optimizer], within: Sequence[Callable[[], AbstractContextManager[Any]]]
+) -> Iterator[None]:
+    """Optimizers make their steps inside of contexts, and without what wraps them."""
+
+    def made(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack, torch.no_grad():
+            for context in within:
+                stack.enter_context(context())
+            return inspect.unwrap(type(optimizer).step)(optimizer, *args, **kwargs)
+
     for optimizer in optimizers:
-        optimizer.step = torch.no_grad()(partial(inspect.unwrap(type(optimizer).step), optimizer))  # type: ignore[method-assign]
+        optimizer.step = partial(made, optimizer)  # type: ignore[method-assign]
     try:
-        with _KeepingGraphs(), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=r"Using backward\(\) with create_graph=True", category=UserWarning
-            )
-            yield
+        yield
     finally:
         for optimizer in optimizers:
             vars(optimizer).pop("step", None)
@@ -396,13 +495,7 @@ def _missed(found: State, expected: State, before: State) -> set[str]:
     pairs = [pair for pair in pairs if pair[2].is_floating_point() and pair[2].numel()]
     ways = [float((value - start).abs().max()) for _, _, value, start in pairs]
     longest = max(ways, default=0.0)
-
-    def near(ours: Tensor, theirs: Tensor, way: float) -> bool:
-        eps = torch.finfo(theirs.dtype).eps
-        allowed = eps**0.5 * max(way, eps**0.5 * longest) + 8 * eps * float(theirs.abs().max())
-        return bool(((ours - theirs).abs() <= allowed).all())
-
-    return {name for (name, one, other, _), way in zip(pairs, ways, strict=True) if not near(one, other, way)}
+    return {name for (name, one, other, _), way in zip(pairs, ways, strict=True) if not near(one, other, way, longest)}
 
 
 def _draws(value: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:

@@ -23,7 +23,12 @@ MARGIN = 10
 
 
 def missed_by_rounding(
-    training_step: TrainingStep, records: Sequence[StepRecord], start: State, replayed: State, other: State
+    training_step: TrainingStep,
+    records: Sequence[StepRecord],
+    start: State,
+    replayed: State,
+    other: State,
+    weights: Tensor | None = None,
 ) -> set[str]:
     """Names of the tensors in which ``replayed`` and ``other`` differ by no more than rounding may cause.
 
@@ -38,6 +43,7 @@ def missed_by_rounding(
         records: the steps from ``start`` to ``replayed``.
         start, replayed: a state, and the state that replay makes of it without nudges.
         other: the state that should equal ``replayed`` up to rounding.
+        weights: of the samples of each step, in batch order; ``None`` = all 1.
 
     Raises:
         TrajectoryError: each replay gives another result, and that alone explains all misses.
@@ -47,10 +53,12 @@ def missed_by_rounding(
     generator = torch.Generator().manual_seed(0)
     effects = dict.fromkeys(_tensors(replayed), 0.0)
     for _ in range(NUDGES):
-        for name, effect in _distances(_replay(training_step, records, start, generator), replayed).items():
+        for name, effect in _distances(_replay(training_step, records, start, weights, generator), replayed).items():
             effects[name] = max(effects[name], effect)
     excused = {name for name, miss in _distances(replayed, other).items() if miss <= MARGIN * effects[name]}
-    if excused == effects.keys() and any(_distances(_replay(training_step, records, start), replayed).values()):
+    if excused == effects.keys() and any(
+        _distances(_replay(training_step, records, start, weights), replayed).values()
+    ):
         raise TrajectoryError(
             f"replaying steps {records[0].index} to {records[-1].index} twice gives two results: something keeps a "
             "state that is not recorded. If data or model draw from a random generator of their own, draw from the "
@@ -65,16 +73,17 @@ def _replay(
     training_step: TrainingStep,
     records: Sequence[StepRecord],
     start: State,
+    weights: Tensor | None,
     nudges: torch.Generator | None = None,
 ) -> State:
     """The state after the steps, with parameters and losses nudged if ``nudges`` is given."""
     nudged = nudged_state(start, nudges)
     like = next(value for value in nudged.parameters.values() if value.is_floating_point())
 
-    def weights(record: StepRecord) -> Tensor:
-        return _nudged(like.new_ones(len(record.samples)), nudges)
+    def nudged_weights(record: StepRecord) -> Tensor:
+        return _nudged(like.new_ones(len(record.samples)) if weights is None else weights, nudges)
 
-    return training_step.run(nudged, records, None if nudges is None else weights)
+    return training_step.run(nudged, records, None if nudges is None and weights is None else nudged_weights)
 
 
 def nudged_state(state: State, nudges: torch.Generator | None) -> State:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dit_mlflow.replay.adjoint import Flat
-from dit_mlflow.replay.dynamics import Buffers, Dynamics, Parameters
+from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
 from dit_mlflow.replay.loss_gradient import GradientSideBySide
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.narrow_layers import NarrowLayers
+from dit_mlflow.replay.own_step import OwnStep
 from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.running_statistics import BuffersApart, DifferentiableStatistics
 from dit_mlflow.replay.training_step import TrainingStep
@@ -77,37 +78,79 @@ class SideBySide(LossStep):
         super().__init__(dynamics)
         self.copies = copies
         self.gradient = GradientSideBySide(dynamics)
-        self.followed_parameters = self._stacked(self.followed_parameters)
+        self.followed_parameters = _stacked(self.followed_parameters, copies)
         clip = torch.func.vmap(self.gradient.clip) if self.gradient.clips else None
         self._update_adjoint = UpdateAdjoint(self._layout, self.followed_parameters, self._optimizer, clip)
-        self.follow(self._stacked(self.followed_buffers))
+        self.follow(_stacked(self.followed_buffers, copies))
 
     def follow(self, buffers: Flat) -> None:
         self.followed_buffers = buffers
         self._apart = BuffersApart(buffers.shapes, self._buffers_after_of_first)
 
     def ask(self, parameters: Parameters, buffers: Parameters, query: Callable[[nn.Module], Tensor]) -> Tensor:
-        """The sum of the query's values over the trainings, ``[]``."""
-
-        def one(own: Parameters, left: Parameters) -> Tensor:
-            return self.dynamics.evaluate(own, left, query)
-
-        with self.differentiable(), NarrowLayers():
-            try:
-                return torch.func.vmap(one, randomness="same")(parameters, buffers).sum()
-            except RuntimeError:
-                # A query may do what vmap cannot, such as take a gradient.
-                each = [(_of(parameters, copy), _of(buffers, copy)) for copy in range(self.copies)]
-                return torch.stack([one(*of) for of in each]).sum()
+        return _ask_all(self, self.copies, parameters, buffers, query)
 
     def differentiable(self) -> AbstractContextManager[Any]:
         return DifferentiableStatistics(always=True) if self._has_statistics else nullcontext()
 
-    def _stacked(self, flat: Flat) -> Flat:
-        return Flat({name: torch.Size((self.copies, *shape)) for name, shape in flat.shapes.items()})
-
     def _buffers_after_of_first(self, parameters: Parameters, buffers: Buffers, record: StepRecord) -> Buffers:
         return self.gradient.buffers_after(_of(parameters, 0), _of(buffers, 0), record)
+
+
+class OwnStepSideBySide(OwnStep):
+    """The same of an :class:`OwnStep`: one ``vmap`` of the trace of a training serves all of them, and its derivative.
+
+    Args:
+        dynamics: model and data.
+        copies: ``K``.
+
+    Raises, when a step is made or pulled back, besides what an :class:`OwnStep` does:
+        RuntimeError, ValueError, NotImplementedError: ``vmap`` cannot run the trace.
+
+    Cost: one training step, and as one on batches ``K`` times as large.
+    """
+
+    def __init__(self, dynamics: Dynamics, copies: int) -> None:
+        super().__init__(dynamics)
+        self.copies = copies
+        self.followed_parameters = _stacked(self.followed_parameters, copies)
+        self.followed_buffers = _stacked(self.followed_buffers, copies)
+
+    def with_graph(self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord) -> State:
+        with torch.enable_grad():
+            return self.of_all(state, batches, weights, record)
+
+    def ask(self, parameters: Parameters, buffers: Parameters, query: Callable[[nn.Module], Tensor]) -> Tensor:
+        return _ask_all(self, self.copies, parameters, buffers, query)
+
+
+Together = SideBySide | OwnStepSideBySide
+
+
+def together(step: TrainingStep, copies: int) -> Together:
+    """The step of ``copies`` trainings of a kind."""
+    return (OwnStepSideBySide if isinstance(step, OwnStep) else SideBySide)(step.dynamics, copies)
+
+
+def _ask_all(
+    step: TrainingStep, copies: int, parameters: Parameters, buffers: Parameters, query: Callable[[nn.Module], Tensor]
+) -> Tensor:
+    """The sum of the query's values over the trainings, ``[]``."""
+
+    def one(own: Parameters, left: Parameters) -> Tensor:
+        return step.dynamics.evaluate(own, left, query)
+
+    with step.differentiable(), NarrowLayers():
+        try:
+            return torch.func.vmap(one, randomness="same")(parameters, buffers).sum()
+        except RuntimeError:
+            # A query may do what vmap cannot, such as take a gradient.
+            each = [(_of(parameters, copy), _of(buffers, copy)) for copy in range(copies)]
+            return torch.stack([one(*of) for of in each]).sum()
+
+
+def _stacked(flat: Flat, copies: int) -> Flat:
+    return Flat({name: torch.Size((copies, *shape)) for name, shape in flat.shapes.items()})
 
 
 def _of(tensors: Mapping[str, Tensor], copy: int) -> dict[str, Tensor]:

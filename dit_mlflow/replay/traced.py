@@ -154,6 +154,18 @@ def alike(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return all(map(near, ones, others, largest))
 
 
+def near(one: Tensor, other: Tensor, way: float, longest: float) -> bool:
+    """Whether the ends of a step are the same but for rounding.
+
+    Args:
+        way: how far the step moved it.
+        longest: the longest way of any tensor; what is 0 in theory moves by rounding alone.
+    """
+    eps = torch.finfo(other.dtype).eps
+    allowed = eps**0.5 * max(way, eps**0.5 * longest) + 8 * eps * float(other.abs().max())
+    return bool(((one - other).abs() <= allowed).all())
+
+
 def followed(value: Tensor) -> Tensor:
     """A copy that is no leaf: what works in place on it is followed."""
     return value.clone().requires_grad_().clone() if value.is_floating_point() else value.clone()

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.errors import UnsupportedError, first_line
 from dit_mlflow.replay.adjoint import Adjoint, Flat, grad_or_zeros, vector_jacobian
+from dit_mlflow.replay.optimizer_code import HighPrecision, NumbersAsTensors
 from dit_mlflow.replay.optimizers import set_group
 from dit_mlflow.replay.slope import STRIDES, Slope
 from dit_mlflow.replay.step_adjoint import PulledGroup, UpdateGroup
-from dit_mlflow.replay.traced import Function, traced
+from dit_mlflow.replay.traced import Function, near, traced
+from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory.state import State
+
+_log = logger_of(__name__)
 
 Slot = tuple[str, str]
 """Name of a parameter, and key of its state."""
@@ -27,7 +31,8 @@ class TracedUpdate:
     """An optimizer that is not one of PyTorch's differentiable ones: a trace of its own ``step``.
 
     State of another shape than its parameter (factored moments) uses the first of the parameter's elements in an
-    adjoint.
+    adjoint. Numbers that the code reads out of tensors stay tensors in the trace, if it can be traced so, and what it
+    computes in low precision is differentiated in that of its inputs, with a warning.
 
     Args:
         optimizer: over no parameters; its param groups are the recorded ones.
@@ -36,11 +41,11 @@ class TracedUpdate:
 
     Raises:
         UnsupportedError: the step cannot be traced; its state is larger than the parameter; it has no derivative in
-            the gradients (it takes their signs alone); or its derivative is not the trace's (it reads values out of
-            tensors, or rounds); or it keeps a number that is no tensor of a parameter's state and depends on the
-            gradients or the parameters.
+            the gradients (it takes their signs alone); or its derivative is not the trace's (it computes
+            with values that it takes out of tensors, or rounds); or it keeps a number that is no tensor of a
+            parameter's state and depends on the gradients or the parameters.
 
-    Cost: a trace for each step, since its counters are constants of the trace, a backward pass through it, and two
+    Cost: a trace for each step, since its counters are constants of the trace, a backward pass through it, and four
     optimizer steps. The derivative of the first, second, fourth, eighth … step is compared with differences, at about
     ten optimizer steps.
     """
@@ -54,6 +59,8 @@ class TracedUpdate:
         self._name = type(optimizer).__qualname__
         self._step: Callable[..., Any] = inspect.unwrap(type(optimizer).step)
         self._calls = 0
+        self._numbers_stay_tensors = True
+        self._high_precision = HighPrecision(f"the optimizer {self._name}")
         # Of the last step: the state and the settings that are one number, or no floating tensor.
         self._numbers: dict[tuple[str | int, str], Any] = {}
         # Those of the state that depend on more than hyperparameters and the step's index.
@@ -85,8 +92,13 @@ class TracedUpdate:
             for (name, key), value in zip(slots, values[2 * len(names) :], strict=True):
                 entries[name][key] = value.clone()
             left = self._stepped(moved, settings, entries)
-            after[:] = left
-            return [*moved.values(), *left.values()]
+            # A number that a trace keeps as a tensor is no state.
+            after[:] = after or left
+            return [*moved.values(), *(left[slot] for slot in after)]
+
+        def widened(*values: Tensor) -> list[Tensor]:
+            with self._high_precision(values[0].dtype):
+                return update(*values)
 
         inputs = [*(state.parameters[name].detach() for name in names), *grads, *slots.values()]
         self._calls += 1
@@ -95,8 +107,12 @@ class TracedUpdate:
         # Early steps and ever rarer later ones, since a step may take another branch than those before it.
         if self._calls & (self._calls - 1) == 0 or len(self._moving) > known:
             still = [not value.dim() and slot not in self._moving for slot, value in slots.items()]
-            self._check(update, [value.double() for value in inputs], len(names), [False] * 2 * len(names) + still)
-        graph = self._traced(update, inputs)
+            self._check(widened, [value.double() for value in inputs], len(names), [False] * 2 * len(names) + still)
+        graph = self._traced(widened, inputs, len(names))
+        self._high_precision.warn(
+            state.parameters,
+            *(lambda step=step: dict(zip(names, step(*inputs), strict=False)) for step in (update, widened)),
+        )
         leaves = [value.detach().requires_grad_() for value in inputs]
         with torch.enable_grad():
             found = graph(*leaves)
@@ -113,14 +129,30 @@ class TracedUpdate:
         by_slot = dict(zip(slots, pulled[2 * len(names) :], strict=True))
         return [self._joined(group, names, by_theta, by_gradient, by_slot, adjoint) for group in groups]
 
-    def _traced(self, update: Function, inputs: Sequence[Tensor]) -> Function:
+    def _traced(self, update: Function, inputs: Sequence[Tensor], count: int) -> Function:
+        def with_numbers(*values: Tensor) -> list[Tensor]:
+            with NumbersAsTensors():
+                return update(*values)
+
+        if self._numbers_stay_tensors:
+            try:
+                found = traced(with_numbers, inputs, roots=True)
+                if _lead_alike(found, update, inputs, count):
+                    return found
+                _log.info("%s: a trace with tensors in place of numbers leads elsewhere", self._name)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # Any kind: code may do with a number what no tensor does.
+                _log.info("%s: numbers that it reads are constants of its trace: %s", self._name, first_line(error))
         try:
-            return traced(update, inputs, roots=True)
+            found = traced(update, inputs, roots=True)
         except Exception as error:
             raise UnsupportedError(
                 f"the step of the optimizer {self._name} cannot be traced, and influence needs its derivative: "
                 f"{type(error).__name__}: {error}. Use leave_one_out, which takes no derivative"
             ) from error
+        self._numbers_stay_tensors = False
+        return found
 
     def _note_moving(self, update: Function, inputs: Sequence[Tensor]) -> None:
         """Look which numbers depend on parameters, gradients and moments: at each step, since one may change rarely.
@@ -157,7 +189,7 @@ class TracedUpdate:
         random = torch.Generator().manual_seed(0)
         leaves = [value.clone().requires_grad_() for value in inputs]
         with torch.enable_grad():
-            found = self._traced(update, inputs)(*leaves)
+            found = self._traced(update, inputs, count)(*leaves)
         weights = [_drawn(value, random) for value in found]
         # Relative to each element, so that second moments stay positive, and zeros stay 0.
         directions = [
@@ -188,8 +220,9 @@ class TracedUpdate:
         if not any(slope.tells and slope.agrees for slope in slopes):
             raise UnsupportedError(
                 f"the step of the optimizer {self._name} changes by {slopes[0].difference:.6g} in a random direction, "
-                f"but the derivative of its trace is {taken:.6g} there, so scores would be wrong: it reads values out "
-                "of tensors (.item()), or computes in low precision. Use leave_one_out, which takes no derivative"
+                f"but the derivative of its trace is {taken:.6g} there, so scores would be wrong: it computes with "
+                "values that it takes out of tensors (float(), math, numpy), or rounds. Use leave_one_out, which takes "
+                "no derivative"
             )
 
     def _stepped(
@@ -260,6 +293,15 @@ class TracedUpdate:
             torch.cat([by_gradient[place].reshape(rows, -1) for place in own], dim=1),
             optimizer,
         )
+
+
+def _lead_alike(one: Function, other: Function, inputs: Sequence[Tensor], count: int) -> bool:
+    """Whether both make the same step of the ``count`` parameters among the inputs, and of the state."""
+    pairs = [*zip(one(*inputs), other(*inputs), strict=True)]
+    moves = [end - start for (_, end), start in zip(pairs, inputs[:count], strict=False)]
+    moves += [end for _, end in pairs[count:]]
+    ways = [float(move.abs().max()) if move.numel() else 0.0 for move in moves]
+    return all(near(*pair, way, max(ways)) for pair, way in zip(pairs, ways, strict=True) if pair[1].numel())
 
 
 def _is_slot(value: Any) -> bool:

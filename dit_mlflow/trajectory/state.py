@@ -179,5 +179,5 @@ def _ratio(miss: float, allowed: float) -> float:
 def _largest(value: Tensor) -> float:
     if value.numel() == 0:
         return 0.0
-    largest = value.abs().max().item()
+    largest = (value if _floats(value) else value.double()).abs().max().item()
     return float("inf") if largest != largest else largest

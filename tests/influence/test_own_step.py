@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from dit_mlflow import (
     explain,
     leave_one_out,
     mean_validation_loss,
+    torch_internals,
     track,
     train,
 )
@@ -117,6 +119,13 @@ def adversarial(model: Any, optimizers: Any, batch: Any, weights: Tensor) -> Ten
     return loss
 
 
+def told(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Tensor:
+    """A loss that is read, and decides nothing."""
+    loss = once(model, optimizer, batch, weights)
+    assert f"{loss.item():.3f}"
+    return loss
+
+
 def by_size(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> Tensor:
     """A branch on a value, and a gradient of gradients."""
     optimizer.zero_grad()
@@ -196,6 +205,43 @@ def decaying(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
 
 
+def by_its_loss(model: nn.Module, optimizer: Any, batch: Any, weights: Tensor) -> None:
+    optimizer.zero_grad()
+    loss = (weights * sample_losses(model, batch)).mean()
+    (loss * (1 if loss.item() > 0.8 else 0.5)).backward()
+    optimizer.step()
+
+
+class Normalised(torch.optim.Optimizer):
+    """Divides by a mean length of the gradients that it reads out; may keep it as a number."""
+
+    def __init__(self, params: Any, where: str = "tensor") -> None:
+        super().__init__(params, {})
+        self.where = where
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for value in self.param_groups[0]["params"]:
+            kept = self.param_groups[0] if self.where == "settings" else self.state[value]
+            length = value.grad.norm().item()
+            if self.where != "tensor":
+                kept["length"] = length = 0.5 * kept.get("length", 1.0) + 0.5 * length
+            value.sub_(0.1 * value.grad / length)
+
+
+def muon_and_adamw(model: nn.Module, optimizers: Any, batch: Any, weights: Tensor) -> None:
+    model.zero_grad()
+    (weights * sample_losses(model, batch)).mean().backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+
+
+def of_matrices_and_others(model: nn.Module) -> Any:
+    matrices = [value for value in model.parameters() if value.dim() == 2]
+    others = [value for value in model.parameters() if value.dim() != 2]
+    return {"muon": torch.optim.Muon(matrices, lr=0.05), "adamw": torch.optim.AdamW(others, lr=0.02)}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "AdamW, clipped": {"step": once, "optimizer": adamw, "scheduler": decaying},
     "SAM": {"step": sharpness_aware, "optimizer": adamw},
@@ -235,6 +281,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "a reversed gradient": {"step": reversing, "optimizer": sgd},
     "as many loops have it": {"step": as_many_loops_have_it, "optimizer": sgd},
+    "Adafactor": {
+        "step": once,
+        "optimizer": lambda model: torch.optim.Adafactor(model.parameters(), lr=0.05, eps=(1e-7, 1e-3)),
+    },
+    "numbers read by an optimizer": {"step": once, "optimizer": lambda model: Normalised(model.parameters())},
 }
 
 
@@ -278,6 +329,61 @@ def test_scores_are_the_derivative_of_retraining(name: str, tmp_path: Path) -> N
     whole = retrained(workload, trajectory, weights)
     gone = [retrained(workload, trajectory, weights.index_fill(0, torch.tensor(sample), 0)) - whole for sample in SOME]
     np.testing.assert_allclose(exact.scores[0, 0, SOME], gone, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_beside_adamw_is_differentiated_without_its_rounding(tmp_path: Path) -> None:
+    workload = digits_workload(step=muon_and_adamw, optimizer=of_matrices_and_others, epochs=1)
+    trajectory = train(workload, tmp_path / "rounded")
+    assert trajectory.verify(workload).max_drift == 0
+    with pytest.warns(UserWarning, match=r"Muon\+AdamW computes in bfloat16.* apart by [0-9.]+%") as told:
+        track(trajectory, workload, [Window(0, 3)])
+    assert len(told) == 1
+    # Retraining takes the step as it is.
+    exact = leave_one_out(trajectory, workload, [Window(0, 3)], samples=SOME, dtype=torch.float64).scores[0, 0, SOME]
+    weights = torch.ones(24, dtype=torch.float64)
+    gone = [
+        retrained(workload, trajectory, weights.index_fill(0, torch.tensor(sample), 0))
+        - retrained(workload, trajectory, weights)
+        for sample in SOME
+    ]
+    np.testing.assert_allclose(exact, gone, rtol=1e-6, atol=1e-9)
+    with torch_internals.widening(torch.float64, lambda dtype: None):
+        trajectory = train(workload, tmp_path / "exact")
+        with pytest.warns(UserWarning, match=r"apart by 0\.0%"):
+            scores = track(trajectory, workload, [Window(0, 3)], dtype=torch.float64).scores[0, 0, SOME]
+
+        def at(sample: int, step: float) -> float:
+            return retrained(workload, trajectory, weights.index_fill(0, torch.tensor(sample), 1 + step))
+
+        expected = [(at(sample, -1e-5) - at(sample, 1e-5)) / 2e-5 for sample in SOME]
+    np.testing.assert_allclose(scores, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("where", ["state", "settings"])
+def test_numbers_that_an_optimizer_keeps_are_refused(where: str, tmp_path: Path) -> None:
+    workload = digits_workload(
+        step=once, optimizer=lambda model: Normalised(model.parameters(), where), loss=sample_losses, epochs=1
+    )
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(UnsupportedError, match=r"keeps 'length', which depends on the gradients.* floating tensor"):
+        track(trajectory, workload, [Window(0, trajectory.num_steps)])
+
+
+@pytest.mark.parametrize(("step", "together"), [(told, True), (by_its_loss, False)])
+def test_trainings_that_may_go_another_way_are_made_one_by_one(step: Any, together: bool, tmp_path: Path) -> None:
+    workload = digits_workload(step=step, optimizer=sgd, epochs=1)
+    trajectory = train(workload, tmp_path / "t")
+    replay = trajectory.replay(workload, torch.float64)
+    start, record = replay.checkpoint(0), trajectory.step(0)
+    weights = torch.ones(3, 8, dtype=torch.float64)
+    weights[1, :6] = 0
+    with nullcontext() if together else pytest.raises(NotImplementedError, match="another way"):
+        after = replay.training_step(start.side_by_side(3), record, weights)
+        for copy in range(3):
+            alone = replay.training_step(start, record, weights[copy])
+            for name, value in alone.parameters.items():
+                torch.testing.assert_close(after.parameters[name][copy], value)
 
 
 def dropping(model: Any, optimizer: Any, batch: Any, weights: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from workloads import SAMPLES, datasets, digits_workload
+from workloads import sample_losses as digit_losses
 
 from dit_mlflow import Query, Window, Workload, expected_influence, parse_windows, sample_losses, train
 from dit_mlflow.influence.engine import Engine
@@ -67,6 +68,29 @@ def penalty(model: nn.Module) -> torch.Tensor:
     return 0.01 * sum(parameter.square().sum() for parameter in model.parameters())
 
 
+def own_step(model: nn.Module, optimizers: Any, batch: Any, weights: torch.Tensor) -> None:
+    """Two optimizers, clipping, an average of the parameters that pulls at them."""
+    model.zero_grad()
+    (weights * digit_losses(model, batch)).mean().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+    for optimizer in optimizers.values():
+        optimizer.step()
+    with torch.no_grad():
+        model[2].weight.lerp_(model[0].weight.mean(), 0.1)
+
+
+def own_step_that_branches(model: nn.Module, optimizers: Any, batch: Any, weights: torch.Tensor) -> None:
+    losses = weights * digit_losses(model, batch)
+    model.zero_grad()
+    (losses * (1 if losses.mean() > 1 else 0.5)).mean().backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+
+
+def two(model: Any) -> dict[str, Any]:
+    return {"first": AdamW(model[0].parameters(), lr=0.02), "rest": SGD(model[2].parameters(), lr=0.1, momentum=0.9)}
+
+
 WORKLOADS: dict[str, Any] = {
     **{name: partial(of, name, clip_grad_norm=0.3) for name in OPTIMIZERS},
     "clipped values": partial(of, "nesterov", clip_grad_value=0.02),
@@ -76,6 +100,7 @@ WORKLOADS: dict[str, Any] = {
     "frozen layer": partial(of, "adamw", model=frozen),
     "param groups": partial(digits_workload, optimizer=groups),
     "attention": partial(of, "nesterov", model=Attention),
+    "a step of one's own": partial(digits_workload, step=own_step, optimizer=two),
 }
 
 
@@ -174,11 +199,13 @@ class Reads(nn.Module):
         return found * 2 if found.detach().sum() > 0 else found
 
 
-@pytest.mark.parametrize("model", [Assigns, Reads])
+@pytest.mark.parametrize(
+    "changes", [{"model": Assigns}, {"model": Reads}, {"step": own_step_that_branches, "optimizer": two}]
+)
 def test_what_vmap_cannot_run_is_run_one_by_one(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    workload = digits_workload(model=model)
+    workload = digits_workload(**changes)
     trajectory = train(workload, tmp_path / "t")
     assert compared(trajectory, workload) is None
     walks = made(monkeypatch)
