@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +13,13 @@ from scipy import optimize, special, stats
 
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Influence, Kind, Query, Window
-from dit_mlflow.influence.draws import DRAWS_AGREE, Draws, expected_over, warn_of_kinks
+from dit_mlflow.influence.draws import DRAWS_AGREE, Draws, expected_over, kinked, warn_of_kinks
 from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import tracked
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.method import Estimate, Method, RetrainingMethod
+from dit_mlflow.methods.tracin import TracIn
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.retraining import Effort, leave_one_out, train_on_subsets
 from dit_mlflow.told import logger_of
@@ -68,6 +70,10 @@ def removal_influence(
     ``a``, what all removals of that share have in common, is no sample's. The blend is calibrated: a sum of its scores
     foretells size as well as order.
 
+    In windows where opposite draws disagree (``metadata["draws_agree"]`` below 0.5, as over whole runs under AdamW), a
+    few draws are little more than noise. There the mean over ``U(0, 1)`` is taken over ``trainings`` draws, and TracIn
+    is one more of the ``s^(k)``.
+
     The bank is that of datamodels (Ilyas et al. 2022, arXiv 2202.00622), which fit all scores to it; a few dozen
     retrainings are far too few for that, and enough for a handful of coefficients.
 
@@ -95,7 +101,8 @@ def removal_influence(
         InputError: a share or a budget that cannot be used, and what :func:`dit_mlflow.track` refuses.
         UnsupportedError: see :func:`dit_mlflow.track`; or too few of the retrainings end with a finite query.
 
-    Cost: ``1 + trainings / 2`` sweeps along a replay of their own, and ``2 * trainings`` retrainings.
+    Cost: ``1 + trainings / 2`` sweeps along a replay of their own, ``trainings`` more where opposite draws disagree,
+    and ``2 * trainings`` retrainings. ``metadata["spent"]`` says how many.
     """
     given = (trajectory, workload, windows, kind, queries)
     (found,) = removal_curve(*given, [removed], trainings, seed, dtype, memory_budget, effort, exact)
@@ -129,16 +136,48 @@ def removal_curve(
         names = ("dit", "uniform", "beta")
         found = [tracked(question, engine, named), *expected_over(question, engine, kinds, named)]
         parts = dict(zip(names, found, strict=True))
-    warn_of_kinks(parts["uniform"])
+        warn_of_kinks(parts["uniform"])
+        few, disagreeing = parts["uniform"], kinked(parts["uniform"])
+        many = 4 * draws if disagreeing else 0
+        if disagreeing:
+            parts |= _where_kinked(replace(question, windows=tuple(disagreeing)), engine, few, Draws(many, seed), named)
     if exact is not None:
         _check_exact(exact, question)
         parts["leave_one_out"] = exact.select(list(question.windows))
     elif trainings >= workload.num_samples:
         parts["leave_one_out"] = leave_one_out(*given, dtype=dtype, effort=effort)
-    spent = {"sweeps": 1 + 2 * draws, "retrainings": 2 * trainings}
-    told = {key: value for key, value in parts["uniform"].metadata.items() if key in (DRAWS_AGREE, "derivative")}
+    spent = {"sweeps": 1 + 2 * draws + many, "retrainings": 2 * trainings}
+    told = {key: value for key, value in few.metadata.items() if key in (DRAWS_AGREE, "derivative")}
     common = {"trainings": int(trainings), "seed": int(seed), "spent": spent, **told}
     return [_blended(question, parts, removed, 2 * trainings, seed, dtype, effort, common) for removed in shares]
+
+
+def _where_kinked(question: Question, engine: Engine, few: Influence, more: Draws, dtype: str) -> dict[str, Influence]:
+    """For the windows of ``question``: the mean over more draws in place of ``few``, and TracIn. NaN: other windows."""
+    (many,) = expected_over(question, engine, [more], dtype)
+    found = {"uniform": _put(few, many)}
+    with suppress(UnsupportedError):  # It needs a step that is a loss, then an optimizer.
+        effects = TracIn()(question.trajectory, question.workload, question.windows, queries=question.queries)
+        found["tracin"] = _put(replace(few, scores=np.full_like(few.scores, np.nan), standard_error=None), effects)
+    return found
+
+
+def _put(into: Influence, part: Influence) -> Influence:
+    """``into``, with scores and errors of ``part`` in its windows."""
+    places = [into.windows.index(window) for window in part.windows]
+
+    def put(own: np.ndarray, values: np.ndarray | None) -> np.ndarray:
+        found = own.copy()
+        found[places] = own[places] if values is None else values
+        return found
+
+    errors, freedom = into.standard_error, into.degrees_of_freedom
+    return replace(
+        into,
+        scores=put(into.scores, part.scores),
+        standard_error=None if errors is None else put(errors, part.standard_error),
+        degrees_of_freedom=None if freedom is None else put(freedom, part.degrees_of_freedom),
+    )
 
 
 def _blended(

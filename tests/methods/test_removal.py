@@ -23,6 +23,7 @@ from dit_mlflow import (
     Window,
     Workload,
     expected_influence,
+    load_workload,
     removal_influence,
     track,
     train,
@@ -181,6 +182,24 @@ def test_the_same_seed_gives_the_same_and_a_large_budget_takes_leave_one_out(
     large = removal_influence(trajectory, workload, windows, trainings=workload.num_samples)
     assert "leave_one_out" in large.metadata["bank"]["0-4"][0]["coefficients"]
     assert "leave_one_out" not in one.metadata["bank"]["0-4"][0]["coefficients"]
+
+
+def test_where_opposite_draws_disagree_there_are_more_of_them_and_tracin(tmp_path: Path) -> None:
+    """Over the whole run under AdamW, and not in its last third."""
+    workload = load_workload("projects/digits", n_train=100, optimizer="adamw", lr=0.01, epochs=8)
+    trajectory = train(workload, tmp_path / "t")
+    steps = trajectory.num_steps
+    whole, last = windows = [Window(0, steps), Window(2 * steps // 3, steps)]
+    found = removal_influence(trajectory, workload, windows, removed=0.5)
+    agree = found.metadata["draws_agree"]
+    assert agree[str(whole)][0] < 0.5 < agree[str(last)][0]
+    coefficients = {window: found.metadata["bank"][str(window)][0]["coefficients"] for window in windows}
+    assert "tracin" in coefficients[whole]
+    assert "tracin" not in coefficients[last]
+    assert found.metadata["spent"] == {"sweeps": 9 + 16, "retrainings": 32}
+    # What is not kinked has the scores that it has alone.
+    alone = removal_influence(trajectory, workload, [last], removed=0.5)
+    np.testing.assert_allclose(found.of(last), alone.of(last), rtol=0, atol=1e-5 * np.abs(alone.scores).max())
 
 
 @pytest.mark.parametrize(
