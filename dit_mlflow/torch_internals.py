@@ -52,8 +52,8 @@ def make_fx(function: Callable[..., Any], values: bool = True) -> Callable[..., 
     ``torch.export`` refuses functions that take gradients, and Dynamo breaks the graph there.
 
     Args:
-        values: ``False`` = tensors have a shape and a dtype only, so that what depends on values raises: ``.numpy()``,
-            a shape made by a mask. Tensors from elsewhere are constants.
+        values: ``False`` = tensors have a shape and a dtype only, so that no value becomes a constant: ``.numpy()`` and
+            a branch on ``.item()`` raise, a length that a mask gives is a symbol. Tensors from elsewhere are constants.
     """
     # 0.3 s that only a trace needs.
     from torch.fx.experimental import proxy_tensor

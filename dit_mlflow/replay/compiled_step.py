@@ -111,8 +111,8 @@ class _Kind:
 class CompiledStep(LossStep):
     """A :class:`LossStep` that is pulled back by graphs that ``torch.compile`` made, where that is right and pays.
 
-    The gradient, and the derivatives of :class:`Objective`, are traced below autograd without values (so what depends
-    on values cannot be traced), and compiled. The optimizer's adjoint stays as it is. A kind of step (shapes, modes,
+    The gradient, and the derivatives of :class:`Objective`, are traced below autograd without values (so that none
+    becomes a constant), and compiled. The optimizer's adjoint stays as it is. A kind of step (shapes, modes,
     number of adjoints) is compared with the eager step where it is first compiled. What cannot be traced or compiled,
     draws random numbers in the forward pass, changes its batch in place or differs stays eager for good; that is said
     once, and never an error.

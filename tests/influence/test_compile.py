@@ -199,7 +199,7 @@ def with_names(items: list[Any]) -> Any:
     return torch.stack([item[0] for item in items]), torch.stack([item[1] for item in items]), object()
 
 
-class Named(nn.Module):
+class Drops(nn.Module):
     """Random in training."""
 
     def __init__(self) -> None:
@@ -211,7 +211,7 @@ class Named(nn.Module):
 
 
 EAGER: dict[str, tuple[dict[str, Any], str]] = {
-    "dropout": ({"model": Named}, "the forward pass draws random numbers"),
+    "dropout": ({"model": Drops}, "the forward pass draws random numbers"),
     "Python's numbers": ({"loss": drops}, "the forward pass draws random numbers"),
     "in place": ({"loss": subtracts}, "the loss changes its batch"),
     "a number": ({"loss": reads}, ""),
@@ -324,7 +324,7 @@ class Pull(nn.Module):
 def test_elements_without_a_derivative_are_told_at_compiled_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two samples that pull a parameter exactly against each other; the first step, which is eager, is not looked at."""
+    """Two samples pull a parameter exactly against each other; the first step, an eager one, is not looked at."""
     data: Any = TensorDataset(torch.tensor([1.0, -1.0]))
     workload = Workload(
         Pull,
