@@ -30,7 +30,10 @@ Compile = Literal["auto", "always", "never"]
 """Whether the sweep's steps are compiled: where it saves time, wherever it is right, or nowhere."""
 
 COMPILE_SECONDS = 20.0
-"""What compiling a step is assumed to cost; ``benchmarks/speed.py --only compiled`` measures it."""
+"""What compiling a step is assumed to cost, and :data:`SECONDS_PER_TENSOR` for each of the model's parameters;
+``benchmarks/speed.py --only compiled`` measures it."""
+
+SECONDS_PER_TENSOR = 2.0
 
 SAVING = 0.35
 """The share of an eager step that compiling is assumed to save; from the same benchmark."""
@@ -137,6 +140,7 @@ class CompiledStep(LossStep):
         self._chosen: _Kind | None = None
         self._seconds = 0.0
         self._refused = ""
+        self._price = COMPILE_SECONDS + SECONDS_PER_TENSOR * len(dynamics.manifest.model.parameters)
         if dynamics.floating_dtype not in TOLERANCE:
             self._stay_eager(f"the model computes in {dynamics.floating_dtype}")
 
@@ -196,7 +200,7 @@ class CompiledStep(LossStep):
         seconds = sum(kind.eager.count * kind.eager.fastest for kind in kinds if kind.eager.count)
         return (
             f"eager: {of_all} steps in {seconds:.3g} s; compiled, about {seconds * (1 - SAVING):.3g} s, and about "
-            f"{COMPILE_SECONDS:.3g} s to compile"
+            f"{self._price:.3g} s to compile"
         )
 
     @property
@@ -214,7 +218,7 @@ class CompiledStep(LossStep):
         if (made := self._made) < LOOKED_AT + TIMED or kind.eager.count < TIMED:
             return False
         ahead = max(self.to_go, made) * kind.made / made
-        return ahead * SAVING * kind.eager.fastest > COMPILE_SECONDS
+        return ahead * SAVING * kind.eager.fastest > self._price
 
     def _kind(self, batches: list[MicroBatch], record: StepRecord, adjoint: Adjoint) -> _Kind:
         key: object = None
