@@ -239,6 +239,18 @@ def test_what_cannot_be_compiled_stays_eager(name: str, tmp_path: Path, caplog: 
     assert reason in told[0]
 
 
+def test_only_the_standard_step_is_compiled(tmp_path: Path) -> None:
+    def detached(model: nn.Module, batch: Any) -> Tensor:
+        losses = sample_losses(model, batch)
+        return losses * losses.detach()
+
+    workload = digits_workload(loss=detached, epochs=1)
+    made, eager = both(workload, train(workload, tmp_path / "t"), "1")
+    assert made.metadata["derivative"] == "traced"
+    assert made.metadata["compile"] == "eager: only a loss, then an optimizer, differentiated by autograd, is compiled"
+    assert np.array_equal(made.scores, eager.scores)
+
+
 def refusing(graph: Any, inputs: Any) -> Callable[..., Any]:
     raise RuntimeError("no C++ compiler here")
 
