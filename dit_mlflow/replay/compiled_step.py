@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -18,13 +18,12 @@ from dit_mlflow.errors import InputError
 from dit_mlflow.replay.adjoint import Adjoint
 from dit_mlflow.replay.dynamics import Dynamics, MicroBatch
 from dit_mlflow.replay.loss_step import LOOKED_AT, LossStep, Objective
+from dit_mlflow.replay.step_graphs import CannotCompileError, StepGraphs, graphs_of, tensors_of_step
 from dit_mlflow.replay.update import Pulled
 from dit_mlflow.told import logger_of
-from dit_mlflow.torch_internals import make_fx, version
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
-from dit_mlflow.workload.batches import Batch, map_tensors, tensors_of, with_tensors
-from dit_mlflow.workload.random_state import RandomState
+from dit_mlflow.workload.batches import Batch, map_tensors
 
 Compile = Literal["auto", "always", "never"]
 """Whether the sweep's steps are compiled: where it saves time, wherever it is right, or nowhere."""
@@ -44,9 +43,6 @@ TIMED = 3
 MEASURED = 32
 """Steps that are timed at most: a GPU must wait for it."""
 
-BACKEND = "inductor"
-"""Of ``torch.compile``."""
-
 MOST_KINDS = 4
 """Kinds of step (shapes of the batch, modes, numbers of adjoints) that are compiled at most."""
 
@@ -54,8 +50,6 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 """Largest difference from the eager step, relative to the largest entry; other dtypes are not compiled."""
 
 _log = logger_of(__name__)
-
-Graph = Callable[..., Sequence[Tensor]]
 
 
 def check_compile(asked: str) -> Compile:
@@ -65,28 +59,6 @@ def check_compile(asked: str) -> Compile:
             f"compile={asked!r}; expected 'auto' (steps are compiled where that saves time), 'always' or 'never'"
         )
     return asked  # type: ignore[return-value]
-
-
-class CannotCompileError(Exception):
-    """Why a step stays eager."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Graphs:
-    """What is compiled of a kind of step.
-
-    Attributes:
-        names: the parameters that have a gradient, in the order of ``g_t``.
-        changed: the buffers that the forward passes change.
-        gradient: the step's tensors -> ``g_t`` by name; ``None`` = the optimizer's adjoint reads no gradient.
-        derivative: the step's tensors, ``lambda_g``, ``lambda_b`` -> derivatives by weights ``[A, sum B]``, parameters
-            ``[A, N]`` and, if any are followed, buffers ``[A, M]``; then the changed buffers.
-    """
-
-    names: list[str]
-    changed: list[str]
-    gradient: Graph | None
-    derivative: Graph
 
 
 @dataclass(eq=False)
@@ -101,7 +73,7 @@ class _Times:
 class _Kind:
     """Steps with the same shapes, modes and number of adjoints."""
 
-    graphs: _Graphs | None = None
+    graphs: StepGraphs | None = None
     slower: bool = False
     eager: _Times = field(default_factory=_Times)
     compiled: _Times = field(default_factory=_Times)
@@ -234,7 +206,7 @@ class CompiledStep(LossStep):
 
     def _by_graphs(
         self,
-        graphs: _Graphs,
+        graphs: StepGraphs,
         state: State,
         batches: list[MicroBatch],
         weights: Tensor,
@@ -245,7 +217,7 @@ class CompiledStep(LossStep):
             theta, _, buffers = self.tensors(state.parameters, state.buffers)
             return self.gradients(theta, buffers, weights, record, batches)
 
-        given = _tensors(state, weights, batches)
+        given = tensors_of_step(state, weights, batches)
         # Where no value is read, a gradient is known by its shape.
         of_gradient = [state.parameters[name] for name in graphs.names]
         by_statistic = self.followed_buffers.split_rows(adjoint.buffers)
@@ -275,10 +247,10 @@ class CompiledStep(LossStep):
         state: State,
         record: StepRecord,
         batches: list[MicroBatch],
-    ) -> _Graphs:
+    ) -> StepGraphs:
         """The graphs of a step, whose derivatives were ``found``; raises unless theirs are the same."""
-        graphs = self._graphs(objective, state, record, batches)
-        given = _tensors(state, objective.weights, batches)
+        graphs = graphs_of(self._twin, objective, state, record, batches)
+        given = tensors_of_step(state, objective.weights, batches)
         with torch.no_grad():
             if graphs.gradient is not None:
                 self._compare("gradients", graphs.gradient(*given), list(objective.gradients.values()))
@@ -298,56 +270,6 @@ class CompiledStep(LossStep):
         # NaN is no agreement.
         if not apart <= TOLERANCE[self.dynamics.floating_dtype] * largest:
             raise CannotCompileError(f"compiled {what} differ by {apart:.2g}, where the largest is {largest:.2g}")
-
-    def _graphs(self, objective: Objective, state: State, record: StepRecord, batches: list[MicroBatch]) -> _Graphs:
-        """The step of ``objective`` in graphs, which take what :func:`_tensors` gives."""
-        if not objective.gradients:
-            raise CannotCompileError("no parameter has a gradient")
-        step, names, changed = self._twin, list(objective.gradients), list[str]()
-        # Without a state to restore, what the forward pass draws from Python's generators shows.
-        alike = [replace(micro, random_state=None) for micro in batches]
-        sizes = [len(state.parameters), len(state.buffers), 1]
-
-        def opened(values: Sequence[Tensor]) -> tuple[dict[str, Tensor], Objective]:
-            parameters, buffers, rest = _split(values, sizes[:2])
-            theta, moving, left = step.tensors(
-                dict(zip(state.parameters, parameters, strict=True)), dict(zip(state.buffers, buffers, strict=True))
-            )
-            weights = rest[0].detach().requires_grad_()
-            micros, rest = _filled(alike, rest[1:])
-            before, given = {name: (value, version(value)) for name, value in left.items()}, list(map(version, values))
-            gradients = step.gradients(theta, left, weights, record, micros)
-            if given != list(map(version, values)):
-                raise CannotCompileError("the loss changes its batch")
-            changed[:] = [name for name, (copy, of) in before.items() if left[name] is not copy or version(copy) != of]
-            by_gradient, by_statistic, _ = _split(rest, [len(names), len(moving)])
-            held = {name: theta[name] for name in step.followed_parameters.shapes}
-            statistics = [left[name] for name in moving]
-            followed = list(moving.values())
-            return left, Objective(
-                {name: gradients[name] for name in names},
-                *(statistics, weights, held, followed, by_gradient, by_statistic, objective.rows),
-            )
-
-        def gradient(*values: Tensor) -> list[Tensor]:
-            _, made = opened(values)
-            return [value.detach() for value in made.gradients.values()]
-
-        def derivative(*values: Tensor) -> list[Tensor]:
-            left, made = opened(values)
-            by_weight, by_theta, by_buffer = step.derivatives(made, state, record, batches)
-            by_parameters = step.followed_parameters.join_rows(by_theta, made.rows)
-            by_buffers = [step.followed_buffers.join_rows(by_buffer, made.rows)] if by_buffer else []
-            return [by_weight, by_parameters, *by_buffers, *(left[name].detach() for name in changed)]
-
-        given = _tensors(state, objective.weights, batches)
-        reads = self.needs_optimizer_values or self.gradient.clips
-        return _Graphs(
-            names,
-            changed,
-            _compiled(gradient, given) if reads else None,
-            _compiled(derivative, [*given, *objective.by_gradient, *objective.by_statistic]),
-        )
 
     @cached_property
     def _twin(self) -> LossStep:
@@ -377,46 +299,6 @@ class CompiledStep(LossStep):
             torch.cuda.synchronize(self.dynamics.device)
             return time.perf_counter()
         return time.process_time()
-
-
-def _compiled(function: Callable[..., list[Tensor]], values: Sequence[Tensor]) -> Graph:
-    """``function`` compiled, for values of these shapes; raises :class:`CannotCompileError` if it draws numbers."""
-    before = RandomState.capture()
-    graph = make_fx(function, values=False)(*(value.detach() for value in values))
-    drawn = [
-        node for node in graph.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    ]
-    if drawn or before.used_since(RandomState.capture()) is not None:
-        raise CannotCompileError("the forward pass draws random numbers")
-    made: Graph = torch.compile(graph.forward, fullgraph=True, dynamic=False, backend=BACKEND)
-    return made
-
-
-def _tensors(state: State, weights: Tensor, batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """What a step depends on: parameters, buffers, the samples' weights, coefficients and batches."""
-    coefficients = [micro.coefficients for micro in batches]
-    of_batches = [tensor for micro in batches for tensor in tensors_of(micro.batch)]
-    return [*state.parameters.values(), *state.buffers.values(), weights.detach(), *coefficients, *of_batches]
-
-
-def _filled(batches: Sequence[MicroBatch], values: Sequence[Tensor]) -> tuple[list[MicroBatch], Sequence[Tensor]]:
-    """The micro-batches with the first of ``values``, in the order of :func:`_tensors`, and the others."""
-    coefficients, rest = values[: len(batches)], values[len(batches) :]
-    made = []
-    for micro, own in zip(batches, coefficients, strict=True):
-        size = len(tensors_of(micro.batch))
-        made.append(replace(micro, batch=with_tensors(micro.batch, rest[:size]), coefficients=own))
-        rest = rest[size:]
-    return made, rest
-
-
-def _split(values: Sequence[Tensor], sizes: Sequence[int]) -> list[Sequence[Tensor]]:
-    """Parts of these sizes, and the rest."""
-    parts = []
-    for size in sizes:
-        parts.append(values[:size])
-        values = values[size:]
-    return [*parts, values]
 
 
 def _shape(batch: Batch) -> str:

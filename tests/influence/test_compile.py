@@ -22,7 +22,7 @@ from dit_mlflow.influence import Influence, self_influence
 from dit_mlflow.influence.query import mean_validation_loss
 from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.removal import Removal
-from dit_mlflow.replay import compiled_step
+from dit_mlflow.replay import step_graphs
 from dit_mlflow.replay.compiled_step import CompiledStep
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.trajectory import StepRecord
@@ -31,7 +31,7 @@ from dit_mlflow.trajectory import StepRecord
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs run as they are: all but the compiler."""
-    monkeypatch.setattr(compiled_step, "BACKEND", "eager")
+    monkeypatch.setattr(step_graphs, "BACKEND", "eager")
 
 
 def momentum(model: nn.Module) -> SGD:
@@ -146,7 +146,7 @@ def test_traced_steps_give_the_same_scores(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_compiled_steps_give_the_same_scores(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_step, "BACKEND", "inductor")
+    monkeypatch.setattr(step_graphs, "BACKEND", "inductor")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     compare_all(name, tmp_path / "t")
@@ -285,7 +285,7 @@ def failing(graph: Any, inputs: Any) -> Callable[..., Any]:
 def test_a_compiler_that_fails_or_errs_is_left(
     backend: Any, reason: str, optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled_step, "BACKEND", backend)
+    monkeypatch.setattr(step_graphs, "BACKEND", backend)
     workload = digits_workload(optimizer=optimizer)
     made, eager = both(workload, train(workload, tmp_path / "t"))
     assert made.metadata["compile"].startswith(reason)
