@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import psutil
 import torch
@@ -25,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adam
 from torch.utils.data import TensorDataset
 
-from dit_mlflow import Trajectory, Workload, leave_one_out, parse_windows, track, train
+from dit_mlflow import Trajectory, Window, Workload, leave_one_out, parse_windows, track, train
 from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.kind import courses, sweeps
 from dit_mlflow.influence.query import mean_validation_loss
@@ -36,10 +38,10 @@ from dit_mlflow.trajectory import State
 class Encoder(nn.Module):
     """The rows of an image as 28 tokens through two transformer layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
         self.embedding = nn.Linear(28, 64)
-        layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.1, activation="gelu", batch_first=True)
+        layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=dropout, activation="gelu", batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2)
         self.head = nn.Linear(64, 10)
 
@@ -161,6 +163,36 @@ def small_network(repetitions: int) -> pd.DataFrame:
     return pd.DataFrame({"784-8-1": _over_training(seconds)}).T
 
 
+def compiled_steps(rows: dict[str, Workload], repetitions: int) -> pd.DataFrame:
+    """One sweep in memory, its steps eager and compiled, after a first walk that checks derivatives and compiles."""
+    table = {}
+    for name, workload in rows.items():
+        with tempfile.TemporaryDirectory() as folder:
+            trajectory = train(workload, Path(folder) / "t")
+            replay = InMemory(trajectory, workload)
+            eager, compiled = (Engine(replay, shown=False, compile=way) for way in ("never", "always"))
+            scores = swept_by(eager, workload)()
+            begun = time.perf_counter()
+            apart = abs(swept_by(compiled, workload)() - scores).max() / abs(scores).max()
+            first = time.perf_counter() - begun
+            work = {"eager": swept_by(eager, workload), "compiled": swept_by(compiled, workload)}
+            seconds = medians({"training": plain_training(workload, trajectory), **work}, repetitions)
+            table[name] = {
+                "steps": float(trajectory.num_steps),
+                **_over_training(seconds),
+                "first walk s": first,
+                "apart": f"{apart:.0e}",
+                "choice": compiled.details["compile"],
+            }
+    return pd.DataFrame(table).T
+
+
+def swept_by(engine: Engine, workload: Workload) -> Callable[[], np.ndarray]:
+    trajectory = engine.replay.trajectory
+    planned = sweeps(courses("local", [Window(0, trajectory.num_steps)], trajectory.num_steps))
+    return lambda: engine.run([mean_validation_loss(workload)], planned, 1)
+
+
 def scaling(repetitions: int) -> pd.DataFrame:
     """CPU milliseconds of the sweep, from disk, with more steps, larger batches and more windows."""
     cases = {
@@ -239,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=["multiples", "small", "scaling", "memory"])
+    parser.add_argument("--only", choices=["multiples", "compiled", "small", "scaling", "memory"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     networks = {
@@ -249,8 +281,16 @@ def main() -> None:
         "2-layer transformer encoder": digits_workload(Encoder, 512, 12),
         "2-layer transformer encoder, Adam": digits_workload(Encoder, 512, 12, adam),
     }
+    to_compile = {
+        "784-8-1, SGD": digits_workload(small, 256, 21, lambda model: SGD(model.parameters(), lr=0.05)),
+        "MLP 784-256-10": networks["MLP 784-256-10"],
+        "MLP 784-256-10, Adam": networks["MLP 784-256-10, Adam"],
+        "CNN 32-64": networks["CNN 32-64"],
+        "2-layer transformer encoder, no dropout": digits_workload(lambda: Encoder(0.0), 512, 12),
+    }
     tables = {
         "multiples": lambda: multiples(networks, options.repetitions),
+        "compiled": lambda: compiled_steps(to_compile, options.repetitions),
         "small": lambda: small_network(options.repetitions),
         "scaling": lambda: scaling(options.repetitions),
         "memory": lambda: memory(options.repetitions),

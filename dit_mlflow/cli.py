@@ -24,6 +24,7 @@ from dit_mlflow.tracking.mlflow_internals import DATABASE_LOGGER
 from dit_mlflow.tracking.store.failed_run import fail_project_run
 
 KINDS = ("local", "final", "cumulative")
+COMPILE = ("auto", "always", "never")
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -118,6 +119,7 @@ def train(context: click.Context, workload: str, init_seed: int, order_seed: int
 @_asks
 @_option("--dtype", "recorded", "Of the sweep.", "recorded", "float32", "float64")
 @_option("--memory-mb", 0, "MiB for the states that a sweep holds; 0: about 2 sqrt(T) of them.")
+@_option("--compile", "auto", "The sweep's steps, where it saves time; wherever it is right.", *COMPILE)
 @_option("--trust", 24, "Random samples left out exactly, and those that stand out; 0: none.")
 @_option("--removed", 0.1, "Share of the samples whose removal is asked about; 0: the derivative.")
 @_option("--trainings", 16, "Budget for that: draws, and twice as many retrainings.")

@@ -46,15 +46,20 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
     return inner if inspect.ismethod(inner) else found
 
 
-def make_fx(function: Callable[..., Any]) -> Callable[..., fx.GraphModule]:
+def make_fx(function: Callable[..., Any], values: bool = True) -> Callable[..., fx.GraphModule]:
     """``torch.fx.experimental.proxy_tensor.make_fx``: what ``function`` runs below autograd, as a graph.
 
     ``torch.export`` refuses functions that take gradients, and Dynamo breaks the graph there.
+
+    Args:
+        values: ``False`` = tensors have a shape and a dtype only, so that no value becomes a constant: ``.numpy()`` and
+            a branch on ``.item()`` raise, a length that a mask gives is a symbol. Tensors from elsewhere are constants.
     """
     # 0.3 s that only a trace needs.
     from torch.fx.experimental import proxy_tensor
 
-    made: Callable[..., fx.GraphModule] = proxy_tensor.make_fx(function)
+    mode: dict[str, Any] = {} if values else {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
+    made: Callable[..., fx.GraphModule] = proxy_tensor.make_fx(function, **mode)
     return made
 
 

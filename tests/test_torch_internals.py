@@ -67,6 +67,18 @@ def test_low_precision_is_widened_also_in_a_trace(narrow: torch.dtype) -> None:
     assert function(value)[0].dtype == torch.float64
 
 
+def test_a_trace_without_values_refuses_what_reads_one() -> None:
+    values, elsewhere = torch.tensor([1.0, 2.0]), torch.tensor(3.0)
+    graph = torch_internals.make_fx(lambda value: [value * elsewhere], values=False)(values)
+    torch.testing.assert_close(graph(torch.tensor([5.0, 7.0])), [torch.tensor([15.0, 21.0])])
+    for read in (
+        lambda value: [value * (2 if value.sum().item() > 0 else 3)],
+        lambda value: [value * float(value.numpy()[0])],
+    ):
+        with pytest.raises((RuntimeError, NotImplementedError, AttributeError)):
+            torch_internals.make_fx(read, values=False)(values)
+
+
 def test_a_module_computes_with_what_is_in_its_slots() -> None:
     module = nn.BatchNorm1d(2).eval()
     weight, mean = torch.full((2,), 3.0), torch.full((2,), 5.0)

@@ -23,6 +23,7 @@ from dit_mlflow.influence.weighted_sweeps import WeightedSweeps
 from dit_mlflow.influence.window import Window
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.replay.compiled_step import Compile, check_compile
 from dit_mlflow.told import logger_of
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
@@ -50,6 +51,7 @@ def expected_influence(
     dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     power: float = 1.0,
+    compile: Compile = "auto",
 ) -> Influence:
     r"""Influence of every training sample when others are removed too: the mean of the derivative over random weights.
 
@@ -73,9 +75,9 @@ def expected_influence(
     a draw's effects go through all later steps.
 
     Args:
-        trajectory, workload, windows, kind, queries, dtype, memory_budget: as for :func:`dit_mlflow.track`, whose
-            ``weights`` say in which steps the drawn weights hold. All windows share the draws; each window's draws
-            have trainings of their own.
+        trajectory, workload, windows, kind, queries, dtype, memory_budget, compile: as for
+            :func:`dit_mlflow.track`, whose ``weights`` say in which steps the drawn weights hold. All windows share the
+            draws; each window's draws have trainings of their own.
         draws: their number, even.
         seed: of the weights.
         power: the weights are ``u ** power``, ``u ~ U(0, 1)``, in pairs ``u, 1 - u``: nearer to 1 for fewer removals.
@@ -104,11 +106,12 @@ def expected_influence(
     ``draws / 2`` times the scores.
     """
     check_draws(draws, seed)
+    check_compile(compile)
     if not 0 < power < np.inf:
         raise InputError(f"power={power!r}; expected a positive number: weights are u ** power")
     question = Question.of(trajectory, workload, windows, kind, queries)
     with preserved_random_state():
-        engine = Engine(trajectory.replay(workload, dtype), memory_budget, shown=False)
+        engine = Engine(trajectory.replay(workload, dtype), memory_budget, shown=False, compile=compile)
         (found,) = expected_over(question, engine, [Draws(draws, seed, power)], str(dtype or "recorded"))
     warn_of_kinks(found)
     return found

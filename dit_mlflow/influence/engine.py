@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from dit_mlflow.influence.kind import Sweep
 from dit_mlflow.influence.query import Query, refuse_not_finite
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
+from dit_mlflow.replay.compiled_step import Compile, CompiledStep, check_compile
 from dit_mlflow.replay.derivative_check import Asking
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.not_finite import are_finite, refuse_derivative
@@ -27,6 +29,8 @@ from dit_mlflow.trajectory import State
 ADJOINTS_IN_MEMORY = 2**30
 """Default bytes for adjoints; queries that need more are answered in several walks."""
 
+ONLY_STANDARD = "eager: only a loss, then an optimizer, differentiated by autograd, is compiled"
+
 
 class Engine:
     """Walks a trajectory backwards and pulls all adjoints of the current step back together.
@@ -36,15 +40,25 @@ class Engine:
         memory_budget: bytes for the states that the walk holds, and as many again for adjoints; ``None`` = the default
             of :meth:`Replay.backward`, and :data:`ADJOINTS_IN_MEMORY`.
         shown: whether each walk has a progress bar.
+        compile: whether the standard step is compiled, see :func:`dit_mlflow.track`.
     """
 
-    def __init__(self, replay: Replay, memory_budget: int | None = None, shown: bool = True) -> None:
+    def __init__(
+        self,
+        replay: Replay,
+        memory_budget: int | None = None,
+        shown: bool = True,
+        compile: Compile = "never",
+    ) -> None:
         self.replay = replay
         self.memory_budget = memory_budget
         self.shown = shown
         self.training_step = replay.training_step
         self._asked_by: Asking = replay.training_step
         self._chosen = False
+        self._compile = check_compile(compile)
+        self._compiled: CompiledStep | None = None
+        self._walks = 1
 
     def parts(self, queries: int, planned: Sequence[Sweep], num_windows: int) -> Iterator[slice]:
         """Slices of the queries, each of as many as the memory budget allows in one walk.
@@ -60,6 +74,7 @@ class Engine:
             scores = 8 * step.dynamics.workload.num_samples * (num_windows + at_once)
             each = at_once * (4 * trajectory.checkpoint(trajectory.checkpoint_steps[-1]).nbytes + 2 * kept) + scores
             size = min(queries, max(1, (self.memory_budget or ADJOINTS_IN_MEMORY) // each))
+        self._walks = math.ceil(queries / size)
         return (slice(first, first + size) for first in range(0, queries, size))
 
     def run(
@@ -81,7 +96,9 @@ class Engine:
         collected = WindowScores(num_windows, len(queries), samples * len(offsets), planned)
         first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
         self.choose(first, last, queries)
-        step = together or self.training_step
+        step = together or self._compiled or self.training_step
+        if self._compiled is not None:
+            self._compiled.to_go = (last - first) * self._walks
         rows: list[Row] = []
         beginning: dict[int, list[Sweep]] = {}
         for sweep in planned:
@@ -122,6 +139,8 @@ class Engine:
             self._asked_by = self.training_step = check.step()
             if self.training_step is self.replay.training_step:
                 self._asked_by = check.asking(queries)
+        if self._compile != "never" and type(self.training_step) is LossStep:
+            self._compiled = CompiledStep(self.training_step.dynamics, always=self._compile == "always")
 
     @property
     def plain(self) -> bool:
@@ -132,7 +151,9 @@ class Engine:
     def details(self) -> dict[str, Any]:
         """Metadata of the computation, for a result."""
         traced = {"derivative": "traced"} if self.training_step.by_trace else {}
-        return {"max_drift": self.replay.max_drift, **traced}
+        chosen = ONLY_STANDARD if self._compiled is None else self._compiled.choice
+        compiled = {} if self._compile == "never" else {"compile": chosen}
+        return {"max_drift": self.replay.max_drift, **traced, **compiled}
 
     def start(
         self, state: State, queries: Sequence[Query], t: int | None = None, together: Together | None = None

@@ -13,6 +13,7 @@ from dit_mlflow.influence import Influence, expected_influence, self_influence, 
 from dit_mlflow.influence.draws import DRAWS_AGREE, check_draws
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method, WindowMethod
+from dit_mlflow.replay.compiled_step import Compile, check_compile
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Dit(WindowMethod):
 
     Attributes:
         dtype: ``None`` = as recorded.
-        memory_budget: bytes, see :func:`dit_mlflow.track`.
+        memory_budget, compile: see :func:`dit_mlflow.track`.
 
     Cost: two to four trainings. Fails where removing a sample is far from its first-order effect (fast training, long
     windows), and where an operation has no second derivative.
@@ -31,10 +32,14 @@ class Dit(WindowMethod):
 
     dtype: torch.dtype | None = None
     memory_budget: int | None = None
+    compile: Compile = "auto"
+
+    def __post_init__(self) -> None:
+        check_compile(self.compile)
 
     def estimate(self, question: Question) -> Estimate:
         asked = question.trajectory, question.workload, question.windows, question.kind, question.queries
-        found = track(*asked, dtype=self.dtype, memory_budget=self.memory_budget)
+        found = track(*asked, dtype=self.dtype, memory_budget=self.memory_budget, compile=self.compile)
         return Estimate(found.scores, found.metadata["dtype"], _of_sweep(found))
 
 
@@ -43,7 +48,7 @@ class Expected(WindowMethod):
     """The mean derivative over random sample weights: :func:`dit_mlflow.expected_influence`.
 
     Attributes:
-        draws, seed, dtype, memory_budget: see there.
+        draws, seed, dtype, memory_budget, compile: see there.
 
     Cost: ``draws`` times that of ``dit``. For the removal of many samples; for a few, ``dit`` is often nearer. It
     predicts little of Adam's first steps and of early ``final`` windows.
@@ -56,14 +61,17 @@ class Expected(WindowMethod):
     seed: int = 0
     dtype: torch.dtype | None = None
     memory_budget: int | None = None
+    compile: Compile = "auto"
 
     def __post_init__(self) -> None:
         check_draws(self.draws, self.seed)
+        check_compile(self.compile)
 
     def estimate(self, question: Question) -> Estimate:
         asked = question.trajectory, question.workload, question.windows, question.kind, question.queries
-        found = expected_influence(*asked, self.draws, self.seed, self.dtype, self.memory_budget)
-        details = {name: found.metadata[name] for name in ("draws", "seed", "draws_left_out", DRAWS_AGREE, "max_drift")}
+        found = expected_influence(*asked, self.draws, self.seed, self.dtype, self.memory_budget, compile=self.compile)
+        names = ("draws", "seed", "draws_left_out", DRAWS_AGREE)
+        details = {name: found.metadata[name] for name in names} | _of_sweep(found)
         return Estimate(found.scores, found.metadata["dtype"], details, found.standard_error, found.degrees_of_freedom)
 
 
@@ -116,6 +124,10 @@ class SelfInfluence(WindowMethod):
         return Estimate(scores, found.metadata["dtype"], _of_sweep(found))
 
 
+OF_SWEEP = ("max_drift", "derivative", "compile")
+"""Keys of a result's metadata."""
+
+
 def _of_sweep(found: Influence) -> dict[str, Any]:
     """What a result says of the sweep that made it."""
-    return {key: found.metadata[key] for key in ("max_drift", "derivative") if key in found.metadata}
+    return {key: found.metadata[key] for key in OF_SWEEP if key in found.metadata}

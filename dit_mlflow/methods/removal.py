@@ -17,10 +17,11 @@ from dit_mlflow.influence.draws import DRAWS_AGREE, Draws, expected_over, kinked
 from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import tracked
-from dit_mlflow.methods.dit import Dit
+from dit_mlflow.methods.dit import OF_SWEEP, Dit
 from dit_mlflow.methods.method import Estimate, Method, RetrainingMethod
 from dit_mlflow.methods.tracin import TracIn
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.replay.compiled_step import Compile, check_compile
 from dit_mlflow.retraining import Effort, leave_one_out, train_on_subsets
 from dit_mlflow.told import logger_of
 from dit_mlflow.workload import Workload
@@ -54,6 +55,7 @@ def removal_influence(
     memory_budget: int | None = None,
     effort: Effort | None = None,
     exact: Influence | None = None,
+    compile: Compile = "auto",
 ) -> Influence:
     r"""What taking samples away does to the query, when a share of them goes.
 
@@ -78,7 +80,7 @@ def removal_influence(
     retrainings are far too few for that, and enough for a handful of coefficients.
 
     Args:
-        trajectory, workload, windows, kind, queries, dtype, memory_budget: as for :func:`dit_mlflow.track`.
+        trajectory, workload, windows, kind, queries, dtype, memory_budget, compile: as for :func:`dit_mlflow.track`.
         removed: the share of the training samples that one thinks of taking away, two or more and not all.
         trainings: the budget: a quarter of it draws of each kind, and a bank of twice as many retrainings, which take
             the time of a few where they run side by side.
@@ -105,7 +107,7 @@ def removal_influence(
     and ``2 * trainings`` retrainings. ``metadata["spent"]`` says how many.
     """
     given = (trajectory, workload, windows, kind, queries)
-    (found,) = removal_curve(*given, [removed], trainings, seed, dtype, memory_budget, effort, exact)
+    (found,) = removal_curve(*given, [removed], trainings, seed, dtype, memory_budget, effort, exact, compile)
     return found
 
 
@@ -122,15 +124,17 @@ def removal_curve(
     memory_budget: int | None = None,
     effort: Effort | None = None,
     exact: Influence | None = None,
+    compile: Compile = "auto",
 ) -> list[Influence]:
     """:func:`removal_influence` at each of ``shares``: their sweeps are the same, each has a bank of its own."""
     for removed in shares:
         check_removal(workload.num_samples, removed, trainings, seed)
+    check_compile(compile)
     question = Question.of(trajectory, workload, windows, kind, queries)
     given = (trajectory, workload, question.windows, question.kind, question.queries)
     draws = 2 * max(1, trainings // 8)
     with preserved_random_state():
-        engine = Engine(trajectory.replay(workload, dtype), memory_budget)
+        engine = Engine(trajectory.replay(workload, dtype), memory_budget, compile=compile)
         named = str(dtype or "recorded")
         kinds = [Draws(draws, seed), Draws(draws, seed + 1, BETA)]
         names = ("dit", "uniform", "beta")
@@ -147,7 +151,7 @@ def removal_curve(
     elif trainings >= workload.num_samples:
         parts["leave_one_out"] = leave_one_out(*given, dtype=dtype, effort=effort)
     spent = {"sweeps": 1 + 2 * draws + many, "retrainings": 2 * trainings}
-    told = {key: value for key, value in few.metadata.items() if key in (DRAWS_AGREE, "derivative")}
+    told = {key: value for key, value in few.metadata.items() if key in (DRAWS_AGREE, "derivative", "compile")}
     common = {"trainings": int(trainings), "seed": int(seed), "spent": spent, **told}
     return [_blended(question, parts, removed, 2 * trainings, seed, dtype, effort, common) for removed in shares]
 
@@ -395,7 +399,7 @@ class Removal(RetrainingMethod):
     """What taking a share of the samples away does: :func:`dit_mlflow.removal_influence`.
 
     Attributes:
-        removed, trainings, seed, dtype, memory_budget, effort, exact: see there.
+        removed, trainings, seed, dtype, memory_budget, effort, exact, compile: see there.
     """
 
     name = "removal"
@@ -406,6 +410,10 @@ class Removal(RetrainingMethod):
     seed: int = 0
     memory_budget: int | None = None
     exact: Influence | None = None
+    compile: Compile = "auto"
+
+    def __post_init__(self) -> None:
+        check_compile(self.compile)
 
     def informed_by(self, exact: Influence) -> Removal:
         return replace(self, exact=exact)
@@ -424,8 +432,9 @@ class Removal(RetrainingMethod):
             self.memory_budget,
             self.effort,
             self.exact,
+            self.compile,
         )
-        names = ("removed", "trainings", "seed", "spent", "bank", DRAWS_AGREE, "derivative", "max_drift")
+        names = ("removed", "trainings", "seed", "spent", "bank", DRAWS_AGREE, *OF_SWEEP)
         details = {name: found.metadata[name] for name in names if name in found.metadata}
         return Estimate(found.scores, found.metadata["dtype"], details, found.standard_error, found.degrees_of_freedom)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,9 @@ from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.replay.update import Pulled, UpdateAdjoint
 from dit_mlflow.trajectory.state import State
 from dit_mlflow.trajectory.step_record import StepRecord
+
+LOOKED_AT = 4
+"""First steps at which a sweep looks for elements without a derivative."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,34 +161,48 @@ class LossStep(TrainingStep):
         return State(parameters, buffers, entries)
 
     def vjp(
-        self, state: State, batches: list[MicroBatch], weights: Tensor, record: StepRecord, adjoint: Adjoint
+        self,
+        state: State,
+        batches: list[MicroBatch],
+        weights: Tensor,
+        record: StepRecord,
+        adjoint: Adjoint,
+        pulled: Pulled | None = None,
     ) -> tuple[Adjoint, Tensor]:
-        # Clipping needs every gradient, also those of parameters that the optimizer does not hold.
-        held = leaves({name: state.parameters[name] for name in self.followed_parameters.shapes})
-        theta = {**held, **leaves({name: value for name, value in state.parameters.items() if name not in held})}
-        moving = leaves({name: state.buffers[name] for name in self.followed_buffers.shapes})
-        # The forward pass changes buffers in place, and the state is still needed.
-        buffers = {name: value.clone() for name, value in {**state.buffers, **moving}.items()}
+        """See :meth:`TrainingStep.vjp`; ``pulled``: the adjoint before the optimizer's step, where it is known."""
+        theta, moving, buffers = self.tensors(state.parameters, state.buffers)
         gradients = self.gradients(theta, buffers, weights, record, batches)
         self._apart.check(state, buffers, record)
-        pulled = self._update_adjoint(state, gradients, record, adjoint)
+        if pulled is None:
+            pulled = self._update_adjoint(state, gradients, record, adjoint)
         objective = Objective(
             gradients,
             [buffers[name] for name in moving],
             weights,
-            held,
+            {name: theta[name] for name in self.followed_parameters.shapes},
             list(moving.values()),
             pulled.gradients,
             self.followed_buffers.split_rows(adjoint.buffers),
             adjoint.rows,
         )
         by_weight, by_theta, by_buffer = self.derivatives(objective, state, record, batches)
-        self._watch(record, gradients, weights, pulled, largest=float(by_weight.abs().max()))
+        self._watch(record, lambda: gradients, weights, pulled, largest=float(by_weight.abs().max()))
         for total, part in zip(self.followed_parameters.split_rows(pulled.adjoint.parameters), by_theta, strict=True):
             total += part
         if by_buffer:
             pulled.adjoint.buffers = self.followed_buffers.join_rows(by_buffer, adjoint.rows)
         return pulled.adjoint, by_weight
+
+    def tensors(
+        self, parameters: Parameters, buffers: Parameters
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Leaves of a graph: ``theta``, first what the optimizer holds; the followed buffers; and a copy of all buffers
+        that depends on these, for the forward pass to change."""
+        held = self.followed_parameters.shapes
+        # Clipping needs every gradient, also those of parameters that the optimizer does not hold.
+        theta = leaves({name: parameters[name] for name in (*held, *(n for n in parameters if n not in held))})
+        moving = leaves({name: buffers[name] for name in self.followed_buffers.shapes})
+        return theta, moving, {name: value.clone() for name, value in {**buffers, **moving}.items()}
 
     def gradients(
         self,
@@ -215,19 +232,27 @@ class LossStep(TrainingStep):
         return self.gradient.bytes_kept(leaves(state.parameters), state.buffers, record)
 
     def _watch(
-        self, record: StepRecord, gradients: dict[str, Tensor], weights: Tensor, pulled: Pulled, largest: float
+        self,
+        record: StepRecord,
+        graph: Callable[[], Mapping[str, Tensor]],
+        weights: Tensor,
+        pulled: Pulled,
+        largest: float,
     ) -> None:
         """Warn once if a sample has a gradient where the batch's has been 0 so far: the step has no derivative there.
 
         Such a sample's weight gradient contains ``1 / eps``. The check runs at the first few steps, and at steps whose
         largest weight gradient stands out.
+
+        Args:
+            graph: gives ``g_t`` with its graph, in the order of ``pulled.gradients``.
         """
-        if self._warned or not gradients:
+        if self._warned or not pulled.gradients:
             return
         self._largest.append(largest)
-        if len(self._largest) > 4 and largest <= 10 * statistics.median(self._largest[-99:]):
+        if len(self._largest) > LOOKED_AT and largest <= 10 * statistics.median(self._largest[-99:]):
             return
-        undefined = pulled.undefined()
+        gradients, undefined = graph(), pulled.undefined()
         cotangents = [mask * part for mask, part in zip(undefined, pulled.gradients, strict=True)]
         (by_weight,) = vector_jacobian(
             list(gradients.values()), [weights], cotangents, len(cotangents[0]), self.batched

@@ -20,6 +20,7 @@ from dit_mlflow.methods.dit import Dit
 from dit_mlflow.methods.removal import Removal, check_removal, usual_share
 from dit_mlflow.progress import phase
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.replay.compiled_step import check_compile
 from dit_mlflow.retraining import Groups
 from dit_mlflow.retraining.groups import check_groups
 from dit_mlflow.told import text_of
@@ -55,6 +56,7 @@ class Request:
         dtype: of the sweep, a key of :data:`SWEEP_DTYPES`.
         memory_mb: MiB for the states that the sweep holds, and as much for its adjoints; 0 = the default of
             :func:`dit_mlflow.track`.
+        compile: whether the sweep's steps are compiled: ``auto``, ``always``, ``never``; see :func:`dit_mlflow.track`.
         removed: the share of the samples whose removal is asked about (:func:`dit_mlflow.removal_influence`; by
             default, at least two samples); 0 = the derivative in one sample's weight (:func:`dit_mlflow.track`).
         trainings: the budget of the former.
@@ -76,6 +78,7 @@ class Request:
     confirm: int = 0
     dtype: str = "recorded"
     memory_mb: int = 0
+    compile: str = "auto"
     removed: float = Removal.removed
     trainings: int = 16
     groups: str = ""
@@ -96,14 +99,16 @@ class Request:
         """The estimator asked for; raises :class:`InputError` for values that cannot be used."""
         if self.dtype not in SWEEP_DTYPES:
             raise InputError(f"dtype={self.dtype!r}; expected one of {', '.join(SWEEP_DTYPES)}")
-        dtype = SWEEP_DTYPES[self.dtype]
+        dtype, compile = SWEEP_DTYPES[self.dtype], check_compile(self.compile)
         if self.removed == 0:
-            return Dit(dtype, self.memory_budget)
+            return Dit(dtype, self.memory_budget, compile)
         # Of few samples, the default share would be less than two.
         small = self.removed == Removal.removed and workload.num_samples > 2
         removed = usual_share(workload.num_samples) if small else self.removed
         check_removal(workload.num_samples, removed, self.trainings, 0)
-        return Removal(removed=removed, trainings=self.trainings, dtype=dtype, memory_budget=self.memory_budget)
+        return Removal(
+            removed=removed, trainings=self.trainings, dtype=dtype, memory_budget=self.memory_budget, compile=compile
+        )
 
     def checks(self, workload: Workload) -> Checks:
         """The exact retrainings asked for; raises :class:`InputError` for values that cannot be used."""

@@ -17,12 +17,13 @@ from dit_mlflow.tracking.jobs.request import Request, parse_groups
 
 def test_without_a_share_one_sample_at_a_time_is_asked_about() -> None:
     assert Request(removed=0, dtype="float64", memory_mb=3).method(digits_workload()) == Dit(torch.float64, 3 * 2**20)
+    assert Request(removed=0, compile="never").method(digits_workload()) == Dit(compile="never")
 
 
 def test_a_share_asks_about_removals() -> None:
     asked = Request(removed=0.25, trainings=8, dtype="float64").method(digits_workload())
     assert isinstance(asked, Removal)
-    assert (asked.removed, asked.trainings, asked.dtype) == (0.25, 8, torch.float64)
+    assert (asked.removed, asked.trainings, asked.dtype, asked.compile) == (0.25, 8, torch.float64, "auto")
     # By default too; of few samples, of two.
     few = digits_workload(train_set=TensorDataset(*(tensor[:8] for tensor in datasets()[0].tensors)))
     assert [Request().method(workload).removed for workload in (digits_workload(), few)] == [0.1, 0.25]  # type: ignore[union-attr]
@@ -34,6 +35,7 @@ def test_a_share_asks_about_removals() -> None:
         (Request(removed=1.0), r"removed=1\.0 of 24 samples"),
         (Request(removed=-0.1), r"removed=-0\.1"),
         (Request(removed=0.1, trainings=7), "trainings=7"),
+        (Request(compile="yes"), "compile='yes'; expected 'auto'"),
         (Request(dtype="half"), "dtype='half'; expected one of recorded, float32, float64"),
     ],
 )
