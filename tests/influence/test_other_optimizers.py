@@ -227,18 +227,22 @@ def of(cls: Any, **settings: Any) -> Workload:
 @pytest.mark.parametrize(
     ("cls", "kind"),
     [
-        (Lamb, "local"),
+        pytest.param(Lamb, "local", marks=pytest.mark.slow),
         (Lamb, "final"),
-        (Lamb, "cumulative"),
+        pytest.param(Lamb, "cumulative", marks=pytest.mark.slow),
         (Factored, "final"),
         (lambda parameters: Mine(parameters, lr=0.3), "cumulative"),
         (Counting, "local"),
         (partial(Averaging, where="tensor"), "cumulative"),
         (Reading, "cumulative"),
         (Choosy, "local"),
-        (partial(torch.optim.Adafactor, lr=0.05, eps=(1e-7, 1e-3)), "local"),
+        pytest.param(partial(torch.optim.Adafactor, lr=0.05, eps=(1e-7, 1e-3)), "local", marks=pytest.mark.slow),
         (partial(torch.optim.Adafactor, lr=0.05, eps=(1e-7, 0.5), d=1.1, weight_decay=0.1), "final"),
-        (partial(torch.optim.Adafactor, lr=0.05, eps=(1e-7, 1e-3), maximize=True), "cumulative"),
+        pytest.param(
+            partial(torch.optim.Adafactor, lr=0.05, eps=(1e-7, 1e-3), maximize=True),
+            "cumulative",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=[
         *("lamb-local", "lamb-final", "lamb-cumulative", "factored", "mine", "counting", "averaging", "reading"),
@@ -307,7 +311,9 @@ needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this t
 
 
 @needs_muon
-@pytest.mark.parametrize("kind", ["local", "final", "cumulative"])
+@pytest.mark.parametrize(
+    "kind", ["final", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("local", "cumulative"))]
+)
 def test_muon_is_differentiated_without_its_rounding(tmp_path: Path, kind: Any) -> None:
     workload = digits_workload(model=matrices, optimizer=lambda model: torch.optim.Muon(model.parameters(), lr=0.05))
     trajectory = train(workload, tmp_path / "rounded")

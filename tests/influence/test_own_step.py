@@ -331,6 +331,7 @@ def test_scores_are_the_derivative_of_retraining(name: str, tmp_path: Path) -> N
     np.testing.assert_allclose(exact.scores[0, 0, SOME], gone, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_muon_beside_adamw_is_differentiated_without_its_rounding(tmp_path: Path) -> None:
     workload = digits_workload(step=muon_and_adamw, optimizer=of_matrices_and_others, epochs=1)
