@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -162,6 +163,54 @@ class SgdStep:
         return PulledGroup(parameters, -by_h if settings["maximize"] else by_h, optimizer)
 
 
+class AdamStep(AutogradStep):
+    """Adam and AdamW written out; with AMSGrad, as :class:`AutogradStep`, which takes several times as long.
+
+    ``h = ± g + weight_decay * theta`` (``± g`` if the decay is decoupled), ``m' = beta1 * m + (1 - beta1) * h``,
+    ``v' = beta2 * v + (1 - beta2) * h^2``, ``d = sqrt(v' / (1 - beta2^t)) + eps`` and
+    ``theta' = theta * (1 - lr * weight_decay if decoupled) - lr / (1 - beta1^t) * m' / d``. The square root has the
+    derivative 0 at ``v' = 0``, where it is infinite: an element whose gradient was always 0 does not move.
+
+    Cost: some fifteen elementwise passes, and seven per row.
+    """
+
+    def _pull(self, state: State, group: UpdateGroup, gradient: Tensor, adjoint: Adjoint) -> PulledGroup:
+        settings = group.settings
+        if settings["amsgrad"] or "max_exp_avg_sq" in group.entry:
+            return super()._pull(state, group, gradient, adjoint)
+        rate, decay, (beta1, beta2) = settings["lr"], settings["weight_decay"], settings["betas"]
+        decoupled = settings.get("decoupled_weight_decay", isinstance(self._optimizer, torch.optim.AdamW))
+        count = float(group.entry.get("step", 0)) + 1
+        rate1, root2 = rate / (1 - beta1**count), math.sqrt(1 - beta2**count)
+
+        h = -gradient if settings["maximize"] else gradient
+        if decay and not decoupled:
+            h = h.add(group.parameters(state), alpha=decay)
+        mean, square = h * (1 - beta1), (h * h).mul_(1 - beta2)
+        if group.entry:
+            mean.add_(group.slot(state, "exp_avg"), alpha=beta1)
+            square.add_(group.slot(state, "exp_avg_sq"), alpha=beta2)
+        zero = square == 0
+        root = square.sqrt_()
+        by_mean = root.div(root2).add_(settings["eps"]).reciprocal_()
+        # dd/dv' * m' / d: what v' takes from theta', over what m' takes.
+        by_square = mean.mul_(by_mean).div_(root.mul_(2 * root2).masked_fill_(zero, math.inf))
+
+        def later(key: str) -> Tensor | float:
+            value = adjoint.optimizer.get(key)
+            return 0.0 if value is None else value[:, group.part]
+
+        parameters = adjoint.parameters[:, group.part]
+        step = parameters * by_mean.mul_(-rate1)
+        mean_rows = step + later("exp_avg")
+        square_rows = later("exp_avg_sq") - step.mul_(by_square)
+        by_h = torch.addcmul(mean_rows * (1 - beta1), square_rows, h, value=2 * (1 - beta2))
+        if decay:
+            parameters = parameters * (1 - rate * decay) if decoupled else torch.add(parameters, by_h, alpha=decay)
+        optimizer = {"exp_avg": mean_rows.mul_(beta1), "exp_avg_sq": square_rows.mul_(beta2)} if group.entry else {}
+        return PulledGroup(parameters, -by_h if settings["maximize"] else by_h, optimizer, lambda: zero)
+
+
 def _undefined(groups: Sequence[UpdateGroup], pulled: Sequence[PulledGroup], flat: Flat) -> list[Tensor]:
     found = torch.zeros((1, flat.size), dtype=torch.bool, device=pulled[0].gradients.device if pulled else None)
     for group, part in zip(groups, pulled, strict=True):
@@ -175,4 +224,6 @@ def _step_adjoint(layout: OptimizerLayout, held: Flat, optimizer: Optimizer) -> 
         return TracedUpdate(optimizer, layout.groups, held)
     if layout.name == "SGD":
         return SgdStep()
+    if layout.name in ("Adam", "AdamW"):
+        return AdamStep(layout.name)
     return AutogradStep(layout.name)
