@@ -225,10 +225,11 @@ class CompiledStep(LossStep):
         try:
             with torch.no_grad():
                 values = of_gradient if graphs.gradient is None else graphs.gradient(*given)
-            gradients = dict(zip(graphs.names, values, strict=True))
+            kept = values[len(graphs.names) :]
+            gradients = dict(zip(graphs.names, values, strict=not kept))
             pulled = self._update_adjoint(state, gradients, record, adjoint)
             with torch.no_grad():
-                by_weight, by_theta, *rest = graphs.derivative(*given, *pulled.gradients, *by_statistic)
+                by_weight, by_theta, *rest = graphs.derivative(*given, *pulled.gradients, *by_statistic, *kept)
         except Exception as error:  # Any kind: a compiled function is compiled anew for what it did not expect.
             self._stay_eager(_reason(error))
             return super().vjp(state, batches, weights, record, adjoint, pulled)
@@ -252,9 +253,14 @@ class CompiledStep(LossStep):
         graphs = graphs_of(self._twin, objective, state, record, batches)
         given = tensors_of_step(state, objective.weights, batches)
         with torch.no_grad():
+            kept: Sequence[Tensor] = []
             if graphs.gradient is not None:
-                self._compare("gradients", graphs.gradient(*given), list(objective.gradients.values()))
-            by_weight, by_theta, *rest = graphs.derivative(*given, *objective.by_gradient, *objective.by_statistic)
+                values = graphs.gradient(*given)
+                gradients, kept = values[: len(graphs.names)], values[len(graphs.names) :]
+                self._compare("gradients", gradients, list(objective.gradients.values()))
+            by_weight, by_theta, *rest = graphs.derivative(
+                *given, *objective.by_gradient, *objective.by_statistic, *kept
+            )
         expected, by_parameter, by_buffer = found
         self._compare("derivatives by the samples' weights", [by_weight], [expected])
         joined = self.followed_parameters.join_rows(by_parameter, objective.rows)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dit_mlflow.replay.dynamics import MicroBatch
 from dit_mlflow.replay.loss_step import LossStep, Objective
@@ -34,9 +34,11 @@ class StepGraphs:
     Attributes:
         names: the parameters that have a gradient, in the order of ``g_t``.
         changed: the buffers that the forward passes change.
-        gradient: the step's tensors -> ``g_t`` by name; ``None`` = the optimizer's adjoint reads no gradient.
-        derivative: the step's tensors, ``lambda_g``, ``lambda_b`` -> derivatives by weights ``[A, sum B]``, parameters
-            ``[A, N]`` and, if any are followed, buffers ``[A, M]``; then the changed buffers.
+        gradient: the step's tensors -> ``g_t`` by name, then what the derivative needs of it; ``None`` = the
+            optimizer's adjoint reads no gradient.
+        derivative: the step's tensors, ``lambda_g``, ``lambda_b``, what it needs of the gradient -> derivatives by
+            weights ``[A, sum B]``, parameters ``[A, N]`` and, if any are followed, buffers ``[A, M]``; then the changed
+            buffers.
     """
 
     names: list[str]
@@ -85,36 +87,59 @@ def graphs_of(
             *(statistics, weights, held, followed, by_gradient, by_statistic, objective.rows),
         )
 
-    def gradient(*values: Tensor) -> list[Tensor]:
-        _, made = opened(values)
-        return [value.detach() for value in made.gradients.values()]
+    reads = step.needs_optimizer_values or step.gradient.clips
 
-    def derivative(*values: Tensor) -> list[Tensor]:
+    def whole(*values: Tensor) -> list[Tensor]:
         left, made = opened(values)
+        gradients = [value.detach() for value in made.gradients.values()] if reads else []
         by_weight, by_theta, by_buffer = step.derivatives(made, state, record, batches)
         by_parameters = step.followed_parameters.join_rows(by_theta, made.rows)
         by_buffers = [step.followed_buffers.join_rows(by_buffer, made.rows)] if by_buffer else []
-        return [by_weight, by_parameters, *by_buffers, *(left[name].detach() for name in changed)]
+        return [*gradients, by_weight, by_parameters, *by_buffers, *(left[name].detach() for name in changed)]
 
     given = tensors_of_step(state, objective.weights, batches)
-    reads = step.needs_optimizer_values or step.gradient.clips
-    return StepGraphs(
-        names,
-        changed,
-        _compiled(gradient, given) if reads else None,
-        _compiled(derivative, [*given, *objective.by_gradient, *objective.by_statistic]),
-    )
-
-
-def _compiled(function: Callable[..., list[Tensor]], values: Sequence[Tensor]) -> Graph:
-    """``function`` compiled, for values of these shapes; raises :class:`CannotCompileError` if it draws numbers."""
+    inputs = [*given, *objective.by_gradient, *objective.by_statistic]
     before = RandomState.capture()
-    graph = make_fx(function, values=False)(*(value.detach() for value in values))
+    graph = make_fx(whole, values=False)(*inputs)
     drawn = [
         node for node in graph.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     ]
     if drawn or before.used_since(RandomState.capture()) is not None:
         raise CannotCompileError("the forward pass draws random numbers")
+    if not reads:
+        return StepGraphs(names, changed, None, _compiled(graph))
+    # What is written in place depends on more than its own inputs.
+    pure = make_fx(torch.func.functionalize(graph, remove="mutations"), values=False)(*inputs)
+    return StepGraphs(names, changed, *map(_compiled, _in_two(pure, len(given), len(names))))
+
+
+def _in_two(graph: fx.GraphModule, inputs: int, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The first ``outputs``, which depend on the first ``inputs`` alone, then all that is known with these; and the
+    other outputs, from all inputs and what the first part knows."""
+    nodes = list(graph.graph.nodes)
+    given = [node for node in nodes if node.op == "placeholder"]
+    later = dict.fromkeys(given[inputs:])
+    for node in nodes[:-1]:
+        if not later.keys().isdisjoint(node.all_input_nodes):
+            later[node] = None
+    wanted = list(nodes[-1].args[0])
+    used = dict.fromkeys([*(value for node in later for value in node.all_input_nodes), *wanted[outputs:]])
+    kept = [node for node in used if node not in later and node not in given]
+    first, second = fx.Graph(), fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes[:-1]:
+        if node not in later:
+            copies[node] = first.node_copy(node, copies.__getitem__)
+    first.output([copies[node] for node in [*wanted[:outputs], *kept]])
+    copies = {node: second.placeholder(node.name) for node in [*given, *kept]}
+    for node in later:
+        if node not in given:
+            copies[node] = second.node_copy(node, copies.__getitem__)
+    second.output([copies[node] for node in wanted[outputs:]])
+    return fx.GraphModule(graph, first), fx.GraphModule(graph, second)
+
+
+def _compiled(graph: fx.GraphModule) -> Graph:
     made: Graph = torch.compile(graph.forward, fullgraph=True, dynamic=False, backend=BACKEND)
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -162,6 +163,54 @@ class SgdStep:
         return PulledGroup(parameters, -by_h if settings["maximize"] else by_h, optimizer)
 
 
+class AdamStep(AutogradStep):
+    """Adam and AdamW written out; with AMSGrad, as :class:`AutogradStep`, which takes several times as long.
+
+    ``h = ± g + weight_decay * theta`` (``± g`` if the decay is decoupled), ``m' = beta1 * m + (1 - beta1) * h``,
+    ``v' = beta2 * v + (1 - beta2) * h^2``, ``d = sqrt(v' / (1 - beta2^t)) + eps`` and
+    ``theta' = theta * (1 - lr * weight_decay if decoupled) - lr / (1 - beta1^t) * m' / d``. The square root has the
+    derivative 0 at ``v' = 0``, where it is infinite: an element whose gradient was always 0 does not move.
+
+    Cost: some fifteen elementwise passes, and six per row.
+    """
+
+    def _pull(self, state: State, group: UpdateGroup, gradient: Tensor, adjoint: Adjoint) -> PulledGroup:
+        settings = group.settings
+        if settings["amsgrad"] or "max_exp_avg_sq" in group.entry:
+            return super()._pull(state, group, gradient, adjoint)
+        rate, decay, (beta1, beta2) = settings["lr"], settings["weight_decay"], settings["betas"]
+        decoupled = settings.get("decoupled_weight_decay", isinstance(self._optimizer, torch.optim.AdamW))
+        count = float(group.entry.get("step", 0)) + 1
+        rate1, root2 = rate / (1 - beta1**count), math.sqrt(1 - beta2**count)
+
+        h = -gradient if settings["maximize"] else gradient
+        if decay and not decoupled:
+            h = h.add(group.parameters(state), alpha=decay)
+        mean, square = (
+            group.slot(state, key) if group.entry else torch.zeros_like(h) for key in ("exp_avg", "exp_avg_sq")
+        )
+        mean.lerp_(h, 1 - beta1)
+        square.mul_(beta2).addcmul_(h, h, value=1 - beta2)
+        zero = square == 0
+        root = square.sqrt_()
+        over = root.div(root2).add_(settings["eps"]).reciprocal_()
+        # m' / d^2 / sqrt(v'), of the derivative of 1 / d.
+        by_square = mean.mul_(over).mul_(over).div_(root.masked_fill_(zero, math.inf))
+
+        parameters = adjoint.parameters[:, group.part]
+        by_mean_later, by_square_later = (
+            adjoint.optimizer[key][:, group.part] if key in adjoint.optimizer else torch.zeros_like(parameters)
+            for key in ("exp_avg", "exp_avg_sq")
+        )
+        mean_rows = torch.addcmul(by_mean_later, parameters, over, value=-rate1)
+        square_rows = torch.addcmul(by_square_later, parameters, by_square, value=rate1 / (2 * root2))
+        by_h = mean_rows.mul(1 - beta1).addcmul_(square_rows, h, value=2 * (1 - beta2))
+        if decay:
+            parameters = parameters * (1 - rate * decay) if decoupled else torch.add(parameters, by_h, alpha=decay)
+        optimizer = {"exp_avg": mean_rows.mul_(beta1), "exp_avg_sq": square_rows.mul_(beta2)} if group.entry else {}
+        return PulledGroup(parameters, -by_h if settings["maximize"] else by_h, optimizer, lambda: zero)
+
+
 def _undefined(groups: Sequence[UpdateGroup], pulled: Sequence[PulledGroup], flat: Flat) -> list[Tensor]:
     found = torch.zeros((1, flat.size), dtype=torch.bool, device=pulled[0].gradients.device if pulled else None)
     for group, part in zip(groups, pulled, strict=True):
@@ -175,4 +224,6 @@ def _step_adjoint(layout: OptimizerLayout, held: Flat, optimizer: Optimizer) -> 
         return TracedUpdate(optimizer, layout.groups, held)
     if layout.name == "SGD":
         return SgdStep()
+    if layout.name in ("Adam", "AdamW"):
+        return AdamStep(layout.name)
     return AutogradStep(layout.name)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 from workloads import digits_workload, sample_losses
 
@@ -40,6 +41,16 @@ def momentum(model: nn.Module) -> SGD:
 
 def adamw(model: nn.Module) -> AdamW:
     return AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+
+
+def in_two_groups(model: nn.Module) -> AdamW:
+    first, *others = model.parameters()
+    return AdamW([{"params": [first], "lr": 0.03}, {"params": others}], lr=0.02, weight_decay=0.1)
+
+
+def warm_up(optimizer: Any) -> LambdaLR:
+    """From 0 on; another rate at each step."""
+    return LambdaLR(optimizer, lambda step: min(1.0, step / 3) / (1 + 0.1 * step))
 
 
 def squares(model: nn.Module) -> Tensor:
@@ -89,6 +100,8 @@ def selects(model: nn.Module, batch: Any) -> Tensor:
 WORKLOADS: dict[str, dict[str, Any]] = {
     "momentum": {"optimizer": momentum},
     "weight decay and clipping": {"optimizer": adamw, "clip_grad_norm": 0.5},
+    "two groups whose rates move": {"optimizer": in_two_groups, "scheduler": warm_up, "clip_grad_norm": 0.5},
+    "amsgrad": {"optimizer": lambda model: Adam(model.parameters(), lr=0.02, weight_decay=0.1, amsgrad=True)},
     "clipped values": {"optimizer": momentum, "clip_grad_value": 0.01},
     "micro-batches, a smaller one last, a regularizer": {
         "optimizer": momentum,
