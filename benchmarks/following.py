@@ -61,8 +61,8 @@ def history(run: Run, name: str) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="cnn")
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--repetitions", type=int, default=3)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def main() -> None:
                     follower = follower_of(training)
                     windows, behind = history(follower, FOLLOW_SECONDS.name), history(follower, STEPS_BEHIND.name)
                     print(
-                        f"{len(windows)} windows of an epoch, {statistics.median(windows):.1f} s each; training was "
+                        f"{len(windows)} windows, {statistics.median(windows):.1f} s each; training was "
                         f"ahead by {statistics.median(behind):.0f} steps (median), {max(behind):.0f} (most)"
                     )
     without, alive = (statistics.median(spent) for spent in seconds.values())
