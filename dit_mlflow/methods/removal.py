@@ -158,8 +158,10 @@ def removal_curve(
 
 def _where_kinked(question: Question, engine: Engine, few: Influence, more: Draws, dtype: str) -> dict[str, Influence]:
     """For the windows of ``question``: the mean over more draws in place of ``few``, and TracIn. NaN: other windows."""
-    (many,) = expected_over(question, engine, [more], dtype)
-    found = {"uniform": _put(few, many)}
+    found: dict[str, Influence] = {}
+    with suppress(UnsupportedError):  # Training may diverge in every pair; the few stay then.
+        (many,) = expected_over(question, engine, [more], dtype)
+        found["uniform"] = _put(few, many)
     with suppress(UnsupportedError):  # It needs a step that is a loss, then an optimizer.
         effects = TracIn()(question.trajectory, question.workload, question.windows, queries=question.queries)
         found["tracin"] = _put(replace(few, scores=np.full_like(few.scores, np.nan), standard_error=None), effects)

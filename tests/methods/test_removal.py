@@ -29,6 +29,7 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow.evaluation import datamodeling_score
+from dit_mlflow.methods import removal
 from dit_mlflow.methods.removal import Blend, _pooled
 from dit_mlflow.retraining import train_on_subsets
 
@@ -152,6 +153,23 @@ def test_it_foretells_removals_that_it_never_saw(usual: tuple[Trajectory, Worklo
         assert min(by_parts) < by_blend > max(by_parts) - 0.05
         foretold = ~others.kept @ found.of(window)
         assert 0.8 < stats.linregress(foretold, others.changes[place, 0]).slope < 1.25
+
+
+def test_more_draws_that_cannot_be_made_cost_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = load_workload("projects/digits", n_train=60, optimizer="adamw", lr=0.01, epochs=8)
+    trajectory = train(workload, tmp_path / "t")
+    windows = [Window(0, trajectory.num_steps)]
+    expected = removal.expected_over
+
+    def diverging(question: Any, engine: Any, of: Any, dtype: str) -> Any:
+        if len(of) == 1:
+            raise UnsupportedError("training may diverge")
+        return expected(question, engine, of, dtype)
+
+    monkeypatch.setattr(removal, "expected_over", diverging)
+    found = removal_influence(trajectory, workload, windows, removed=0.5)
+    assert found.metadata["draws_agree"][str(windows[0])][0] < 0.5
+    assert set(found.metadata["bank"][str(windows[0])][0]["coefficients"]) == {"dit", "uniform", "beta", "tracin"}
 
 
 def test_where_nothing_foretells_it_says_so(tmp_path: Path) -> None:
