@@ -129,6 +129,7 @@ class Firefox:
         return str(element)
 
     def shot(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(self.send("WebDriver:TakeScreenshot", full=False)))
 
 
