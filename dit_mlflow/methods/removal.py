@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import optimize, special, stats
 
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Influence, Kind, Query, Window
@@ -17,29 +17,26 @@ from dit_mlflow.influence.draws import DRAWS_AGREE, Draws, expected_over, kinked
 from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import tracked
+from dit_mlflow.methods.blend import FEWEST, LARGE, Blend, pooled
 from dit_mlflow.methods.dit import OF_SWEEP, Dit
 from dit_mlflow.methods.method import Estimate, Method, RetrainingMethod
 from dit_mlflow.methods.tracin import TracIn
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.replay.compiled_step import Compile, check_compile
-from dit_mlflow.retraining import Effort, leave_one_out, train_on_subsets
+from dit_mlflow.retraining import Effort, Subsets, leave_one_out, train_on_subsets
+from dit_mlflow.retraining.work import time_of_one
 from dit_mlflow.told import logger_of
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
 
 _log = logger_of(__name__)
 
-FEWEST_TRAININGS = 8
-"""Budget below which a blend cannot be fitted and judged."""
-
-FOLDS = 4
-"""Parts of the bank, each foretold by the blend that the others choose."""
-
-RESAMPLES = 200
-"""Of the bank, for intervals."""
-
 BETA = 0.5
 """Power of the draws that stand for few removals: Beta(2, 1)."""
+
+
+MOST = 32
+"""Largest number of retrainings in a bank, for each training of the budget."""
 
 
 def removal_influence(
@@ -77,7 +74,10 @@ def removal_influence(
     is one more of the ``s^(k)``.
 
     The bank is that of datamodels (Ilyas et al. 2022, arXiv 2202.00622), which fit all scores to it; a few dozen
-    retrainings are far too few for that, and enough for a handful of coefficients.
+    retrainings are far too few for that, and enough for a handful of coefficients. Where they foretell others badly
+    (an LDS below 0.9, by cross-validation) and a retraining among many costs little, as for small networks, the bank of
+    that window grows to what half of the budget's time holds, and a ridge regression adds to each sample's score what
+    the blend leaves unexplained: a datamodel whose prior is the blend.
 
     Args:
         trajectory, workload, windows, kind, queries, dtype, memory_budget, compile: as for :func:`dit_mlflow.track`.
@@ -91,12 +91,13 @@ def removal_influence(
     Returns:
         Scores ``[windows, queries, training samples]`` in units of the query. **Sign**: change of the query caused by
         removing the sample, when a share ``removed`` goes; for a loss, positive = helpful, negative = harmful.
-        ``standard_error``: of drawing weights (pooled over samples: Smyth 2004, doi 10.2202/1544-6115.1027) and of the
-        coefficients (bootstrap over the bank); that a set's effect is not the sum of its members' is not in it.
+        ``standard_error``: of drawing weights (pooled over samples: Smyth 2004, doi 10.2202/1544-6115.1027), of the
+        coefficients (bootstrap over the bank), and of what a large bank adds (posterior of the ridge regression); that
+        a set's effect is not the sum of its members' is not in it.
         ``metadata["bank"]`` says, for each window (by its name) and query, how well the blend foretells retrainings
         that did not choose it: ``order`` (LDS: Spearman), ``size`` (slope of real on foretold change; 1 is right),
-        their intervals of 95 %, the coefficients, and the constant ``a``: the change by leaving out a random share is
-        foretold by ``a`` and the sum of the scores in it. ``metadata["draws_agree"]``, and a warning before the
+        their intervals of 95 %, the coefficients, the constant ``a``, and the number of ``retrainings``. The change by
+        leaving out a random share is foretold by ``a`` and the sum of the scores in it. ``metadata["draws_agree"]``, and a warning before the
         retrainings where training is too kinked: see :func:`dit_mlflow.expected_influence`.
 
     Raises:
@@ -104,7 +105,9 @@ def removal_influence(
         UnsupportedError: see :func:`dit_mlflow.track`; or too few of the retrainings end with a finite query.
 
     Cost: ``1 + trainings / 2`` sweeps along a replay of their own, ``trainings`` more where opposite draws disagree,
-    and ``2 * trainings`` retrainings. ``metadata["spent"]`` says how many.
+    and ``2 * trainings`` retrainings; where these are foretold badly, as many as the time of ``trainings / 2``
+    trainings holds, counted (the same on every machine), ``32 * trainings`` at most. ``metadata["spent"]`` says how
+    many.
     """
     given = (trajectory, workload, windows, kind, queries)
     (found,) = removal_curve(*given, [removed], trainings, seed, dtype, memory_budget, effort, exact, compile)
@@ -150,10 +153,10 @@ def removal_curve(
         parts["leave_one_out"] = exact.select(list(question.windows))
     elif trainings >= workload.num_samples:
         parts["leave_one_out"] = leave_one_out(*given, dtype=dtype, effort=effort)
-    spent = {"sweeps": 1 + 2 * draws + many, "retrainings": 2 * trainings}
     told = {key: value for key, value in few.metadata.items() if key in (DRAWS_AGREE, "derivative", "compile")}
-    common = {"trainings": int(trainings), "seed": int(seed), "spent": spent, **told}
-    return [_blended(question, parts, removed, 2 * trainings, seed, dtype, effort, common) for removed in shares]
+    common = {"trainings": int(trainings), "seed": int(seed), **told}
+    bank = _Banks(question, parts, trainings, seed, dtype, effort)
+    return [bank.blended(removed, 1 + 2 * draws + many, common) for removed in shares]
 
 
 def _where_kinked(question: Question, engine: Engine, few: Influence, more: Draws, dtype: str) -> dict[str, Influence]:
@@ -186,186 +189,75 @@ def _put(into: Influence, part: Influence) -> Influence:
     )
 
 
-def _blended(
-    question: Question,
-    parts: dict[str, Influence],
-    removed: float,
-    retrainings: int,
-    seed: int,
-    dtype: torch.dtype | None,
-    effort: Effort | None,
-    common: dict[str, Any],
-) -> Influence:
-    """The blend of the parts that a bank of retrainings without a share of the samples chooses."""
-    given = (question.trajectory, question.workload, question.windows, question.kind, question.queries)
-    bank = train_on_subsets(*given, subsets=retrainings, share=1 - removed, seed=seed, dtype=dtype, effort=effort)
-    scores, errors = np.zeros(question.shape), np.zeros(question.shape)
-    freedom = np.zeros(question.shape[:2])
-    judged: dict[str, list[dict[str, Any]]] = {str(window): [] for window in question.windows}
-    for window, query in np.ndindex(*question.shape[:2]):
-        blend = Blend.fitted(
-            {
-                name: part.scores[window, query]
-                for name, part in parts.items()
-                if np.isfinite(part.scores[window, query]).all()
-            },
-            {name: _pooled(part, window, query) for name, part in parts.items()},
-            ~bank.kept,
-            bank.changes[window, query],
-            seed,
-        )
-        scores[window, query], errors[window, query] = blend.scores, blend.errors
-        freedom[window, query] = blend.freedom
-        judged[str(question.windows[window])].append(blend.judged)
-    return question.answer(
-        scores,
-        "removal",
-        str(dtype or "recorded"),
-        standard_error=errors,
-        degrees_of_freedom=freedom,
-        removed=float(removed),
-        **common,
-        bank=judged,
-        max_drift=max(float(part.metadata.get("max_drift", 0.0)) for part in parts.values()),
-    )
-
-
 @dataclass(frozen=True, eq=False)
-class Blend:
-    """Scores chosen by a bank, for one window and query.
+class _Banks:
+    """Retrainings without random shares of the samples, which choose the blend of ``parts``."""
 
-    Attributes:
-        scores, errors: ``[samples]``.
-        freedom: degrees of freedom of the errors.
-        judged: JSON values: ``order``, ``size``, their intervals, ``coefficients``, ``constant``.
-    """
+    question: Question
+    parts: dict[str, Influence]
+    trainings: int
+    seed: int
+    dtype: torch.dtype | None
+    effort: Effort | None
 
-    scores: np.ndarray
-    errors: np.ndarray
-    freedom: float
-    judged: dict[str, Any]
-
-    @classmethod
-    def fitted(
-        cls,
-        parts: dict[str, np.ndarray],
-        pooled: dict[str, tuple[np.ndarray, float]],
-        gone: np.ndarray,
-        changes: np.ndarray,
-        seed: int,
-    ) -> Blend:
-        """The blend of ``parts [samples]`` that foretells ``changes [bank]`` where ``gone [bank, samples]`` are absent.
-
-        Args:
-            pooled: standard errors ``[samples]`` of the parts, and their degrees of freedom.
-
-        Raises:
-            UnsupportedError: fewer than :data:`FEWEST_TRAININGS` of the changes are finite.
-        """
-        finite = np.isfinite(changes)
-        if finite.sum() < FEWEST_TRAININGS:
-            raise UnsupportedError(
-                f"{int((~finite).sum())} of {len(changes)} trainings without a share of the samples gave a query that "
-                "is not a finite number; take a smaller share (removed), or use track"
-            )
-        gone, changes = gone[finite], changes[finite]
-        stacked = np.stack(list(parts.values()))
-        sums = gone @ stacked.T
-        coefficients = _fit(sums, changes)
-        random = np.random.default_rng(seed)
-        drawn = random.integers(len(changes), size=(RESAMPLES, len(changes)))
-        fits = np.array([_fit(sums[rows], changes[rows]) for rows in drawn])
-        of_fit = (fits @ stacked).std(axis=0)
-        of_draws = [c * pooled[name][0] for c, name in zip(coefficients, parts, strict=True)]
-        used = [pooled[name][1] for c, name in zip(coefficients, parts, strict=True) if c > 0]
-        return cls(
-            coefficients @ stacked,
-            np.sqrt(of_fit**2 + np.sum(np.square(of_draws), axis=0)),
-            min([len(changes) - len(parts) - 1.0, *used]),
-            {
-                "coefficients": dict(zip(parts, coefficients.tolist(), strict=True)),
-                "constant": float(changes.mean() - sums.mean(axis=0) @ coefficients),
-                **_judged(_foretold(sums, changes), changes, drawn),
+    def blended(self, removed: float, sweeps: int, common: dict[str, Any]) -> Influence:
+        """The answer, when a share ``removed`` goes."""
+        question = self.question
+        bank = self._bank(question.windows, removed, 2 * self.trainings)
+        blends = [self._blends(bank, place, window) for place, window in enumerate(question.windows)]
+        poor = [place for place, found in enumerate(blends) if not all(blend.foretells for blend in found)]
+        spent = 2 * self.trainings
+        if poor and self._most > max(spent, LARGE):
+            windows = tuple(question.windows[place] for place in poor)
+            larger = self._bank(windows, removed, self._most, bank)
+            for k, place in enumerate(poor):
+                blends[place] = self._blends(larger, k, windows[k])
+            spent = self._most
+        return question.answer(
+            np.array([[blend.scores for blend in found] for found in blends]),
+            "removal",
+            str(self.dtype or "recorded"),
+            standard_error=np.array([[blend.errors for blend in found] for found in blends]),
+            degrees_of_freedom=np.array([[blend.freedom for blend in found] for found in blends]),
+            removed=float(removed),
+            **common,
+            spent={"sweeps": sweeps, "retrainings": spent},
+            bank={
+                str(window): [blend.judged for blend in found]
+                for window, found in zip(question.windows, blends, strict=True)
             },
+            max_drift=max(float(part.metadata.get("max_drift", 0.0)) for part in self.parts.values()),
         )
 
+    def _bank(self, windows: Sequence[Window], removed: float, size: int, known: Subsets | None = None) -> Subsets:
+        question = self.question
+        given = (question.trajectory, question.workload, windows, question.kind, question.queries)
+        share, seed, dtype, effort = 1 - removed, self.seed, self.dtype, self.effort
+        return train_on_subsets(*given, subsets=size, share=share, seed=seed, dtype=dtype, effort=effort, known=known)
 
-def _fit(sums: np.ndarray, changes: np.ndarray) -> np.ndarray:
-    """Nonnegative least squares with a free constant, of ``changes [bank]`` on ``sums [bank, parts]``."""
-    centred = sums - sums.mean(axis=0)
-    scale = centred.std(axis=0)
-    scale[scale == 0] = np.inf
-    found: np.ndarray = optimize.nnls(centred / scale, changes - changes.mean())[0] / scale
-    return found
+    @cached_property
+    def _most(self) -> int:
+        """As many retrainings as half of the budget's time holds."""
+        each = time_of_one(self.question, self.dtype, self.effort)
+        return min(MOST * self.trainings, int(self.trainings / 2 / each))
 
-
-def _foretold(sums: np.ndarray, changes: np.ndarray) -> np.ndarray:
-    """Each change by the fit to the other folds, ``[bank]``."""
-    fold = np.arange(len(changes)) % FOLDS
-    found = np.empty(len(changes))
-    for left in range(FOLDS):
-        of, rest = fold == left, fold != left
-        found[of] = changes[rest].mean() + (sums[of] - sums[rest].mean(axis=0)) @ _fit(sums[rest], changes[rest])
-    return found
-
-
-def _judged(foretold: np.ndarray, changes: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
-    """LDS and slope with intervals over resamples ``drawn [resamples, bank]``; ``None`` where all changes are equal."""
-    rows = np.vstack([np.arange(len(changes)), drawn])
-    x, y = foretold[rows], changes[rows]
-    known = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0)
-    if not known[0]:
-        return dict.fromkeys(("order", "order_interval", "size", "size_interval"))
-    figures = {"order": _slopes(_standardised(x[known]), _standardised(y[known])), "size": _slopes(x[known], y[known])}
-    return {
-        key: value
-        for name, found in figures.items()
-        for key, value in (
-            (name, float(found[0])),
-            (f"{name}_interval", np.quantile(found[1:], [0.025, 0.975]).tolist()),
-        )
-    }
-
-
-def _standardised(values: np.ndarray) -> np.ndarray:
-    """Ranks of each row, of which a slope is Spearman's correlation."""
-    ranks = stats.rankdata(values, axis=1)
-    scaled: np.ndarray = ranks / ranks.std(axis=1, keepdims=True)
-    return scaled
-
-
-def _slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of ``y`` on ``x``, row by row."""
-    centred = x - x.mean(axis=1, keepdims=True)
-    found: np.ndarray = (centred * y).sum(axis=1) / np.square(centred).sum(axis=1)
-    return found
-
-
-def _pooled(part: Influence, window: int, query: int) -> tuple[np.ndarray, float]:
-    """Standard errors ``[samples]``, each drawn towards what all have in common, and their degrees of freedom.
-
-    A variance of two or three pairs of draws says little; by the prior that all samples' variances suggest (Smyth 2004,
-    equations 7 to 10) it says more.
-    """
-    if part.standard_error is None or part.degrees_of_freedom is None:
-        return np.zeros(part.scores.shape[2]), np.inf
-    variance = np.square(part.standard_error[window, query])
-    own = float(part.degrees_of_freedom[window, query])
-    known = variance > 0
-    if own < 1 or known.sum() < 2:
-        return np.sqrt(np.nan_to_num(variance)), max(own, 1.0)
-    centred = np.log(variance[known]) - special.digamma(own / 2) + np.log(own / 2)
-    spread = centred.var(ddof=1) - special.polygamma(1, own / 2)
-    prior = 2 * _inverse_trigamma(spread) if spread > 0 else np.inf
-    if np.isinf(prior):
-        return np.where(known, np.exp(centred.mean() / 2), 0.0), np.inf
-    common = np.exp(centred.mean() + special.digamma(prior / 2) - np.log(prior / 2))
-    moderated = (prior * common + own * variance) / (prior + own)
-    return np.where(known, np.sqrt(moderated), 0.0), prior + own
-
-
-def _inverse_trigamma(value: float) -> float:
-    return float(optimize.brentq(lambda x: special.polygamma(1, x) - value, 1e-8, 1e8))
+    def _blends(self, bank: Subsets, place: int, window: Window) -> list[Blend]:
+        """By query, for the window that is the bank's number ``place``."""
+        row = self.question.windows.index(window)
+        return [
+            Blend.fitted(
+                {
+                    name: part.scores[row, query]
+                    for name, part in self.parts.items()
+                    if np.isfinite(part.scores[row, query]).all()
+                },
+                {name: pooled(part, row, query) for name, part in self.parts.items()},
+                ~bank.kept,
+                bank.changes[place, query],
+                self.seed,
+            )
+            for query in range(len(self.question.queries))
+        ]
 
 
 def _check_exact(exact: Influence, question: Question) -> None:
@@ -384,9 +276,9 @@ def _check_exact(exact: Influence, question: Question) -> None:
 def check_removal(samples: int, removed: Any, trainings: Any, seed: Any) -> None:
     """Raise :class:`InputError` for a share or a budget that cannot be used."""
     whole = isinstance(trainings, (int, np.integer)) and isinstance(seed, (int, np.integer))
-    if not whole or trainings < FEWEST_TRAININGS or seed < 0:
+    if not whole or trainings < FEWEST or seed < 0:
         raise InputError(
-            f"trainings={trainings!r}, seed={seed!r}; expected a budget of {FEWEST_TRAININGS} trainings or more, and a "
+            f"trainings={trainings!r}, seed={seed!r}; expected a budget of {FEWEST} trainings or more, and a "
             "seed of 0 or more"
         )
     if not isinstance(removed, (int, float)) or not 0 < removed < 1 or not 1 < round(removed * samples) < samples:

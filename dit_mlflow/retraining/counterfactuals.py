@@ -159,6 +159,11 @@ class Retraining:
                 found = self._single_changes(job, advanced)
         return found
 
+    @property
+    def copies(self) -> int:
+        """How many ran side by side at the last call; 0 if they ran one after the other."""
+        return (self._chunk or 0) if self._side_by_side else 0
+
     def ask(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         """Values of the queries, ``[queries]``."""
         dynamics = self.training_step.dynamics

@@ -67,7 +67,7 @@ def retrain(
             steps = [question.trajectory.step(t) for t in range(course.start, course.stop)]
             met = np.unique(np.concatenate([step.samples for step in steps if step.index < course.until]))
             affected = np.flatnonzero(counterfactuals.changed_by(met))
-            job = Job(course, steps, _baseline(replay, course, here), counterfactuals)
+            job = Job(course, steps, baseline(replay, course, here), counterfactuals)
             for rows, found in _run(job, affected, shared, here, effort, pool):
                 for step, window, sign in course.measures:
                     changes[window][:, rows] += sign * found[step]
@@ -101,7 +101,7 @@ class _Shared:
         return Retraining(step, self.queries, self.memory_budget)
 
 
-def _baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
+def baseline(replay: Replay, course: Course, here: Retraining) -> Baseline:
     """The recorded run along a course."""
     asked = {step for step, _, _ in course.measures}
     walk = enumerate(replay.forward(course.start, course.stop), start=course.start)

@@ -46,6 +46,7 @@ def train_on_subsets(
     dtype: torch.dtype | None = None,
     effort: Effort | None = None,
     removal: Removal = "weight",
+    known: Subsets | None = None,
 ) -> Subsets:
     """Train again as recorded, with weight 0 on the samples outside of a random subset.
 
@@ -58,6 +59,8 @@ def train_on_subsets(
         share: fraction of the samples in each subset, drawn by ``seed`` without replacement.
         dtype, effort, removal: as for :func:`dit_mlflow.leave_one_out`; the recorded dtype is enough, since changes are
             large.
+        known: the result of the same call for fewer subsets, of these windows and perhaps others; only the rest are
+            trained.
 
     Raises:
         InputError: fewer than 3 subsets, or a share that makes subsets empty or complete.
@@ -76,7 +79,11 @@ def train_on_subsets(
     for row in kept:
         row[generator.choice(n, size=size, replace=False)] = True
     question = Question.of(trajectory, workload, windows, kind, queries)
-    changes, _ = retrain(question, Reweighted(kept.astype(np.float64), is_absent(removal)), dtype, effort)
+    rest = kept if known is None else kept[len(known.kept) :]
+    changes, _ = retrain(question, Reweighted(rest.astype(np.float64), is_absent(removal)), dtype, effort)
+    if known is not None:
+        of_known = known.changes[[known.windows.index(window) for window in question.windows]]
+        changes = np.concatenate([of_known, changes], axis=2)
     return Subsets(kept, changes, tuple(windows))
 
 

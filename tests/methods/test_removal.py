@@ -30,7 +30,7 @@ from dit_mlflow import (
 )
 from dit_mlflow.evaluation import datamodeling_score
 from dit_mlflow.methods import removal
-from dit_mlflow.methods.removal import Blend, _pooled
+from dit_mlflow.methods.blend import Blend, pooled
 from dit_mlflow.retraining import train_on_subsets
 
 
@@ -94,6 +94,34 @@ def test_the_standard_error_covers_the_coefficients() -> None:
     assert 0.88 < np.mean(held) <= 0.99
 
 
+def test_a_large_bank_says_of_single_samples_what_no_part_knew() -> None:
+    """And 95 % of the intervals hold what it says, also of samples that it says little of."""
+    held = []
+    for seed in range(30):
+        random = np.random.default_rng(seed)
+        s, own = random.normal(size=80), random.normal(size=80)
+        s[:5] = own[:5] = 0  # In no step.
+        others = subsets(200, 80, 12, seed + 1000)
+        for rows, better in ((32, 0.0), (150, 0.1)):
+            gone = subsets(rows, 80, 12, seed)
+            found = blended({"s": s}, gone, gone @ (s + own) + 2 * random.normal(size=rows))
+            of_parts, of_blend = (stats.spearmanr(others @ x, others @ (s + own))[0] for x in (s, found.scores))
+            assert of_blend > of_parts + better - 1e-9
+            assert found.judged["retrainings"] == rows
+            assert not found.scores[:5].any()
+        assert (found.errors[5:] > 0).all()
+        half = stats.t.ppf(0.975, found.freedom) * found.errors
+        held.append(np.abs(found.scores - (s + own))[5:] <= half[5:])
+    assert 0.92 < np.mean(held) <= 0.99
+
+
+def test_a_large_bank_adds_nothing_where_the_parts_know_all() -> None:
+    random = np.random.default_rng(0)
+    s, gone = random.normal(size=80), subsets(150, 80, 12)
+    found = blended({"s": s}, gone, gone @ s + random.normal(size=150))
+    np.testing.assert_allclose(found.scores, s, atol=0.1)
+
+
 def test_errors_of_few_draws_are_pooled_over_samples() -> None:
     """Two pairs each: variances of one degree of freedom, where all samples have the same true one."""
     random = np.random.default_rng(0)
@@ -110,7 +138,7 @@ def test_errors_of_few_draws_are_pooled_over_samples() -> None:
         own[None, None],
         np.array([[1.0]]),
     )
-    errors, freedom = _pooled(part, 0, 0)
+    errors, freedom = pooled(part, 0, 0)
     assert freedom > 4
     true = np.sqrt(0.5)
     assert np.abs(errors - true).mean() < 0.3 * true < np.abs(own - true).mean()
@@ -173,7 +201,7 @@ def test_more_draws_that_cannot_be_made_cost_no_answer(tmp_path: Path, monkeypat
 
 
 def test_where_nothing_foretells_it_says_so(tmp_path: Path) -> None:
-    """At this rate even leave-one-out has an LDS of .3."""
+    """At this rate even leave-one-out has an LDS of .3, and a blend of .3 to .5."""
     workload = digits_3_and_8(rate=0.5)
     trajectory = train(workload, tmp_path / "t")
     windows = [Window(0, trajectory.num_steps)]
@@ -181,9 +209,9 @@ def test_where_nothing_foretells_it_says_so(tmp_path: Path) -> None:
     others = train_on_subsets(trajectory, workload, windows, subsets=150, share=0.95, seed=99)
     real = datamodeling_score(found.of(0), others).values["lds"]
     (low, high) = found.metadata["bank"][str(windows[0])][0]["order_interval"]
-    assert real < 0.5
-    assert low < 0.2
-    assert high < 0.6
+    assert real < 0.6
+    assert low - 0.1 < real < high + 0.1
+    assert high < 0.7
 
 
 def test_the_same_seed_gives_the_same_and_a_large_budget_takes_leave_one_out(
@@ -196,7 +224,7 @@ def test_the_same_seed_gives_the_same_and_a_large_budget_takes_leave_one_out(
     np.testing.assert_allclose(one.scores, again.scores, rtol=0, atol=1e-5 * np.abs(one.scores).max())
     assert np.abs(one.scores - other.scores).max() > 0.01 * np.abs(one.scores).max()
     assert one.metadata["draws_agree"]["0-4"][0] > 0.8
-    assert one.metadata["spent"] == {"sweeps": 9, "retrainings": 32}
+    assert one.metadata["spent"]["sweeps"] == 9
     large = removal_influence(trajectory, workload, windows, trainings=workload.num_samples)
     assert "leave_one_out" in large.metadata["bank"]["0-4"][0]["coefficients"]
     assert "leave_one_out" not in one.metadata["bank"]["0-4"][0]["coefficients"]
@@ -214,7 +242,7 @@ def test_where_opposite_draws_disagree_there_are_more_of_them_and_tracin(tmp_pat
     coefficients = {window: found.metadata["bank"][str(window)][0]["coefficients"] for window in windows}
     assert "tracin" in coefficients[whole]
     assert "tracin" not in coefficients[last]
-    assert found.metadata["spent"] == {"sweeps": 9 + 16, "retrainings": 32}
+    assert found.metadata["spent"]["sweeps"] == 9 + 16
     # What is not kinked has the scores that it has alone.
     alone = removal_influence(trajectory, workload, [last], removed=0.5)
     np.testing.assert_allclose(found.of(last), alone.of(last), rtol=0, atol=1e-5 * np.abs(alone.scores).max())

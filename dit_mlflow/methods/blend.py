@@ -1,0 +1,229 @@
+"""Scores of removals, chosen by retrainings without random shares of the samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import linalg, optimize, special, stats
+from sklearn.linear_model import RidgeCV
+
+from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.influence import Influence
+
+FOLDS = 4
+"""Parts of the bank, each foretold by the blend that the others choose."""
+
+RESAMPLES = 200
+"""Of the bank, for intervals."""
+
+FEWEST = 8
+"""Retrainings from which a blend can be fitted and judged."""
+
+ORDER = 0.9
+"""LDS from which retrainings that did not choose a blend are foretold well."""
+
+LARGE = 64
+"""Retrainings from which they may say more of single samples than the parts do."""
+
+PENALTIES = np.logspace(-4, 6, 41)
+"""Of single samples' corrections, in units of what a retraining has of samples that others have not."""
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """Scores chosen by a bank, for one window and query.
+
+    Attributes:
+        scores, errors: ``[samples]``.
+        freedom: degrees of freedom of the errors.
+        judged: JSON values: ``order``, ``size``, their intervals, ``coefficients``, ``constant``, ``retrainings``.
+    """
+
+    scores: np.ndarray
+    errors: np.ndarray
+    freedom: float
+    judged: dict[str, Any]
+
+    @classmethod
+    def fitted(
+        cls,
+        parts: dict[str, np.ndarray],
+        pooled: dict[str, tuple[np.ndarray, float]],
+        gone: np.ndarray,
+        changes: np.ndarray,
+        seed: int,
+    ) -> Blend:
+        """The blend of ``parts [samples]`` that foretells ``changes [bank]`` where ``gone [bank, samples]`` are absent.
+
+        Args:
+            pooled: standard errors ``[samples]`` of the parts, and their degrees of freedom.
+
+        Raises:
+            UnsupportedError: fewer than :data:`FEWEST` of the changes are finite.
+        """
+        finite = np.isfinite(changes)
+        if finite.sum() < FEWEST:
+            raise UnsupportedError(
+                f"{int((~finite).sum())} of {len(changes)} trainings without a share of the samples gave a query that "
+                "is not a finite number; take a smaller share (removed), or use track"
+            )
+        gone, changes = gone[finite], changes[finite]
+        stacked = np.stack(list(parts.values()))
+        fit = _Fit.of(gone, changes, stacked)
+        sums = gone @ stacked.T
+        random = np.random.default_rng(seed)
+        drawn = random.integers(len(changes), size=(RESAMPLES, len(changes)))
+        fits = np.array([_nonnegative(sums[rows], changes[rows]) for rows in drawn])
+        of_fit = (fits @ stacked).std(axis=0)
+        of_draws = [c * pooled[name][0] for c, name in zip(fit.coefficients, parts, strict=True)]
+        used = [pooled[name][1] for c, name in zip(fit.coefficients, parts, strict=True) if c > 0]
+        return cls(
+            fit.scores,
+            np.sqrt(of_fit**2 + np.sum(np.square(of_draws), axis=0) + fit.variance),
+            min([len(changes) - len(parts) - 1.0, *used]),
+            {
+                "coefficients": dict(zip(parts, fit.coefficients.tolist(), strict=True)),
+                "constant": fit.constant,
+                "retrainings": len(changes),
+                **_judged(_foretold(gone, changes, stacked), changes, drawn),
+            },
+        )
+
+    @property
+    def foretells(self) -> bool:
+        """Whether the order of retrainings that did not choose it is foretold well, or there is none."""
+        order = self.judged["order"]
+        return order is None or order >= ORDER
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Scores ``[samples]`` whose sums, and the constant, are nearest to the changes.
+
+    Attributes:
+        coefficients: of the parts.
+        variance: of what is added to single samples, ``[samples]``; 0 where nothing is.
+    """
+
+    scores: np.ndarray
+    coefficients: np.ndarray
+    constant: float
+    variance: np.ndarray
+
+    @classmethod
+    def of(cls, gone: np.ndarray, changes: np.ndarray, stacked: np.ndarray) -> _Fit:
+        sums = gone @ stacked.T
+        coefficients = _nonnegative(sums, changes)
+        scores, variance = coefficients @ stacked, np.zeros(stacked.shape[1])
+        left = changes - sums @ coefficients
+        if len(changes) >= LARGE and np.ptp(left) > 0:
+            # A sample that is in no step of a window has the effect 0, in all parts.
+            more, variance = _corrections(gone & stacked.any(axis=0), left)
+            scores = scores + more
+        return cls(scores, coefficients, float((changes - gone @ scores).mean()), variance)
+
+
+def _corrections(gone: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What single samples have to do with changes ``left [bank]`` by ridge regression, and its variance, ``[samples]``.
+
+    The penalty is the largest whose error, in leave-one-out cross-validation, is within one standard error of the least
+    (Breiman et al. 1984, section 3.4.3): where a bank says nothing of single samples, nothing is added. The variance is
+    that of the posterior under the prior that ridge regression is: in it is what the shrinkage hides.
+    """
+    centred, scale = gone - gone.mean(axis=0), left.std()
+    common = float(np.square(centred).sum(axis=1).mean())
+    if common == 0:
+        return np.zeros(gone.shape[1]), np.zeros(gone.shape[1])
+    penalties = common * PENALTIES
+    found = RidgeCV(penalties, store_cv_results=True).fit(centred, left / scale).cv_results_
+    worse = found - found[:, [found.mean(axis=0).argmin()]]
+    allowed = worse.mean(axis=0) <= worse.std(axis=0) / np.sqrt(len(left))
+    penalty = penalties[np.flatnonzero(allowed)[-1]]
+    factor = linalg.cho_factor(centred @ centred.T + penalty * np.eye(len(left)))
+    weights = linalg.cho_solve(factor, left - left.mean())
+    inverse = linalg.cho_solve(factor, np.eye(len(left)))
+    # The error of foretelling one change from the others, weights / inverse_ii, has the variance prior / inverse_ii.
+    prior = np.mean(np.square(weights) / inverse.diagonal())
+    known = np.einsum("bn,bn->n", centred, inverse @ centred)
+    return centred.T @ weights, np.where(centred.any(axis=0), prior * (1 - known), 0)
+
+
+def _nonnegative(sums: np.ndarray, changes: np.ndarray) -> np.ndarray:
+    """Nonnegative least squares with a free constant, of ``changes [bank]`` on ``sums [bank, parts]``."""
+    centred = sums - sums.mean(axis=0)
+    scale = centred.std(axis=0)
+    scale[scale == 0] = np.inf
+    found: np.ndarray = optimize.nnls(centred / scale, changes - changes.mean())[0] / scale
+    return found
+
+
+def _foretold(gone: np.ndarray, changes: np.ndarray, stacked: np.ndarray) -> np.ndarray:
+    """Each change by the fit to the other folds, ``[bank]``."""
+    fold = np.arange(len(changes)) % FOLDS
+    found = np.empty(len(changes))
+    for left in range(FOLDS):
+        of, rest = fold == left, fold != left
+        fit = _Fit.of(gone[rest], changes[rest], stacked)
+        found[of] = fit.constant + gone[of] @ fit.scores
+    return found
+
+
+def _judged(foretold: np.ndarray, changes: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
+    """LDS and slope with intervals over resamples ``drawn [resamples, bank]``; ``None`` where all changes are equal."""
+    rows = np.vstack([np.arange(len(changes)), drawn])
+    x, y = foretold[rows], changes[rows]
+    known = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0)
+    if not known[0]:
+        return dict.fromkeys(("order", "order_interval", "size", "size_interval"))
+    figures = {"order": _slopes(_standardised(x[known]), _standardised(y[known])), "size": _slopes(x[known], y[known])}
+    return {
+        key: value
+        for name, found in figures.items()
+        for key, value in (
+            (name, float(found[0])),
+            (f"{name}_interval", np.quantile(found[1:], [0.025, 0.975]).tolist()),
+        )
+    }
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """Ranks of each row, of which a slope is Spearman's correlation."""
+    ranks = stats.rankdata(values, axis=1)
+    scaled: np.ndarray = ranks / ranks.std(axis=1, keepdims=True)
+    return scaled
+
+
+def _slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of ``y`` on ``x``, row by row."""
+    centred = x - x.mean(axis=1, keepdims=True)
+    found: np.ndarray = (centred * y).sum(axis=1) / np.square(centred).sum(axis=1)
+    return found
+
+
+def pooled(part: Influence, window: int, query: int) -> tuple[np.ndarray, float]:
+    """Standard errors ``[samples]``, each drawn towards what all have in common, and their degrees of freedom.
+
+    A variance of two or three pairs of draws says little; by the prior that all samples' variances suggest (Smyth 2004,
+    equations 7 to 10) it says more.
+    """
+    if part.standard_error is None or part.degrees_of_freedom is None:
+        return np.zeros(part.scores.shape[2]), np.inf
+    variance = np.square(part.standard_error[window, query])
+    own = float(part.degrees_of_freedom[window, query])
+    known = variance > 0
+    if own < 1 or known.sum() < 2:
+        return np.sqrt(np.nan_to_num(variance)), max(own, 1.0)
+    centred = np.log(variance[known]) - special.digamma(own / 2) + np.log(own / 2)
+    spread = centred.var(ddof=1) - special.polygamma(1, own / 2)
+    prior = 2 * _inverse_trigamma(spread) if spread > 0 else np.inf
+    if np.isinf(prior):
+        return np.where(known, np.exp(centred.mean() / 2), 0.0), np.inf
+    common = np.exp(centred.mean() + special.digamma(prior / 2) - np.log(prior / 2))
+    moderated = (prior * common + own * variance) / (prior + own)
+    return np.where(known, np.sqrt(moderated), 0.0), prior + own
+
+
+def _inverse_trigamma(value: float) -> float:
+    return float(optimize.brentq(lambda x: special.polygamma(1, x) - value, 1e-8, 1e8))

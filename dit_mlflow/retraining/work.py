@@ -1,0 +1,78 @@
+"""What retrainings side by side cost, counted and not timed: what depends on it is the same on every machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit_mlflow.influence.kind import Course
+from dit_mlflow.influence.question import Question
+from dit_mlflow.replay.training_step import TrainingStep
+from dit_mlflow.retraining.counterfactuals import Job, LeftOut, Retraining
+from dit_mlflow.retraining.effort import Effort
+from dit_mlflow.retraining.retrain import baseline
+from dit_mlflow.trajectory import State, StepRecord
+from dit_mlflow.workload.random_state import preserved_random_state
+
+OF_A_STEP = 10e6
+"""Bytes whose computation takes the time that Python takes for a step, about 1.5 ms on one core of 2024."""
+
+OPERATIONS = 10
+"""Floating-point operations of matrix products that take the time of a byte of results."""
+
+TRIED = 2
+"""Steps that show whether retrainings run side by side."""
+
+TOGETHER = 16
+"""Retrainings that show it."""
+
+
+def time_of_one(question: Question, dtype: torch.dtype | None = None, effort: Effort | None = None) -> float:
+    """The time of one retraining among many, in trainings; 1 where side by side they save less than half, or fail.
+
+    Side by side, they share the time that Python takes for a step, and not that of arithmetic and memory, for which
+    the operations of the first step are counted. On one core that is within a factor of two of the time of networks of
+    1,000 to 6,000 parameters (``benchmarks/removal.py``); on an accelerator it is too much.
+    """
+    effort = effort or Effort()
+    with preserved_random_state():
+        replay = question.trajectory.replay(question.workload, dtype)
+        steps = [question.trajectory.step(t) for t in range(min(TRIED, question.trajectory.num_steps))]
+        work = _work(replay.training_step, replay.checkpoint(0), steps[0])
+        if work > OF_A_STEP:
+            return 1.0
+        retraining = Retraining(replay.training_step, question.queries, effort.memory_budget)
+        course = Course(0, len(steps), ((len(steps), 0, 1),))
+        samples = np.arange(TOGETHER) % question.workload.num_samples
+        retraining.run(Job(course, steps, baseline(replay, course, retraining), LeftOut(samples)))
+        copies = retraining.copies
+    return (work + OF_A_STEP / copies) / (work + OF_A_STEP) if copies else 1.0
+
+
+def _work(training_step: TrainingStep, state: State, step: StepRecord) -> float:
+    """Of a step, in bytes of results; its batch is loaded once for all retrainings."""
+    with _Made() as loaded:
+        training_step.dynamics.load(step)
+    with FlopCounterMode(display=False) as counted, _Made() as made:
+        training_step(state, step)
+    return made.nbytes - loaded.nbytes + counted.get_total_flops() / OPERATIONS
+
+
+class _Made(TorchDispatchMode):
+    """Adds up the bytes of all that operations return, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.nbytes += sum(part.nbytes for part in tree_leaves(found) if isinstance(part, Tensor))
+        return found
