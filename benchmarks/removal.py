@@ -44,7 +44,7 @@ PEERS: dict[str, Method] = {
 }
 """Besides, where they are asked for."""
 
-REMOVAL, INFORMED = "removal", "removal, leave-one-out known"
+REMOVAL, INFORMED, CEILING = "removal", "removal, leave-one-out known", "ceiling"
 
 JUDGES = 7
 """Added to the seed of the retrainings that judge, so that they are none of those that a blend was fitted to."""
@@ -110,6 +110,10 @@ def measure(of: Training, seed: int, options: argparse.Namespace) -> list[dict[s
                     REMOVAL: scored(removal, windows),
                     INFORMED: (informed, cost + cost_of_exact),
                 }
+                if options.ceiling and len(windows) == 1:
+                    found[CEILING] = scored(
+                        Datamodel(subsets=options.ceiling, share=1 - share, regression="ridge"), windows
+                    )
                 judges = train_on_subsets(
                     trajectory, workload, windows, subsets=options.subsets, share=1 - share, seed=seed + JUDGES
                 )
@@ -133,7 +137,7 @@ def measure(of: Training, seed: int, options: argparse.Namespace) -> list[dict[s
 
 def summary(rows: pd.DataFrame) -> str:
     """Markdown: a line for each training, window and share, a column for each method."""
-    names = [name for name in [*METHODS, *PEERS, REMOVAL, INFORMED] if name in set(rows["method"])]
+    names = [name for name in [*METHODS, *PEERS, REMOVAL, INFORMED, CEILING] if name in set(rows["method"])]
     lines = [
         "| training (seeds) | of | removed | " + " | ".join(f"`{name}`" for name in names) + " | slope of `removal` |",
         "|" + "---|" * (len(names) + 4),
@@ -163,6 +167,7 @@ def main() -> None:
     parser.add_argument("--removed", nargs="+", type=float, default=[0.02, 0.1, 0.5], help="shares that are left out")
     parser.add_argument("--subsets", type=int, default=100, help="retrainings that judge")
     parser.add_argument("--peers", action="store_true", help="also ridge on 512 retrainings, EK-FAC, SOURCE, TRAK")
+    parser.add_argument("--ceiling", type=int, help="also a ridge datamodel of so many retrainings at each share")
     parser.add_argument("--to", type=Path, help="a file of rows, to go on from and to add to")
     options = parser.parse_args()
     rows = pd.read_csv(options.to) if options.to and options.to.exists() else pd.DataFrame()

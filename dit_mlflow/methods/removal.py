@@ -97,8 +97,8 @@ def removal_influence(
         ``metadata["bank"]`` says, for each window (by its name) and query, how well the blend foretells retrainings
         that did not choose it: ``order`` (LDS: Spearman), ``size`` (slope of real on foretold change; 1 is right),
         their intervals of 95 %, the coefficients, the constant ``a``, and the number of ``retrainings``. The change by
-        leaving out a random share is foretold by ``a`` and the sum of the scores in it. ``metadata["draws_agree"]``, and a warning before the
-        retrainings where training is too kinked: see :func:`dit_mlflow.expected_influence`.
+        leaving out a random share is foretold by ``a`` and the sum of the scores in it. ``metadata["draws_agree"]``,
+        and a warning before the retrainings where training is too kinked: see :func:`dit_mlflow.expected_influence`.
 
     Raises:
         InputError: a share or a budget that cannot be used, and what :func:`dit_mlflow.track` refuses.
