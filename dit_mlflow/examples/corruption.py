@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -46,6 +47,7 @@ def corrupt(
     classes: int,
     foreign: np.ndarray | None = None,
     noise: float = NOISE,
+    features: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Corrupted:
     """Damage exactly ``round(share * samples)`` samples of a copy.
 
@@ -70,6 +72,7 @@ def corrupt(
         classes: how many there are, 2 or more where labels or classes matter.
         foreign: inputs that belong to no class, ``[any, ...]``, for ``ood``.
         noise: see above.
+        features: what the logistic regression of ``hard_flip`` sees of inputs that are not numbers, ``[samples, any]``.
 
     Raises:
         InputError: an unknown kind, a share outside [0, 1], or data that the kind does not apply to.
@@ -81,7 +84,11 @@ def corrupt(
     generator = np.random.default_rng(seed)
     count = round(share * len(labels))
     if kind == "hard_flip":
-        return _confused(inputs, labels, count, generator)
+        seen = inputs if features is None else features(inputs)
+        indices, likeliest = _confused(seen, labels, count, generator)
+        labels = labels.copy()
+        labels[indices] = likeliest
+        return Corrupted(inputs.copy(), labels, indices)
     if kind == "class_flip":
         indices = _class_by_class(labels, count, classes, generator)
     else:
@@ -100,7 +107,10 @@ def corrupt(
     return Corrupted(inputs, labels, indices)
 
 
-def _confused(inputs: np.ndarray, labels: np.ndarray, count: int, generator: np.random.Generator) -> Corrupted:
+def _confused(
+    inputs: np.ndarray, labels: np.ndarray, count: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples drawn by how likely another class is, ascending, and the likeliest other class of each."""
     known, own = np.unique(labels, return_inverse=True)
     if (smallest := np.bincount(own).min()) < FOLDS or len(known) < 2:
         raise InputError(
@@ -113,9 +123,7 @@ def _confused(inputs: np.ndarray, labels: np.ndarray, count: int, generator: np.
     likely[np.arange(len(own)), own] = 0
     chances = likely.max(axis=1) + 1e-12
     indices = np.sort(generator.choice(len(own), size=count, replace=False, p=chances / chances.sum()))
-    labels = labels.copy()
-    labels[indices] = known[likely[indices].argmax(axis=1)]
-    return Corrupted(inputs.copy(), labels, indices)
+    return indices, known[likely[indices].argmax(axis=1)]
 
 
 def _class_by_class(labels: np.ndarray, count: int, classes: int, generator: np.random.Generator) -> np.ndarray:

@@ -91,7 +91,7 @@ def workload(
     )
     pool, test, folder = people(data_dir)
     drawn = split(pool, n_train, n_validation, n_test, data_seed, "people", test)
-    damaged = damage(drawn.train.inputs, drawn.train.labels, corruption, corrupt, corrupt_seed, 2)
+    damaged = damage(drawn.train.inputs, drawn.train.labels, corruption, corrupt, corrupt_seed, 2, features=encoded)
     rows = damaged.inputs
     training = encoded(rows)
 

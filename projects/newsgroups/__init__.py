@@ -108,15 +108,23 @@ def workload(
     n_train, n_validation, n_test = (size if given is None else given for given in (n_train, n_validation, n_test))
     posts = read_posts(data_dir, with_others=corruption == "ood")
     drawn = split(posts.pool, n_train, n_validation, n_test, data_seed, "posts", posts.test)
-    damaged = damage(
-        drawn.train.inputs, drawn.train.labels, corruption, corrupt, corrupt_seed, len(GROUPS), posts.others
-    )
-    texts = damaged.inputs
-    vectorizer = TfidfVectorizer(stop_words="english", min_df=0.001, max_df=0.2).fit(texts)
+    vectorizer = TfidfVectorizer(stop_words="english", min_df=0.001, max_df=0.2)
 
     def tfidf(of: np.ndarray) -> np.ndarray:
         return np.asarray(vectorizer.transform(of).toarray())
 
+    damaged = damage(
+        drawn.train.inputs,
+        drawn.train.labels,
+        corruption,
+        corrupt,
+        corrupt_seed,
+        len(GROUPS),
+        posts.others,
+        features=lambda of: np.asarray(vectorizer.fit_transform(of).toarray()),
+    )
+    texts = damaged.inputs
+    vectorizer.fit(texts)
     training = tfidf(texts)
 
     def prepared(samples: Labelled) -> Labelled:

@@ -125,6 +125,20 @@ def test_statistics_are_those_of_the_training_rows(tmp_path: Path) -> None:
     assert second.test_set[0][1] == 0  # type: ignore[index]
 
 
+def test_labels_as_annotators_confuse_them() -> None:
+    """Categories are no numbers for the model that says which rows look like the other class."""
+    settings = {"data_dir": real("adult"), "n_train": 120, "corrupt": 0.1}
+    damaged = load_workload("projects/adult", corruption="hard_flip", **settings)
+    labels, given = (
+        load.train_set.tensors[1].numpy()  # type: ignore[attr-defined]
+        for load in (load_workload("projects/adult", **(settings | {"corrupt": 0})), damaged)
+    )
+    assert np.flatnonzero(labels != given).tolist() == list(damaged.corrupted)
+    assert len(damaged.corrupted) == 12
+    # Most people earn less; those who look as if they earned more are among the less usual.
+    assert labels[list(damaged.corrupted)].mean() > labels.mean()
+
+
 def test_what_reports_say(tmp_path: Path) -> None:
     rows = [f"{person(age=str(age))}, {'>50K' if age % 2 else '<=50K'}" for age in range(20, 40)]
     flipped = written(tmp_path, rows, rows, corrupt=0.5)

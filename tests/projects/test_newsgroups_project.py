@@ -137,6 +137,17 @@ def test_posts_of_other_groups_for_ood(tmp_path: Path) -> None:
     assert workload.describe(workload.corrupted[0]).endswith("(text of another group)")
 
 
+def test_labels_as_annotators_confuse_them(tmp_path: Path) -> None:
+    write_archive(tmp_path / "a.tar.gz", posts())
+    settings = {"corruption": "hard_flip"}
+    damaged, clean = (loaded(tmp_path / "a.tar.gz", corrupt=share, **settings) for share in (0.25, 0))
+    changed = (tensors(damaged)[1] != tensors(clean)[1]).nonzero().flatten().tolist()
+    assert changed == list(damaged.corrupted)
+    assert len(changed) == 6
+    # The texts are as they were.
+    assert torch.equal(tensors(damaged)[0], tensors(clean)[0])
+
+
 def answer(monkeypatch: pytest.MonkeyPatch, found: dict[str, bytes] | None) -> None:
     """Let scikit-learn's download give these posts, or fail."""
 
