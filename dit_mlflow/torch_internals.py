@@ -95,6 +95,27 @@ def reading_values(
     return mode
 
 
+def making(told: Callable[[int], object]) -> AbstractContextManager[Any]:
+    """Inside it, ``told`` is called with the bytes of each tensor that an operation makes; views make none.
+
+    The mode (``torch.utils._python_dispatch.TorchDispatchMode``) stands below autograd and ``torch.func``; a public
+    ``TorchFunctionMode`` sees neither what backward passes make, nor which results are views.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Making(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if not func.is_view:
+                for part in found if isinstance(found, (tuple, list)) else (found,):
+                    if isinstance(part, Tensor):
+                        told(part.nbytes)
+            return found
+
+    mode: AbstractContextManager[Any] = Making()
+    return mode
+
+
 def widening(dtype: torch.dtype, told: Callable[[torch.dtype], Any]) -> AbstractContextManager[Any]:
     """A context, also inside :func:`make_fx`, in which what would be made in bfloat16 or float16 has ``dtype``.
 

@@ -67,6 +67,18 @@ def test_low_precision_is_widened_also_in_a_trace(narrow: torch.dtype) -> None:
     assert function(value)[0].dtype == torch.float64
 
 
+def test_what_operations_make_is_told_and_views_are_not() -> None:
+    told = list[int]()
+    value = torch.ones(3, 2, requires_grad=True)
+    with torch_internals.making(told.append):
+        view = value.T[:1]
+        assert told == []
+        (view * 2).max(dim=1).values.sum().backward()
+    # 2 x 3, the largest with its place, their sum; the rest is made by the backward pass.
+    assert told[:4] == [12, 4, 8, 4]
+    assert len(told) > 4
+
+
 def test_a_trace_without_values_refuses_what_reads_one() -> None:
     values, elsewhere = torch.tensor([1.0, 2.0]), torch.tensor(3.0)
     graph = torch_internals.make_fx(lambda value: [value * elsewhere], values=False)(values)

@@ -9,10 +9,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dit_mlflow import Workload
-from dit_mlflow.evaluation.changed_data import subset
 from dit_mlflow.evaluation.figures import ACCURACY, PRECISION, TEST, figure_of
 from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, random_scores, trials, tried_out, untouched
 from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, MARKED, NEUTRAL, SMALL
+from dit_mlflow.retraining.changed_data import subset
 
 from .cases import Case, seeds_of
 from .memory import remembered

@@ -232,6 +232,12 @@ AUROC = Figure(
     "probability that a damaged sample scores lower than another one",
     forms=(*ALONE, BY_WINDOW),
 )
+PLANTED_AUROC = Figure(
+    "detection/planted_auroc",
+    "AUROC of planted labels",
+    "probability that a sample whose label was made wrong on purpose, in a training of its own, scores lower",
+    forms=BOUNDED,
+)
 AVERAGE_PRECISION = Figure(
     "detection/average_precision",
     "average precision",

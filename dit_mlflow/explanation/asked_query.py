@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.evaluation.changed_data import class_names, sample_classes
 from dit_mlflow.evaluation.figures import LOSS
 from dit_mlflow.evaluation.metrics import sample_scores
 from dit_mlflow.influence import Query, logits, margins, mean_validation_loss, probabilities, sample_losses
 from dit_mlflow.methods.given_scores import read_table
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.retraining.changed_data import class_names, sample_classes
 from dit_mlflow.retraining.groups import check_groups
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state

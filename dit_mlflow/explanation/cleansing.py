@@ -10,7 +10,6 @@ import numpy as np
 
 from dit_mlflow.errors import InputError, UnsupportedError, WorkloadError
 from dit_mlflow.evaluation import mean_scores
-from dit_mlflow.evaluation.changed_data import relabelled, sample_classes, subset
 from dit_mlflow.evaluation.figures import ACCURACY, LOSS
 from dit_mlflow.evaluation.trials import (
     RANDOM,
@@ -29,6 +28,7 @@ from dit_mlflow.influence import Influence, Kind, Window
 from dit_mlflow.methods.confident_learning import check_folds, out_of_sample
 from dit_mlflow.methods.removal import removal_curve
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.retraining.changed_data import relabelled, sample_classes, subset
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
 

@@ -28,6 +28,7 @@ from dit_mlflow.evaluation.figures import (
     LOW,
     MAX_DRIFT,
     PEARSON,
+    PLANTED_AUROC,
     REMOVAL_LDS,
     REMOVAL_SLOPE,
     SPEARMAN,
@@ -176,7 +177,7 @@ def _figures(explanation: Explanation, window: Window) -> Metrics:
     """Figures of one window; the subsets are of the whole run, and so is the score that they give."""
     scores, truth = explanation.scores.of(window), explanation.truth
     figures = detection(scores, sorted(explanation.gallery.corrupted)).prefixed(DETECTION)
-    figures = _of_removals(explanation.scores, window).and_(figures)
+    figures = _of_removals(explanation.scores, window).and_(_of_plantings(explanation.scores)).and_(figures)
     if truth.subsets is not None and window in truth.subsets.windows:
         figures = datamodeling_score(scores, truth.subsets, window, fewest=FEWEST).prefixed(TRUTH).and_(figures)
     if truth.leave_one_out is None:
@@ -201,6 +202,15 @@ def _of_removals(found: Influence, window: Window) -> Metrics:
     if not values:
         return Metrics(undefined={REMOVAL_LDS.name: "the retrainings without a share of the samples all end the same"})
     return Metrics(values)
+
+
+def _of_plantings(found: Influence) -> Metrics:
+    """How well scores of the kind find wrong labels that were planted, where a method tried."""
+    if "planted" not in found.metadata:
+        return Metrics()
+    told = found.metadata["planted"][0]
+    low, high = told["interval"]
+    return Metrics({PLANTED_AUROC.name: told["found"], PLANTED_AUROC.low: low, PLANTED_AUROC.high: high})
 
 
 def _with_figures(explanation: Explanation, more: Sequence[Metrics], prefix: str = "") -> Explanation:

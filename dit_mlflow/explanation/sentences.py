@@ -13,6 +13,7 @@ from dit_mlflow.evaluation import Metrics
 from dit_mlflow.evaluation.figures import (
     HIGH,
     LOW,
+    PLANTED_AUROC,
     RECALL_AT_K,
     REMOVAL_LDS,
     REMOVAL_SLOPE,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 AGREEMENT = ((0.9, "very high"), (0.7, "high"), (0.5, "moderate"), (0.3, "low"))
 """The least Spearman correlation with exact leave-one-out for each word; below the last it is very low."""
+
+FORETOLD = 0.7
+"""The least LDS of removals, which is called high, from which kinks are not mentioned."""
 
 SIZE_RIGHT = (2 / 3, 3 / 2)
 """Slopes of real on foretold changes between which agreement may be called high."""
@@ -177,6 +181,12 @@ def _how_sure(found: Explanation) -> str:
     count = found.checked
     if found.influence.removed is not None:
         return _how_sure_of_removals(found)
+    if (planted := found.whole.values.get(PLANTED_AUROC.name)) is not None:
+        low, high = (found.whole.values[name] for name in (PLANTED_AUROC.low, PLANTED_AUROC.high))
+        return (
+            f"Of labels that were made wrong on purpose, in trainings of their own, such scores find most: AUROC "
+            f"{decimals(planted, 2)} (95 % interval {span(low, high)}; by chance 0.5)."
+        )
     if not any(key in metrics.values for metrics in every):
         reason = next((metrics.undefined[key] for metrics in every if key in metrics.undefined), None)
         if any(TRUST_SPEARMAN.name in metrics.values for metrics in every):
@@ -198,8 +208,11 @@ def _how_sure(found: Explanation) -> str:
 
 
 def _kinks(found: Explanation) -> str:
-    """A warning where opposite draws of sample weights disagree."""
-    if not (windows := kinked(found.scores)):
+    """A warning where opposite draws of sample weights disagree, and retrainings do not make up for it."""
+    foretold = found.scores.metadata.get("bank", {})
+    orders = {window: foretold[str(window)][0]["order"] or 0 for window in kinked(found.scores) if foretold}
+    windows = [window for window in kinked(found.scores) if orders.get(window, 0) < FORETOLD]
+    if not windows:
         return ""
     every = len(windows) == len(found.scores.windows)
     where = "" if every else f" over steps {', '.join(map(str, windows))}"

@@ -46,6 +46,7 @@ _HOMES = {
     "data_shapley": "data_shapley:DataShapley",
     "confident_learning": "confident_learning:ConfidentLearning",
     "knn_shapley": "knn_shapley:KnnShapley",
+    "detect": "detect:Detect",
 }
 """Name -> module and class in this package, in the order that tables show."""
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_mlflow.influence.kind import Course
@@ -17,6 +12,7 @@ from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.retraining.counterfactuals import Job, LeftOut, Retraining
 from dit_mlflow.retraining.effort import Effort
 from dit_mlflow.retraining.retrain import baseline
+from dit_mlflow.torch_internals import making
 from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.workload.random_state import preserved_random_state
 
@@ -57,22 +53,9 @@ def time_of_one(question: Question, dtype: torch.dtype | None = None, effort: Ef
 
 def _work(training_step: TrainingStep, state: State, step: StepRecord) -> float:
     """Of a step, in bytes of results; its batch is loaded once for all retrainings."""
-    with _Made() as loaded:
+    loaded, made = list[int](), list[int]()
+    with making(loaded.append):
         training_step.dynamics.load(step)
-    with FlopCounterMode(display=False) as counted, _Made() as made:
+    with FlopCounterMode(display=False) as counted, making(made.append):
         training_step(state, step)
-    return made.nbytes - loaded.nbytes + counted.get_total_flops() / OPERATIONS
-
-
-class _Made(TorchDispatchMode):
-    """Adds up the bytes of all that operations return, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.nbytes += sum(part.nbytes for part in tree_leaves(found) if isinstance(part, Tensor))
-        return found
+    return sum(made) - sum(loaded) + counted.get_total_flops() / OPERATIONS

@@ -16,7 +16,6 @@ from workloads import SAMPLES, datasets, digits_model, digits_workload
 
 from dit_mlflow import InputError, Workload, WorkloadError, train
 from dit_mlflow.evaluation import mean_scores
-from dit_mlflow.evaluation.changed_data import subset
 from dit_mlflow.evaluation.trials import (
     NO_CLEANING,
     RANDOM,
@@ -31,6 +30,7 @@ from dit_mlflow.evaluation.trials import (
     untouched,
 )
 from dit_mlflow.recording.loop import train_unrecorded
+from dit_mlflow.retraining.changed_data import subset
 
 
 def accuracy(model: Any, batch: Any) -> dict[str, torch.Tensor]:

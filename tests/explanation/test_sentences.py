@@ -352,5 +352,9 @@ def test_a_training_that_is_too_kinked_is_told(agree: list[float | None], where:
     else:
         assert f" Training is too kinked{where} to foretell removals well: its derivatives at opposite" in said
         assert said.endswith("Long windows fail first; ask for shorter local ones.")
+    # Where retrainings foretell all the same, in the second window, nothing is said.
+    banks = {str(window): [{"order": order}] for window, order in zip(WINDOWS, (0.6, 0.75, None), strict=True)}
+    made_up = replace(found.influence, metadata={"draws_agree": cosines, "bank": banks})
+    assert ("4-8" in answer_sentences(replace(found, influence=made_up))[1]) is False
     by_window = [window_sentences(found, position)[1] for position in range(3)]
     assert ["too kinked" in said for said in by_window] == [cosine is not None and cosine < 0.5 for cosine in agree]

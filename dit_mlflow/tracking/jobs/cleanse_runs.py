@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 
 from dit_mlflow.evaluation import Metrics
-from dit_mlflow.evaluation.changed_data import class_names
 from dit_mlflow.evaluation.figures import BEFORE, BY_FRACTION, DETECTION, FLAGGED_HELPFUL, GAIN, RELABELLED_CHANGED
 from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, Cleansing, Outcome, Trial, choose
 from dit_mlflow.explanation import Gallery, cleansing_note, cleansing_table
@@ -26,6 +25,7 @@ from dit_mlflow.explanation.cleansing import CleansingTask
 from dit_mlflow.explanation.cleansing_note import DONE
 from dit_mlflow.explanation.markdown import encodable
 from dit_mlflow.plots import plot_cleansing
+from dit_mlflow.retraining.changed_data import class_names
 from dit_mlflow.tracking.store.artifacts import active_run_id
 from dit_mlflow.tracking.store.failed_run import error_text
 from dit_mlflow.tracking.store.names import ERROR, HELPED, KIND, NOTE, TRAINING_RUN

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 from workloads import SAMPLES, datasets, digits_workload
 
 from dit_mlflow import InputError, UnsupportedError, Workload
-from dit_mlflow.evaluation.changed_data import class_names, relabelled, sample_classes, subset
+from dit_mlflow.retraining.changed_data import class_names, relabelled, sample_classes, subset
 
 KEPT = [20, 3, 7, 11]
 
