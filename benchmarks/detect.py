@@ -1,8 +1,8 @@
 """Which method finds wrong labels, and does ``detect`` find more than the best of those that it weighs?
 
-``python benchmarks/detect.py --adult FOLDER --newsgroups ARCHIVE --to rows.csv`` damages a tenth of the labels of each of
-:data:`BENCHES`, at random (``flip``) and where an annotator would err (``hard_flip``), trains, and takes the AUROC of
-each method, for each seed (of data, damage and training). Cost is CPU time, in trainings.
+``python benchmarks/detect.py --adult FOLDER --newsgroups ARCHIVE --to rows.csv`` damages a tenth of the labels of
+each of :data:`BENCHES`, at random (``flip``) and where an annotator would err (``hard_flip``), trains, and takes the
+AUROC of each method, for each seed (of data, damage and training). Cost is CPU time, in trainings.
 
 The table is Markdown: the mean over seeds with its interval of 95 %, and last the mean over benches.
 """

@@ -5,8 +5,9 @@ each seed, retrains it without random shares of the samples, and holds the summe
 changes, for the whole run and for ``local`` windows: LDS (the Spearman correlation over the retrainings), and the slope
 of real on foretold changes. All methods are judged by retrainings that none has seen. Cost is CPU time, in trainings.
 
-Rows are added to the file as they are measured, seed after seed; a second call goes on from there. The table is
-Markdown: median and, in brackets, the worst over seeds and windows.
+Rows are added to the file as they are measured, seed after seed; a second call goes on from there. The tables are
+Markdown: median and, in brackets, the worst over seeds and windows. ``agree`` is the cosine of the derivatives at
+opposite random weights (:func:`dit_mlflow.expected_influence`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from scipy import stats
 from dit_mlflow import Influence, UnsupportedError, Window, load_workload, parse_windows, train
 from dit_mlflow.evaluation import datamodeling_score
 from dit_mlflow.evaluation.figures import LDS
+from dit_mlflow.influence.draws import DRAWS_AGREE, KINKED
 from dit_mlflow.methods import Method, method
 from dit_mlflow.methods.datamodel import Datamodel
 from dit_mlflow.methods.dit import Expected
@@ -96,20 +98,18 @@ def measure(of: Training, seed: int, options: argparse.Namespace) -> list[dict[s
             return by(trajectory, workload, windows), (time.process_time() - begun) / training
 
         for windows in (parse_windows("1", trajectory), parse_windows(options.windows, trajectory)):
-            known = {name: scored(by, windows) for name, by in METHODS.items()}
+            known = {name: scored(by, windows) for name, by in METHODS.items() if name not in options.without}
             if options.peers and len(windows) == 1:
                 for name, by in PEERS.items():
                     with suppress(UnsupportedError):  # SOURCE is for SGD alone.
                         known[name] = scored(by, windows)
             for share in options.removed:
                 removal = Removal(removed=share, seed=seed)
-                exact, cost_of_exact = known["leave_one_out"]
-                informed, cost = scored(removal.informed_by(exact), windows)
-                found = {
-                    **known,
-                    REMOVAL: scored(removal, windows),
-                    INFORMED: (informed, cost + cost_of_exact),
-                }
+                found = {**known, REMOVAL: scored(removal, windows)}
+                if "leave_one_out" in known:
+                    exact, cost_of_exact = known["leave_one_out"]
+                    informed, cost = scored(removal.informed_by(exact), windows)
+                    found[INFORMED] = informed, cost + cost_of_exact
                 if options.ceiling and len(windows) == 1:
                     found[CEILING] = scored(
                         Datamodel(subsets=options.ceiling, share=1 - share, regression="ridge"), windows
@@ -128,6 +128,7 @@ def measure(of: Training, seed: int, options: argparse.Namespace) -> list[dict[s
                         "lds": datamodeling_score(scores.of(place), judges, window).values.get(LDS.leaf),
                         "slope": stats.linregress(~judges.kept @ scores.of(place), judges.changes[place, 0]).slope,
                         "trainings": cost,
+                        "agree": known["expected"][0].metadata[DRAWS_AGREE][str(window)][0],
                     }
                     for name, (scores, cost) in found.items()
                     for place, window in enumerate(windows)
@@ -136,24 +137,61 @@ def measure(of: Training, seed: int, options: argparse.Namespace) -> list[dict[s
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """Markdown: a line for each training, window and share, a column for each method."""
-    names = [name for name in [*METHODS, *PEERS, REMOVAL, INFORMED, CEILING] if name in set(rows["method"])]
+    """Markdown: a table of the whole run and one of windows, the costs, and what the agreement of draws foretells."""
+    return "\n\n".join(
+        [
+            *(_table(part, str(of)) for of, part in rows.groupby("of", sort=False)),
+            _costs(rows),
+            _kinks(rows),
+        ]
+    )
+
+
+def _names(rows: pd.DataFrame) -> list[str]:
+    return [name for name in [*METHODS, *PEERS, REMOVAL, INFORMED, CEILING] if name in set(rows["method"])]
+
+
+def _table(rows: pd.DataFrame, of: str) -> str:
+    """A line for each training and share, a column for each method."""
+    names = _names(rows)
     lines = [
-        "| training (seeds) | of | removed | " + " | ".join(f"`{name}`" for name in names) + " | slope of `removal` |",
-        "|" + "---|" * (len(names) + 4),
+        f"| {of}: training (seeds) | removed | {' | '.join(f'`{name}`' for name in names)} | slope of `removal` |",
+        "|" + "---|" * (len(names) + 3),
     ]
-    for (training, of, removed), part in rows.groupby(["training", "of", "removed"], sort=False):
+    for (training, removed), part in rows.groupby(["training", "removed"], sort=False):
         lds = part.groupby("method")["lds"]
         cells = [f"{lds.median()[name]:.2f} ({lds.min()[name]:.2f})" if name in lds.groups else "" for name in names]
         slope = part.loc[part["method"] == REMOVAL, "slope"].median()
-        seeds = part["seed"].nunique()
-        lines.append(f"| {training} ({seeds}) | {of} | {removed:.0%} | " + " | ".join(cells) + f" | {slope:.2f} |")
-    costs = rows.groupby(["training", "method"], sort=False)["trainings"].median().unstack()[names]
-    lines += ["", "| cost in trainings | " + " | ".join(f"`{name}`" for name in names) + " |"]
-    lines.append("|" + "---|" * (len(names) + 1))
-    lines += [
-        f"| {training} | " + " | ".join(f"{cost:.1f}" for cost in line) + " |" for training, line in costs.iterrows()
+        lines.append(f"| {training} ({part['seed'].nunique()}) | {removed:.0%} | {' | '.join(cells)} | {slope:.2f} |")
+    return "\n".join(lines)
+
+
+def _costs(rows: pd.DataFrame) -> str:
+    names = _names(rows)
+    lines = [f"| cost in trainings | {' | '.join(f'`{name}`' for name in names)} |", "|" + "---|" * (len(names) + 1)]
+    costs = (
+        rows.groupby(["training", "of", "method"], sort=False)["trainings"].median().unstack().reindex(columns=names)
+    )
+    for (training, of), line in costs.iterrows():
+        cells = ["" if pd.isna(cost) else f"{cost:.1f}" for cost in line]
+        lines.append(f"| {training}, {of} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _kinks(rows: pd.DataFrame) -> str:
+    """LDS of half of the samples, in windows where opposite draws agree and where they do not."""
+    names = ("dit", "expected", REMOVAL)
+    halves = rows[(rows["removed"] == 0.5) & rows["method"].isin(names)]
+    lines = [
+        f"| opposite draws | windows | {' | '.join(f'`{name}`, half removed' for name in names)} |",
+        "|---|---|---|---|---|",
     ]
+    for agree, part in halves.groupby(halves["agree"] >= KINKED):
+        lds = part.groupby("method")["lds"]
+        ends = lds.agg(["median", "min", "max"])
+        cells = [f"{ends['median'][name]:.2f} ({ends['min'][name]:.2f} to {ends['max'][name]:.2f})" for name in names]
+        windows = (part["method"] == REMOVAL).sum()
+        lines.append(f"| {'agree' if agree else 'disagree'} | {windows} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -166,6 +204,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--removed", nargs="+", type=float, default=[0.02, 0.1, 0.5], help="shares that are left out")
     parser.add_argument("--subsets", type=int, default=100, help="retrainings that judge")
+    parser.add_argument("--without", nargs="+", default=[], choices=sorted(METHODS), help="methods that cost too much")
     parser.add_argument("--peers", action="store_true", help="also ridge on 512 retrainings, EK-FAC, SOURCE, TRAK")
     parser.add_argument("--ceiling", type=int, help="also a ridge datamodel of so many retrainings at each share")
     parser.add_argument("--to", type=Path, help="a file of rows, to go on from and to add to")
