@@ -114,6 +114,7 @@ def measure(of: Training, seed: int, options: argparse.Namespace) -> list[dict[s
                     found[CEILING] = scored(
                         Datamodel(subsets=options.ceiling, share=1 - share, regression="ridge"), windows
                     )
+                covered = coverage(found[REMOVAL][0], found[CEILING][0]) if CEILING in found else float("nan")
                 judges = train_on_subsets(
                     trajectory, workload, windows, subsets=options.subsets, share=1 - share, seed=seed + JUDGES
                 )
@@ -128,12 +129,19 @@ def measure(of: Training, seed: int, options: argparse.Namespace) -> list[dict[s
                         "lds": datamodeling_score(scores.of(place), judges, window).values.get(LDS.leaf),
                         "slope": stats.linregress(~judges.kept @ scores.of(place), judges.changes[place, 0]).slope,
                         "trainings": cost,
+                        "covered": covered if name == REMOVAL else float("nan"),
                         "agree": known["expected"][0].metadata[DRAWS_AGREE][str(window)][0],
                     }
                     for name, (scores, cost) in found.items()
                     for place, window in enumerate(windows)
                 ]
     return rows
+
+
+def coverage(scores: Influence, truth: Influence) -> float:
+    """Share of the samples whose interval of 95 % holds what a datamodel of many retrainings gives them."""
+    low, high = scores.interval(0.95)
+    return float(((low <= truth.scores) & (truth.scores <= high)).mean())
 
 
 def summary(rows: pd.DataFrame) -> str:
@@ -153,11 +161,9 @@ def _names(rows: pd.DataFrame) -> list[str]:
 
 def _table(rows: pd.DataFrame, of: str) -> str:
     """A line for each training and share, a column for each method."""
-    names = _names(rows)
-    lines = [
-        f"| {of}: training (seeds) | removed | {' | '.join(f'`{name}`' for name in names)} | slope of `removal` |",
-        "|" + "---|" * (len(names) + 3),
-    ]
+    names, covered = _names(rows), rows["covered"].notna().any()
+    headings = [*(f"`{name}`" for name in names), "slope of `removal`", *(["its intervals hold"] if covered else [])]
+    lines = [f"| {of}: training (seeds) | removed | {' | '.join(headings)} |", "|" + "---|" * (len(headings) + 2)]
     for (training, removed), part in rows.groupby(["training", "removed"], sort=False):
         lds = part.groupby("method")["lds"]
         cells = [f"{lds.median()[name]:.2f} ({lds.min()[name]:.2f})" if name in lds.groups else "" for name in names]
