@@ -7,7 +7,8 @@ of real on foretold changes. All methods are judged by retrainings that none has
 
 Rows are added to the file as they are measured, seed after seed; a second call goes on from there. The tables are
 Markdown: median and, in brackets, the worst over seeds and windows. ``agree`` is the cosine of the derivatives at
-opposite random weights (:func:`dit_mlflow.expected_influence`).
+opposite random weights (:func:`dit_mlflow.expected_influence`). With ``--ceiling``, additive scores of so many
+retrainings show what is attainable, and how many of the intervals of ``removal`` hold.
 """
 
 from __future__ import annotations
@@ -167,8 +168,10 @@ def _table(rows: pd.DataFrame, of: str) -> str:
     for (training, removed), part in rows.groupby(["training", "removed"], sort=False):
         lds = part.groupby("method")["lds"]
         cells = [f"{lds.median()[name]:.2f} ({lds.min()[name]:.2f})" if name in lds.groups else "" for name in names]
-        slope = part.loc[part["method"] == REMOVAL, "slope"].median()
-        lines.append(f"| {training} ({part['seed'].nunique()}) | {removed:.0%} | {' | '.join(cells)} | {slope:.2f} |")
+        cells.append(f"{part.loc[part['method'] == REMOVAL, 'slope'].median():.2f}")
+        if covered:
+            cells.append("" if part["covered"].isna().all() else f"{part['covered'].mean():.0%}")
+        lines.append(f"| {training} ({part['seed'].nunique()}) | {removed:.0%} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
