@@ -131,7 +131,7 @@ def measure(of: Training, seed: int, options: argparse.Namespace) -> list[dict[s
                         "slope": stats.linregress(~judges.kept @ scores.of(place), judges.changes[place, 0]).slope,
                         "trainings": cost,
                         "covered": covered if name == REMOVAL else float("nan"),
-                        "agree": known["expected"][0].metadata[DRAWS_AGREE][str(window)][0],
+                        "agree": found[REMOVAL][0].metadata[DRAWS_AGREE][str(window)][0],
                     }
                     for name, (scores, cost) in found.items()
                     for place, window in enumerate(windows)

@@ -35,6 +35,9 @@ BETA = 0.5
 """Power of the draws that stand for few removals: Beta(2, 1)."""
 
 
+EXACT = "leave_one_out"
+"""The name of that part of a blend."""
+
 MOST = 32
 """Largest number of retrainings in a bank, for each training of the budget."""
 
@@ -65,7 +68,7 @@ def removal_influence(
               c = \arg\min_{c \ge 0, a} \sum_S \Big( f(1 - 1_S) - f(1) - a - \sum_{j \in S} s_j \Big)^2
 
     with ``S`` the sets that were left out, and ``s^(k)``: the derivative at 1, its means over weights ``U(0, 1)`` and
-    ``Beta(2, 1)``, and leave-one-out where it is known or the budget holds a training for each sample. The constant
+    ``Beta(2, 1)``, and leave-one-out where it is known or affordable, as for small networks. The constant
     ``a``, what all removals of that share have in common, is no sample's. The blend is calibrated: a sum of its scores
     foretells size as well as order.
 
@@ -74,10 +77,11 @@ def removal_influence(
     is one more of the ``s^(k)``.
 
     The bank is that of datamodels (Ilyas et al. 2022, arXiv 2202.00622), which fit all scores to it; a few dozen
-    retrainings are far too few for that, and enough for a handful of coefficients. Where they foretell others badly
-    (an LDS below 0.9, by cross-validation) and a retraining among many costs little, as for small networks, the bank of
-    that window grows to what half of the budget's time holds, and a ridge regression adds to each sample's score what
-    the blend leaves unexplained: a datamodel whose prior is the blend.
+    retrainings are far too few for that, and enough for a handful of coefficients. Where a retraining among many costs
+    little, as for small networks, more is done in windows in which they foretell others badly (an LDS below 0.9, by
+    cross-validation). First all samples are left out, one at a time, if the budget's time holds that (in all windows if
+    a quarter of it does). Where that is not enough, the bank grows to what half of the budget's time holds, and a ridge
+    regression adds to each sample's score what the blend leaves unexplained: a datamodel whose prior is the blend.
 
     Args:
         trajectory, workload, windows, kind, queries, dtype, memory_budget, compile: as for :func:`dit_mlflow.track`.
@@ -105,9 +109,10 @@ def removal_influence(
         UnsupportedError: see :func:`dit_mlflow.track`; or too few of the retrainings end with a finite query.
 
     Cost: ``1 + trainings / 2`` sweeps along a replay of their own, ``trainings`` more where opposite draws disagree,
-    and ``2 * trainings`` retrainings; where these are foretold badly, as many as the time of ``trainings / 2``
-    trainings holds, counted (the same on every machine), ``32 * trainings`` at most. ``metadata["spent"]`` says how
-    many.
+    and ``2 * trainings`` retrainings; where these are foretold badly, one without each sample if these take the time of
+    ``trainings`` trainings at most, and as many of the bank as take that of ``trainings / 2``, ``32 * trainings`` at
+    most. The time of retrainings side by side is counted, not measured, so that scores are the same on every machine.
+    ``metadata["spent"]`` says how many were made.
     """
     given = (trajectory, workload, windows, kind, queries)
     (found,) = removal_curve(*given, [removed], trainings, seed, dtype, memory_budget, effort, exact, compile)
@@ -134,7 +139,6 @@ def removal_curve(
         check_removal(workload.num_samples, removed, trainings, seed)
     check_compile(compile)
     question = Question.of(trajectory, workload, windows, kind, queries)
-    given = (trajectory, workload, question.windows, question.kind, question.queries)
     draws = 2 * max(1, trainings // 8)
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget, compile=compile)
@@ -150,9 +154,7 @@ def removal_curve(
             parts |= _where_kinked(replace(question, windows=tuple(disagreeing)), engine, few, Draws(many, seed), named)
     if exact is not None:
         _check_exact(exact, question)
-        parts["leave_one_out"] = exact.select(list(question.windows))
-    elif trainings >= workload.num_samples:
-        parts["leave_one_out"] = leave_one_out(*given, dtype=dtype, effort=effort)
+        parts[EXACT] = exact.select(list(question.windows))
     told = {key: value for key, value in few.metadata.items() if key in (DRAWS_AGREE, "derivative", "compile")}
     common = {"trainings": int(trainings), "seed": int(seed), **told}
     bank = _Banks(question, parts, trainings, seed, dtype, effort)
@@ -189,9 +191,12 @@ def _put(into: Influence, part: Influence) -> Influence:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Banks:
-    """Retrainings without random shares of the samples, which choose the blend of ``parts``."""
+    """Retrainings without random shares of the samples, which choose the blend of ``parts``.
+
+    Leave-one-out is made, and becomes a part, where it is not known and helps or costs little.
+    """
 
     question: Question
     parts: dict[str, Influence]
@@ -199,15 +204,17 @@ class _Banks:
     seed: int
     dtype: torch.dtype | None
     effort: Effort | None
+    left_out: int = 0
 
     def blended(self, removed: float, sweeps: int, common: dict[str, Any]) -> Influence:
         """The answer, when a share ``removed`` goes."""
-        question = self.question
-        bank = self._bank(question.windows, removed, 2 * self.trainings)
+        question, fewest = self.question, 2 * self.trainings
+        bank = self._bank(question.windows, removed, fewest)
         blends = [self._blends(bank, place, window) for place, window in enumerate(question.windows)]
-        poor = [place for place, found in enumerate(blends) if not all(blend.foretells for blend in found)]
-        spent = 2 * self.trainings
-        if poor and self._most > max(spent, LARGE):
+        for place in self._made_exact(_poor(blends)):
+            blends[place] = self._blends(bank, place, question.windows[place])
+        poor, spent = _poor(blends), fewest
+        if poor and self._most > max(fewest, LARGE):
             windows = tuple(question.windows[place] for place in poor)
             larger = self._bank(windows, removed, self._most, bank)
             for k, place in enumerate(poor):
@@ -221,7 +228,7 @@ class _Banks:
             degrees_of_freedom=np.array([[blend.freedom for blend in found] for found in blends]),
             removed=float(removed),
             **common,
-            spent={"sweeps": sweeps, "retrainings": spent},
+            spent={"sweeps": sweeps, "retrainings": spent, EXACT: self.left_out},
             bank={
                 str(window): [blend.judged for blend in found]
                 for window, found in zip(question.windows, blends, strict=True)
@@ -236,10 +243,31 @@ class _Banks:
         return train_on_subsets(*given, subsets=size, share=share, seed=seed, dtype=dtype, effort=effort, known=known)
 
     @cached_property
+    def _each(self) -> float:
+        return time_of_one(self.question, self.dtype, self.effort)
+
+    @property
     def _most(self) -> int:
         """As many retrainings as half of the budget's time holds."""
-        each = time_of_one(self.question, self.dtype, self.effort)
-        return min(MOST * self.trainings, int(self.trainings / 2 / each))
+        return min(MOST * self.trainings, int(self.trainings / 2 / self._each))
+
+    def _made_exact(self, poor: Sequence[int]) -> Sequence[int]:
+        """The windows whose leave-one-out became a part now: ``poor`` ones, or all if a quarter of the budget does."""
+        question, known = self.question, self.parts.get(EXACT)
+        if known is not None and not self.left_out:
+            return []
+        cost = self._each * question.workload.num_samples
+        if known is None:
+            known = replace(self.parts["dit"], scores=np.full(question.shape, np.nan))
+        wanted = range(len(question.windows)) if 4 * cost <= self.trainings else poor
+        new = [place for place in wanted if np.isnan(known.scores[place]).all()]
+        if not new or cost > self.trainings:
+            return []
+        windows = [question.windows[place] for place in new]
+        given = (question.trajectory, question.workload, windows, question.kind, question.queries)
+        self.parts[EXACT] = _put(known, leave_one_out(*given, dtype=self.dtype, effort=self.effort))
+        self.left_out = question.workload.num_samples
+        return new
 
     def _blends(self, bank: Subsets, place: int, window: Window) -> list[Blend]:
         """By query, for the window that is the bank's number ``place``."""
@@ -258,6 +286,11 @@ class _Banks:
             )
             for query in range(len(self.question.queries))
         ]
+
+
+def _poor(blends: Sequence[Sequence[Blend]]) -> list[int]:
+    """The windows for some of whose queries retrainings are not foretold well."""
+    return [place for place, found in enumerate(blends) if not all(blend.foretells for blend in found)]
 
 
 def _check_exact(exact: Influence, question: Question) -> None:

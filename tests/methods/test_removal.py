@@ -23,6 +23,7 @@ from dit_mlflow import (
     Window,
     Workload,
     expected_influence,
+    leave_one_out,
     load_workload,
     removal_influence,
     track,
@@ -197,7 +198,7 @@ def test_more_draws_that_cannot_be_made_cost_no_answer(tmp_path: Path, monkeypat
     monkeypatch.setattr(removal, "expected_over", diverging)
     found = removal_influence(trajectory, workload, windows, removed=0.5)
     assert found.metadata["draws_agree"][str(windows[0])][0] < 0.5
-    assert set(found.metadata["bank"][str(windows[0])][0]["coefficients"]) == {"dit", "uniform", "beta", "tracin"}
+    assert set(found.metadata["bank"][str(windows[0])][0]["coefficients"]) >= {"dit", "uniform", "beta", "tracin"}
 
 
 def test_where_nothing_foretells_it_says_so(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_where_nothing_foretells_it_says_so(tmp_path: Path) -> None:
     assert high < 0.7
 
 
-def test_the_same_seed_gives_the_same_and_a_large_budget_takes_leave_one_out(
+def test_the_same_seed_gives_the_same_and_small_networks_take_leave_one_out(
     usual: tuple[Trajectory, Workload],
 ) -> None:
     trajectory, workload = usual
@@ -225,9 +226,11 @@ def test_the_same_seed_gives_the_same_and_a_large_budget_takes_leave_one_out(
     assert np.abs(one.scores - other.scores).max() > 0.01 * np.abs(one.scores).max()
     assert one.metadata["draws_agree"]["0-4"][0] > 0.8
     assert one.metadata["spent"]["sweeps"] == 9
-    large = removal_influence(trajectory, workload, windows, trainings=workload.num_samples)
-    assert "leave_one_out" in large.metadata["bank"]["0-4"][0]["coefficients"]
-    assert "leave_one_out" not in one.metadata["bank"]["0-4"][0]["coefficients"]
+    assert one.metadata["spent"]["leave_one_out"] == 120
+    exact = leave_one_out(trajectory, workload, windows, dtype=None)
+    told = removal_influence(trajectory, workload, windows, exact=exact)
+    np.testing.assert_allclose(one.scores, told.scores, rtol=0, atol=1e-5 * np.abs(one.scores).max())
+    assert told.metadata["spent"]["leave_one_out"] == 0
 
 
 def test_where_opposite_draws_disagree_there_are_more_of_them_and_tracin(tmp_path: Path) -> None:

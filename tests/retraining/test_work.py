@@ -103,3 +103,15 @@ def test_it_does_not_grow_where_each_costs_a_training(tmp_path: Path) -> None:
     (bank,) = found.metadata["bank"].values()
     assert bank[0]["order"] < 0.9
     assert bank[0]["retrainings"] == found.metadata["spent"]["retrainings"] == 16
+    assert found.metadata["spent"]["leave_one_out"] == 0
+    assert "leave_one_out" not in bank[0]["coefficients"]
+
+
+def test_leave_one_out_of_what_costs_more_than_a_quarter_of_the_budget_is_for_poor_windows(tmp_path: Path) -> None:
+    trajectory = train(noise(), tmp_path / "t")
+    windows = [Window(0, trajectory.num_steps), Window(2, 3)]
+    # Room for few copies, so that each costs a sixth of a training.
+    found = removal_influence(trajectory, noise(), windows, effort=Effort(memory_budget=100_000))
+    parts = {window: found.metadata["bank"][str(window)][0]["coefficients"] for window in windows}
+    assert [("leave_one_out" in parts[window]) for window in windows] == [True, False]
+    assert found.metadata["spent"]["leave_one_out"] == 60
