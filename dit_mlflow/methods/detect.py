@@ -52,7 +52,7 @@ class Detect(Method):
         methods: to weigh.
         plantings: trainings with planted labels, two or more.
         share: of the samples that get a planted label in each.
-        seed: of plantings and trainings.
+        seed: of the plantings; the trainings have the seeds 0, 1, ….
 
     Raises:
         InputError: a setting that cannot be used.
@@ -112,7 +112,7 @@ class Detect(Method):
             scores[:, query] = -model.decision_function(seen[0])
             weights = dict(zip(names, (-model.coef_[0]).tolist(), strict=True))
             told.append({**_judged(seen[1:], is_planted, names, self.seed), "weights": weights})
-        return Estimate(scores, details={"planted": told, "plantings": self.plantings, "left_out": left_out})
+        return Estimate(scores, details={"planted": told, "plantings": len(planted), "left_out": left_out})
 
     def _planted(self, workload: Workload) -> Iterator[tuple[Workload, np.ndarray]]:
         """The workload with planted labels, and which they are, bool ``[samples]``."""
