@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course
 from dit_mlflow.influence.question import Question
 from dit_mlflow.replay.training_step import TrainingStep
@@ -37,13 +38,15 @@ def time_of_one(question: Question, dtype: torch.dtype | None = None, effort: Ef
     1,000 to 6,000 parameters (``benchmarks/removal.py``); on an accelerator it is too much.
     """
     effort = effort or Effort()
+    # The question's own queries may have no value so early.
+    nothing = Query("nothing", lambda model: torch.zeros(()))
     with preserved_random_state():
         replay = question.trajectory.replay(question.workload, dtype)
         steps = [question.trajectory.step(t) for t in range(min(TRIED, question.trajectory.num_steps))]
         work = _work(replay.training_step, replay.checkpoint(0), steps[0])
         if work > OF_A_STEP:
             return 1.0
-        retraining = Retraining(replay.training_step, question.queries, effort.memory_budget)
+        retraining = Retraining(replay.training_step, [nothing], effort.memory_budget)
         course = Course(0, len(steps), ((len(steps), 0, 1),))
         samples = np.arange(TOGETHER) % question.workload.num_samples
         retraining.run(Job(course, steps, baseline(replay, course, retraining), LeftOut(samples)))
