@@ -136,6 +136,7 @@ def removal_curve(
     question = Question.of(trajectory, workload, windows, kind, queries)
     given = (trajectory, workload, question.windows, question.kind, question.queries)
     draws = 2 * max(1, trainings // 8)
+    trainings, seed = int(trainings), int(seed)
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget, compile=compile)
         named = str(dtype or "recorded")
@@ -154,7 +155,7 @@ def removal_curve(
     elif trainings >= workload.num_samples:
         parts["leave_one_out"] = leave_one_out(*given, dtype=dtype, effort=effort)
     told = {key: value for key, value in few.metadata.items() if key in (DRAWS_AGREE, "derivative", "compile")}
-    common = {"trainings": int(trainings), "seed": int(seed), **told}
+    common = {"trainings": trainings, "seed": seed, **told}
     bank = _Banks(question, parts, trainings, seed, dtype, effort)
     return [bank.blended(removed, 1 + 2 * draws + many, common) for removed in shares]
 
@@ -232,7 +233,9 @@ class _Banks:
     def _bank(self, windows: Sequence[Window], removed: float, size: int, known: Subsets | None = None) -> Subsets:
         question = self.question
         given = (question.trajectory, question.workload, windows, question.kind, question.queries)
-        share, seed, dtype, effort = 1 - removed, self.seed, self.dtype, self.effort
+        # A share of whole samples, so that as many stay as do not go: of 5, half are 2 and not 3.
+        samples, seed, dtype, effort = question.workload.num_samples, self.seed, self.dtype, self.effort
+        share = 1 - round(removed * samples) / samples
         return train_on_subsets(*given, subsets=size, share=share, seed=seed, dtype=dtype, effort=effort, known=known)
 
     @cached_property
