@@ -77,12 +77,11 @@ class Blend:
         drawn = random.integers(len(changes), size=(RESAMPLES, len(changes)))
         fits = np.array([_nonnegative(sums[rows], changes[rows]) for rows in drawn])
         of_fit = (fits @ stacked).std(axis=0)
-        of_draws = [c * pooled[name][0] for c, name in zip(fit.coefficients, parts, strict=True)]
-        used = [pooled[name][1] for c, name in zip(fit.coefficients, parts, strict=True) if c > 0]
+        drawn_parts = [(c, *pooled[name]) for c, name in zip(fit.coefficients, parts, strict=True) if c > 0]
         return cls(
             fit.scores,
-            np.sqrt(of_fit**2 + np.sum(np.square(of_draws), axis=0) + fit.variance),
-            min([len(changes) - len(parts) - 1.0, *used]),
+            np.sqrt(of_fit**2 + fit.variance + sum(np.square(c * error) for c, error, _ in drawn_parts)),
+            min([len(changes) - len(parts) - 1.0, *(freedom for _, _, freedom in drawn_parts)]),
             {
                 "coefficients": dict(zip(parts, fit.coefficients.tolist(), strict=True)),
                 "constant": fit.constant,
@@ -206,7 +205,7 @@ def pooled(part: Influence, window: int, query: int) -> tuple[np.ndarray, float]
     """Standard errors ``[samples]``, each drawn towards what all have in common, and their degrees of freedom.
 
     A variance of two or three pairs of draws says little; by the prior that all samples' variances suggest (Smyth 2004,
-    equations 7 to 10) it says more.
+    equations 7 to 10) it says more. Without draws, as of the derivative, they are 0; NaN of a single pair.
     """
     if part.standard_error is None or part.degrees_of_freedom is None:
         return np.zeros(part.scores.shape[2]), np.inf
@@ -214,9 +213,11 @@ def pooled(part: Influence, window: int, query: int) -> tuple[np.ndarray, float]
     own = float(part.degrees_of_freedom[window, query])
     known = variance > 0
     if own < 1 or known.sum() < 2:
-        return np.sqrt(np.nan_to_num(variance)), max(own, 1.0)
+        return np.sqrt(variance), max(own, 1.0)
     centred = np.log(variance[known]) - special.digamma(own / 2) + np.log(own / 2)
     spread = centred.var(ddof=1) - special.polygamma(1, own / 2)
+    if part.standard_error is None:
+        return np.full(part.scores.shape[2], np.nan), 1.0
     prior = 2 * _inverse_trigamma(spread) if spread > 0 else np.inf
     if np.isinf(prior):
         return np.where(known, np.exp(centred.mean() / 2), 0.0), np.inf

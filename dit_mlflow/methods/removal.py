@@ -93,7 +93,8 @@ def removal_influence(
         removing the sample, when a share ``removed`` goes; for a loss, positive = helpful, negative = harmful.
         ``standard_error``: of drawing weights (pooled over samples: Smyth 2004, doi 10.2202/1544-6115.1027), of the
         coefficients (bootstrap over the bank), and of what a large bank adds (posterior of the ridge regression); that
-        a set's effect is not the sum of its members' is not in it.
+        a set's effect is not the sum of its members' is not in it. NaN where the error of drawing is unknown: of a
+        single pair of draws, as from a budget below 16.
         ``metadata["bank"]`` says, for each window (by its name) and query, how well the blend foretells retrainings
         that did not choose it: ``order`` (LDS: Spearman), ``size`` (slope of real on foretold change; 1 is right),
         their intervals of 95 %, the coefficients, the constant ``a``, and the number of ``retrainings``. The change by
@@ -168,7 +169,8 @@ def _where_kinked(question: Question, engine: Engine, few: Influence, more: Draw
         found["uniform"] = _put(few, many)
     with suppress(UnsupportedError):  # It needs a step that is a loss, then an optimizer.
         effects = TracIn()(question.trajectory, question.workload, question.windows, queries=question.queries)
-        found["tracin"] = _put(replace(few, scores=np.full_like(few.scores, np.nan), standard_error=None), effects)
+        nothing = replace(few, scores=np.full_like(few.scores, np.nan), standard_error=None, degrees_of_freedom=None)
+        found["tracin"] = _put(nothing, effects)
     return found
 
 
@@ -176,17 +178,21 @@ def _put(into: Influence, part: Influence) -> Influence:
     """``into``, with scores and errors of ``part`` in its windows."""
     places = [into.windows.index(window) for window in part.windows]
 
-    def put(own: np.ndarray, values: np.ndarray | None) -> np.ndarray:
-        found = own.copy()
-        found[places] = own[places] if values is None else values
+    def put(own: np.ndarray | None, values: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+        if own is None and values is None:
+            return None
+        found = np.full(shape, np.nan) if own is None else own.copy()
+        found[places] = np.nan if values is None else values
         return found
 
-    errors, freedom = into.standard_error, into.degrees_of_freedom
+    shape = into.scores.shape
+    scores = put(into.scores, part.scores, shape)
+    assert scores is not None
     return replace(
         into,
-        scores=put(into.scores, part.scores),
-        standard_error=None if errors is None else put(errors, part.standard_error),
-        degrees_of_freedom=None if freedom is None else put(freedom, part.degrees_of_freedom),
+        scores=scores,
+        standard_error=put(into.standard_error, part.standard_error, shape),
+        degrees_of_freedom=put(into.degrees_of_freedom, part.degrees_of_freedom, shape[:2]),
     )
 
 
