@@ -59,19 +59,26 @@ class Blend:
 
         Args:
             pooled: standard errors ``[samples]`` of the parts, and their degrees of freedom.
+            gone: of the samples in steps of the window.
 
         Raises:
-            UnsupportedError: fewer than :data:`FEWEST` of the changes are finite.
+            UnsupportedError: fewer than :data:`FEWEST` rows have absent samples and a finite change.
         """
-        finite = np.isfinite(changes)
-        if finite.sum() < FEWEST:
+        any_gone, finite = gone.any(axis=1), np.isfinite(changes)
+        if any_gone.sum() < FEWEST:
+            raise UnsupportedError(
+                f"{int(any_gone.sum())} of {len(gone)} random shares of the samples have one that is in a step of the "
+                "window, too few to say what removals change; take a larger share (removed) or more trainings, ask for "
+                "a longer window, or use track"
+            )
+        if (any_gone & finite).sum() < FEWEST:
             raise UnsupportedError(
                 f"{int((~finite).sum())} of {len(changes)} trainings without a share of the samples gave a query that "
                 "is not a finite number; take a smaller share (removed), or use track"
             )
         gone, changes = gone[finite], changes[finite]
         stacked = np.stack(list(parts.values()))
-        fit = _Fit.of(gone, changes, stacked)
+        fit = _Fit.of(gone, changes, stacked, large := len(changes) >= LARGE)
         sums = gone @ stacked.T
         random = np.random.default_rng(seed)
         drawn = random.integers(len(changes), size=(RESAMPLES, len(changes)))
@@ -86,7 +93,7 @@ class Blend:
                 "coefficients": dict(zip(parts, fit.coefficients.tolist(), strict=True)),
                 "constant": fit.constant,
                 "retrainings": len(changes),
-                **_judged(_foretold(gone, changes, stacked), changes, drawn),
+                **_judged(_foretold(gone, changes, stacked, large), changes, drawn),
             },
         )
 
@@ -112,12 +119,12 @@ class _Fit:
     variance: np.ndarray
 
     @classmethod
-    def of(cls, gone: np.ndarray, changes: np.ndarray, stacked: np.ndarray) -> _Fit:
+    def of(cls, gone: np.ndarray, changes: np.ndarray, stacked: np.ndarray, large: bool) -> _Fit:
         sums = gone @ stacked.T
         coefficients = _nonnegative(sums, changes)
         scores, variance = coefficients @ stacked, np.zeros(stacked.shape[1])
         left = changes - sums @ coefficients
-        if len(changes) >= LARGE and np.ptp(left) > 0:
+        if large and np.ptp(left) > 0:
             # A sample that is in no step of a window has the effect 0, in all parts.
             more, variance = _corrections(gone & stacked.any(axis=0), left)
             scores = scores + more
@@ -158,14 +165,14 @@ def _nonnegative(sums: np.ndarray, changes: np.ndarray) -> np.ndarray:
     return found
 
 
-def _foretold(gone: np.ndarray, changes: np.ndarray, stacked: np.ndarray) -> np.ndarray:
-    """Each change by the fit to the other folds, ``[bank]``."""
+def _foretold(gone: np.ndarray, changes: np.ndarray, stacked: np.ndarray, large: bool) -> np.ndarray:
+    """Each change by the fit to the other folds, ``[bank]``; 0 where no sample is gone, which no fit has to say."""
     fold = np.arange(len(changes)) % FOLDS
     found = np.empty(len(changes))
     for left in range(FOLDS):
         of, rest = fold == left, fold != left
-        fit = _Fit.of(gone[rest], changes[rest], stacked)
-        found[of] = fit.constant + gone[of] @ fit.scores
+        fit = _Fit.of(gone[rest], changes[rest], stacked, large)
+        found[of] = np.where(gone[of].any(axis=1), fit.constant + gone[of] @ fit.scores, 0)
     return found
 
 
@@ -207,8 +214,10 @@ def pooled(part: Influence, window: int, query: int) -> tuple[np.ndarray, float]
     A variance of two or three pairs of draws says little; by the prior that all samples' variances suggest (Smyth 2004,
     equations 7 to 10) it says more. Without draws, as of the derivative, they are 0; NaN of a single pair.
     """
-    if part.standard_error is None or part.degrees_of_freedom is None:
+    if part.degrees_of_freedom is None:
         return np.zeros(part.scores.shape[2]), np.inf
+    if part.standard_error is None:
+        return np.full(part.scores.shape[2], np.nan), 1.0
     variance = np.square(part.standard_error[window, query])
     own = float(part.degrees_of_freedom[window, query])
     known = variance > 0
@@ -216,8 +225,6 @@ def pooled(part: Influence, window: int, query: int) -> tuple[np.ndarray, float]
         return np.sqrt(variance), max(own, 1.0)
     centred = np.log(variance[known]) - special.digamma(own / 2) + np.log(own / 2)
     spread = centred.var(ddof=1) - special.polygamma(1, own / 2)
-    if part.standard_error is None:
-        return np.full(part.scores.shape[2], np.nan), 1.0
     prior = 2 * _inverse_trigamma(spread) if spread > 0 else np.inf
     if np.isinf(prior):
         return np.where(known, np.exp(centred.mean() / 2), 0.0), np.inf

@@ -24,6 +24,7 @@ from dit_mlflow.methods.tracin import TracIn
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.replay.compiled_step import Compile, check_compile
 from dit_mlflow.retraining import Effort, Subsets, leave_one_out, train_on_subsets
+from dit_mlflow.retraining.subsets import met
 from dit_mlflow.retraining.work import time_of_one
 from dit_mlflow.told import logger_of
 from dit_mlflow.workload import Workload
@@ -98,12 +99,14 @@ def removal_influence(
         ``metadata["bank"]`` says, for each window (by its name) and query, how well the blend foretells retrainings
         that did not choose it: ``order`` (LDS: Spearman), ``size`` (slope of real on foretold change; 1 is right),
         their intervals of 95 %, the coefficients, the constant ``a``, and the number of ``retrainings``. The change by
-        leaving out a random share is foretold by ``a`` and the sum of the scores in it. ``metadata["draws_agree"]``,
-        and a warning before the retrainings where training is too kinked: see :func:`dit_mlflow.expected_influence`.
+        leaving out a random share is foretold by ``a`` and the sum of the scores in it; by 0, if none of it is in a
+        step of the window. ``metadata["draws_agree"]``, and a warning before the retrainings where training is too
+        kinked: see :func:`dit_mlflow.expected_influence`.
 
     Raises:
         InputError: a share or a budget that cannot be used, and what :func:`dit_mlflow.track` refuses.
-        UnsupportedError: see :func:`dit_mlflow.track`; or too few of the retrainings end with a finite query.
+        UnsupportedError: see :func:`dit_mlflow.track`; or too few of the retrainings end with a finite query or leave
+            out a sample of the window's steps.
 
     Cost: ``1 + trainings / 2`` sweeps along a replay of their own, ``trainings`` more where opposite draws disagree,
     and ``2 * trainings`` retrainings; where these are foretold badly, as many as the time of ``trainings / 2``
@@ -133,11 +136,11 @@ def removal_curve(
     """:func:`removal_influence` at each of ``shares``: their sweeps are the same, each has a bank of its own."""
     for removed in shares:
         check_removal(workload.num_samples, removed, trainings, seed)
+    trainings, seed = int(trainings), int(seed)
     check_compile(compile)
     question = Question.of(trajectory, workload, windows, kind, queries)
     given = (trajectory, workload, question.windows, question.kind, question.queries)
     draws = 2 * max(1, trainings // 8)
-    trainings, seed = int(trainings), int(seed)
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget, compile=compile)
         named = str(dtype or "recorded")
@@ -210,28 +213,25 @@ class _Banks:
     def blended(self, removed: float, sweeps: int, common: dict[str, Any]) -> Influence:
         """The answer, when a share ``removed`` goes."""
         question = self.question
-        bank = self._bank(question.windows, removed, 2 * self.trainings)
-        blends = [self._blends(bank, place, window) for place, window in enumerate(question.windows)]
-        poor = [place for place, found in enumerate(blends) if not all(blend.foretells for blend in found)]
-        spent = 2 * self.trainings
+        bank, spent = self._bank(question.windows, removed, 2 * self.trainings), 2 * self.trainings
+        blends = {w: self._blends(bank, w) for w in question.windows if self._leaves_out(bank, w)}
+        poor = [w for w in question.windows if w not in blends or not all(blend.foretells for blend in blends[w])]
         if poor and self._most > max(spent, LARGE):
-            windows = tuple(question.windows[place] for place in poor)
-            larger = self._bank(windows, removed, self._most, bank)
-            for k, place in enumerate(poor):
-                blends[place] = self._blends(larger, k, windows[k])
-            spent = self._most
+            bank, spent = self._bank(poor, removed, self._most, bank), self._most
+            blends = {w: blends[w] for w in question.windows if w not in poor}
+        found = [blends.get(w) or self._blends(bank, w) for w in question.windows]
         return question.answer(
-            np.array([[blend.scores for blend in found] for found in blends]),
+            np.array([[blend.scores for blend in of_window] for of_window in found]),
             "removal",
             str(self.dtype or "recorded"),
-            standard_error=np.array([[blend.errors for blend in found] for found in blends]),
-            degrees_of_freedom=np.array([[blend.freedom for blend in found] for found in blends]),
+            standard_error=np.array([[blend.errors for blend in of_window] for of_window in found]),
+            degrees_of_freedom=np.array([[blend.freedom for blend in of_window] for of_window in found]),
             removed=float(removed),
             **common,
             spent={"sweeps": sweeps, "retrainings": spent},
             bank={
-                str(window): [blend.judged for blend in found]
-                for window, found in zip(question.windows, blends, strict=True)
+                str(window): [blend.judged for blend in of_window]
+                for window, of_window in zip(question.windows, found, strict=True)
             },
             max_drift=max(float(part.metadata.get("max_drift", 0.0)) for part in self.parts.values()),
         )
@@ -250,9 +250,22 @@ class _Banks:
         each = time_of_one(self.question, self.dtype, self.effort)
         return min(MOST * self.trainings, int(self.trainings / 2 / each))
 
-    def _blends(self, bank: Subsets, place: int, window: Window) -> list[Blend]:
-        """By query, for the window that is the bank's number ``place``."""
-        row = self.question.windows.index(window)
+    @cached_property
+    def _met(self) -> np.ndarray:
+        return met(self.question)
+
+    def _gone(self, bank: Subsets, window: Window) -> np.ndarray:
+        """Samples of the window's steps that are left out, bool ``[bank, samples]``."""
+        found: np.ndarray = ~bank.kept & self._met[self.question.windows.index(window)]
+        return found
+
+    def _leaves_out(self, bank: Subsets, window: Window) -> bool:
+        """Whether enough of the retrainings leave out a sample of the window's steps."""
+        return int(self._gone(bank, window).any(axis=1).sum()) >= FEWEST
+
+    def _blends(self, bank: Subsets, window: Window) -> list[Blend]:
+        """By query."""
+        row, place = self.question.windows.index(window), bank.windows.index(window)
         return [
             Blend.fitted(
                 {
@@ -261,7 +274,7 @@ class _Banks:
                     if np.isfinite(part.scores[row, query]).all()
                 },
                 {name: pooled(part, row, query) for name, part in self.parts.items()},
-                ~bank.kept,
+                self._gone(bank, window),
                 bank.changes[place, query],
                 self.seed,
             )
