@@ -136,7 +136,8 @@ def _corrections(gone: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.nda
 
     The penalty is the largest whose error, in leave-one-out cross-validation, is within one standard error of the least
     (Breiman et al. 1984, section 3.4.3): where a bank says nothing of single samples, nothing is added. The variance is
-    that of the posterior under the prior that ridge regression is: in it is what the shrinkage hides.
+    that of the posterior under the prior that ridge regression with the least error is, around what that would add: in
+    it is what the shrinkage hides.
     """
     centred, scale = gone - gone.mean(axis=0), left.std()
     common = float(np.square(centred).sum(axis=1).mean())
@@ -144,16 +145,22 @@ def _corrections(gone: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.nda
         return np.zeros(gone.shape[1]), np.zeros(gone.shape[1])
     penalties = common * PENALTIES
     found = RidgeCV(penalties, store_cv_results=True).fit(centred, left / scale).cv_results_
-    worse = found - found[:, [found.mean(axis=0).argmin()]]
+    least = found.mean(axis=0).argmin()
+    worse = found - found[:, [least]]
     allowed = worse.mean(axis=0) <= worse.std(axis=0) / np.sqrt(len(left))
-    penalty = penalties[np.flatnonzero(allowed)[-1]]
+    added, _ = _ridge(centred, left, penalties[np.flatnonzero(allowed)[-1]])
+    nearest, variance = _ridge(centred, left, penalties[least])
+    return added, np.where(centred.any(axis=0), variance + np.square(added - nearest), 0)
+
+
+def _ridge(centred: np.ndarray, left: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients and their variance in the posterior, ``[samples]``."""
     factor = linalg.cho_factor(centred @ centred.T + penalty * np.eye(len(left)))
     weights = linalg.cho_solve(factor, left - left.mean())
     inverse = linalg.cho_solve(factor, np.eye(len(left)))
     # The error of foretelling one change from the others, weights / inverse_ii, has the variance prior / inverse_ii.
     prior = np.mean(np.square(weights) / inverse.diagonal())
-    known = np.einsum("bn,bn->n", centred, inverse @ centred)
-    return centred.T @ weights, np.where(centred.any(axis=0), prior * (1 - known), 0)
+    return centred.T @ weights, prior * (1 - np.einsum("bn,bn->n", centred, inverse @ centred))
 
 
 def _nonnegative(sums: np.ndarray, changes: np.ndarray) -> np.ndarray:

@@ -140,6 +140,18 @@ def test_a_large_bank_says_of_single_samples_what_no_part_knew() -> None:
     assert 0.92 < np.mean(held) <= 0.99
 
 
+def test_the_standard_error_covers_what_a_large_bank_does_not_dare_to_add() -> None:
+    """Effects of single samples that are small beside noise: most banks show them, by less than one standard error."""
+    held = []
+    for seed in range(15):
+        random = np.random.default_rng(seed)
+        s, own, gone = random.normal(size=80), 0.3 * random.normal(size=80), subsets(150, 80, 12, seed)
+        found = blended({"s": s}, gone, gone @ (s + own) + 2 * random.normal(size=150))
+        half = stats.t.ppf(0.975, found.freedom) * found.errors
+        held.append(np.abs(found.scores - (s + own)) <= half)
+    assert 0.85 < np.mean(held) <= 0.99
+
+
 def test_a_large_bank_adds_nothing_where_the_parts_know_all() -> None:
     random = np.random.default_rng(0)
     s, gone = random.normal(size=80), subsets(150, 80, 12)
