@@ -242,7 +242,9 @@ class _Banks:
         # A share of whole samples, so that as many stay as do not go: of 5, half are 2 and not 3.
         samples, seed, dtype, effort = question.workload.num_samples, self.seed, self.dtype, self.effort
         share = 1 - round(removed * samples) / samples
-        return train_on_subsets(*given, subsets=size, share=share, seed=seed, dtype=dtype, effort=effort, known=known)
+        bank = train_on_subsets(*given, subsets=size, share=share, seed=seed, dtype=dtype, effort=effort, known=known)
+        _warn_of_broken(bank)
+        return bank
 
     @cached_property
     def _most(self) -> int:
@@ -280,6 +282,17 @@ class _Banks:
             )
             for query in range(len(self.question.queries))
         ]
+
+
+def _warn_of_broken(bank: Subsets) -> None:
+    broken = int((~np.isfinite(bank.changes)).sum(axis=2).max())
+    if broken:
+        _log.warning(
+            "removal: for some window and query, %d of %d trainings without a share of the samples are left out, since "
+            "the query is not a finite number there. Scores are of the others alone; take a smaller share (removed)",
+            broken,
+            len(bank.kept),
+        )
 
 
 def _check_exact(exact: Influence, question: Question) -> None:

@@ -35,7 +35,7 @@ from dit_mlflow.explanation import Checks
 from dit_mlflow.methods import removal
 from dit_mlflow.methods.blend import Blend, pooled
 from dit_mlflow.methods.removal import Removal
-from dit_mlflow.retraining import train_on_subsets
+from dit_mlflow.retraining import Subsets, train_on_subsets
 
 
 def blended(parts: dict[str, np.ndarray], gone: np.ndarray, changes: np.ndarray, error: float = 0.0) -> Blend:
@@ -299,6 +299,21 @@ def test_windows_of_few_samples_take_more_retrainings_or_are_refused(
     monkeypatch.setattr(removal, "time_of_one", lambda *given: 1.0)
     with pytest.raises(UnsupportedError, match="of 32 random shares of the samples"):
         removal_influence(trajectory, workload, [Window(0, 1)])
+
+
+def test_retrainings_without_a_finite_query_are_told(
+    usual: tuple[Trajectory, Workload], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def breaking(*given: Any, **how: Any) -> Subsets:
+        found = train_on_subsets(*given, **how)
+        found.changes[0, 0, :3] = np.nan
+        return found
+
+    monkeypatch.setattr(removal, "train_on_subsets", breaking)
+    monkeypatch.setattr(removal, "time_of_one", lambda *given: 1.0)
+    found = removal_influence(*usual, [Window(0, 4)])
+    assert found.metadata["bank"]["0-4"][0]["retrainings"] == 29
+    assert "3 of 32 trainings without a share of the samples are left out" in caplog.text
 
 
 def test_a_budget_of_numpys_is_saved(usual: tuple[Trajectory, Workload], tmp_path: Path) -> None:
