@@ -13,7 +13,17 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from workloads import digits_workload, sample_losses
 
-from dit_mlflow import InputError, Trajectory, UnsupportedError, Workload, WorkloadError, explain, load_workload, train
+from dit_mlflow import (
+    Influence,
+    InputError,
+    Trajectory,
+    UnsupportedError,
+    Workload,
+    WorkloadError,
+    explain,
+    load_workload,
+    train,
+)
 from dit_mlflow.evaluation import detection
 from dit_mlflow.methods import method
 from dit_mlflow.methods.detect import Detect, _auroc
@@ -105,3 +115,8 @@ def test_what_cannot_train_again_or_has_no_classes_is_refused_before_any_work(tm
         Detect()(trajectory, replace(workload, optimizer=None))
     with pytest.raises(InputError, match=r"24 samples of 3 classes with share=0\.01; expected"):
         Detect(share=0.01)(trajectory, workload)
+
+
+def test_a_number_of_plantings_of_numpys_is_saved(damaged: tuple[Trajectory, Workload], tmp_path: Path) -> None:
+    found = Detect(methods=("loss",), plantings=np.int64(2))(*damaged)
+    assert Influence.load(found.save(tmp_path)).metadata == found.metadata
