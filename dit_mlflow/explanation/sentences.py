@@ -151,9 +151,10 @@ def _one_of_many(found: Explanation, told: Influence, sample: int, change: str, 
     assert told.removed is not None
     low, high = (end[0, 0, sample] for end in told.interval())
     ends = " to ".join(figure(abs(end)) for end in sorted((low, high), key=abs))
+    interval = f", 95 % interval {ends}" if np.isfinite(low) else ""
     said = (
         f"where {share(told.removed)} of the samples go, its removal {change} {quantity} by "
-        f"{figure(abs(told.scores[0, 0, sample]))}{over}, 95 % interval {ends}"
+        f"{figure(abs(told.scores[0, 0, sample]))}{over}{interval}"
     )
     exact = _exactly(found, told.windows[0])[sample]
     if not np.isfinite(exact):

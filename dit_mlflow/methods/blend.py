@@ -59,35 +59,41 @@ class Blend:
 
         Args:
             pooled: standard errors ``[samples]`` of the parts, and their degrees of freedom.
+            gone: of the samples in steps of the window.
 
         Raises:
-            UnsupportedError: fewer than :data:`FEWEST` of the changes are finite.
+            UnsupportedError: fewer than :data:`FEWEST` rows have absent samples and a finite change.
         """
-        finite = np.isfinite(changes)
-        if finite.sum() < FEWEST:
+        any_gone, finite = gone.any(axis=1), np.isfinite(changes)
+        if any_gone.sum() < FEWEST:
+            raise UnsupportedError(
+                f"{int(any_gone.sum())} of {len(gone)} random shares of the samples have one that is in a step of the "
+                "window, too few to say what removals change; take a larger share (removed) or more trainings, ask for "
+                "a longer window, or use track"
+            )
+        if (any_gone & finite).sum() < FEWEST:
             raise UnsupportedError(
                 f"{int((~finite).sum())} of {len(changes)} trainings without a share of the samples gave a query that "
                 "is not a finite number; take a smaller share (removed), or use track"
             )
         gone, changes = gone[finite], changes[finite]
         stacked = np.stack(list(parts.values()))
-        fit = _Fit.of(gone, changes, stacked)
+        fit = _Fit.of(gone, changes, stacked, large := len(changes) >= LARGE)
         sums = gone @ stacked.T
         random = np.random.default_rng(seed)
         drawn = random.integers(len(changes), size=(RESAMPLES, len(changes)))
         fits = np.array([_nonnegative(sums[rows], changes[rows]) for rows in drawn])
         of_fit = (fits @ stacked).std(axis=0)
-        of_draws = [c * pooled[name][0] for c, name in zip(fit.coefficients, parts, strict=True)]
-        used = [pooled[name][1] for c, name in zip(fit.coefficients, parts, strict=True) if c > 0]
+        drawn_parts = [(c, *pooled[name]) for c, name in zip(fit.coefficients, parts, strict=True) if c > 0]
         return cls(
             fit.scores,
-            np.sqrt(of_fit**2 + np.sum(np.square(of_draws), axis=0) + fit.variance),
-            min([len(changes) - len(parts) - 1.0, *used]),
+            np.sqrt(of_fit**2 + fit.variance + sum(np.square(c * error) for c, error, _ in drawn_parts)),
+            min([len(changes) - len(parts) - 1.0, *(freedom for _, _, freedom in drawn_parts)]),
             {
                 "coefficients": dict(zip(parts, fit.coefficients.tolist(), strict=True)),
                 "constant": fit.constant,
                 "retrainings": len(changes),
-                **_judged(_foretold(gone, changes, stacked), changes, drawn),
+                **_judged(_foretold(gone, changes, stacked, large), changes, drawn),
             },
         )
 
@@ -113,12 +119,12 @@ class _Fit:
     variance: np.ndarray
 
     @classmethod
-    def of(cls, gone: np.ndarray, changes: np.ndarray, stacked: np.ndarray) -> _Fit:
+    def of(cls, gone: np.ndarray, changes: np.ndarray, stacked: np.ndarray, large: bool) -> _Fit:
         sums = gone @ stacked.T
         coefficients = _nonnegative(sums, changes)
         scores, variance = coefficients @ stacked, np.zeros(stacked.shape[1])
         left = changes - sums @ coefficients
-        if len(changes) >= LARGE and np.ptp(left) > 0:
+        if large and np.ptp(left) > 0:
             # A sample that is in no step of a window has the effect 0, in all parts.
             more, variance = _corrections(gone & stacked.any(axis=0), left)
             scores = scores + more
@@ -130,7 +136,8 @@ def _corrections(gone: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.nda
 
     The penalty is the largest whose error, in leave-one-out cross-validation, is within one standard error of the least
     (Breiman et al. 1984, section 3.4.3): where a bank says nothing of single samples, nothing is added. The variance is
-    that of the posterior under the prior that ridge regression is: in it is what the shrinkage hides.
+    that of the posterior under the prior that ridge regression with the least error is, around what that would add: in
+    it is what the shrinkage hides.
     """
     centred, scale = gone - gone.mean(axis=0), left.std()
     common = float(np.square(centred).sum(axis=1).mean())
@@ -138,16 +145,22 @@ def _corrections(gone: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.nda
         return np.zeros(gone.shape[1]), np.zeros(gone.shape[1])
     penalties = common * PENALTIES
     found = RidgeCV(penalties, store_cv_results=True).fit(centred, left / scale).cv_results_
-    worse = found - found[:, [found.mean(axis=0).argmin()]]
+    least = found.mean(axis=0).argmin()
+    worse = found - found[:, [least]]
     allowed = worse.mean(axis=0) <= worse.std(axis=0) / np.sqrt(len(left))
-    penalty = penalties[np.flatnonzero(allowed)[-1]]
+    added, _ = _ridge(centred, left, penalties[np.flatnonzero(allowed)[-1]])
+    nearest, variance = _ridge(centred, left, penalties[least])
+    return added, np.where(centred.any(axis=0), variance + np.square(added - nearest), 0)
+
+
+def _ridge(centred: np.ndarray, left: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients and their variance in the posterior, ``[samples]``."""
     factor = linalg.cho_factor(centred @ centred.T + penalty * np.eye(len(left)))
     weights = linalg.cho_solve(factor, left - left.mean())
     inverse = linalg.cho_solve(factor, np.eye(len(left)))
     # The error of foretelling one change from the others, weights / inverse_ii, has the variance prior / inverse_ii.
     prior = np.mean(np.square(weights) / inverse.diagonal())
-    known = np.einsum("bn,bn->n", centred, inverse @ centred)
-    return centred.T @ weights, np.where(centred.any(axis=0), prior * (1 - known), 0)
+    return centred.T @ weights, prior * (1 - np.einsum("bn,bn->n", centred, inverse @ centred))
 
 
 def _nonnegative(sums: np.ndarray, changes: np.ndarray) -> np.ndarray:
@@ -159,14 +172,14 @@ def _nonnegative(sums: np.ndarray, changes: np.ndarray) -> np.ndarray:
     return found
 
 
-def _foretold(gone: np.ndarray, changes: np.ndarray, stacked: np.ndarray) -> np.ndarray:
-    """Each change by the fit to the other folds, ``[bank]``."""
+def _foretold(gone: np.ndarray, changes: np.ndarray, stacked: np.ndarray, large: bool) -> np.ndarray:
+    """Each change by the fit to the other folds, ``[bank]``; 0 where no sample is gone, which no fit has to say."""
     fold = np.arange(len(changes)) % FOLDS
     found = np.empty(len(changes))
     for left in range(FOLDS):
         of, rest = fold == left, fold != left
-        fit = _Fit.of(gone[rest], changes[rest], stacked)
-        found[of] = fit.constant + gone[of] @ fit.scores
+        fit = _Fit.of(gone[rest], changes[rest], stacked, large)
+        found[of] = np.where(gone[of].any(axis=1), fit.constant + gone[of] @ fit.scores, 0)
     return found
 
 
@@ -206,15 +219,17 @@ def pooled(part: Influence, window: int, query: int) -> tuple[np.ndarray, float]
     """Standard errors ``[samples]``, each drawn towards what all have in common, and their degrees of freedom.
 
     A variance of two or three pairs of draws says little; by the prior that all samples' variances suggest (Smyth 2004,
-    equations 7 to 10) it says more.
+    equations 7 to 10) it says more. Without draws, as of the derivative, they are 0; NaN of a single pair.
     """
-    if part.standard_error is None or part.degrees_of_freedom is None:
+    if part.degrees_of_freedom is None:
         return np.zeros(part.scores.shape[2]), np.inf
+    if part.standard_error is None:
+        return np.full(part.scores.shape[2], np.nan), 1.0
     variance = np.square(part.standard_error[window, query])
     own = float(part.degrees_of_freedom[window, query])
     known = variance > 0
     if own < 1 or known.sum() < 2:
-        return np.sqrt(np.nan_to_num(variance)), max(own, 1.0)
+        return np.sqrt(variance), max(own, 1.0)
     centred = np.log(variance[known]) - special.digamma(own / 2) + np.log(own / 2)
     spread = centred.var(ddof=1) - special.polygamma(1, own / 2)
     prior = 2 * _inverse_trigamma(spread) if spread > 0 else np.inf

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,14 @@ from dit_mlflow.influence.draws import DRAWS_AGREE, Draws, expected_over, kinked
 from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.sweep import tracked
-from dit_mlflow.methods.blend import FEWEST, LARGE, Blend, pooled
+from dit_mlflow.methods.banks import EXACT, Banks, put
+from dit_mlflow.methods.blend import FEWEST
 from dit_mlflow.methods.dit import OF_SWEEP, Dit
 from dit_mlflow.methods.method import Estimate, Method, RetrainingMethod
 from dit_mlflow.methods.tracin import TracIn
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.replay.compiled_step import Compile, check_compile
-from dit_mlflow.retraining import Effort, Subsets, leave_one_out, train_on_subsets
-from dit_mlflow.retraining.work import time_of_one
+from dit_mlflow.retraining import Effort
 from dit_mlflow.told import logger_of
 from dit_mlflow.workload import Workload
 from dit_mlflow.workload.random_state import preserved_random_state
@@ -33,13 +32,6 @@ _log = logger_of(__name__)
 
 BETA = 0.5
 """Power of the draws that stand for few removals: Beta(2, 1)."""
-
-
-EXACT = "leave_one_out"
-"""The name of that part of a blend."""
-
-MOST = 32
-"""Largest number of retrainings in a bank, for each training of the budget."""
 
 
 def removal_influence(
@@ -97,16 +89,19 @@ def removal_influence(
         removing the sample, when a share ``removed`` goes; for a loss, positive = helpful, negative = harmful.
         ``standard_error``: of drawing weights (pooled over samples: Smyth 2004, doi 10.2202/1544-6115.1027), of the
         coefficients (bootstrap over the bank), and of what a large bank adds (posterior of the ridge regression); that
-        a set's effect is not the sum of its members' is not in it.
+        a set's effect is not the sum of its members' is not in it. NaN where the error of drawing is unknown: of a
+        single pair of draws, as from a budget below 16.
         ``metadata["bank"]`` says, for each window (by its name) and query, how well the blend foretells retrainings
         that did not choose it: ``order`` (LDS: Spearman), ``size`` (slope of real on foretold change; 1 is right),
         their intervals of 95 %, the coefficients, the constant ``a``, and the number of ``retrainings``. The change by
-        leaving out a random share is foretold by ``a`` and the sum of the scores in it. ``metadata["draws_agree"]``,
-        and a warning before the retrainings where training is too kinked: see :func:`dit_mlflow.expected_influence`.
+        leaving out a random share is foretold by ``a`` and the sum of the scores in it; by 0, if none of it is in a
+        step of the window. ``metadata["draws_agree"]``, and a warning before the retrainings where training is too
+        kinked: see :func:`dit_mlflow.expected_influence`.
 
     Raises:
         InputError: a share or a budget that cannot be used, and what :func:`dit_mlflow.track` refuses.
-        UnsupportedError: see :func:`dit_mlflow.track`; or too few of the retrainings end with a finite query.
+        UnsupportedError: see :func:`dit_mlflow.track`; or too few of the retrainings end with a finite query or leave
+            out a sample of the window's steps.
 
     Cost: ``1 + trainings / 2`` sweeps along a replay of their own, ``trainings`` more where opposite draws disagree,
     and ``2 * trainings`` retrainings; where these are foretold badly, one without each sample if these take the time of
@@ -137,6 +132,7 @@ def removal_curve(
     """:func:`removal_influence` at each of ``shares``: their sweeps are the same, each has a bank of its own."""
     for removed in shares:
         check_removal(workload.num_samples, removed, trainings, seed)
+    trainings, seed = int(trainings), int(seed)
     check_compile(compile)
     question = Question.of(trajectory, workload, windows, kind, queries)
     draws = 2 * max(1, trainings // 8)
@@ -156,8 +152,8 @@ def removal_curve(
         _check_exact(exact, question)
         parts[EXACT] = exact.select(list(question.windows))
     told = {key: value for key, value in few.metadata.items() if key in (DRAWS_AGREE, "derivative", "compile")}
-    common = {"trainings": int(trainings), "seed": int(seed), **told}
-    bank = _Banks(question, parts, trainings, seed, dtype, effort)
+    common = {"trainings": trainings, "seed": seed, **told}
+    bank = Banks(question, parts, trainings, seed, dtype, effort)
     return [bank.blended(removed, 1 + 2 * draws + many, common) for removed in shares]
 
 
@@ -166,131 +162,12 @@ def _where_kinked(question: Question, engine: Engine, few: Influence, more: Draw
     found: dict[str, Influence] = {}
     with suppress(UnsupportedError):  # Training may diverge in every pair; the few stay then.
         (many,) = expected_over(question, engine, [more], dtype)
-        found["uniform"] = _put(few, many)
+        found["uniform"] = put(few, many)
     with suppress(UnsupportedError):  # It needs a step that is a loss, then an optimizer.
         effects = TracIn()(question.trajectory, question.workload, question.windows, queries=question.queries)
-        found["tracin"] = _put(replace(few, scores=np.full_like(few.scores, np.nan), standard_error=None), effects)
+        nothing = replace(few, scores=np.full_like(few.scores, np.nan), standard_error=None, degrees_of_freedom=None)
+        found["tracin"] = put(nothing, effects)
     return found
-
-
-def _put(into: Influence, part: Influence) -> Influence:
-    """``into``, with scores and errors of ``part`` in its windows."""
-    places = [into.windows.index(window) for window in part.windows]
-
-    def put(own: np.ndarray, values: np.ndarray | None) -> np.ndarray:
-        found = own.copy()
-        found[places] = own[places] if values is None else values
-        return found
-
-    errors, freedom = into.standard_error, into.degrees_of_freedom
-    return replace(
-        into,
-        scores=put(into.scores, part.scores),
-        standard_error=None if errors is None else put(errors, part.standard_error),
-        degrees_of_freedom=None if freedom is None else put(freedom, part.degrees_of_freedom),
-    )
-
-
-@dataclass(eq=False)
-class _Banks:
-    """Retrainings without random shares of the samples, which choose the blend of ``parts``.
-
-    Leave-one-out is made, and becomes a part, where it is not known and helps or costs little.
-    """
-
-    question: Question
-    parts: dict[str, Influence]
-    trainings: int
-    seed: int
-    dtype: torch.dtype | None
-    effort: Effort | None
-    left_out: int = 0
-
-    def blended(self, removed: float, sweeps: int, common: dict[str, Any]) -> Influence:
-        """The answer, when a share ``removed`` goes."""
-        question, fewest = self.question, 2 * self.trainings
-        bank = self._bank(question.windows, removed, fewest)
-        blends = [self._blends(bank, place, window) for place, window in enumerate(question.windows)]
-        for place in self._made_exact(_poor(blends)):
-            blends[place] = self._blends(bank, place, question.windows[place])
-        poor, spent = _poor(blends), fewest
-        if poor and self._most > max(fewest, LARGE):
-            windows = tuple(question.windows[place] for place in poor)
-            larger = self._bank(windows, removed, self._most, bank)
-            for k, place in enumerate(poor):
-                blends[place] = self._blends(larger, k, windows[k])
-            spent = self._most
-        return question.answer(
-            np.array([[blend.scores for blend in found] for found in blends]),
-            "removal",
-            str(self.dtype or "recorded"),
-            standard_error=np.array([[blend.errors for blend in found] for found in blends]),
-            degrees_of_freedom=np.array([[blend.freedom for blend in found] for found in blends]),
-            removed=float(removed),
-            **common,
-            spent={"sweeps": sweeps, "retrainings": spent, EXACT: self.left_out},
-            bank={
-                str(window): [blend.judged for blend in found]
-                for window, found in zip(question.windows, blends, strict=True)
-            },
-            max_drift=max(float(part.metadata.get("max_drift", 0.0)) for part in self.parts.values()),
-        )
-
-    def _bank(self, windows: Sequence[Window], removed: float, size: int, known: Subsets | None = None) -> Subsets:
-        question = self.question
-        given = (question.trajectory, question.workload, windows, question.kind, question.queries)
-        share, seed, dtype, effort = 1 - removed, self.seed, self.dtype, self.effort
-        return train_on_subsets(*given, subsets=size, share=share, seed=seed, dtype=dtype, effort=effort, known=known)
-
-    @cached_property
-    def _each(self) -> float:
-        return time_of_one(self.question, self.dtype, self.effort)
-
-    @property
-    def _most(self) -> int:
-        """As many retrainings as half of the budget's time holds."""
-        return min(MOST * self.trainings, int(self.trainings / 2 / self._each))
-
-    def _made_exact(self, poor: Sequence[int]) -> Sequence[int]:
-        """The windows whose leave-one-out became a part now: ``poor`` ones, or all if a quarter of the budget does."""
-        question, known = self.question, self.parts.get(EXACT)
-        if known is not None and not self.left_out:
-            return []
-        cost = self._each * question.workload.num_samples
-        if known is None:
-            known = replace(self.parts["dit"], scores=np.full(question.shape, np.nan))
-        wanted = range(len(question.windows)) if 4 * cost <= self.trainings else poor
-        new = [place for place in wanted if np.isnan(known.scores[place]).all()]
-        if not new or cost > self.trainings:
-            return []
-        windows = [question.windows[place] for place in new]
-        given = (question.trajectory, question.workload, windows, question.kind, question.queries)
-        self.parts[EXACT] = _put(known, leave_one_out(*given, dtype=self.dtype, effort=self.effort))
-        self.left_out = question.workload.num_samples
-        return new
-
-    def _blends(self, bank: Subsets, place: int, window: Window) -> list[Blend]:
-        """By query, for the window that is the bank's number ``place``."""
-        row = self.question.windows.index(window)
-        return [
-            Blend.fitted(
-                {
-                    name: part.scores[row, query]
-                    for name, part in self.parts.items()
-                    if np.isfinite(part.scores[row, query]).all()
-                },
-                {name: pooled(part, row, query) for name, part in self.parts.items()},
-                ~bank.kept,
-                bank.changes[place, query],
-                self.seed,
-            )
-            for query in range(len(self.question.queries))
-        ]
-
-
-def _poor(blends: Sequence[Sequence[Blend]]) -> list[int]:
-    """The windows for some of whose queries retrainings are not foretold well."""
-    return [place for place, found in enumerate(blends) if not all(blend.foretells for blend in found)]
 
 
 def _check_exact(exact: Influence, question: Question) -> None:

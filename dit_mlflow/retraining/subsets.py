@@ -63,7 +63,8 @@ def train_on_subsets(
             trained.
 
     Raises:
-        InputError: fewer than 3 subsets, or a share that makes subsets empty or complete.
+        InputError: fewer than 3 subsets, a share that makes subsets empty or complete, or ``known`` of other windows or
+            subsets.
         TrajectoryError: the trajectory is damaged, or the workload is not the recorded one.
 
     Cost: one training for each subset (``local``: for each set of disjoint windows; ``final``: for each window).
@@ -79,12 +80,23 @@ def train_on_subsets(
     for row in kept:
         row[generator.choice(n, size=size, replace=False)] = True
     question = Question.of(trajectory, workload, windows, kind, queries)
+    if known is not None:
+        _check_known(known, kept, question.windows)
     rest = kept if known is None else kept[len(known.kept) :]
     changes, _ = retrain(question, Reweighted(rest.astype(np.float64), is_absent(removal)), dtype, effort)
     if known is not None:
         of_known = known.changes[[known.windows.index(window) for window in question.windows]]
         changes = np.concatenate([of_known, changes], axis=2)
     return Subsets(kept, changes, tuple(windows))
+
+
+def _check_known(known: Subsets, kept: np.ndarray, windows: Sequence[Window]) -> None:
+    missing = [window for window in windows if window not in known.windows]
+    if missing or len(known.kept) >= len(kept) or not np.array_equal(known.kept, kept[: len(known.kept)]):
+        raise InputError(
+            f"known has {len(known.kept)} subsets in windows {', '.join(map(str, known.windows))}; expected fewer than "
+            f"{len(kept)}, of the same share and seed, in windows {', '.join(map(str, windows))} and perhaps others"
+        )
 
 
 def random_subsets(samples: int, subsets: int, share: float, seed: int) -> np.ndarray:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course
 from dit_mlflow.influence.question import Question
 from dit_mlflow.replay.training_step import TrainingStep
@@ -32,23 +35,42 @@ TOGETHER = 16
 def time_of_one(question: Question, dtype: torch.dtype | None = None, effort: Effort | None = None) -> float:
     """The time of one retraining among many, in trainings; 1 where side by side they save less than half, or fail.
 
-    Side by side, they share the time that Python takes for a step, and not that of arithmetic and memory, for which
-    the operations of the first step are counted. On one core that is within a factor of two of the time of networks of
+    Side by side, they share the time that Python takes for a step (where a step of all makes about as many tensors as a
+    step of one), and not that of arithmetic and memory, for which the operations of the first step are counted. On one
+    core that is within a factor of two of the time of networks of
     1,000 to 6,000 parameters (``benchmarks/removal.py``); on an accelerator it is too much.
     """
     effort = effort or Effort()
+    # The question's own queries may have no value so early.
+    nothing = Query("nothing", lambda model: torch.zeros(()))
     with preserved_random_state():
         replay = question.trajectory.replay(question.workload, dtype)
         steps = [question.trajectory.step(t) for t in range(min(TRIED, question.trajectory.num_steps))]
-        work = _work(replay.training_step, replay.checkpoint(0), steps[0])
+        state = replay.checkpoint(0)
+        work = _work(replay.training_step, state, steps[0])
         if work > OF_A_STEP:
             return 1.0
-        retraining = Retraining(replay.training_step, question.queries, effort.memory_budget)
+        retraining = Retraining(replay.training_step, [nothing], effort.memory_budget, timed=False)
         course = Course(0, len(steps), ((len(steps), 0, 1),))
         samples = np.arange(TOGETHER) % question.workload.num_samples
         retraining.run(Job(course, steps, baseline(replay, course, retraining), LeftOut(samples)))
         copies = retraining.copies
-    return (work + OF_A_STEP / copies) / (work + OF_A_STEP) if copies else 1.0
+        if not copies:
+            return 1.0
+        together = min(TOGETHER, copies)
+        many, one = (_tensors(replay.training_step, state, steps[0], count) for count in (together, 1))
+    if many > together / 2 * one:
+        return 1.0
+    return (work + OF_A_STEP / copies) / (work + OF_A_STEP)
+
+
+def _tensors(training_step: TrainingStep, state: State, step: StepRecord, copies: int) -> int:
+    """How many a step of all copies makes: as many as one copy's, except where torch makes them one by one."""
+    made = list[int]()
+    with making(made.append), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        training_step(state.side_by_side(copies), step, torch.ones(copies, len(step.samples)))
+    return len(made)
 
 
 def _work(training_step: TrainingStep, state: State, step: StepRecord) -> float:

@@ -8,12 +8,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from workloads import digits_workload
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from workloads import digits_workload, sample_losses
 
-from dit_mlflow import InputError, Trajectory, UnsupportedError, Workload, WorkloadError, explain, load_workload, train
+from dit_mlflow import (
+    Influence,
+    InputError,
+    Trajectory,
+    UnsupportedError,
+    Workload,
+    WorkloadError,
+    explain,
+    load_workload,
+    train,
+)
 from dit_mlflow.evaluation import detection
 from dit_mlflow.methods import method
-from dit_mlflow.methods.detect import Detect
+from dit_mlflow.methods.detect import Detect, _auroc
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +72,26 @@ def test_methods_that_cannot_be_used_are_left_out_and_told(tmp_path: Path, caplo
         Detect(methods=("los",))(trajectory, workload)
 
 
+def test_a_training_with_planted_labels_that_diverges_is_told_from_the_recorded_one(tmp_path: Path) -> None:
+    workload = digits_workload()
+    right = {tuple(inputs.tolist()): int(target) for inputs, target in workload.train_set}
+
+    def broken_by_wrong_labels(model: nn.Module, batch: Any) -> torch.Tensor:
+        wrong = [right.get(tuple(x.tolist()), int(y)) != y for x, y in zip(*batch, strict=True)]
+        return torch.where(torch.tensor(wrong), torch.inf, sample_losses(model, batch))
+
+    workload = replace(workload, loss=broken_by_wrong_labels)
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(UnsupportedError, match="detect trains with 10% of the labels made wrong, and that diverges"):
+        Detect(methods=("loss",))(trajectory, workload)
+
+
+def test_its_auroc_is_scikit_learns() -> None:
+    random = np.random.default_rng(0)
+    scores, planted = random.integers(5, size=40).astype(float), random.random(40) < 0.3
+    assert _auroc(scores, planted) == pytest.approx(roc_auc_score(planted, scores))
+
+
 def test_the_same_seed_gives_the_same(damaged: tuple[Trajectory, Workload]) -> None:
     one, again, other = (Detect(methods=("loss",), seed=seed)(*damaged) for seed in (3, 3, 4))
     np.testing.assert_array_equal(one.scores, again.scores)
@@ -82,3 +115,8 @@ def test_what_cannot_train_again_or_has_no_classes_is_refused_before_any_work(tm
         Detect()(trajectory, replace(workload, optimizer=None))
     with pytest.raises(InputError, match=r"24 samples of 3 classes with share=0\.01; expected"):
         Detect(share=0.01)(trajectory, workload)
+
+
+def test_a_number_of_plantings_of_numpys_is_saved(damaged: tuple[Trajectory, Workload], tmp_path: Path) -> None:
+    found = Detect(methods=("loss",), plantings=np.int64(2))(*damaged)
+    assert Influence.load(found.save(tmp_path)).metadata == found.metadata

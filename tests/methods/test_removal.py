@@ -23,6 +23,7 @@ from dit_mlflow import (
     Window,
     Workload,
     expected_influence,
+    explain,
     leave_one_out,
     load_workload,
     removal_influence,
@@ -30,9 +31,11 @@ from dit_mlflow import (
     train,
 )
 from dit_mlflow.evaluation import datamodeling_score
-from dit_mlflow.methods import removal
+from dit_mlflow.explanation import Checks
+from dit_mlflow.methods import banks, removal
 from dit_mlflow.methods.blend import Blend, pooled
-from dit_mlflow.retraining import train_on_subsets
+from dit_mlflow.methods.removal import Removal
+from dit_mlflow.retraining import Subsets, train_on_subsets
 
 
 def blended(parts: dict[str, np.ndarray], gone: np.ndarray, changes: np.ndarray, error: float = 0.0) -> Blend:
@@ -82,6 +85,27 @@ def test_trainings_that_broke_are_left_out_and_too_many_refused() -> None:
         blended({"s": s}, gone, changes)
 
 
+def test_retrainings_that_leave_out_no_sample_of_the_window_are_foretold_to_change_nothing() -> None:
+    """Two of 100 samples are in its steps, and none of them in most of 60 shares of ten; 15 shares say too little."""
+    s, gone = np.array([1.0, -2.0]), subsets(60, 100, 10)[:, :2]
+    some = int(gone.any(axis=1).sum())
+    assert 8 <= some < 20
+    found = blended({"s": s}, gone, gone @ s)
+    assert found.judged["order"] > 0.95
+    np.testing.assert_allclose(found.scores, s)
+    with pytest.raises(UnsupportedError, match=r"^7 of 15 random shares .* in a step of the window, too few"):
+        blended({"s": s}, gone[np.argsort(gone.any(axis=1))[60 - some - 8 : 60 - some + 7]], np.zeros(15))
+
+
+def test_a_bank_that_grows_is_judged_as_it_is_fitted() -> None:
+    """Its folds have fewer retrainings than single samples' corrections ask for."""
+    random = np.random.default_rng(0)
+    s, own, gone = random.normal(size=12), random.normal(size=12), subsets(72, 12, 3)
+    found = blended({"s": s}, gone, gone @ own)
+    np.testing.assert_allclose(found.scores - found.scores.mean(), own - own.mean(), atol=0.1)
+    assert found.judged["order"] > 0.95
+
+
 def test_the_standard_error_covers_the_coefficients() -> None:
     """Of 200 banks with noise, 95 % of the intervals hold the score; more is allowed to a bootstrap of 24."""
     random = np.random.default_rng(0)
@@ -114,6 +138,18 @@ def test_a_large_bank_says_of_single_samples_what_no_part_knew() -> None:
         half = stats.t.ppf(0.975, found.freedom) * found.errors
         held.append(np.abs(found.scores - (s + own))[5:] <= half[5:])
     assert 0.92 < np.mean(held) <= 0.99
+
+
+def test_the_standard_error_covers_what_a_large_bank_does_not_dare_to_add() -> None:
+    """Effects of single samples that are small beside noise: most banks show them, by less than one standard error."""
+    held = []
+    for seed in range(15):
+        random = np.random.default_rng(seed)
+        s, own, gone = random.normal(size=80), 0.3 * random.normal(size=80), subsets(150, 80, 12, seed)
+        found = blended({"s": s}, gone, gone @ (s + own) + 2 * random.normal(size=150))
+        half = stats.t.ppf(0.975, found.freedom) * found.errors
+        held.append(np.abs(found.scores - (s + own)) <= half)
+    assert 0.85 < np.mean(held) <= 0.99
 
 
 def test_a_large_bank_adds_nothing_where_the_parts_know_all() -> None:
@@ -249,6 +285,71 @@ def test_where_opposite_draws_disagree_there_are_more_of_them_and_tracin(tmp_pat
     # What is not kinked has the scores that it has alone.
     alone = removal_influence(trajectory, workload, [last], removed=0.5)
     np.testing.assert_allclose(found.of(last), alone.of(last), rtol=0, atol=1e-5 * np.abs(alone.scores).max())
+
+
+def test_windows_of_few_samples_take_more_retrainings_or_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of one sample: of 32 shares without two of 24 samples, two have it."""
+    workload = digits_workload(batch_size=1, epochs=1)
+    trajectory = train(workload, tmp_path / "t")
+    first = int(trajectory.step(0).samples[0])
+    found = removal_influence(trajectory, workload, [Window(0, 1)])
+    assert found.metadata["spent"]["retrainings"] == 512
+    exact = leave_one_out(trajectory, workload, [Window(0, 1)]).scores[0, 0, first]
+    assert found.scores[0, 0, first] == pytest.approx(exact, rel=0.05)
+    monkeypatch.setattr(banks, "time_of_one", lambda *given: 1.0)
+    with pytest.raises(UnsupportedError, match="of 32 random shares of the samples"):
+        removal_influence(trajectory, workload, [Window(0, 1)])
+
+
+def test_retrainings_without_a_finite_query_are_told(
+    usual: tuple[Trajectory, Workload], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def breaking(*given: Any, **how: Any) -> Subsets:
+        found = train_on_subsets(*given, **how)
+        found.changes[0, 0, :3] = np.nan
+        return found
+
+    monkeypatch.setattr(banks, "train_on_subsets", breaking)
+    monkeypatch.setattr(banks, "time_of_one", lambda *given: 1.0)
+    found = removal_influence(*usual, [Window(0, 4)])
+    assert found.metadata["bank"]["0-4"][0]["retrainings"] == 29
+    assert "3 of 32 trainings without a share of the samples are left out" in caplog.text
+
+
+def test_a_budget_of_numpys_is_saved(usual: tuple[Trajectory, Workload], tmp_path: Path) -> None:
+    trajectory, workload = usual
+    found = removal_influence(trajectory, workload, [Window(0, 4)], trainings=np.int64(8), seed=np.int64(1))
+    assert Influence.load(found.save(tmp_path)).metadata == found.metadata
+
+
+def test_the_error_of_a_single_pair_of_draws_is_unknown(usual: tuple[Trajectory, Workload]) -> None:
+    trajectory, workload = usual
+    whole = Window(0, trajectory.num_steps)
+    found = removal_influence(trajectory, workload, [whole], trainings=8, removed=0.5)
+    coefficients = found.metadata["bank"][str(whole)][0]["coefficients"]
+    assert max(coefficients["uniform"], coefficients["beta"]) > 0
+    assert np.isnan(found.standard_error).all()
+    text = str(explain(trajectory, workload, [whole], method=Removal(trainings=8, removed=0.5), checks=Checks()))
+    assert "where 50 % of the samples go" in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize("removed", [0.5, 0.9])
+def test_the_bank_leaves_out_as_many_as_were_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: float
+) -> None:
+    """Half of five samples are two, and nine tenths four."""
+    inputs, targets = digits_workload().train_set.tensors
+    workload = digits_workload(train_set=TensorDataset(inputs[:5], targets[:5]), batch_size=2)
+    made = list[Subsets]()
+    monkeypatch.setattr(
+        banks, "train_on_subsets", lambda *given, **how: made.append(train_on_subsets(*given, **how)) or made[-1]
+    )
+    trajectory = train(workload, tmp_path / "t")
+    removal_influence(trajectory, workload, [Window(0, trajectory.num_steps)], removed=removed)
+    assert (~made[0].kept).sum(axis=1).tolist() == [round(5 * removed)] * 32
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch.optim import SGD
 from torch.utils.data import TensorDataset
 from workloads import digits_workload
 
-from dit_mlflow import Window, Workload, removal_influence, train
+from dit_mlflow import InputError, Query, Window, Workload, mean_validation_loss, removal_influence, train
 from dit_mlflow.influence.question import Question
 from dit_mlflow.retraining import Effort, Subsets, train_on_subsets
+from dit_mlflow.retraining.counterfactuals import Retraining
 from dit_mlflow.retraining.work import time_of_one
 
 
@@ -37,7 +39,8 @@ def asked(workload: Workload, folder: Path) -> Question:
 
 def test_small_networks_share_most_of_a_step_and_large_ones_nothing(tmp_path: Path) -> None:
     costs = [
-        time_of_one(asked(digits_workload(model=partial(wide, width)), tmp_path / str(width))) for width in (8, 64, 512)
+        time_of_one(asked(digits_workload(model=partial(wide, width)), tmp_path / str(width)))
+        for width in (8, 64, 1024)
     ]
     assert 0 < costs[0] < costs[1] / 2 < costs[1] < 0.5
     assert costs[2] == 1
@@ -45,6 +48,32 @@ def test_small_networks_share_most_of_a_step_and_large_ones_nothing(tmp_path: Pa
 
 def test_what_does_not_run_side_by_side_costs_a_training(tmp_path: Path) -> None:
     assert time_of_one(asked(digits_workload(loss=branching), tmp_path / "t")) == 1
+
+
+def test_what_torch_makes_copy_by_copy_costs_a_training(tmp_path: Path) -> None:
+    class Renormed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 3)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            found = self.layer(inputs)
+            for _ in range(40):
+                found = torch.renorm(found, 2, 0, 5.0)
+            return found
+
+    assert time_of_one(asked(digits_workload(model=Renormed), tmp_path / "t")) == 1
+
+
+def test_no_stop_watch_decides_what_a_retraining_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = asked(digits_workload(), tmp_path / "t")
+    usual, time_step = time_of_one(question), Retraining._time_step
+
+    def stalled(self: Retraining, start: Any, step: Any, copies: int | None) -> float:
+        return time_step(self, start, step, copies) + 60 * (copies is not None)
+
+    monkeypatch.setattr(Retraining, "_time_step", stalled)
+    assert time_of_one(question) == usual
 
 
 def test_memory_for_few_copies_makes_each_dearer(tmp_path: Path) -> None:
@@ -68,6 +97,24 @@ def test_a_bank_that_grows_is_the_bank_made_at_once(tmp_path: Path, kind: Any) -
     grown: Subsets = grow(windows[1:], subsets=11, known=grow(windows, subsets=4))
     assert np.array_equal(grown.kept, at_once.kept)
     np.testing.assert_allclose(grown.changes, at_once.changes, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", [{"seed": 4}, {"share": 0.6}, {"subsets": 5}, {"windows": [Window(0, 2)]}])
+def test_a_bank_of_other_subsets_or_windows_does_not_grow(tmp_path: Path, other: dict[str, Any]) -> None:
+    workload = digits_workload()
+    settings: dict[str, Any] = {"windows": [Window(2, 4)], "subsets": 3, "share": 0.7, "seed": 3}
+    grow = partial(train_on_subsets, train(workload, tmp_path / "t"), workload)
+    known = grow(**(settings | other))
+    with pytest.raises(InputError, match=r"known has . subsets in windows .*; expected fewer than"):
+        grow(**(settings | {"subsets": 5}), known=known)
+
+
+def test_a_query_without_a_value_in_the_first_steps_costs_the_same(tmp_path: Path) -> None:
+    workload = digits_workload()
+    question = asked(workload, tmp_path / "t")
+    loss = mean_validation_loss(workload)
+    late = Query("late", lambda model: torch.log(0.8 - loss(model)))  # The loss falls from 1.0 to 0.6.
+    assert time_of_one(replace(question, queries=(late,))) == time_of_one(question)
 
 
 def noise(loss: Any = None) -> Workload:
