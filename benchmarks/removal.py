@@ -98,7 +98,8 @@ def measure(of: Training, seed: int, options: argparse.Namespace) -> list[dict[s
             begun = time.process_time()
             return by(trajectory, workload, windows), (time.process_time() - begun) / training
 
-        for windows in (parse_windows("1", trajectory), parse_windows(options.windows, trajectory)):
+        for asked in dict.fromkeys(["1", options.windows]):
+            windows = parse_windows(asked, trajectory)
             known = {name: scored(by, windows) for name, by in METHODS.items() if name not in options.without}
             if options.peers and len(windows) == 1:
                 for name, by in PEERS.items():

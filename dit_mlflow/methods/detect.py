@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -76,7 +77,9 @@ class Detect(Method):
 
     @property
     def _usable(self) -> bool:
-        return self.plantings >= 2 and 0 < self.share <= 0.5 and self.seed >= 0
+        given: Any = self
+        numbers = isinstance(given.plantings, Integral), isinstance(given.share, Real), isinstance(given.seed, Integral)
+        return all(numbers) and self.plantings >= 2 and 0 < self.share <= 0.5 and self.seed >= 0
 
     @property
     def _choice_is_usable(self) -> bool:

@@ -135,6 +135,8 @@ def removal_curve(
     trainings, seed = int(trainings), int(seed)
     check_compile(compile)
     question = Question.of(trajectory, workload, windows, kind, queries)
+    if exact is not None:
+        _check_exact(exact, question)
     draws = 2 * max(1, trainings // 8)
     with preserved_random_state():
         engine = Engine(trajectory.replay(workload, dtype), memory_budget, compile=compile)
@@ -149,7 +151,6 @@ def removal_curve(
         if disagreeing:
             parts |= _where_kinked(replace(question, windows=tuple(disagreeing)), engine, few, Draws(many, seed), named)
     if exact is not None:
-        _check_exact(exact, question)
         parts[EXACT] = exact.select(list(question.windows))
     told = {key: value for key, value in few.metadata.items() if key in (DRAWS_AGREE, "derivative", "compile")}
     common = {"trainings": trainings, "seed": seed, **told}

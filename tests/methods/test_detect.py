@@ -100,7 +100,16 @@ def test_the_same_seed_gives_the_same(damaged: tuple[Trajectory, Workload]) -> N
 
 @pytest.mark.parametrize(
     "settings",
-    [{"plantings": 1}, {"share": 0.0}, {"share": 0.6}, {"seed": -1}, {"methods": ()}, {"methods": ("detect",)}],
+    [
+        {"plantings": 1},
+        {"share": 0.0},
+        {"share": 0.6},
+        {"seed": -1},
+        {"plantings": "2"},
+        {"share": "a"},
+        {"methods": ()},
+        {"methods": ("detect",)},
+    ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     (name,) = settings
