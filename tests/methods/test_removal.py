@@ -203,7 +203,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trajectory, Workloa
     return train(workload, tmp_path_factory.mktemp("usual") / "t"), workload
 
 
-@pytest.mark.parametrize("removed", [0.05, 0.1, 0.5])
+@pytest.mark.parametrize("removed", [pytest.param(0.05, marks=pytest.mark.slow), 0.1, 0.5])
 def test_it_foretells_removals_that_it_never_saw(usual: tuple[Trajectory, Workload], removed: float) -> None:
     """As well as the best of its parts, each of which fails at some share; in size as well as in order."""
     trajectory, workload = usual
