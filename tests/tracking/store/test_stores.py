@@ -96,7 +96,8 @@ def test_main_job_trains_and_answers_then_answers_again_from_the_store(any_store
     assert {run.info.status for run in runs()} == {"FINISHED"}
     assert len(runs("window")) == 2
     scores = [load_influence(run.info.run_id).scores for run in (first, second)]
-    np.testing.assert_array_equal(*scores)
+    # To rounding: a stop-watch says which retrainings run side by side.
+    np.testing.assert_allclose(*scores, rtol=0, atol=1e-4 * np.abs(scores[0]).max())
     assert np.isfinite(load_influence(first.info.run_id, "ground_truth").of(0)).sum() == 4
     assert first.data.metrics["replay/max_drift"] == 0
     assert "against_leave_one_out.png" in artifacts(first.info.run_id, "influence")
