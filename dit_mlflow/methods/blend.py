@@ -110,7 +110,7 @@ class _Fit:
 
     Attributes:
         coefficients: of the parts.
-        variance: of what is added to single samples, ``[samples]``; 0 where nothing is.
+        variance: of what single samples do beyond the parts, ``[samples]``.
     """
 
     scores: np.ndarray
@@ -124,11 +124,24 @@ class _Fit:
         coefficients = _nonnegative(sums, changes)
         scores, variance = coefficients @ stacked, np.zeros(stacked.shape[1])
         left = changes - sums @ coefficients
+        # A sample that is in no step of a window has the effect 0, in all parts.
+        gone_there = gone & stacked.any(axis=0)
         if large and np.ptp(left) > 0:
-            # A sample that is in no step of a window has the effect 0, in all parts.
-            more, variance = _corrections(gone & stacked.any(axis=0), left)
+            more, variance = _corrections(gone_there, left)
             scores = scores + more
+        elif not large:
+            variance = _of_single_samples(gone_there, left, len(coefficients))
         return cls(scores, coefficients, float((changes - gone @ scores).mean()), variance)
+
+
+def _of_single_samples(gone: np.ndarray, left: np.ndarray, parts: int) -> np.ndarray:
+    """Variance of single samples' own effects, ``[samples]``, if all that is ``left [bank]`` is the sum of such.
+
+    A few retrainings cannot tell them from what samples do together, so this is the most that it can be.
+    """
+    common = float(np.square(gone - gone.mean(axis=0)).sum(axis=1).mean())
+    found = np.square(left - left.mean()).sum() / max(len(left) - parts - 1, 1)
+    return np.where(gone.any(axis=0), found / common if common else 0, 0)
 
 
 def _corrections(gone: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

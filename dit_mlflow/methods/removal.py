@@ -88,8 +88,9 @@ def removal_influence(
         Scores ``[windows, queries, training samples]`` in units of the query. **Sign**: change of the query caused by
         removing the sample, when a share ``removed`` goes; for a loss, positive = helpful, negative = harmful.
         ``standard_error``: of drawing weights (pooled over samples: Smyth 2004, doi 10.2202/1544-6115.1027), of the
-        coefficients (bootstrap over the bank), and of what a large bank adds (posterior of the ridge regression); that
-        a set's effect is not the sum of its members' is not in it. NaN where the error of drawing is unknown: of a
+        coefficients (bootstrap over the bank), and of what single samples do beyond the blend (of 32 retrainings, at
+        most all that they leave unexplained; of a large bank, the posterior of the ridge regression); that a set's
+        effect is not the sum of its members' is not in it. NaN where the error of drawing is unknown: of a
         single pair of draws, as from a budget below 16.
         ``metadata["bank"]`` says, for each window (by its name) and query, how well the blend foretells retrainings
         that did not choose it: ``order`` (LDS: Spearman), ``size`` (slope of real on foretold change; 1 is right),
