@@ -226,8 +226,14 @@ def test_removal_of_a_share_is_told_with_its_interval_and_held_against_the_bank(
     assert found.ranking is found.whole_run
     who, sure, _ = found.sentences
     harmful, helpful = extreme_samples(direct.select([WHOLE]), 1)
+    assert len(helpful) == 1
     for sample in (*harmful, *helpful):
-        low, high = (abs(end[2, 0, sample]) for end in direct.interval())
+        low, high = (end[2, 0, sample] for end in direct.interval())
+        if low < 0 < high:
+            # Nobody knows whether it harms.
+            assert "no sample hurt over the whole run" in who
+            continue
+        low, high = abs(low), abs(high)
         assert f"Sample {sample} " in who or f"sample {sample} " in who
         assert f"{figure(min(low, high))} to {figure(max(low, high))}" in who
     assert "where 25 % of the samples go, its removal" in who
@@ -253,7 +259,8 @@ def test_it_shows_itself(trajectory: Trajectory, workload: Workload, tmp_path: P
         assert "<b>" not in shown
         worst, best = extreme_samples(found.influence, 1, found.ranking)
         rows = re.findall(r"<td>(harmful|helpful)</td>\s*<td>[\d-]+</td>\s*<td>(\d+)</td>", shown)
-        assert rows[0] == ("harmful", str(worst[0]))
+        # Of removal's scores, no harmful one is told from 0 by so few samples.
+        assert method != "dit" or rows[0] == ("harmful", str(worst[0]))
         assert ("helpful", str(best[0])) in rows
         drawn = found.plot()
         assert len(drawn.axes) > 1
