@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence import Influence, Window
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.blend import FEWEST, LARGE, Blend, pooled
@@ -107,7 +108,11 @@ class Banks:
         if not new or cost > self.trainings:
             return []
         given = (question.trajectory, question.workload, new, question.kind, question.queries)
-        self.parts[EXACT] = put(known, leave_one_out(*given, dtype=self.dtype, effort=self.effort))
+        try:
+            exact = leave_one_out(*given, dtype=self.dtype, effort=self.effort)
+        except UnsupportedError:  # Training may diverge without each sample; the other parts stay.
+            return []
+        self.parts[EXACT] = put(known, exact)
         self.left_out = question.workload.num_samples
         return new
 

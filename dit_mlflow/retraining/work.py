@@ -37,8 +37,8 @@ def time_of_one(question: Question, dtype: torch.dtype | None = None, effort: Ef
 
     Side by side, they share the time that Python takes for a step (where a step of all makes about as many tensors as a
     step of one), and not that of arithmetic and memory, for which the operations of the first step are counted. On one
-    core that is within a factor of two of the time of networks of
-    1,000 to 6,000 parameters (``benchmarks/removal.py``); on an accelerator it is too much.
+    core that is within a factor of two or three of the time of networks of 1,000 to 6,000 parameters
+    (``benchmarks/removal.py``); on an accelerator it is too much.
     """
     effort = effort or Effort()
     # The question's own queries may have no value so early.

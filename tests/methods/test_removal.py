@@ -238,6 +238,19 @@ def test_more_draws_that_cannot_be_made_cost_no_answer(tmp_path: Path, monkeypat
     assert set(found.metadata["bank"][str(windows[0])][0]["coefficients"]) >= {"dit", "uniform", "beta", "tracin"}
 
 
+def test_leave_one_out_that_cannot_be_made_costs_no_answer(
+    usual: tuple[Trajectory, Workload], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(*given: Any, **how: Any) -> Any:
+        raise UnsupportedError("whichever sample is left out, training diverges")
+
+    monkeypatch.setattr(banks, "leave_one_out", diverging)
+    found = removal_influence(*usual, [Window(0, 4)])
+    assert "leave_one_out" not in found.metadata["bank"]["0-4"][0]["coefficients"]
+    assert found.metadata["spent"]["leave_one_out"] == 0
+    assert np.isfinite(found.scores).all()
+
+
 def test_where_nothing_foretells_it_says_so(tmp_path: Path) -> None:
     """At this rate even leave-one-out has an LDS of .3, and a blend of .3 to .5."""
     workload = digits_3_and_8(rate=0.5)
