@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -16,6 +17,7 @@ from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.loss_step import LossStep, leaves
 from dit_mlflow.replay.not_finite import are_finite
 from dit_mlflow.replay.own_step import OwnStep
+from dit_mlflow.replay.paths import Paths
 from dit_mlflow.replay.slope import STRIDES, Slope
 from dit_mlflow.replay.traced_query import TracedQueries
 from dit_mlflow.replay.traced_step import TracedStep
@@ -38,6 +40,9 @@ Asking = TrainingStep | TracedQueries
 LONG = 200
 """Number of steps from which the check looks at five stored states instead of three."""
 
+DRAWN, APART = 8, 50
+"""Largest number of steps between stored states that a sweep looks at, and steps for each of them."""
+
 ROUNDING = 1e-7
 """Share of a tensor's move that a change in the parameters' last places may make; more is rounding, amplified."""
 
@@ -55,13 +60,16 @@ class DerivativeCheck:
     autograd raises no error. A :class:`TracedStep` replaces the step where they differ. A step of the workload's own is
     a trace already, and refused where they differ.
 
+    Between the stored states, a sweep looks at the states that it meets and the check :meth:`wants`.
+
     Args:
         trajectory: what was recorded.
         step: its step, in the dtype of a replay.
         first, last: the sweep's first and last state. The check reads no states stored elsewhere: the record may be
             remote.
 
-    Cost: a copy of the model in float64, and about seven training steps for each of three to five states.
+    Cost: a copy of the model in float64, and about seven training steps for each of three to five states, and for each
+    call of :meth:`right_at`.
     """
 
     def __init__(self, trajectory: Record, step: LossStep | OwnStep, first: int, last: int) -> None:
@@ -72,6 +80,7 @@ class DerivativeCheck:
         self._before = max(t for t in stored if t <= first)
         self._after = min((t for t in stored if t >= last), default=stored[-1])
         self._stored = [t for t in stored if self._before <= t < max(last, self._before + 1)]
+        self._drawn = set(random.Random(0).sample(range(first, last), min(DRAWN, (last - first) // APART)))
 
     def step(self) -> TrainingStep:
         """The given step, or a traced one if autograd's derivative of the given step is wrong.
@@ -93,7 +102,28 @@ class DerivativeCheck:
                 "the samples' weights have no effect on Workload.step(model, optimizer, batch, weights), so that every "
                 "influence would be 0; multiply the samples' losses by them: (weights * losses).mean()"
             )
+        if isinstance(self._step, LossStep) and self._step.paths is None:
+            self._step.watch(Paths())
         return self._step
+
+    def wants(self, record: StepRecord) -> bool:
+        """Whether to look at a step that a replay has just made: its loss is made of other operations than those of all
+        steps before, or it is one of a few that are drawn."""
+        new_path = isinstance(self._step, LossStep) and self._step.paths is not None and self._step.paths.is_new(record)
+        return new_path or record.index in self._drawn
+
+    def right_at(self, state: State, record: StepRecord) -> bool:
+        """Whether the given step, of a loss, has the right derivative at ``s_t``; ``False``: only a trace of it has.
+
+        Raises:
+            UnsupportedError: it is wrong, and the step cannot be traced, or the trace's derivative is wrong too.
+        """
+        self._drawn.discard(record.index)
+        if not are_finite(state.parameters.values()):
+            return True
+        there = State(state.parameters, state.buffers).to(self._step.dynamics.device, torch.float64)
+        measure = partial(slope_of_step, there, record, self._moved)
+        return self._right(measure, f"step {record.index}", lambda: self._traced_in_float64)
 
     def asking(self, queries: Sequence[Ask]) -> Asking:
         """What differentiates the queries rightly: the given step, or traces of them.
@@ -367,12 +397,16 @@ def _direction(value: Tensor, random: torch.Generator, mask: Tensor | None = Non
     return found if mask is None else found * mask
 
 
+def code_of(query: Ask) -> object:
+    """Equal for queries that run the same code, on whatever data."""
+    function = getattr(query, "function", query)
+    return getattr(function, "__code__", function)
+
+
 def _one_of_each(queries: Sequence[Ask]) -> list[Ask]:
-    """The first of all queries that run the same code, on whatever data."""
     found: dict[object, Ask] = {}
     for query in queries:
-        function = getattr(query, "function", query)
-        found.setdefault(getattr(function, "__code__", function), query)
+        found.setdefault(code_of(query), query)
     return list(found.values())
 
 
