@@ -118,4 +118,4 @@ def _inputs(dynamics: Dynamics, state: State, dataset: Dataset[Any]) -> tuple[Te
             "one row of numbers for each. Use KnnShapley(features='penultimate')"
         )
     _, classes = class_logits(dynamics, state, first_samples(dynamics, state, 1), 1).shape
-    return first.flatten(1).double(), dynamics.workload.class_labels(batch, classes)
+    return first.reshape(len(first), -1).double(), dynamics.workload.class_labels(batch, classes)

@@ -182,7 +182,7 @@ def snapshot_at(replay: Replay, state: State, step: StepRecord) -> Snapshot:
 
 def inner(a: Vectors, b: Vectors) -> Tensor:
     """``<a, b>`` row by row, ``[rows]``."""
-    return torch.stack([(a[name] * b[name]).flatten(1).sum(dim=1) for name in a]).sum(dim=0)
+    return torch.stack([(a[name] * b[name]).reshape(len(a[name]), -1).sum(dim=1) for name in a]).sum(dim=0)
 
 
 def refuse_ascent(step: StepRecord) -> None:

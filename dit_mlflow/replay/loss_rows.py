@@ -116,12 +116,12 @@ class RowProbe:
             lost = lost or [move for move in found if not move.own_most]
         move = lost[0]
         row = int(move.size.argmax())
-        mode = " (in evaluation mode)" if self._evaluating else ""
+        how = f"{'changes less' if move.own else 'does not'}{' (in evaluation mode)' if self._evaluating else ''}"
         raise WorkloadError(
             "Workload.loss gives rows that belong to other samples: with another sample in place of sample "
             f"{self._indices[move.position]}, at place {move.position} of its batch, row {row} changes, and row "
-            f"{move.position} {'changes less' if move.own else 'does not'}{mode}. Row i must be the loss of sample i of the "
-            "batch: return the losses in the batch's order, not flipped, rolled, sorted or shuffled"
+            f"{move.position} {how}. Row i must be the loss of sample i of the batch: return the losses in "
+            "the batch's order, not flipped, rolled, sorted or shuffled"
         )
 
     def _moves(self, count: int) -> list[Move]:

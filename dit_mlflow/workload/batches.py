@@ -20,12 +20,22 @@ object that can be copied."""
 
 
 def floating_one(tensors: Iterable[Tensor]) -> Tensor:
-    """The first floating tensor: its device and dtype are those in which a model of these parameters computes.
+    """The first tensor of the floating dtype that most elements have: a model of these parameters computes in it.
 
-    Other tensors may come before it: codes of quantised weights, tables of indices.
+    Others may come before it: codes of quantised weights, tables of indices, a scale in float64, a table in float16.
     """
     every = list(tensors)
-    return next((tensor for tensor in every if tensor.is_floating_point()), every[0])
+    dtype = most_common((tensor.dtype, tensor.numel()) for tensor in every)
+    return next(tensor for tensor in every if tensor.dtype == dtype)
+
+
+def most_common(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """The floating dtype of most elements, from dtypes and numbers of elements; the first one if none is floating."""
+    found: dict[torch.dtype, int] = {}
+    for dtype, size in sizes:
+        found[dtype] = found.get(dtype, 0) + size
+    floating = [dtype for dtype in found if dtype.is_floating_point]
+    return max(floating or list(found)[:1], key=lambda dtype: found[dtype])
 
 
 def to_like(batch: Batch, device: torch.device, dtype: torch.dtype | None, fresh: bool = False) -> Batch:

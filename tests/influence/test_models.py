@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plain_loop
 import pytest
 import torch
 from oracles import finite_difference, validation_loss, window_effect
+from plain_loop import whole
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adam
@@ -545,6 +547,68 @@ def test_methods_take_such_a_parameter_for_a_buffer(name: str, tmp_path: Path) -
         )
         trajectory = train(workload, tmp_path / str(as_parameter))
         found.append(method(name)(trajectory, workload, [Window(0, 9)]).scores)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-7 * np.abs(found[1]).max())
+
+
+class Scaled(nn.Module):
+    """Its first parameter is a scale, in float64 where the others are in float32."""
+
+    def __init__(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float64, inside: bool = False) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full(shape, 1.1, dtype=dtype))
+        self.inner, self.last = nn.Linear(64, 6), nn.Linear(6, 3)
+        self.inside = inside
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.inside:
+            inputs = (inputs * self.scale).to(self.inner.weight.dtype)
+        found = self.last(torch.tanh(self.inner(inputs)))
+        return found if self.inside else found * self.scale
+
+
+class Tabulated(nn.Module):
+    """Its first parameter is a frozen table in float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.linspace(0.5, 1.5, 64).half(), requires_grad=False)
+        self.layers = digits_model()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs * self.table.to(inputs.dtype))
+
+
+@pytest.mark.parametrize("model", [Scaled, lambda: Scaled(inside=True), Tabulated], ids=["around", "inside", "float16"])
+def test_a_first_parameter_of_another_floating_dtype_does_not_give_the_dtype(model: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    workload = digits_workload(model=model, optimizer=lambda net: SGD(trainable(net), lr=0.3))
+    low = {"low_precision": True} if model is Tabulated else {}
+    made = model()
+    trajectory = plain_loop.record(tmp_path / "t", made, SGD(trainable(made), lr=0.3), **low)
+    windows, samples = whole(trajectory), [0, 7, 13]
+    found = track(trajectory, workload, windows, dtype=torch.float64).of(0)
+    expected = finite_difference(workload, trajectory, windows[0], "local", samples, 1e-5)
+    assert np.abs(found[samples] - expected).max() < 1e-6 * np.abs(found).max()
+    single = track(trajectory, workload, windows).of(0)
+    assert np.abs(single - found).max() < 1e-3 * np.abs(found).max()
+    exact = leave_one_out(trajectory, workload, windows, samples=samples).of(0)[samples]
+    removed = [window_effect(workload, trajectory, windows[0], "local", j, 0.0) for j in samples]
+    np.testing.assert_allclose(exact, removed, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tracin", "tracin_renormalized", "grad_dot", "source", "dvemb", "mirrored_influence", "trak"),
+        *("influence_function", "influence_function_ekfac", "influence_function_datainf", "grad_norm"),
+    ],
+)
+def test_a_parameter_without_dimensions_is_as_one_with_one(name: str, tmp_path: Path) -> None:
+    found = []
+    for shape in ((), (1,)):
+        workload = digits_workload(model=lambda shape=shape: Scaled(shape, torch.float32))
+        trajectory = train(workload, tmp_path / str(len(shape)))
+        found.append(method(name)(trajectory, workload, whole(trajectory)).scores)
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-7 * np.abs(found[1]).max())
 
 
