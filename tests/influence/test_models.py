@@ -244,6 +244,31 @@ class Fields(MutableMapping[str, Any]):
         return len(self.content)
 
 
+class Items(list[Tensor]):
+    """A list whose constructor takes no list."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        super().__init__([inputs, labels])
+
+
+class Seen(list[Tensor]):
+    """Part of the inputs a second time, in the same memory."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        super().__init__([inputs[:, :40], labels, inputs])
+
+
+def in_place_of_part(model: nn.Module, batch: Any) -> Tensor:
+    batch[0].mul_(2).sub_(1)
+    batch[-1][:, batch[0].shape[1] :].mul_(2).sub_(1)
+    return cross_entropy(model(batch[-1]), batch[1], reduction="none")
+
+
+def assigning_first(model: nn.Module, batch: Any) -> Tensor:
+    batch[0] = batch[0] * 2 - 1
+    return cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
 def assigning(model: nn.Module, batch: Any) -> Tensor:
     batch.inputs = batch.inputs * 2 - 1
     return cross_entropy(model(batch.inputs), batch.labels, reduction="none")
@@ -268,6 +293,9 @@ def assigning_item(model: nn.Module, batch: Any) -> Tensor:
         (Opaque, assigning),
         (Opaque, in_place),
         (Fields, assigning_item),
+        (Items, assigning_first),
+        (Seen, in_place_of_part),
+        (lambda inputs, labels: [inputs, labels, inputs], in_place_of_part),
     ],
 )
 def test_batches_of_any_type_are_new_for_every_step_and_query(kind: Any, loss: Any, tmp_path: Path) -> None:
@@ -298,8 +326,16 @@ def test_a_batch_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
         made.lock = threading.Lock()  # type: ignore[attr-defined]
         return made
 
-    with pytest.raises(WorkloadError, match=r"batches hold a Opaque, which cannot be copied .* Give a collate_fn"):
-        train(digits_workload(loss=in_place, collate_fn=locked), tmp_path / "t")
+    class Itself(Opaque):
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+    def same(items: Any) -> Any:
+        return Itself(*default_collate(items))
+
+    for collate, name in ((locked, "Opaque"), (same, r"\S*Itself")):
+        with pytest.raises(WorkloadError, match=rf"batches hold a {name}, which cannot be copied .* Give a collate_fn"):
+            train(digits_workload(loss=in_place, collate_fn=collate), tmp_path / name[:3])
 
 
 class CodeBook(nn.Module):
