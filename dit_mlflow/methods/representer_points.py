@@ -66,7 +66,8 @@ class RepresenterPoints(Method):
 
     def estimate(self, question: Question) -> Estimate:
         replay = question.trajectory.replay(question.workload)
-        layer = LastLayer(replay.dynamics, replay.checkpoint(question.trajectory.num_steps))
+        last = question.trajectory.num_steps
+        layer = LastLayer(replay.dynamics, replay.checkpoint(last), last)
         layer.check_linear()
         train = layer.of(question.workload.train_set)
         features = train.features

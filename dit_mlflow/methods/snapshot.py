@@ -198,9 +198,19 @@ def mean_coefficients(replay: Replay, steps: Window) -> np.ndarray:
     """Mean weights ``c_j`` of the samples in the objective over some steps, ``[n]``.
 
     ``1 / n`` for the mean loss and whole epochs; class weights, sums and samplers change them.
+
+    Raises:
+        UnsupportedError: some are not finite.
     """
-    found = [replay.dynamics.coefficients(replay.trajectory.step(t)) for t in range(steps.start, steps.end)]
-    return np.mean(found, axis=0)
+    found = np.mean(
+        [replay.dynamics.coefficients(replay.trajectory.step(t)) for t in range(steps.start, steps.end)], axis=0
+    )
+    if not np.isfinite(found).all():
+        raise UnsupportedError(
+            f"coefficients of {named(np.flatnonzero(~np.isfinite(found)))} in the loss are not finite; look for a "
+            "division by 0 in Workload.coefficients"
+        )
+    return found
 
 
 def shares(replay: Replay) -> np.ndarray:
