@@ -106,6 +106,29 @@ class DerivativeCheck:
             self._step.watch(Paths())
         return self._step
 
+    def right_throughout(self) -> bool:
+        """Whether the given step's derivative is right wherever a stored state shows it, for those who make no sweep.
+
+        Besides what :meth:`step` looks at: at stored states whose step goes another way, and at the last batch of the
+        first epoch, which may be smaller. Steps that go another way between stored states are not seen.
+
+        Raises:
+            UnsupportedError: as :meth:`step`.
+
+        Cost: a training step for each stored state.
+        """
+        if self.step() is not self._step:
+            return False
+        ended = self._trajectory.manifest.epoch_ends[0] - 1
+        near = min(self._stored, key=lambda t: abs(t - ended))
+        for t, stored in (*((t, t) for t in self._stored), (ended, near)):
+            state, record = self._trajectory.checkpoint(stored), self._trajectory.step(t)
+            state = state.to(self._step.dynamics.device, self._step.dynamics.dtype)
+            self._step(state, record)
+            if self.wants(record) and not self.right_at(state, record):
+                return False
+        return True
+
     def wants(self, record: StepRecord) -> bool:
         """Whether to look at a step that a replay has just made: its loss is made of other operations than those of all
         steps before, or it is one of a few that are drawn."""

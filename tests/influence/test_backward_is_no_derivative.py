@@ -370,6 +370,15 @@ def test_steps_that_go_another_way_than_those_at_stored_states(case: str, tmp_pa
     assert result.metadata["derivative"] == "traced"
 
 
+@pytest.mark.parametrize("case", ["two steps of four", "the last and smaller batch"])
+@pytest.mark.parametrize("name", ["influence_function", "dvemb", "source"])
+def test_methods_that_follow_a_loss_look_at_other_ways_too(name: str, case: str, tmp_path: Path) -> None:
+    workload = digits_workload(epochs=5, **OTHER_PATHS[case])
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(UnsupportedError, match="backward pass is not the derivative"):
+        method(name)(trajectory, workload)
+
+
 @pytest.mark.parametrize("alone", [True, False], ids=["two draws", "many, side by side where that is faster"])
 def test_expected_influence_looks_at_every_window(alone: bool, tmp_path: Path) -> None:
     """The loss is detached from the second window on, by the same operations."""
