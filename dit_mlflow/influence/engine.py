@@ -17,11 +17,12 @@ from dit_mlflow.influence.query import Query, refuse_not_finite
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
 from dit_mlflow.replay.compiled_step import Compile, CompiledStep, check_compile
-from dit_mlflow.replay.derivative_check import Asking, DerivativeCheck, code_of
+from dit_mlflow.replay.derivative_check import DerivativeCheck
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.not_finite import are_finite, refuse_derivative
 from dit_mlflow.replay.own_step import OwnStep
 from dit_mlflow.replay.replay import Replay
+from dit_mlflow.replay.right_queries import RightQueries
 from dit_mlflow.replay.side_by_side import Together
 from dit_mlflow.replay.traced_step import TracedStep
 from dit_mlflow.replay.training_step import TrainingStep, WeightsOf
@@ -55,10 +56,9 @@ class Engine:
         self.memory_budget = memory_budget
         self.shown = shown
         self.training_step = replay.training_step
-        self._asked_by: Asking = replay.training_step
+        self._queries = RightQueries(replay.training_step, None)
         self._check: DerivativeCheck | None = None
         self._looked_at: list[tuple[int, int]] = []
-        self._asked: set[object] = set()
         self._compile = check_compile(compile)
         self._compiled: CompiledStep | None = None
         self._walks = 1
@@ -114,7 +114,7 @@ class Engine:
         offsets = samples * torch.arange(copies or 1)[:, None]
         collected = WindowScores(num_windows, len(queries), samples * len(offsets), planned)
         first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
-        self.choose(first, last, queries)
+        self.choose(first, last)
         step = together or self._compiled or self.training_step
         if self._compiled is not None:
             self._compiled.to_go = (last - first) * self._walks
@@ -156,26 +156,21 @@ class Engine:
         if not self._check.right_at(found if copies is None else found.map(lambda value: value[0]), record):
             raise _AnotherPath(f"step {record.index} goes another way than those that were looked at before")
 
-    def choose(self, first: int, last: int, queries: Sequence[Query]) -> None:
-        """Choose steps whose derivatives, of gradients and of queries, are right, where these have not been compared.
+    def choose(self, first: int, last: int) -> None:
+        """Choose a step whose derivatives are right, where they have not been compared yet.
 
         Args:
             first, last: the walk's first and last state.
-            queries: of the walk.
         """
-        new = not any(a <= first and last <= b for a, b in self._looked_at)
-        asked = {code_of(query) for query in queries} - self._asked
-        if not (new or asked) or self._switched:
+        if self._switched or any(a <= first and last <= b for a, b in self._looked_at):
             return
-        self._looked_at.append((first, last))
-        self._asked |= asked
         check = self.replay.derivative_check(first, last)
+        if not self._looked_at:
+            self._queries = self.replay.right_queries(first, last)
+        self._looked_at.append((first, last))
         if check is not None:
-            if new:
-                self._check = check
-                self._take(check.step())
-            if not self._switched and self._asked_by is self.training_step and asked:
-                self._asked_by = check.asking(queries)
+            self._check = check
+            self._take(check.step())
         if self._compile != "never" and self._compiled is None and type(self.training_step) is LossStep:
             self._compiled = CompiledStep(self.training_step.dynamics, always=self._compile == "always")
 
@@ -187,13 +182,13 @@ class Engine:
     def _take(self, step: TrainingStep) -> None:
         """Pull back by ``step`` from now on."""
         if step is not self.training_step:
-            self._asked_by = self.training_step = step
+            self.training_step = step
             self._compiled = None
 
     @property
     def plain(self) -> bool:
         """Whether autograd's derivatives, of queries and of steps of a loss and an optimizer, are right."""
-        return type(self.training_step) in (LossStep, OwnStep) and self._asked_by is self.training_step
+        return type(self.training_step) in (LossStep, OwnStep) and self._queries.plain
 
     @property
     def details(self) -> dict[str, Any]:
@@ -210,7 +205,8 @@ class Engine:
 
         If ``state`` is the recorded ``s_t``, raises unless queries and gradients are finite.
         """
-        step, asked_by = together or self.training_step, together or self._asked_by
+        step = together or self.training_step
+        asked_by = step if together or self._switched else self._queries
         held = {name: state.parameters[name].detach().requires_grad_() for name in step.followed_parameters.shapes}
         moving = {name: state.buffers[name].detach().requires_grad_() for name in step.followed_buffers.shapes}
         parameters, buffers = {**state.parameters, **held}, {**state.buffers, **moving}
@@ -222,6 +218,8 @@ class Engine:
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
                     "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
                 )
+            if together is not None and not self._queries.right(query, value):
+                raise UnsupportedError(f"query {query.name!r} has no right derivative for models side by side")
             found = grad_or_zeros(value, [*held.values(), *moving.values()])
             if t is not None:
                 refuse_not_finite(query, value, state, t, step.dynamics, self.replay.trajectory)

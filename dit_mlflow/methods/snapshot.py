@@ -15,11 +15,10 @@ from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Query, Window
 from dit_mlflow.influence.query import refuse_not_finite
 from dit_mlflow.replay.adjoint import grad_or_zeros, vector_jacobian
-from dit_mlflow.replay.dynamics import Dynamics, Parameters
+from dit_mlflow.replay.dynamics import Parameters
 from dit_mlflow.replay.not_finite import named, refuse_diverged
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory import State, StepRecord
-from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.workload import Batch, floating_one, to_like
 from dit_mlflow.workload.without_graph import without_graph
 
@@ -37,8 +36,7 @@ class Snapshot:
     that are not trained. (If all are frozen, all that it holds.)
 
     Args:
-        dynamics: of the trajectory.
-        layout: of its optimizer.
+        replay: of the trajectory.
         state: ``s_t``.
         step: that led to the state, or that leaves it.
         frozen: names of parameters; default: those that had no gradient in this one step.
@@ -49,16 +47,17 @@ class Snapshot:
 
     def __init__(
         self,
-        dynamics: Dynamics,
-        layout: OptimizerLayout,
+        replay: Replay,
         state: State,
         step: StepRecord,
         frozen: frozenset[str] | None = None,
     ) -> None:
         refuse_ascent(step)
-        self.dynamics = dynamics
+        self.dynamics = replay.dynamics
+        self._queries = replay.right_queries(step.index, step.index + 1)
         self.state = state
         self._at = step.index
+        layout = replay.trajectory.manifest.optimizer
         held = {name: state.parameters[name].detach().requires_grad_() for group in layout.groups for name in group}
         still = step.no_gradient | step.zero_gradient if frozen is None else frozen
         self.trained = {name: value for name, value in held.items() if name not in still} or held
@@ -72,7 +71,7 @@ class Snapshot:
         """
         rows = []
         for query in queries:
-            value = self.dynamics.evaluate(self.parameters, self.state.buffers, query)
+            value = self._queries.ask(self.parameters, self.state.buffers, query)
             if not value.requires_grad:
                 raise InputError(
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
@@ -177,7 +176,7 @@ def snapshot_at(replay: Replay, state: State, step: StepRecord) -> Snapshot:
             break
         other = trajectory.step(t)
         frozen &= other.no_gradient | other.zero_gradient
-    return Snapshot(replay.dynamics, trajectory.manifest.optimizer, state, step, frozen)
+    return Snapshot(replay, state, step, frozen)
 
 
 def inner(a: Vectors, b: Vectors) -> Tensor:

@@ -46,7 +46,7 @@ class TracIn(Method):
             if not counting:
                 continue
             step = question.trajectory.step(t)
-            snapshot = Snapshot(replay.dynamics, replay.trajectory.manifest.optimizer, state, step)
+            snapshot = Snapshot(replay, state, step)
             found = self._effects(replay, step, snapshot, snapshot.query_gradients(question.queries))
             for k in counting:
                 np.add.at(scores[k].T, step.samples, found.T)

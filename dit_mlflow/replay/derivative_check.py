@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -45,9 +45,6 @@ DRAWN, APART = 8, 50
 
 ROUNDING = 1e-7
 """Share of a tensor's move that a change in the parameters' last places may make; more is rounding, amplified."""
-
-QUERIES_CHECKED = 32
-"""Largest number of queries that the check looks at; queries that run the same code count once."""
 
 _log = logger_of(__name__)
 
@@ -148,20 +145,15 @@ class DerivativeCheck:
         measure = partial(slope_of_step, there, record, self._moved)
         return self._right(measure, f"step {record.index}", lambda: self._traced_in_float64)
 
-    def asking(self, queries: Sequence[Ask]) -> Asking:
-        """What differentiates the queries rightly: the given step, or traces of them.
+    def right_of(self, query: Ask) -> bool:
+        """Whether autograd's derivative of a query is right; ``False``: only that of a trace is.
 
         Raises:
-            UnsupportedError: a query cannot be traced, or the trace's derivative is wrong too.
+            UnsupportedError: it cannot be traced, or the trace's derivative is wrong too.
         """
-        *_, (_, state) = self._states()
-        measures = (
-            (f"query {getattr(query, 'name', query)!r}", partial(slope_of_query, query, state, self._moved))
-            for query in _one_of_each(queries)[:QUERIES_CHECKED]
-        )
-        traced = TracedQueries(self._in_float64.dynamics)
-        right = all(self._right(measure, what, lambda: traced) for what, measure in measures)
-        return self._step if right else TracedQueries(self._step.dynamics)
+        measure = partial(slope_of_query, query, self._last_state, self._moved)
+        what = f"query {getattr(query, 'name', query)!r}"
+        return self._right(measure, what, lambda: TracedQueries(self._in_float64.dynamics))
 
     def _right(self, measure: Measure, what: str, traced: Callable[[], Asking] | None) -> bool:
         """``True``: the derivative is right, or cannot be compared. ``False``: only that of ``traced()`` is right."""
@@ -202,13 +194,19 @@ class DerivativeCheck:
                 yield t, state
 
     @cached_property
+    def _last_state(self) -> State:
+        *_, (_, state) = self._states()
+        return state
+
+    @cached_property
     def _moved(self) -> Mapping[str, Tensor]:
-        """Which elements of the parameters training changed, bool by name; empty where training diverged."""
+        """Which elements of the parameters training changed, bool by name; empty where it changed none, or diverged."""
         first, last = (self._trajectory.checkpoint(t) for t in (self._before, self._after))
         if not are_finite(last.parameters.values()):
             return {}
         device = self._step.dynamics.device
-        return {name: (value != last.parameters[name]).to(device) for name, value in first.parameters.items()}
+        found = {name: (value != last.parameters[name]).to(device) for name, value in first.parameters.items()}
+        return found if any(bool(moved.any()) for moved in found.values()) else {}
 
     @cached_property
     def _in_float64(self) -> LossStep | OwnStep:
@@ -419,19 +417,6 @@ def _direction(value: Tensor, random: torch.Generator, mask: Tensor | None = Non
     size = max(float(value.square().mean().sqrt()), 1e-2)
     found = size * torch.randn(value.shape, generator=random, dtype=torch.float64).to(value)
     return found if mask is None else found * mask
-
-
-def code_of(query: Ask) -> object:
-    """Equal for queries that run the same code, on whatever data."""
-    function = getattr(query, "function", query)
-    return getattr(function, "__code__", function)
-
-
-def _one_of_each(queries: Sequence[Ask]) -> list[Ask]:
-    found: dict[object, Ask] = {}
-    for query in queries:
-        found.setdefault(code_of(query), query)
-    return list(found.values())
 
 
 def _agrees(measure: Measure, step: Asking) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import Query, UnsupportedError, Window, expected_influence, leave_one_out, track, train
@@ -324,6 +325,37 @@ def test_each_query_of_its_own_code_is_looked_at(tmp_path: Path) -> None:
         trajectory, workload, window, queries=[*others, last], dtype=torch.float64, memory_budget=FEWEST_STATES * each
     )
     np.testing.assert_allclose(in_parts.of(0, "focal"), alone.of(0), rtol=1e-9)
+
+
+def confidence(detached: bool) -> Any:
+    """Two queries of one value, of the same code; one has another backward pass."""
+    inputs, targets = datasets()[1].tensors
+
+    def query(model: nn.Module) -> Tensor:
+        losses = sample_losses(model, (inputs.to(next(model.parameters()).dtype), targets))
+        weight = 1 - torch.exp(-losses)
+        return ((weight.detach() if detached else weight) * losses).mean()
+
+    return query
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dit", "expected", "sgd_influence", "tracin", "tracin_checkpoints", "grad_dot", "trak", "source", "dvemb"),
+        *("influence_function", "influence_function_ekfac", "representer_points", "mirrored_influence"),
+    ],
+)
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_methods_take_the_derivative_of_what_a_query_computes(name: str, warm_up: bool, tmp_path: Path) -> None:
+    still = {"scheduler": lambda optimizer: LambdaLR(optimizer, lambda step: float(step > 0))} if warm_up else {}
+    workload = digits_workload(epochs=2, **still)
+    trajectory = train(workload, tmp_path / "t")
+    queries = [Query("plain", confidence(False)), Query("detached", confidence(True))]
+    found = method(name)(trajectory, workload, whole(trajectory), queries=queries)
+    np.testing.assert_allclose(
+        found.of(0, "detached"), found.of(0, "plain"), rtol=1e-3, atol=1e-5 * abs(found.scores).max()
+    )
 
 
 class Counting(nn.Module):
