@@ -142,7 +142,7 @@ class Replay:
         return None
 
     def right_queries(self, first: int, last: int) -> RightQueries:
-        """Queries of the model; their derivatives are compared at a stored state of steps ``first … last``. Made once."""
+        """Queries of the model; their derivatives are compared at a stored state of ``first … last``. Made once."""
         if self._queries is None:
             step = self.training_step
             compared = isinstance(step, (LossStep, OwnStep))
