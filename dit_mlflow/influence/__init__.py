@@ -11,8 +11,9 @@ from dit_mlflow.influence.query import (
     probabilities,
     sample_losses,
 )
-from dit_mlflow.influence.result import SIGN_CONVENTION, Influence
+from dit_mlflow.influence.result import Influence
 from dit_mlflow.influence.row_queries import row_losses
+from dit_mlflow.influence.stored_result import SIGN_CONVENTION
 from dit_mlflow.influence.sweep import self_influence, track
 from dit_mlflow.influence.window import Timeline, Window, check_windows, parse_windows
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence.engine import Engine
 from dit_mlflow.influence.kind import Kind, courses, sweeps
-from dit_mlflow.influence.query import Query
+from dit_mlflow.influence.query import Query, refuse_not_finite
 from dit_mlflow.influence.question import Question
 from dit_mlflow.influence.result import Influence
 from dit_mlflow.influence.weighted_sweeps import WeightedSweeps
@@ -167,6 +167,8 @@ def expected_over(question: Question, engine: Engine, of: Sequence[Draws], dtype
                         mean, length
                     )
                     cosines[number, own, part] = agreement(mean, length)
+    if not counted.all():
+        _refuse_not_finite(question, engine)
     return [
         _answer(
             question,
@@ -179,6 +181,17 @@ def expected_over(question: Question, engine: Engine, of: Sequence[Draws], dtype
         )
         for number, draws in enumerate(of)
     ]
+
+
+def _refuse_not_finite(question: Question, engine: Engine) -> None:
+    """Raise if it is the recorded training, or a query there, that is not finite at some window's end."""
+    dynamics, trajectory = engine.replay.dynamics, question.trajectory
+    for t in sorted({window.end for window in question.windows}):
+        state = engine.replay.recorded(t)
+        for query in question.queries:
+            with torch.no_grad():
+                value = dynamics.evaluate(state.parameters, state.buffers, query)
+            refuse_not_finite(query, value, state, t, dynamics, trajectory)
 
 
 def _answer(

@@ -17,14 +17,16 @@ from dit_mlflow.influence.query import Query, refuse_not_finite
 from dit_mlflow.progress import progress_bar
 from dit_mlflow.replay.adjoint import Adjoint, grad_or_zeros
 from dit_mlflow.replay.compiled_step import Compile, CompiledStep, check_compile
-from dit_mlflow.replay.derivative_check import Asking
+from dit_mlflow.replay.derivative_check import DerivativeCheck
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.not_finite import are_finite, refuse_derivative
 from dit_mlflow.replay.own_step import OwnStep
 from dit_mlflow.replay.replay import Replay
+from dit_mlflow.replay.right_queries import RightQueries
 from dit_mlflow.replay.side_by_side import Together
-from dit_mlflow.replay.training_step import WeightsOf
-from dit_mlflow.trajectory import State
+from dit_mlflow.replay.traced_step import TracedStep
+from dit_mlflow.replay.training_step import TrainingStep, WeightsOf
+from dit_mlflow.trajectory import State, StepRecord
 
 ADJOINTS_IN_MEMORY = 2**30
 """Default bytes for adjoints; queries that need more are answered in several walks."""
@@ -54,8 +56,9 @@ class Engine:
         self.memory_budget = memory_budget
         self.shown = shown
         self.training_step = replay.training_step
-        self._asked_by: Asking = replay.training_step
-        self._chosen = False
+        self._queries = RightQueries(replay.training_step, None)
+        self._check: DerivativeCheck | None = None
+        self._looked_at: list[tuple[int, int]] = []
         self._compile = check_compile(compile)
         self._compiled: CompiledStep | None = None
         self._walks = 1
@@ -91,11 +94,27 @@ class Engine:
         With a step of ``K`` trainings ``together``, weights are ``[K, sum B]`` and scores ``[windows, queries,
         K * samples]``, training after training.
         """
+        while True:
+            try:
+                return self._run(queries, planned, num_windows, weights, together)
+            except _AnotherPath as error:
+                self._take(TracedStep(self.training_step.dynamics))
+                if together is not None:
+                    raise UnsupportedError(str(error)) from error
+
+    def _run(
+        self,
+        queries: Sequence[Query],
+        planned: Sequence[Sweep],
+        num_windows: int,
+        weights: WeightsOf | None,
+        together: Together | None,
+    ) -> np.ndarray:
         copies, samples = None if together is None else together.copies, self.replay.dynamics.workload.num_samples
         offsets = samples * torch.arange(copies or 1)[:, None]
         collected = WindowScores(num_windows, len(queries), samples * len(offsets), planned)
         first, last = min(sweep.stop for sweep in planned), max(sweep.start for sweep in planned)
-        self.choose(first, last, queries)
+        self.choose(first, last)
         step = together or self._compiled or self.training_step
         if self._compiled is not None:
             self._compiled.to_go = (last - first) * self._walks
@@ -111,6 +130,7 @@ class Engine:
                 if adjoint is not None:
                     record = self.replay.trajectory.step(t)
                     at = None if weights is None else weights(record)
+                    self._refuse_another_path(state, record, copies)
                     adjoint, by_weight = step.pull_back(state, record, adjoint, at)
                     # Under other weights, training may diverge; the caller leaves such a draw out.
                     if weights is None and not are_finite([by_weight, adjoint.parameters, adjoint.buffers]):
@@ -129,23 +149,46 @@ class Engine:
                     rows += [Row(sweep, query) for query in range(len(queries))]
         return collected.scores.numpy()
 
-    def choose(self, first: int, last: int, queries: Sequence[Query]) -> None:
-        """On the first call, choose steps whose derivatives, of gradients and of queries, are right."""
-        if self._chosen:
+    def _refuse_another_path(self, state: State, record: StepRecord, copies: int | None) -> None:
+        if self._switched or self._check is None or not self._check.wants(record):
             return
-        self._chosen = True
+        found = State(state.parameters, state.buffers)
+        if not self._check.right_at(found if copies is None else found.map(lambda value: value[0]), record):
+            raise _AnotherPath(f"step {record.index} goes another way than those that were looked at before")
+
+    def choose(self, first: int, last: int) -> None:
+        """Choose a step whose derivatives are right, where they have not been compared yet.
+
+        Args:
+            first, last: the walk's first and last state.
+        """
+        if self._switched or any(a <= first and last <= b for a, b in self._looked_at):
+            return
         check = self.replay.derivative_check(first, last)
+        if not self._looked_at:
+            self._queries = self.replay.right_queries(first, last)
+        self._looked_at.append((first, last))
         if check is not None:
-            self._asked_by = self.training_step = check.step()
-            if self.training_step is self.replay.training_step:
-                self._asked_by = check.asking(queries)
-        if self._compile != "never" and type(self.training_step) is LossStep:
+            self._check = check
+            self._take(check.step())
+        if self._compile != "never" and self._compiled is None and type(self.training_step) is LossStep:
             self._compiled = CompiledStep(self.training_step.dynamics, always=self._compile == "always")
+
+    @property
+    def _switched(self) -> bool:
+        """Whether a trace has taken the place of the replay's step."""
+        return self.training_step is not self.replay.training_step
+
+    def _take(self, step: TrainingStep) -> None:
+        """Pull back by ``step`` from now on."""
+        if step is not self.training_step:
+            self.training_step = step
+            self._compiled = None
 
     @property
     def plain(self) -> bool:
         """Whether autograd's derivatives, of queries and of steps of a loss and an optimizer, are right."""
-        return type(self.training_step) in (LossStep, OwnStep) and self._asked_by is self.training_step
+        return type(self.training_step) in (LossStep, OwnStep) and self._queries.plain
 
     @property
     def details(self) -> dict[str, Any]:
@@ -162,7 +205,8 @@ class Engine:
 
         If ``state`` is the recorded ``s_t``, raises unless queries and gradients are finite.
         """
-        step, asked_by = together or self.training_step, together or self._asked_by
+        step = together or self.training_step
+        asked_by = step if together or self._switched else self._queries
         held = {name: state.parameters[name].detach().requires_grad_() for name in step.followed_parameters.shapes}
         moving = {name: state.buffers[name].detach().requires_grad_() for name in step.followed_buffers.shapes}
         parameters, buffers = {**state.parameters, **held}, {**state.buffers, **moving}
@@ -174,6 +218,8 @@ class Engine:
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
                     "expected a tensor computed from the model, without .item(), .detach() or no_grad()"
                 )
+            if together is not None and not self._queries.right(query, value):
+                raise UnsupportedError(f"query {query.name!r} has no right derivative for models side by side")
             found = grad_or_zeros(value, [*held.values(), *moving.values()])
             if t is not None:
                 refuse_not_finite(query, value, state, t, step.dynamics, self.replay.trajectory)
@@ -186,6 +232,10 @@ class Engine:
             by_parameters.append(step.followed_parameters.join(found[: len(held)]))
             by_buffers.append(torch.cat([value.new_zeros(0), *(part.reshape(-1) for part in found[len(held) :])]))
         return Adjoint(torch.stack(by_parameters), torch.stack(by_buffers))
+
+
+class _AnotherPath(Exception):
+    """Only a trace has the right derivative of a step, although autograd had it at the steps that were checked."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,19 @@ class Question:
             WorkloadError: rows of the per-sample loss belong to other samples.
         """
         check_windows(windows, trajectory.num_steps)
-        trajectory.couples_samples(workload)
-        asked = resolve_queries(queries, workload)
-        return cls(trajectory, workload, tuple(windows), check_kind(kind), tuple(asked))
+        asked = cls(trajectory, workload, tuple(windows), check_kind(kind), ())
+        asked.couples_samples()
+        return replace(asked, queries=tuple(resolve_queries(queries, workload)))
+
+    def couples_samples(self) -> bool:
+        """Whether the loss couples samples at steps that the question is about."""
+        first = min(window.start for window in self.windows)
+        last = max(window.end for window in self.windows)
+        return self.trajectory.couples_samples(
+            self.workload,
+            0 if self.kind == "cumulative" else first,
+            self.trajectory.num_steps if self.kind == "final" else last,
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -97,7 +107,7 @@ class Question:
                 "versions": library_versions(),
                 "seconds": time.perf_counter() - self.asked_at,
                 **({"not_finite": flagged} if flagged else {}),
-                **({"coupled": True} if self.trajectory.couples_samples(self.workload) else {}),
+                **({"coupled": True} if self.couples_samples() else {}),
                 **metadata,
             },
         )

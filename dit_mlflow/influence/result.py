@@ -13,13 +13,8 @@ import pandas as pd
 from scipy import stats
 
 from dit_mlflow.errors import InputError
-from dit_mlflow.influence.stored_result import METADATA_FILE, SCORES_FILE, read_result
+from dit_mlflow.influence.stored_result import METADATA_FILE, SCORES_FILE, SIGN_CONVENTION, read_result
 from dit_mlflow.influence.window import Window
-
-SIGN_CONVENTION = (
-    "influence = change in the query caused by removing the sample; for a loss, positive = helpful "
-    "(removal raises the loss), negative = harmful (removal lowers it)"
-)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path
@@ -15,9 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence.window import Window
+from dit_mlflow.trajectory.manifest import parse_json
 
 SCORES_FILE = "scores.parquet"
 METADATA_FILE = "metadata.json"
+
+SIGN_CONVENTION = (
+    "influence = change in the query caused by removing the sample; for a loss, positive = helpful "
+    "(removal raises the loss), negative = harmful (removal lowers it)"
+)
 
 LARGEST_METADATA = 64 * 2**20
 """Largest size of ``metadata.json``, in bytes."""
@@ -53,11 +58,14 @@ def read_result(folder: Path) -> dict[str, Any]:
     if len(content) > LARGEST_METADATA:
         raise InputError(f"{path} is larger than {LARGEST_METADATA} bytes; it is no description of an influence result")
     try:
-        description = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        description = parse_json(content)
+    except ValueError as error:
         raise InputError(f"no influence result in {folder}: {path} is not JSON: {first_line(error)}") from error
     fields = _described(path, description)
-    return fields | _scores(folder / SCORES_FILE, fields["windows"], fields["queries"], description["num_samples"])
+    found = _scores(folder / SCORES_FILE, fields["windows"], fields["queries"], description["num_samples"])
+    if fields["degrees_of_freedom"] is not None and found["standard_error"] is None:
+        raise InputError(f"{path} has degrees_of_freedom of standard errors, and {SCORES_FILE} no standard_error")
+    return fields | found
 
 
 Natural = Annotated[int, Field(ge=0, lt=2**62)]
@@ -75,6 +83,10 @@ class _Description(BaseModel):
     num_samples: Natural
     measures: Literal["query", "ranking", "suspicion"] = "query"
     removed: Annotated[float, Field(gt=0, lt=1)] | None = None
+    removal: Literal["weight", "absent"] | None = None
+    coupled: bool = False
+    not_finite: list[Natural] = []
+    sign_convention: Literal[SIGN_CONVENTION] = SIGN_CONVENTION  # type: ignore[valid-type]
     degrees_of_freedom: list[list[Annotated[float, Field(ge=0)]]] | None = None
 
     def check(self) -> None:

@@ -91,7 +91,7 @@ class WeightedSweeps:
         if len(weights) == 1 or self._side_by_side is False:
             return 1
         length, engine = course.stop - course.start, self.engine
-        engine.choose(course.start, course.stop, queries)
+        engine.choose(course.start, course.stop)
         size = min(len(weights), self._fitting(queries, course, num_windows)) if engine.plain and length else 1
         if size > 1 and self._side_by_side is None:
             self._side_by_side = self._preferred(queries, course, weights[:size], len(weights))

@@ -69,7 +69,7 @@ def _add_product(total: list[Tensor], value: Tensor, inputs: list[Tensor], direc
 
 def flattened(vectors: Vectors) -> np.ndarray:
     """``[rows, P]``, float64."""
-    return torch.cat([value.flatten(1) for value in vectors.values()], dim=1).double().cpu().numpy()
+    return torch.cat([value.reshape(len(value), -1) for value in vectors.values()], dim=1).double().cpu().numpy()
 
 
 def by_parameter(snapshot: Snapshot, rows: np.ndarray) -> Vectors:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.question import Question
-from dit_mlflow.methods.last_layer import LastLayer, class_logits, first_samples
+from dit_mlflow.methods.last_layer import LastLayer, class_logits, first_samples, refuse_rows
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.trajectory import State
@@ -72,7 +72,7 @@ class KnnShapley(Method):
                 _inputs(replay.dynamics, state, part) for part in (workload.train_set, workload.validation_set)
             )
         else:
-            layer = LastLayer(replay.dynamics, state)
+            layer = LastLayer(replay.dynamics, state, question.trajectory.num_steps)
             known, asked = (
                 (x.features, x.labels) for x in map(layer.of, (workload.train_set, workload.validation_set))
             )
@@ -118,4 +118,6 @@ def _inputs(dynamics: Dynamics, state: State, dataset: Dataset[Any]) -> tuple[Te
             "one row of numbers for each. Use KnnShapley(features='penultimate')"
         )
     _, classes = class_logits(dynamics, state, first_samples(dynamics, state, 1), 1).shape
-    return first.flatten(1).double(), dynamics.workload.class_labels(batch, classes)
+    features = first.flatten(1).double()
+    refuse_rows(features, dataset, dynamics.workload)
+    return features, dynamics.workload.class_labels(batch, classes)

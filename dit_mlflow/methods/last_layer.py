@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.replay.dynamics import Dynamics
+from dit_mlflow.replay.not_finite import named, refuse_diverged
 from dit_mlflow.trajectory import State
 from dit_mlflow.workload import Batch, Workload, floating_one, to_like
 
@@ -41,12 +42,15 @@ class LastLayer:
     Args:
         dynamics: of the trajectory.
         state: the model's.
+        t: its step.
 
     Raises:
         UnsupportedError: there is none, or it is not called with one row per sample.
+        TrajectoryError: training diverged before.
     """
 
-    def __init__(self, dynamics: Dynamics, state: State) -> None:
+    def __init__(self, dynamics: Dynamics, state: State, t: int) -> None:
+        refuse_diverged(state, t)
         self.dynamics = dynamics
         self.state = state
         self._linear = {n: m for n, m in dynamics.model.named_modules() if isinstance(m, nn.Linear)}
@@ -86,8 +90,7 @@ class LastLayer:
             labels.append(self.dynamics.workload.class_labels(batch, found.shape[1]).to(found.device))
             logits.append(found.double())
         joined = LabelledFeatures(torch.cat(features), torch.cat(labels), torch.cat(logits))
-        if not joined.features.isfinite().all():
-            raise UnsupportedError(f"what the layer {self.name!r} is given is not finite: the training has diverged")
+        refuse_rows(torch.cat([joined.features, joined.logits], dim=1), dataset, self.dynamics.workload)
         return joined
 
     def check_linear(self) -> None:
@@ -122,6 +125,17 @@ class LastLayer:
             logits = class_logits(self.dynamics, state, batch, size)
         name, features, _ = calls[-1] if calls else ("", torch.empty(0), None)
         return name, features, logits
+
+
+def refuse_rows(rows: Tensor, dataset: Dataset[Any], workload: Workload) -> None:
+    """Raise :class:`UnsupportedError` for features ``[n, F]`` that are not finite; the message names the samples."""
+    wrong = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if wrong:
+        of = "training" if dataset is workload.train_set else "validation"
+        raise UnsupportedError(
+            f"features of {of} {named(wrong)} are not finite. Look for NaN and infinity in their data, and for a root, "
+            "a norm or a standard deviation at 0 in the model"
+        )
 
 
 @contextmanager

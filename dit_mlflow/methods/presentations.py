@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_mlflow.errors import UnsupportedError
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.replay.dynamics import Dynamics, MicroBatch, replaying
+from dit_mlflow.replay.not_finite import named, refuse_diverged
 from dit_mlflow.trajectory import State, StepRecord
 from dit_mlflow.workload.without_graph import without_graph
 
@@ -77,12 +79,25 @@ class ForgettingEvents(Method):
 
 
 def presentations(question: Question) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Each step ``t`` until the last window's end, its samples ``[B]``, and their margins ``[B]`` when it was made."""
+    """Each step ``t`` until the last window's end, its samples ``[B]``, and their margins ``[B]`` when it was made.
+
+    Raises:
+        TrajectoryError: training diverged before.
+        UnsupportedError: a margin is not finite.
+    """
     replay = question.trajectory.replay(question.workload)
     for t, state in enumerate(replay.forward(0, max(window.end for window in question.windows) - 1)):
         step = question.trajectory.step(t)
-        margins = [_margins(replay.dynamics, step, state, micro) for micro in replay.dynamics.load(step)]
-        yield t, step.samples, np.concatenate(margins)
+        margins = np.concatenate(
+            [_margins(replay.dynamics, step, state, micro) for micro in replay.dynamics.load(step)]
+        )
+        if not np.isfinite(margins).all():
+            refuse_diverged(state, t, question.trajectory)
+            raise UnsupportedError(
+                f"step {t}: the logits of {named(step.samples[~np.isfinite(margins)])} are not finite, so that they "
+                "have no margin. Look for NaN and infinity in their data, or ask for windows that end before"
+            )
+        yield t, step.samples, margins
 
 
 def _margins(dynamics: Dynamics, step: StepRecord, state: State, micro: MicroBatch) -> np.ndarray:

@@ -17,6 +17,7 @@ from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import LastLayer, as_logits
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.replay.adjoint import grad_or_zeros
+from dit_mlflow.replay.right_queries import RightQueries
 
 TOLERANCE = 1e-4
 """Largest relative residual of the representer theorem."""
@@ -66,7 +67,8 @@ class RepresenterPoints(Method):
 
     def estimate(self, question: Question) -> Estimate:
         replay = question.trajectory.replay(question.workload)
-        layer = LastLayer(replay.dynamics, replay.checkpoint(question.trajectory.num_steps))
+        last = question.trajectory.num_steps
+        layer = LastLayer(replay.dynamics, replay.checkpoint(last), last)
         layer.check_linear()
         train = layer.of(question.workload.train_set)
         features = train.features
@@ -84,7 +86,8 @@ class RepresenterPoints(Method):
                 f"no stationary point of the last layer was found: its weights differ from the sum over samples by "
                 f"{residual:.1g} of their size, more than {TOLERANCE:g}. Give RepresenterPoints(l2=...) a larger one"
             )
-        gradients = torch.stack([_query_gradient(layer, weights, query) for query in question.queries])
+        queries = replay.right_queries(last - 1, last)
+        gradients = torch.stack([_query_gradient(layer, weights, query, queries) for query in question.queries])
         scores = -torch.einsum("no,qod,nd->qn", alphas, gradients, features)
         same = as_logits(features @ weights.T).argmax(dim=1) == train.logits.argmax(dim=1)
         details = {
@@ -145,7 +148,7 @@ class _LastLayerProblem:
         return torch.from_numpy(flat).to(self.features).reshape(self.outputs, -1)
 
 
-def _query_gradient(layer: LastLayer, weights: Tensor, query: Query) -> Tensor:
+def _query_gradient(layer: LastLayer, weights: Tensor, query: Query, queries: RightQueries) -> Tensor:
     """``grad_W q`` of the model with the fine-tuned layer, ``[O, D]``, float64; raises :class:`InputError` if none."""
     state = layer.state
     columns = layer.module.in_features
@@ -154,7 +157,7 @@ def _query_gradient(layer: LastLayer, weights: Tensor, query: Query) -> Tensor:
     if layer.bias is not None:
         moved[layer.bias] = weights[:, columns].to(like).requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):
-        value = layer.dynamics.evaluate({**state.parameters, **moved}, state.buffers, query)
+        value = queries.ask({**state.parameters, **moved}, state.buffers, query)
     if not value.requires_grad:
         raise InputError(
             f"query {query.name!r} does not depend on the last layer, {layer.name!r}, by differentiable operations; "

@@ -81,7 +81,7 @@ def _rows(snapshot: Snapshot, output: Output, indices: np.ndarray, labels: Tenso
     # Values differ if a batch holds tensors that are not one row per sample.
     if values.shape != expected.shape or not torch.allclose(values, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
         return expected, _one_by_one(snapshot, output, indices, labels)
-    return expected, torch.cat([part.flatten(1) for part in gradients.values()], dim=1)
+    return expected, torch.cat([part.reshape(len(part), -1) for part in gradients.values()], dim=1)
 
 
 def _one_by_one(snapshot: Snapshot, output: Output, indices: np.ndarray, labels: Tensor) -> Tensor:

@@ -15,11 +15,10 @@ from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Query, Window
 from dit_mlflow.influence.query import refuse_not_finite
 from dit_mlflow.replay.adjoint import grad_or_zeros, vector_jacobian
-from dit_mlflow.replay.dynamics import Dynamics, Parameters
+from dit_mlflow.replay.dynamics import Parameters
 from dit_mlflow.replay.not_finite import named, refuse_diverged
 from dit_mlflow.replay.replay import Replay
 from dit_mlflow.trajectory import State, StepRecord
-from dit_mlflow.trajectory.manifest import OptimizerLayout
 from dit_mlflow.workload import Batch, floating_one, to_like
 from dit_mlflow.workload.without_graph import without_graph
 
@@ -37,8 +36,7 @@ class Snapshot:
     that are not trained. (If all are frozen, all that it holds.)
 
     Args:
-        dynamics: of the trajectory.
-        layout: of its optimizer.
+        replay: of the trajectory.
         state: ``s_t``.
         step: that led to the state, or that leaves it.
         frozen: names of parameters; default: those that had no gradient in this one step.
@@ -49,16 +47,17 @@ class Snapshot:
 
     def __init__(
         self,
-        dynamics: Dynamics,
-        layout: OptimizerLayout,
+        replay: Replay,
         state: State,
         step: StepRecord,
         frozen: frozenset[str] | None = None,
     ) -> None:
         refuse_ascent(step)
-        self.dynamics = dynamics
+        self.dynamics = replay.dynamics
+        self._queries = replay.right_queries(step.index, step.index + 1)
         self.state = state
         self._at = step.index
+        layout = replay.trajectory.manifest.optimizer
         held = {name: state.parameters[name].detach().requires_grad_() for group in layout.groups for name in group}
         still = step.no_gradient | step.zero_gradient if frozen is None else frozen
         self.trained = {name: value for name, value in held.items() if name not in still} or held
@@ -72,7 +71,7 @@ class Snapshot:
         """
         rows = []
         for query in queries:
-            value = self.dynamics.evaluate(self.parameters, self.state.buffers, query)
+            value = self._queries.ask(self.parameters, self.state.buffers, query)
             if not value.requires_grad:
                 raise InputError(
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
@@ -177,12 +176,12 @@ def snapshot_at(replay: Replay, state: State, step: StepRecord) -> Snapshot:
             break
         other = trajectory.step(t)
         frozen &= other.no_gradient | other.zero_gradient
-    return Snapshot(replay.dynamics, trajectory.manifest.optimizer, state, step, frozen)
+    return Snapshot(replay, state, step, frozen)
 
 
 def inner(a: Vectors, b: Vectors) -> Tensor:
     """``<a, b>`` row by row, ``[rows]``."""
-    return torch.stack([(a[name] * b[name]).flatten(1).sum(dim=1) for name in a]).sum(dim=0)
+    return torch.stack([(a[name] * b[name]).reshape(len(a[name]), -1).sum(dim=1) for name in a]).sum(dim=0)
 
 
 def refuse_ascent(step: StepRecord) -> None:
@@ -198,9 +197,19 @@ def mean_coefficients(replay: Replay, steps: Window) -> np.ndarray:
     """Mean weights ``c_j`` of the samples in the objective over some steps, ``[n]``.
 
     ``1 / n`` for the mean loss and whole epochs; class weights, sums and samplers change them.
+
+    Raises:
+        UnsupportedError: some are not finite.
     """
-    found = [replay.dynamics.coefficients(replay.trajectory.step(t)) for t in range(steps.start, steps.end)]
-    return np.mean(found, axis=0)
+    found = np.mean(
+        [replay.dynamics.coefficients(replay.trajectory.step(t)) for t in range(steps.start, steps.end)], axis=0
+    )
+    if not np.isfinite(found).all():
+        raise UnsupportedError(
+            f"coefficients of {named(np.flatnonzero(~np.isfinite(found)))} in the loss are not finite; look for a "
+            "division by 0 in Workload.coefficients"
+        )
+    return found
 
 
 def shares(replay: Replay) -> np.ndarray:

@@ -46,7 +46,7 @@ class TracIn(Method):
             if not counting:
                 continue
             step = question.trajectory.step(t)
-            snapshot = Snapshot(replay.dynamics, replay.trajectory.manifest.optimizer, state, step)
+            snapshot = Snapshot(replay, state, step)
             found = self._effects(replay, step, snapshot, snapshot.query_gradients(question.queries))
             for k in counting:
                 np.add.at(scores[k].T, step.samples, found.T)
@@ -168,6 +168,6 @@ def _gradient_lengths(values: Tensor, parameters: list[Tensor], at_once: int) ->
     lengths = []
     for rows in torch.eye(len(values), dtype=values.dtype, device=values.device).split(at_once):
         found = vector_jacobian([values], parameters, [rows], len(rows), batched=True)
-        squares = [part.double().flatten(1).square().sum(dim=1) for part in found]
+        squares = [part.double().reshape(len(part), -1).square().sum(dim=1) for part in found]
         lengths.append(torch.stack(squares).sum(dim=0).sqrt())
     return torch.cat(lengths)

@@ -95,7 +95,7 @@ class Trak(Method):
         for t in steps:
             snapshot = snapshot_at(replay, replay.checkpoint(t), trajectory.step(max(t - 1, 0)))
             gradients = snapshot.query_gradients(question.queries)
-            asked = torch.cat([rows.flatten(1) for rows in gradients.values()], dim=1)
+            asked = torch.cat([rows.reshape(len(rows), -1) for rows in gradients.values()], dim=1)
             size = asked.shape[1]
             every = [RandomProjection(size, dim, (self.seed, t, k)) for k in range(self.projections)]
             values, features = _features(snapshot, output, given, every)

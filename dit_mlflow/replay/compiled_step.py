@@ -310,16 +310,21 @@ class CompiledStep(LossStep):
 def _shape(batch: Batch) -> str:
     """Containers, shapes and all else but the tensors' values: what a graph holds as constants."""
 
+    # Not all of them need stand in the batch's own repr (attributes of a list, a field with repr=False).
+    parts: list[Any] = []
+
     def described(value: Any) -> Any:
         if value is None or isinstance(value, (str, bytes, int, float, complex)):
+            parts.append(value)
             return value
         raise CannotCompileError(f"batches hold a {type(value).__qualname__}")
 
     def shape(tensor: Tensor) -> Any:
-        return (tuple(tensor.shape), tensor.dtype, tensor.stride())
+        parts.append((tuple(tensor.shape), tensor.dtype, tensor.stride()))
+        return parts[-1]
 
     try:
-        return repr(map_tensors(batch, shape, described))
+        return repr((map_tensors(batch, shape, described), parts))
     except AttributeError as error:
         # An array becomes a tensor and then an array again.
         raise CannotCompileError("batches hold NumPy arrays") from error

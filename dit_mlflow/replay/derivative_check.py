@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.loss_step import LossStep, leaves
 from dit_mlflow.replay.not_finite import are_finite
 from dit_mlflow.replay.own_step import OwnStep
+from dit_mlflow.replay.paths import Paths
 from dit_mlflow.replay.slope import STRIDES, Slope
 from dit_mlflow.replay.traced_query import TracedQueries
 from dit_mlflow.replay.traced_step import TracedStep
@@ -38,11 +40,11 @@ Asking = TrainingStep | TracedQueries
 LONG = 200
 """Number of steps from which the check looks at five stored states instead of three."""
 
+DRAWN, APART = 8, 50
+"""Largest number of steps between stored states that a sweep looks at, and steps for each of them."""
+
 ROUNDING = 1e-7
 """Share of a tensor's move that a change in the parameters' last places may make; more is rounding, amplified."""
-
-QUERIES_CHECKED = 32
-"""Largest number of queries that the check looks at; queries that run the same code count once."""
 
 _log = logger_of(__name__)
 
@@ -55,13 +57,16 @@ class DerivativeCheck:
     autograd raises no error. A :class:`TracedStep` replaces the step where they differ. A step of the workload's own is
     a trace already, and refused where they differ.
 
+    Between the stored states, a sweep looks at the states that it meets and the check :meth:`wants`.
+
     Args:
         trajectory: what was recorded.
         step: its step, in the dtype of a replay.
         first, last: the sweep's first and last state. The check reads no states stored elsewhere: the record may be
             remote.
 
-    Cost: a copy of the model in float64, and about seven training steps for each of three to five states.
+    Cost: a copy of the model in float64, and about seven training steps for each of three to five states, and for each
+    call of :meth:`right_at`.
     """
 
     def __init__(self, trajectory: Record, step: LossStep | OwnStep, first: int, last: int) -> None:
@@ -72,6 +77,7 @@ class DerivativeCheck:
         self._before = max(t for t in stored if t <= first)
         self._after = min((t for t in stored if t >= last), default=stored[-1])
         self._stored = [t for t in stored if self._before <= t < max(last, self._before + 1)]
+        self._drawn = set(random.Random(0).sample(range(first, last), min(DRAWN, (last - first) // APART)))
 
     def step(self) -> TrainingStep:
         """The given step, or a traced one if autograd's derivative of the given step is wrong.
@@ -93,22 +99,61 @@ class DerivativeCheck:
                 "the samples' weights have no effect on Workload.step(model, optimizer, batch, weights), so that every "
                 "influence would be 0; multiply the samples' losses by them: (weights * losses).mean()"
             )
+        if isinstance(self._step, LossStep) and self._step.paths is None:
+            self._step.watch(Paths())
         return self._step
 
-    def asking(self, queries: Sequence[Ask]) -> Asking:
-        """What differentiates the queries rightly: the given step, or traces of them.
+    def right_throughout(self) -> bool:
+        """Whether the given step's derivative is right wherever a stored state shows it, for those who make no sweep.
+
+        Besides what :meth:`step` looks at: at stored states whose step goes another way, and at the last batch of the
+        first epoch, which may be smaller. Steps that go another way between stored states are not seen.
 
         Raises:
-            UnsupportedError: a query cannot be traced, or the trace's derivative is wrong too.
+            UnsupportedError: as :meth:`step`.
+
+        Cost: a training step for each stored state.
         """
-        *_, (_, state) = self._states()
-        measures = (
-            (f"query {getattr(query, 'name', query)!r}", partial(slope_of_query, query, state, self._moved))
-            for query in _one_of_each(queries)[:QUERIES_CHECKED]
-        )
-        traced = TracedQueries(self._in_float64.dynamics)
-        right = all(self._right(measure, what, lambda: traced) for what, measure in measures)
-        return self._step if right else TracedQueries(self._step.dynamics)
+        if self.step() is not self._step:
+            return False
+        ended = self._trajectory.manifest.epoch_ends[0] - 1
+        near = min(self._stored, key=lambda t: abs(t - ended))
+        for t, stored in (*((t, t) for t in self._stored), (ended, near)):
+            state, record = self._trajectory.checkpoint(stored), self._trajectory.step(t)
+            state = state.to(self._step.dynamics.device, self._step.dynamics.dtype)
+            self._step(state, record)
+            if self.wants(record) and not self.right_at(state, record):
+                return False
+        return True
+
+    def wants(self, record: StepRecord) -> bool:
+        """Whether to look at a step that a replay has just made: its loss is made of other operations than those of all
+        steps before, or it is one of a few that are drawn."""
+        new_path = isinstance(self._step, LossStep) and self._step.paths is not None and self._step.paths.is_new(record)
+        return new_path or record.index in self._drawn
+
+    def right_at(self, state: State, record: StepRecord) -> bool:
+        """Whether the given step, of a loss, has the right derivative at ``s_t``; ``False``: only a trace of it has.
+
+        Raises:
+            UnsupportedError: it is wrong, and the step cannot be traced, or the trace's derivative is wrong too.
+        """
+        self._drawn.discard(record.index)
+        if not are_finite(state.parameters.values()):
+            return True
+        there = State(state.parameters, state.buffers).to(self._step.dynamics.device, torch.float64)
+        measure = partial(slope_of_step, there, record, self._moved)
+        return self._right(measure, f"step {record.index}", lambda: self._traced_in_float64)
+
+    def right_of(self, query: Ask) -> bool:
+        """Whether autograd's derivative of a query is right; ``False``: only that of a trace is.
+
+        Raises:
+            UnsupportedError: it cannot be traced, or the trace's derivative is wrong too.
+        """
+        measure = partial(slope_of_query, query, self._last_state, self._moved)
+        what = f"query {getattr(query, 'name', query)!r}"
+        return self._right(measure, what, lambda: TracedQueries(self._in_float64.dynamics))
 
     def _right(self, measure: Measure, what: str, traced: Callable[[], Asking] | None) -> bool:
         """``True``: the derivative is right, or cannot be compared. ``False``: only that of ``traced()`` is right."""
@@ -149,18 +194,25 @@ class DerivativeCheck:
                 yield t, state
 
     @cached_property
+    def _last_state(self) -> State:
+        *_, (_, state) = self._states()
+        return state
+
+    @cached_property
     def _moved(self) -> Mapping[str, Tensor]:
-        """Which elements of the parameters training changed, bool by name; empty where training diverged."""
+        """Which elements of the parameters training changed, bool by name; empty where it changed none, or diverged."""
         first, last = (self._trajectory.checkpoint(t) for t in (self._before, self._after))
         if not are_finite(last.parameters.values()):
             return {}
         device = self._step.dynamics.device
-        return {name: (value != last.parameters[name]).to(device) for name, value in first.parameters.items()}
+        found = {name: (value != last.parameters[name]).to(device) for name, value in first.parameters.items()}
+        return found if any(bool(moved.any()) for moved in found.values()) else {}
 
     @cached_property
     def _in_float64(self) -> LossStep | OwnStep:
         dynamics = self._step.dynamics
-        if dynamics.floating_dtype == torch.float64:
+        layouts = dynamics.manifest.model.parameters.values()
+        if dynamics.dtype == torch.float64 or {layout.dtype for layout in layouts} == {"float64"}:
             return self._step
         return type(self._step)(Dynamics(dynamics.workload, dynamics.manifest, torch.float64, self._trajectory.batches))
 
@@ -367,24 +419,17 @@ def _direction(value: Tensor, random: torch.Generator, mask: Tensor | None = Non
     return found if mask is None else found * mask
 
 
-def _one_of_each(queries: Sequence[Ask]) -> list[Ask]:
-    """The first of all queries that run the same code, on whatever data."""
-    found: dict[object, Ask] = {}
-    for query in queries:
-        function = getattr(query, "function", query)
-        found.setdefault(getattr(function, "__code__", function), query)
-    return list(found.values())
-
-
 def _agrees(measure: Measure, step: Asking) -> bool:
-    """Whether the derivative by ``step`` agrees with differences in the first attempt that can tell, or none can."""
-    told = False
+    """Whether the derivative by ``step`` agrees with differences in the first attempt that can tell, or none can.
+
+    What computes in float32 inside may refute it by rounding at a short stride, and agrees exactly at a longer one.
+    """
+    told = refuted = False
     for attempt in range(len(STRIDES)):
         with naming_missing_derivatives():
             slope = measure(step, attempt)
-        if slope.tells and slope.agrees:
+        if slope.tells and slope.agrees and (not refuted or slope.exact):
             return True
-        if slope.refutes:
-            return False
+        refuted = refuted or slope.refutes
         told = told or slope.tells
     return not told

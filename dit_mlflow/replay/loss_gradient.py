@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor
 from dit_mlflow.errors import DitError, TrajectoryError
 from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
 from dit_mlflow.replay.narrow_layers import NarrowLayers
+from dit_mlflow.replay.paths import Paths, operations_of
 from dit_mlflow.trajectory.step_record import StepRecord
 
 Term = Callable[[Parameters, Buffers, Tensor | None], Tensor]
@@ -23,10 +25,14 @@ class LossGradient:
 
     Args:
         dynamics: model and data; its workload has losses, coefficients, regularizer and clipping.
+
+    Attributes:
+        paths: notes the way of each step whose gradient is taken without a graph; ``None`` = nothing does.
     """
 
     def __init__(self, dynamics: Dynamics) -> None:
         self.dynamics = dynamics
+        self.paths: Paths | None = None
         self.workload = dynamics.workload
         self._position = {name: place for place, (name, _) in enumerate(dynamics.model.named_parameters())}
 
@@ -55,15 +61,21 @@ class LossGradient:
             if value.requires_grad and name not in record.no_gradient and name not in record.zero_gradient
         }
         total: dict[str, Tensor] = {}
+        noted = None if create_graph else self.paths
+        operations: Counter[type] = Counter()
         for term in self.terms(record, batches):
             with self._naming(record):
                 value = self.value(term, parameters, buffers, weights)
+            if noted is not None:
+                operations.update(operations_of(value))
             if not inputs:
                 continue
             parts = torch.autograd.grad(value, list(inputs.values()), create_graph=create_graph, allow_unused=True)
             for name, part in zip(inputs, parts, strict=True):
                 if part is not None:
                     total[name] = total[name] + part if name in total else part
+        if noted is not None:
+            noted.note(record, operations)
         return {
             name: total[name] if name in total else torch.zeros_like(value)
             for name, value in parameters.items()

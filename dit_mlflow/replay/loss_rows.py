@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,9 @@ FEW, MANY = 2, 8
 
 STEPS = 4
 """Number of steps that are searched for a batch of two or more samples."""
+
+OTHER_SIZE = 4
+"""So many times a batch's samples are used in evaluation mode."""
 
 LARGEST = 256
 """Largest number of a batch's samples that are used."""
@@ -60,13 +63,15 @@ class RowProbe:
         record: the step.
         indices: different samples of one of its micro-batches.
 
-    Cost: a copy of the model, and five forward passes; about thirty where samples are coupled.
+    Cost: a copy of the model, and ten forward passes; about forty where samples are coupled.
     """
 
     def __init__(self, trajectory: Record, workload: Workload, record: StepRecord, indices: Sequence[int]) -> None:
-        self._workload, self._record, self._indices = workload, record, indices
+        self._workload, self._record = workload, record
+        self._indices = list(indices)
         self._dynamics = Dynamics(workload, trajectory.manifest)
-        state = trajectory.checkpoint(0).to(self._dynamics.device)
+        stored = min(trajectory.checkpoint_steps, key=lambda step: abs(step - record.index))
+        state = trajectory.checkpoint(stored).to(self._dynamics.device)
         self._buffers = state.buffers
         self._parameters: Parameters = state.parameters
         self._items = self._fetched(indices)
@@ -74,51 +79,73 @@ class RowProbe:
         self._drew = False
 
     def coupled(self) -> bool:
-        """Whether rows depend on other samples besides their own.
+        """Whether rows depend on other samples besides their own, in training or in evaluation mode.
 
         Raises:
             WorkloadError: rows depend on other samples in place of their own.
         """
-        found = self._moves(FEW)
-        if not found:
+        if not self._moves(FEW):
             # If all parameters are 0 at the start, all samples may have the same loss.
             self._parameters = {name: _jittered(value) for name, value in self._parameters.items()}
-            found = self._moves(FEW)
-        if not any(move.others for move in found):
+        in_training = self._coupled_in(evaluating=False)
+        return self._coupled_in(evaluating=True) or in_training
+
+    def _coupled_in(self, evaluating: bool) -> bool:
+        self._evaluating = evaluating
+        if evaluating:
+            # Methods that look at states take other sizes of batches than training.
+            everyone = range(self._workload.num_samples)
+            size = min(LARGEST, OTHER_SIZE * len(self._indices))
+            self._indices = list(dict.fromkeys([*self._indices, *everyone[:size]]))[:size]
+            self._items = self._fetched(self._indices)
+        if not any(move.others for move in self._moves(FEW)):
             return False
-        for self._evaluating in (False, True):
-            found = self._moves(MANY)
-            if not any(move.others for move in found):
-                break
-            self._refuse_misaligned(found)
-        return True
+        found = self._moves(MANY)
+        self._refuse_misaligned(found)
+        return any(move.others for move in found)
 
     def _refuse_misaligned(self, found: list[Move]) -> None:
         lost = [move for move in found if not move.own]
         if 2 * len(lost) <= len(found):
-            # A loss that couples samples does not depend on their order, unless draws (mixup) belong to positions.
-            own = sum(move.own_most for move in found)
-            if self._drew or 2 * own >= len(found) or self._follows_order():
+            # A loss that couples samples does not depend on their order, unless draws (mixup) belong to positions. Its
+            # rows may be those of neighbours too, or all alike, or 0 where others are preferred.
+            if self._drew or (not lost and 2 * sum(move.own_most for move in found) >= len(found)):
                 return
-            lost = [move for move in found if not move.own_most]
+            if self._follows_order():
+                return
+            lost = lost or [move for move in found if not move.own_most]
         move = lost[0]
         row = int(move.size.argmax())
+        how = f"{'changes less' if move.own else 'does not'}{' (in evaluation mode)' if self._evaluating else ''}"
         raise WorkloadError(
             "Workload.loss gives rows that belong to other samples: with another sample in place of sample "
             f"{self._indices[move.position]}, at place {move.position} of its batch, row {row} changes, and row "
-            f"{move.position} {'changes less' if move.own else 'does not'}. Row i must be the loss of sample i of the "
-            "batch: return the losses in the batch's order, not flipped, rolled, sorted or shuffled"
+            f"{move.position} {how}. Row i must be the loss of sample i of the batch: return the losses in "
+            "the batch's order, not flipped, rolled, sorted or shuffled"
         )
 
     def _moves(self, count: int) -> list[Move]:
-        """The effects of replacing up to ``count`` samples, without those that change nothing."""
+        """The effects of replacing up to ``count`` samples, without those that change nothing.
+
+        If these change no other rows, but a permutation of all samples does not permute the rows alike, they are of
+        samples whose rows it shows to be wrong.
+        """
         size = len(self._items)
         base = self._rows(range(size))
         if not _same(base, self._rows(range(size)), 0.75).all():
             _log.info("the loss draws from generators of its own, so the order of its rows was not checked")
             return []
-        places = dict.fromkeys(position * size // count for position in range(count))
-        return [move for place in places if (move := self._move(place, base)) is not None]
+        found = self._moves_at([position * size // count for position in range(count)], base)
+        # Draws (dropout) may belong to positions.
+        if found and not self._drew and not any(move.others for move in found):
+            order = _cycle(size)
+            apart = (~_same(self._rows(order), base[order], 0.5)).nonzero().flatten().tolist()
+            suspects = [position for row in apart for position in (row, order[row])]
+            found += self._moves_at(list(dict.fromkeys(suspects))[:MANY], base)
+        return found
+
+    def _moves_at(self, positions: Sequence[int], base: Tensor) -> list[Move]:
+        return [move for place in dict.fromkeys(positions) if (move := self._move(place, base)) is not None]
 
     def _move(self, position: int, base: Tensor) -> Move | None:
         size, everyone = len(self._items), range(len(self._items))
@@ -146,23 +173,22 @@ class RowProbe:
         batch = self._batch(chosen)
 
         def loss(model: nn.Module) -> Tensor:
+            before = RandomState.capture()
             with torch.enable_grad():
-                return self._workload.sample_losses(model, batch, len(chosen)).detach().cpu()
+                found = self._workload.sample_losses(model, batch, len(chosen)).detach().cpu()
+            self._drew = before.used_since(RandomState.capture()) is not None
+            return found
 
         parameters = {
             name: value.detach().requires_grad_(value.is_floating_point()) for name, value in self._parameters.items()
         }
         with preserved_random_state():
             seed_generators(0)
-            before = RandomState.capture()
             if self._evaluating:
-                found = self._dynamics.evaluate(parameters, self._buffers, loss)
-            else:
-                self._dynamics.set_modes(self._record)
-                left = {name: value.clone() for name, value in self._buffers.items()}
-                found = self._dynamics.call(parameters, left, loss)
-            self._drew = before.used_since(RandomState.capture()) is not None
-        return found
+                return self._dynamics.evaluate(parameters, self._buffers, loss)
+            self._dynamics.set_modes(self._record)
+            left = {name: value.clone() for name, value in self._buffers.items()}
+            return self._dynamics.call(parameters, left, loss)
 
     def _batch(self, chosen: Sequence[int]) -> Any:
         with OnDeepcopy(lambda tensor: tensor.detach().clone()):
@@ -192,31 +218,72 @@ class RowProbe:
             return self._workload.train_set[index]
 
 
-def samples_are_coupled(trajectory: Record, workload: Workload) -> bool:
+def samples_are_coupled(
+    trajectory: Record,
+    workload: Workload,
+    first: int = 0,
+    last: int | None = None,
+    known: MutableMapping[int, bool] | None = None,
+) -> bool:
     """Whether rows of the workload's loss depend on other samples of the batch (contrastive terms, batch statistics).
 
-    Checked on one of the first batches; ``False`` where the check fails.
+    Checked on one of training's first batches; and, since losses and modes may change in training, on the last one of
+    some steps, and of the last epoch that ends among them if that has another size. ``False`` where the check fails.
+
+    Args:
+        trajectory, workload: what was recorded.
+        first, last: the steps ``first … last - 1`` that are asked about; default: all. No others are read, but for
+            training's first: the record may be remote.
+        known: what earlier calls found, by step; is added to.
 
     Raises:
         WorkloadError: rows depend on other samples in place of their own.
     """
-    for record, indices in _batches(trajectory):
+    found = {} if known is None else known
+    looked_at = list(_batches(trajectory, first, trajectory.num_steps if last is None else last))
+    for record, indices in looked_at:
+        if record.index in found:
+            continue
+        found[record.index] = False
         try:
             with preserved_random_state():
-                return RowProbe(trajectory, workload, record, indices).coupled()
+                found[record.index] = RowProbe(trajectory, workload, record, indices).coupled()
+        except WorkloadError:
+            del found[record.index]
+            raise
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
             _log.info("the order of the loss's rows could not be checked: %s", first_line(error))
-            return False
-    return False
+    return any(found[record.index] for record, _ in looked_at)
 
 
-def _batches(trajectory: Record) -> Iterator[tuple[StepRecord, list[int]]]:
-    for t in range(min(STEPS, trajectory.num_steps)):
+def _batches(trajectory: Record, first: int, last: int) -> Iterator[tuple[StepRecord, list[int]]]:
+    """Steps of different kinds, each with samples of one of its batches that are all different."""
+    usual = _usable(trajectory, range(min(STEPS, trajectory.num_steps)))
+    if usual is None:
+        return
+    yield usual
+    ended = max((end for end in trajectory.epoch_ends if first < end <= last), default=last)
+    for t in sorted({ended - 1, last - 1} - set(range(usual[0].index + 1))):
+        found = _usable(trajectory, [t])
+        if found is not None and (t == last - 1 or len(found[1]) != len(usual[1])):
+            yield found
+
+
+def _usable(trajectory: Record, steps: Iterable[int]) -> tuple[StepRecord, list[int]] | None:
+    """The first of the steps with a batch of two or more samples."""
+    for t in steps:
         record = trajectory.step(t)
         for met in record.indices:
             indices = list(dict.fromkeys(int(index) for index in met))[:LARGEST]
             if len(indices) > 1:
-                yield record, indices
+                return record, indices
+    return None
+
+
+def _cycle(size: int) -> list[int]:
+    """A permutation in one random cycle: no other one commutes with it, but for its powers."""
+    places = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
+    return [there for _, there in sorted(zip(places, [*places[1:], places[0]], strict=True))]
 
 
 def _same(found: Tensor, expected: Tensor, power: float) -> Tensor:

@@ -18,6 +18,7 @@ from dit_mlflow.replay.double_backward import refuse_dead_ends
 from dit_mlflow.replay.dynamics import Buffers, Dynamics, MicroBatch, Parameters
 from dit_mlflow.replay.loss_gradient import GradientSideBySide, LossGradient
 from dit_mlflow.replay.optimizers import build_optimizer, is_others, set_hyperparameters
+from dit_mlflow.replay.paths import Paths
 from dit_mlflow.replay.running_statistics import BuffersApart, running_statistics
 from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.replay.update import Pulled, UpdateAdjoint
@@ -98,6 +99,14 @@ class LossStep(TrainingStep):
         self._looked_for_dead_ends = False
         self._warned = False
         self._largest: list[float] = []
+
+    @property
+    def paths(self) -> Paths | None:
+        return self.gradient.paths
+
+    def watch(self, paths: Paths | None) -> None:
+        """Note the way of each step that is made from now on; ``None`` = no longer."""
+        self.gradient.paths = self._side_by_side.paths = paths
 
     def follow(self, buffers: Flat) -> None:
         """Set the buffers that an adjoint has rows for."""

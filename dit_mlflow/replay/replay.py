@@ -16,6 +16,7 @@ from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.loss_step import LossStep
 from dit_mlflow.replay.not_finite import refuse_diverged
 from dit_mlflow.replay.own_step import OwnStep
+from dit_mlflow.replay.right_queries import RightQueries
 from dit_mlflow.replay.rounding import missed_by_rounding
 from dit_mlflow.replay.training_step import TrainingStep, WeightsOf
 from dit_mlflow.told import logger_of
@@ -104,6 +105,7 @@ class Replay:
         self.training_step = make_step(Dynamics(workload, trajectory.manifest, stored=trajectory.batches))
         self._anchors = trajectory.checkpoint_steps
         self._outset: tuple[int, State] | None = None
+        self._queries: RightQueries | None = None
         if len(self._anchors) > 1:
             self._meet(self._anchors[1])
         elif trajectory.num_steps:
@@ -138,6 +140,15 @@ class Replay:
         if isinstance(step, OwnStep) or (isinstance(step, LossStep) and type(step) is LossStep):
             return DerivativeCheck(self.trajectory, step, first, last)
         return None
+
+    def right_queries(self, first: int, last: int) -> RightQueries:
+        """Queries of the model; their derivatives are compared at a stored state of ``first … last``. Made once."""
+        if self._queries is None:
+            step = self.training_step
+            compared = isinstance(step, (LossStep, OwnStep))
+            check = DerivativeCheck(self.trajectory, step, first, last) if compared else None  # type: ignore[arg-type]
+            self._queries = RightQueries(step, check)
+        return self._queries
 
     @property
     def max_drift(self) -> float:

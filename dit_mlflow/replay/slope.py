@@ -53,6 +53,11 @@ class Slope:
         return math.isfinite(self.difference) and self.noise <= 0.01 * self._size
 
     @property
+    def exact(self) -> bool:
+        """Whether the noise is far too small to hide a wrong derivative."""
+        return self.noise <= 0.001 * self._size
+
+    @property
     def agrees(self) -> bool:
         """Whether both are equal up to the noise."""
         return self._apart <= self.tolerance * self._size + self.noise

@@ -39,7 +39,7 @@ class Trajectory(Record):
 
     def __init__(self, directory: Path, manifest: Manifest, fetch: Fetch | None = None) -> None:
         super().__init__(directory, manifest, fetch)
-        self._coupled: WeakKeyDictionary[Workload, bool] = WeakKeyDictionary()
+        self._coupled: WeakKeyDictionary[Workload, dict[int, bool]] = WeakKeyDictionary()
 
     def states(self, workload: Workload, a: int, b: int, dtype: torch.dtype | None = None) -> Iterator[State]:
         """Yield ``s_a, …, s_b`` (both ends included), rebuilt by replay from the checkpoint before ``a``.
@@ -59,13 +59,11 @@ class Trajectory(Record):
         """A :class:`Replay`, for callers that walk the trajectory more than once."""
         return Replay(self, workload, dtype, make_step)
 
-    def couples_samples(self, workload: Workload) -> bool:
-        """:func:`samples_are_coupled`, computed once per workload."""
+    def couples_samples(self, workload: Workload, first: int = 0, last: int | None = None) -> bool:
+        """:func:`samples_are_coupled`, computed once per workload and step."""
         if workload.step is not None:
             return False  # How samples enter a step of one's own is its own to say.
-        if workload not in self._coupled:
-            self._coupled[workload] = samples_are_coupled(self, workload)
-        return self._coupled[workload]
+        return samples_are_coupled(self, workload, first, last, self._coupled.setdefault(workload, {}))
 
     def verify(self, workload: Workload) -> Verification:
         """Check the record (:meth:`check_record`), and the replay of every segment against the next checkpoint.

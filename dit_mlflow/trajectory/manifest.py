@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticSerializationError
 
 from dit_mlflow.errors import TrajectoryError, WorkloadError
+from dit_mlflow.workload.batches import most_common
 from dit_mlflow.workload.projects import WorkloadReference
 
 FILE_NAME = "manifest.json"
@@ -93,9 +95,8 @@ class ModelLayout(_Part):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it computes: that of its first floating parameter."""
-        found = [DTYPES[layout.dtype] for layout in self.parameters.values()]
-        return next((dtype for dtype in found if dtype.is_floating_point), found[0])
+        """In which it computes: the floating one of most elements of its parameters."""
+        return most_common((DTYPES[layout.dtype], prod(layout.shape)) for layout in self.parameters.values())
 
 
 class StepsFile(_Part):

@@ -83,7 +83,7 @@ def presentations(trajectory: Trajectory, workload: Workload) -> Presentations:
     for t, state in enumerate(replay.forward(0, trajectory.num_steps - 1)):
         step = trajectory.step(t)
         drawn.clear()
-        norms = presented_norms(replay, step, Snapshot(replay.dynamics, trajectory.manifest.optimizer, state, step))
+        norms = presented_norms(replay, step, Snapshot(replay, state, step))
         bins = torch.cat(drawn).numpy() * BINS // workload.settings["timesteps"]
         rows.append((np.full(len(norms), t), step.samples, bins, norms))
     return Presentations(*(np.concatenate(column) for column in zip(*rows, strict=True)))

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
-from dit_mlflow import Query, UnsupportedError, Window, leave_one_out, track, train
+from dit_mlflow import Query, UnsupportedError, Window, expected_influence, leave_one_out, track, train
+from dit_mlflow.influence.draws import Draws
 from dit_mlflow.methods import method
+from dit_mlflow.replay.replay import FEWEST_STATES
 
 SOME = [0, 5, 11]
 
@@ -317,6 +320,121 @@ def test_each_query_of_its_own_code_is_looked_at(tmp_path: Path) -> None:
     alone = track(trajectory, workload, window, queries=[last], dtype=torch.float64)
     among = track(trajectory, workload, window, queries=[*others[:1], last, *others[1:]], dtype=torch.float64)
     np.testing.assert_allclose(among.of(0, "focal"), alone.of(0), rtol=1e-9)
+    each = trajectory.checkpoint(0).nbytes * 8
+    in_parts = track(
+        trajectory, workload, window, queries=[*others, last], dtype=torch.float64, memory_budget=FEWEST_STATES * each
+    )
+    np.testing.assert_allclose(in_parts.of(0, "focal"), alone.of(0), rtol=1e-9)
+
+
+def confidence(detached: bool) -> Any:
+    """Two queries of one value, of the same code; one has another backward pass."""
+    inputs, targets = datasets()[1].tensors
+
+    def query(model: nn.Module) -> Tensor:
+        losses = sample_losses(model, (inputs.to(next(model.parameters()).dtype), targets))
+        weight = 1 - torch.exp(-losses)
+        return ((weight.detach() if detached else weight) * losses).mean()
+
+    return query
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dit", "expected", "sgd_influence", "tracin", "tracin_checkpoints", "grad_dot", "trak", "source", "dvemb"),
+        *("influence_function", "influence_function_ekfac", "representer_points", "mirrored_influence"),
+    ],
+)
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_methods_take_the_derivative_of_what_a_query_computes(name: str, warm_up: bool, tmp_path: Path) -> None:
+    still = {"scheduler": lambda optimizer: LambdaLR(optimizer, lambda step: float(step > 0))} if warm_up else {}
+    workload = digits_workload(epochs=2, **still)
+    trajectory = train(workload, tmp_path / "t")
+    queries = [Query("plain", confidence(False)), Query("detached", confidence(True))]
+    found = method(name)(trajectory, workload, whole(trajectory), queries=queries)
+    np.testing.assert_allclose(
+        found.of(0, "detached"), found.of(0, "plain"), rtol=1e-3, atol=1e-5 * abs(found.scores).max()
+    )
+
+
+class Counting(nn.Module):
+    """Knows how many steps of training there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = digits_model()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.steps.add_(1)
+        return self.layers(inputs)
+
+
+def focal_where(asked: Any) -> Any:
+    """Focal at those steps alone where ``asked(model, batch)``."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        losses = sample_losses(model, batch)
+        detached = model.training and asked(model, batch)
+        return 3 * (1 - torch.exp(-losses)).detach() ** 2 * losses if detached else losses
+
+    return loss
+
+
+OTHER_PATHS = {
+    "one step of four": {"model": Counting, "loss": focal_where(lambda model, batch: model.steps % 4 == 0)},
+    "two steps of four": {"model": Counting, "loss": focal_where(lambda model, batch: model.steps % 4 > 1)},
+    "the last and smaller batch": {"loss": focal_where(lambda model, batch: len(batch[1]) == 4), "batch_size": 10},
+    "a single step": {"model": Counting, "loss": focal_where(lambda model, batch: model.steps == 7)},
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PATHS)
+def test_steps_that_go_another_way_than_those_at_stored_states(case: str, tmp_path: Path) -> None:
+    workload = digits_workload(epochs=5, **OTHER_PATHS[case])
+    trajectory = train(workload, tmp_path / "t")
+    (window,) = whole(trajectory)
+    result = track(trajectory, workload, [window], dtype=torch.float64)
+    exact = finite_difference(workload, trajectory, window, "local", SOME, 1e-5)
+    assert np.abs(result.of(0)[SOME] - exact).max() < 1e-6 * np.abs(result.scores).max()
+    assert result.metadata["derivative"] == "traced"
+
+
+@pytest.mark.parametrize("case", ["two steps of four", "the last and smaller batch"])
+@pytest.mark.parametrize("name", ["influence_function", "dvemb", "source"])
+def test_methods_that_follow_a_loss_look_at_other_ways_too(name: str, case: str, tmp_path: Path) -> None:
+    workload = digits_workload(epochs=5, **OTHER_PATHS[case])
+    trajectory = train(workload, tmp_path / "t")
+    with pytest.raises(UnsupportedError, match="backward pass is not the derivative"):
+        method(name)(trajectory, workload)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["two draws", "many, side by side where that is faster"])
+def test_expected_influence_looks_at_every_window(alone: bool, tmp_path: Path) -> None:
+    """The loss is detached from the second window on, by the same operations."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        losses = sample_losses(model, batch)
+        weight = (1 - torch.exp(-losses)).detach() ** 2 if model.training and model.steps > 8 else 0.3
+        return weight * losses
+
+    workload = digits_workload(model=Counting, loss=loss, epochs=5)
+    trajectory = train(workload, tmp_path / "t")
+    windows = [Window(0, 7), Window(7, 15)]
+    count = 2 if alone else 8
+    found = expected_influence(trajectory, workload, windows, draws=count, dtype=torch.float64).of(1)
+    weights = Draws(count, 0).weights(workload.num_samples).numpy()
+
+    def value(row: int, sample: int, by: float) -> float:
+        def of(t: int, i: int) -> float:
+            return 1.0 if t < 7 else weights[row, i] + by * (i == sample)
+
+        return validation_loss(workload, train_again(workload, trajectory, of, trajectory.num_steps))
+
+    exact = [np.mean([value(r, j, -1e-5) - value(r, j, 1e-5) for r in range(count)]) / 2e-5 for j in SOME]
+    assert np.abs(found[SOME] - exact).max() < 1e-6 * np.abs(found).max()
 
 
 class Masked(nn.Module):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 from workloads import digits_workload, sample_losses
 
 from dit_mlflow import InputError, Query, Trajectory, Window, Workload, expected_influence, parse_windows, track, train
@@ -236,6 +237,40 @@ EAGER: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_depends_on_values_is_not_a_constant(tmp_path: Path) -> None:
     """A selection has another length at each step; whether it can be compiled depends on torch's version."""
     workload = digits_workload(optimizer=momentum, loss=selects)
+    made, eager = both(workload, train(workload, tmp_path / "t"))
+    assert apart(made, eager) < 1e-12
+
+
+class Timed(list[Any]):
+    """Has a number that its repr does not show."""
+
+    factor: float
+
+
+@dataclass
+class Silent:
+    """The same."""
+
+    inputs: Tensor
+    targets: Tensor
+    factor: float = field(repr=False)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.inputs, self.targets))
+
+
+@pytest.mark.parametrize("kind", ["attribute of a list", "field without repr"])
+def test_numbers_in_a_batch_are_not_constants(kind: str, tmp_path: Path) -> None:
+    def collate(items: list[Any]) -> Any:
+        inputs, targets = default_collate(items)
+        factor = float(inputs[0].mean())
+        if kind != "attribute of a list":
+            return Silent(inputs, targets, factor)
+        made = Timed([inputs, targets])
+        made.factor = factor
+        return made
+
+    workload = digits_workload(collate_fn=collate, loss=lambda net, batch: batch.factor * sample_losses(net, batch))
     made, eager = both(workload, train(workload, tmp_path / "t"))
     assert apart(made, eager) < 1e-12
 

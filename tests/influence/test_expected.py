@@ -278,8 +278,14 @@ def test_opposite_draws_that_disagree_are_told(tmp_path: Path, caplog: pytest.Lo
 
 def test_a_training_that_diverges_under_weights_is_refused(tmp_path: Path) -> None:
     workload, trajectory, _, _ = one_step(tmp_path)
-    query = Query("root", lambda model: torch.sqrt(model.theta[0] - 100))
+    before, after = (float(trajectory.checkpoint(t).parameters["theta"][0]) for t in (0, 1))
+    # Half of the weights lead half of the way.
+    there = 0.2 * before + 0.8 * after
+    query = Query("root", lambda model: torch.sqrt((model.theta[0] - there) / (after - there)))
     with pytest.raises(UnsupportedError, match=r"window 0-1: .* not finite in any pair of draws"):
+        expected_influence(trajectory, workload, [Window(0, 1)], "local", [query], draws=4)
+    with pytest.raises(InputError, match=r"query 'root' is nan at step 1"):
+        query = Query("root", lambda model: torch.sqrt(model.theta[0] - 100))
         expected_influence(trajectory, workload, [Window(0, 1)], "local", [query], draws=4)
 
 

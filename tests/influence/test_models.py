@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plain_loop
 import pytest
 import torch
 from oracles import finite_difference, validation_loss, window_effect
+from plain_loop import whole
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adam
@@ -242,6 +244,31 @@ class Fields(MutableMapping[str, Any]):
         return len(self.content)
 
 
+class Items(list[Tensor]):
+    """A list whose constructor takes no list."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        super().__init__([inputs, labels])
+
+
+class Seen(list[Tensor]):
+    """Part of the inputs a second time, in the same memory."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        super().__init__([inputs[:, :40], labels, inputs])
+
+
+def in_place_of_part(model: nn.Module, batch: Any) -> Tensor:
+    batch[0].mul_(2).sub_(1)
+    batch[-1][:, batch[0].shape[1] :].mul_(2).sub_(1)
+    return cross_entropy(model(batch[-1]), batch[1], reduction="none")
+
+
+def assigning_first(model: nn.Module, batch: Any) -> Tensor:
+    batch[0] = batch[0] * 2 - 1
+    return cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
 def assigning(model: nn.Module, batch: Any) -> Tensor:
     batch.inputs = batch.inputs * 2 - 1
     return cross_entropy(model(batch.inputs), batch.labels, reduction="none")
@@ -266,6 +293,9 @@ def assigning_item(model: nn.Module, batch: Any) -> Tensor:
         (Opaque, assigning),
         (Opaque, in_place),
         (Fields, assigning_item),
+        (Items, assigning_first),
+        (Seen, in_place_of_part),
+        (lambda inputs, labels: [inputs, labels, inputs], in_place_of_part),
     ],
 )
 def test_batches_of_any_type_are_new_for_every_step_and_query(kind: Any, loss: Any, tmp_path: Path) -> None:
@@ -296,8 +326,16 @@ def test_a_batch_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
         made.lock = threading.Lock()  # type: ignore[attr-defined]
         return made
 
-    with pytest.raises(WorkloadError, match=r"batches hold a Opaque, which cannot be copied .* Give a collate_fn"):
-        train(digits_workload(loss=in_place, collate_fn=locked), tmp_path / "t")
+    class Itself(Opaque):
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+    def same(items: Any) -> Any:
+        return Itself(*default_collate(items))
+
+    for collate, name in ((locked, "Opaque"), (same, r"\S*Itself")):
+        with pytest.raises(WorkloadError, match=rf"batches hold a {name}, which cannot be copied .* Give a collate_fn"):
+            train(digits_workload(loss=in_place, collate_fn=collate), tmp_path / name[:3])
 
 
 class CodeBook(nn.Module):
@@ -545,6 +583,68 @@ def test_methods_take_such_a_parameter_for_a_buffer(name: str, tmp_path: Path) -
         )
         trajectory = train(workload, tmp_path / str(as_parameter))
         found.append(method(name)(trajectory, workload, [Window(0, 9)]).scores)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-7 * np.abs(found[1]).max())
+
+
+class Scaled(nn.Module):
+    """Its first parameter is a scale, in float64 where the others are in float32."""
+
+    def __init__(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float64, inside: bool = False) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full(shape, 1.1, dtype=dtype))
+        self.inner, self.last = nn.Linear(64, 6), nn.Linear(6, 3)
+        self.inside = inside
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.inside:
+            inputs = (inputs * self.scale).to(self.inner.weight.dtype)
+        found = self.last(torch.tanh(self.inner(inputs)))
+        return found if self.inside else found * self.scale
+
+
+class Tabulated(nn.Module):
+    """Its first parameter is a frozen table in float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.linspace(0.5, 1.5, 64).half(), requires_grad=False)
+        self.layers = digits_model()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs * self.table.to(inputs.dtype))
+
+
+@pytest.mark.parametrize("model", [Scaled, lambda: Scaled(inside=True), Tabulated], ids=["around", "inside", "float16"])
+def test_a_first_parameter_of_another_floating_dtype_does_not_give_the_dtype(model: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    workload = digits_workload(model=model, optimizer=lambda net: SGD(trainable(net), lr=0.3))
+    low = {"low_precision": True} if model is Tabulated else {}
+    made = model()
+    trajectory = plain_loop.record(tmp_path / "t", made, SGD(trainable(made), lr=0.3), **low)
+    windows, samples = whole(trajectory), [0, 7, 13]
+    found = track(trajectory, workload, windows, dtype=torch.float64).of(0)
+    expected = finite_difference(workload, trajectory, windows[0], "local", samples, 1e-5)
+    assert np.abs(found[samples] - expected).max() < 1e-6 * np.abs(found).max()
+    single = track(trajectory, workload, windows).of(0)
+    assert np.abs(single - found).max() < 1e-3 * np.abs(found).max()
+    exact = leave_one_out(trajectory, workload, windows, samples=samples).of(0)[samples]
+    removed = [window_effect(workload, trajectory, windows[0], "local", j, 0.0) for j in samples]
+    np.testing.assert_allclose(exact, removed, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tracin", "tracin_renormalized", "grad_dot", "source", "dvemb", "mirrored_influence", "trak"),
+        *("influence_function", "influence_function_ekfac", "influence_function_datainf", "grad_norm"),
+    ],
+)
+def test_a_parameter_without_dimensions_is_as_one_with_one(name: str, tmp_path: Path) -> None:
+    found = []
+    for shape in ((), (1,)):
+        workload = digits_workload(model=lambda shape=shape: Scaled(shape, torch.float32))
+        trajectory = train(workload, tmp_path / str(len(shape)))
+        found.append(method(name)(trajectory, workload, whole(trajectory)).scores)
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-7 * np.abs(found[1]).max())
 
 

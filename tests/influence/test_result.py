@@ -219,6 +219,10 @@ def test_rows_that_are_not_those_written_are_refused_by_field(
         {"removed": "most"},
         {"degrees_of_freedom": [[1, 2]]},
         {"degrees_of_freedom": [[1, -2], [1, 2]]},
+        {"coupled": "no"},
+        {"removal": "gone"},
+        {"not_finite": "few"},
+        {"sign_convention": "positive = harmful"},
     ],
 )
 def test_a_description_that_is_not_that_of_the_rows_is_refused_by_field(
@@ -228,6 +232,21 @@ def test_a_description_that_is_not_that_of_the_rows_is_refused_by_field(
     field = {"queries": "quer", "windows": "window"}.get(name, name)
     with pytest.raises(InputError, match=field):
         Influence.load(described(tmp_path, **changes))
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = two_queries().save(tmp_path) / "metadata.json"
+    path.write_text(path.read_text().rstrip()[:-1] + ', "method": "another"}')
+    with pytest.raises(InputError, match="'method' is there twice"):
+        Influence.load(tmp_path)
+
+
+def test_degrees_of_freedom_of_no_standard_error_are_refused(tmp_path: Path) -> None:
+    folder = edited(tmp_path, lambda frame: frame.drop(columns="standard_error", errors="ignore"))
+    content = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps(content | {"degrees_of_freedom": [[1, 2], [1, 2]]}))
+    with pytest.raises(InputError, match="degrees_of_freedom"):
+        Influence.load(folder)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[1, 2]", "{", "\xff", "9" * 10_000])

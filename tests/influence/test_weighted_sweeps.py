@@ -158,7 +158,7 @@ def compared(
     engine = Engine(trajectory.replay(workload, dtype))
     course = Course(0, trajectory.num_steps, ((trajectory.num_steps, 0, 1),))
     queries = [mean_validation_loss(workload)]
-    engine.choose(0, trajectory.num_steps, queries)
+    engine.choose(0, trajectory.num_steps)
     return WeightedSweeps(engine).compared(queries, course, torch.rand(3, SAMPLES, dtype=torch.float64))
 
 

@@ -20,15 +20,18 @@ from dit_mlflow import (
     InputError,
     Query,
     TrainingError,
+    Trajectory,
     TrajectoryError,
     TrajectoryRecorder,
     UnsupportedError,
     Window,
+    expected_influence,
     leave_one_out,
     track,
     train,
 )
 from dit_mlflow.methods import method
+from dit_mlflow.methods.knn_shapley import KnnShapley
 
 
 class Scaled(nn.Module):
@@ -126,11 +129,38 @@ def test_data_that_are_not_finite_are_named(value: float, tmp_path: Path, caplog
 def test_validation_data_that_are_not_finite_are_named(tmp_path: Path) -> None:
     workload = digits_workload(validation_set=with_sample(datasets()[1], 3, np.nan))
     trajectory = train(workload, tmp_path / "t")
-    for ask in (track, leave_one_out, method("influence_function")):
+    for ask in (track, leave_one_out, expected_influence, method("influence_function")):
         with pytest.raises(
             InputError, match=r"'mean_validation_loss' is nan at step .*, because of sample 3 of its data"
         ):
             ask(trajectory, workload, whole(trajectory))
+    for ask in (KnnShapley(), KnnShapley(features="inputs")):
+        with pytest.raises(UnsupportedError, match="features of validation sample 3 are not finite"):
+            ask(trajectory, workload)
+
+
+@pytest.mark.parametrize("name", ["aum", "forgetting_events", "representer_points", "trak", "knn_shapley"])
+def test_methods_that_take_no_loss_give_no_rank_among_nan(name: str, tmp_path: Path) -> None:
+    """Coefficients become NaN at one sample, and the model with them."""
+
+    def coefficients(batch: Any) -> Tensor:
+        (inputs, _), (sample, _) = batch, datasets()[0][17]
+        return torch.where((inputs == sample).all(dim=1), torch.nan, 1 / len(inputs))
+
+    workload = digits_workload(coefficients=coefficients)
+    torch.manual_seed(0)
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        for _ in range(3):
+            for batch in recorder.watch(DataLoader(workload.train_set, 8)):
+                optimizer.zero_grad()
+                (coefficients(batch) * workload.loss(model, batch)).sum().backward()
+                optimizer.step()
+    trajectory = Trajectory.open(tmp_path / "t")
+    refused = (TrajectoryError, "diverged") if name != "trak" else (UnsupportedError, "coefficients of sample 17")
+    with pytest.raises(refused[0], match=refused[1]):
+        method(name)(trajectory, workload)
 
 
 def test_removals_without_a_finite_value_have_no_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -28,6 +28,22 @@ class Nested:
 Named = namedtuple("Named", "x y")
 
 
+class Swapped(Named):
+    """Takes its fields in another order."""
+
+    def __new__(cls, y: Any, x: Any) -> Swapped:
+        return super().__new__(cls, x, y)
+
+
+class Couple(tuple[Any, ...]):
+    """A tuple that is not made of one argument, with an attribute."""
+
+    def __new__(cls, one: Any, other: Any) -> Couple:
+        made = super().__new__(cls, (one, other))
+        made.also = one  # type: ignore[attr-defined]
+        return made
+
+
 class Tagged(dict[str, Any]):
     """A dict with an attribute, which its constructor does not take."""
 
@@ -56,6 +72,8 @@ KINDS: list[Any] = [
     UserDict({"x": x()}),
     MappingProxyType({"x": x()}),
     Named(x(), 1),
+    Swapped(1, x()),
+    Couple(x(), 1),
     Nested(x(), {"y": [x()]}),
     SimpleNamespace(x=x(), deep=SimpleNamespace(y=[x()], of=int, mode=torch.float16)),
     tagged(),
@@ -79,8 +97,24 @@ def test_tensors_are_moved_in_copies(batch: Any) -> None:
 
 
 def test_what_is_not_a_tensor_is_kept() -> None:
-    moved = to_like(KINDS[8], torch.device("cpu"), None)
+    moved = to_like(Nested(x(), {}), torch.device("cpu"), None)
     assert moved.made == 1
-    assert to_like(KINDS[9], torch.device("cpu"), None).deep.mode is torch.float16
+    assert (
+        to_like(SimpleNamespace(deep=SimpleNamespace(mode=torch.float16)), torch.device("cpu"), None).deep.mode
+        is torch.float16
+    )
     assert to_like(tagged(), torch.device("cpu"), None).tag == "ours"
     assert to_like({"n": np.arange(2.0)}, torch.device("cpu"), torch.float32)["n"].dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_tensors_that_share_memory_share_it_in_the_copy(dtype: torch.dtype | None) -> None:
+    whole = torch.arange(40.0).reshape(10, 4)
+    rows = whole[2:8]
+    batch = {"x": rows, "first": rows[:, :2], "again": [rows], "apart": torch.ones(3), "other": whole[8:]}
+    moved = to_like(batch, torch.device("cpu"), dtype, fresh=True)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(tensors_of(moved), tensors_of(batch), strict=True))
+    moved["first"].zero_()
+    assert not moved["x"][:, :2].any() and moved["x"][:, 2:].all() and torch.equal(moved["again"][0], moved["x"])
+    assert rows[:, :2].any(), "the given batch is left alone"
+    assert moved["x"].untyped_storage().nbytes() == rows.numel() * moved["x"].element_size(), "and no more is copied"
