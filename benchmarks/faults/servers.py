@@ -270,7 +270,8 @@ def reading(folder: Path, sizes: dict[str, int]) -> list[Row]:
         }
         for name, rule in rules.items():
             proxy.fault = rule
-            before, tries = proxy.faults, 10
+            # Where nothing is ever read, each try takes a minute.
+            before, tries = proxy.faults, 2 if name == "every answer cut" else 10
             outcomes = here.answer(
                 name, read_often, run_of(worker), state_of(worker), tries, MLFLOW_HTTP_REQUEST_MAX_RETRIES="1"
             )
