@@ -224,7 +224,12 @@ def scores_of(ready: Ready, run_ids: Sequence[str | None]) -> list[list[float] |
 def statuses(ready: Ready, experiment: str) -> dict[str, int]:
     """How many runs of an experiment have each status."""
     found = mlflow.search_runs(experiment_names=[experiment], output_format="list", max_results=10_000)
-    kinds = [run.info.status for run in found]
+    return statuses_of(ready, [run.info.run_id for run in found])
+
+
+def statuses_of(ready: Ready, run_ids: Sequence[str]) -> dict[str, int]:
+    """How many of these runs have each status."""
+    kinds = [MlflowClient().get_run(run_id).info.status for run_id in run_ids]
     return {kind: kinds.count(kind) for kind in set(kinds)}
 
 
