@@ -50,6 +50,7 @@ SIZES = {
     "recorder steps": 2_000,
     "recorder steps elsewhere": 300,
     "jobs": 20,
+    "jobs elsewhere": 8,
     "samples": 1_000_000,
     "windows": 500,
     "steps": 100_000,

@@ -347,9 +347,10 @@ def run_job(kind: str, job: Callable[[str | None], str], *titles: str, beside: s
     with ending_on_signals(imports=project_run_id is None):
         try:
             with phases(*titles):
+                from dit_mlflow.tracking.store.patience import patient_stores
                 from dit_mlflow.tracking.store.run_log import experiment_of
 
-                with experiment_of(beside):
+                with patient_stores(), experiment_of(beside):
                     said = job(project_run_id)
             click.echo("\n".join(map(told, said.split("\n"))))
         except BaseException as error:

@@ -30,11 +30,11 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "store holds afterwards, read back and replayed.",
     ),
     "jobs": (
-        "Twenty main jobs at once on one store",
+        "Main jobs at once on one store",
         "Each trains, computes two windows, leaves four samples out and logs plots and report; all from the same "
-        "seeds. Their scores are held against those of a job that ran alone. Retrainings run side by side or one "
-        "after the other, whichever a measurement of their time prefers, so under load equal jobs may differ by "
-        "the rounding of float32; more than 1e-5 of the largest score counts as wrong.",
+        "seeds. Their scores are held against those of a job that ran alone. Draws and retrainings run side by side "
+        "or one after the other, whichever a measurement of their time prefers, so under load equal jobs may differ "
+        "by the rounding of float32; more than 1e-5 of the largest score counts as wrong.",
     ),
     "length": (
         "A long training",
@@ -51,9 +51,10 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "when the fault comes. `exit 0`: training and the end of its run passed. Where the store stays away, the "
         "message names a folder; kept after `log_trajectory` counts what the store holds once it is back and that"
         " was called. MLflow's own retries are the default, except where the fault is for good (2 retries, 20 s)."
-        " What fails is MLflow's: a run cannot be ended in a store that is away, a request whose answer was cut "
-        "is not repeated, nor is one to a database that ended the connection; jobs then end with exit code 1 and "
-        "an error, and training with the error of `mlflow.start_run`, after its trajectory was kept.",
+        " MLflow repeats no request whose answer was cut, and none to a database that ended the connection: jobs "
+        "do that, for 51 s; a training's own `mlflow.start_run` does not, whose error ends it after its trajectory was "
+        "kept. Where the store stays away, jobs end with exit code 1 and an error, and their runs cannot be ended. S3 "
+        "is asked again by botocore alone, for some seconds.",
     ),
     "reading": (
         "Reading from a server that fails",

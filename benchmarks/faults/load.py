@@ -52,16 +52,17 @@ def recorders(folder: Path, sizes: dict[str, int]) -> list[Row]:
 
 
 def jobs(folder: Path, sizes: dict[str, int]) -> list[Row]:
-    """20 main jobs at once on one store, each with a training of its own, all from the same seeds."""
+    """20 main jobs at once on a server, some on other stores, each with a training of its own from the same seeds."""
     reference = quiet_scores(folder)
     rows: list[Row] = []
-    for kind in ("server",):
-        row: Row = {"store": kind, "jobs": sizes["jobs"]}
+    for kind in KINDS:
+        count = sizes["jobs"] if kind == "server" else sizes["jobs elsewhere"]
+        row: Row = {"store": kind, "jobs": count}
         rows.append(row)
         try:
             with place(kind, folder / kind) as here:
                 begun = time.perf_counter()
-                workers = [here.asking(number) for number in range(sizes["jobs"])]
+                workers = [here.asking(number) for number in range(count)]
                 row["exit 0"] = codes(workers).count(0)
                 row["seconds"] = round(time.perf_counter() - begun, 1)
                 status = here.answer("statuses", work.statuses, here.experiment)

@@ -6,12 +6,13 @@ import http.client
 import os
 import random
 import signal
+import sqlite3
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +31,7 @@ STEPS, SECONDS_PER_STEP = 1_500, 0.02
 FROZEN_SECONDS, AWAY_SECONDS, ERROR_SECONDS = 15.0, 20.0, 15.0
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """For stores that do not come back: MLflow itself tries again for minutes by default."""
+ENDPOINT = "MLFLOW_S3_ENDPOINT_URL"
 
 
 class Proxy:
@@ -63,11 +65,13 @@ class Proxy:
                 connection.request(self.command, self.path, content, dict(self.headers))
                 answer = connection.getresponse()
                 found = answer.read()
+                # Of what is there, which an answer to HEAD does not hold.
+                size = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(found))
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():
                     if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                         self.send_header(name, value)
-                self.send_header("Content-Length", str(len(found)))
+                self.send_header("Content-Length", size)
                 self.end_headers()
                 if fault == "cut":
                     found = found[: len(found) // 2]
@@ -139,6 +143,14 @@ def kill_and_start(here: Place, proxy: Proxy | None) -> None:
     start(here, proxy)
 
 
+def lock(here: Place, proxy: Proxy | None) -> None:
+    """Hold the write lock of the database file, as another process's long transaction does."""
+    with closing(sqlite3.connect(here.store.uri.removeprefix("sqlite:///"), timeout=60)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        time.sleep(FROZEN_SECONDS)
+        database.rollback()
+
+
 def errors_for_a_while(here: Place, proxy: Proxy | None) -> None:
     assert proxy is not None
     proxy.fault = lambda number: "500"
@@ -168,9 +180,14 @@ SCENES = (
     Scene(f"500 for {ERROR_SECONDS:.0f} s", "server", errors_for_a_while, proxied=True),
     Scene("500 for good", "server", errors_for_good, IMPATIENT, proxied=True, back=end_fault),
     Scene("every third answer cut", "server", cut_some, proxied=True, back=end_fault),
+    Scene(f"locked for {FROZEN_SECONDS:.0f} s", "SQLite", lock),
     Scene(f"frozen for {FROZEN_SECONDS:.0f} s", "PostgreSQL", freeze),
     Scene(f"killed, back after {AWAY_SECONDS:.0f} s", "PostgreSQL", kill_and_start),
+    Scene("killed for good", "PostgreSQL", kill, back=start),
     Scene(f"frozen for {FROZEN_SECONDS:.0f} s", "S3", freeze),
+    Scene(f"500 for {ERROR_SECONDS:.0f} s", "S3", errors_for_a_while, proxied=True),
+    Scene("500 for good", "S3", errors_for_good, proxied=True, back=end_fault),
+    Scene("every third answer cut", "S3", cut_some, proxied=True, back=end_fault),
 )
 
 
@@ -196,9 +213,14 @@ def _proxied(behind: Place, wanted: bool) -> Any:
     if not wanted:
         yield behind, None
         return
-    proxy = Proxy(behind.store.uri)
+    endpoint = behind.store.environment.get(ENDPOINT)
+    proxy = Proxy(endpoint or behind.store.uri)
+    if endpoint is None:
+        seen = replace(behind.store, uri=proxy.uri)
+    else:
+        seen = replace(behind.store, environment={**behind.store.environment, ENDPOINT: proxy.uri})
     try:
-        yield replace(behind, store=replace(behind.store, uri=proxy.uri)), proxy
+        yield replace(behind, store=seen), proxy
     finally:
         proxy.close()
 
@@ -233,6 +255,7 @@ def _counted(scene: Scene, here: Place, behind: Place, proxy: Proxy | None, refe
         "jobs": JOBS,
         "jobs exit 0": ended[RECORDERS:].count(0),
         **compared(scores, reference),
+        "influence runs RUNNING": behind.answer("statuses", work.statuses_of, runs).get("RUNNING", 0),
         "hung": ended.count(HUNG),
     }
     if faults is not None:
@@ -270,7 +293,8 @@ def reading(folder: Path, sizes: dict[str, int]) -> list[Row]:
         }
         for name, rule in rules.items():
             proxy.fault = rule
-            before, tries = proxy.faults, 10
+            # Where nothing is ever read, each try takes a minute.
+            before, tries = proxy.faults, 2 if name == "every answer cut" else 10
             outcomes = here.answer(
                 name, read_often, run_of(worker), state_of(worker), tries, MLFLOW_HTTP_REQUEST_MAX_RETRIES="1"
             )

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.faults.processes import Ready, note
 from dit_mlflow import DitError, Trajectory, TrajectoryRecorder, Window, Workload, track
-from dit_mlflow.cli import cli  # noqa: F401
+from dit_mlflow.cli import run_job
 from dit_mlflow.recording import writer
 from dit_mlflow.tracking import load_influence, load_trajectory, log_trajectory, record_trajectory
 from dit_mlflow.tracking.jobs.influence import main_job
@@ -144,13 +144,21 @@ def looked_in(ready: Ready, folders: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def ask(ready: Ready, experiment: str) -> str:
-    """The main job, on a training of its own that is the same in each process; returns the influence run's id."""
+    """The main job, as the command line runs it, on a training of its own that is the same in each process.
+
+    Returns the influence run's id.
+    """
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     mlflow.set_experiment(experiment)
     ready()
-    said = main_job(Request(settings=SMALL, windows="2", ground_truth="4"))
-    found = re.findall(r"^influence run +(\w+)", said, re.MULTILINE)
-    return str(found[0])
+    said: list[str] = []
+
+    def job(project_run_id: str | None) -> str:
+        said.append(main_job(Request(settings=SMALL, windows="2", ground_truth="4"), project_run_id))
+        return said[0]
+
+    run_job("influence", job)
+    return str(re.findall(r"^influence run +(\w+)", said[0], re.MULTILINE)[0])
 
 
 def looked_at(ready: Ready, run_ids: Sequence[str | None], states: Sequence[str | None]) -> list[dict[str, Any]]:
@@ -216,7 +224,12 @@ def scores_of(ready: Ready, run_ids: Sequence[str | None]) -> list[list[float] |
 def statuses(ready: Ready, experiment: str) -> dict[str, int]:
     """How many runs of an experiment have each status."""
     found = mlflow.search_runs(experiment_names=[experiment], output_format="list", max_results=10_000)
-    kinds = [run.info.status for run in found]
+    return statuses_of(ready, [run.info.run_id for run in found])
+
+
+def statuses_of(ready: Ready, run_ids: Sequence[str]) -> dict[str, int]:
+    """How many of these runs have each status."""
+    kinds = [MlflowClient().get_run(run_id).info.status for run_id in run_ids]
     return {kind: kinds.count(kind) for kind in set(kinds)}
 
 

@@ -144,7 +144,7 @@ class TrajectoryFolder:
             OSError: the folder cannot be written; its trajectory is unchanged.
         """
         files: dict[str, FileEntry] = {}
-        content = b""
+        new = None
         old = self.manifest
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -163,9 +163,10 @@ class TrajectoryFolder:
             content = manifest.encode()
             with written_atomically(self.directory / FILE_NAME) as temporary:
                 temporary.write_bytes(content)
+                new = temporary.stat().st_ino
         except BaseException as error:
             # The sync of the folder's names comes last: where it alone fails, everything is in place.
-            if not (isinstance(error, OSError) and self._is_in_place(content)):
+            if not (isinstance(error, OSError) and new is not None and self._is_in_place(new)):
                 self._once.forget()
                 # No manifest lists them, and a full disk has better use for their space.
                 for name in files:
@@ -177,9 +178,10 @@ class TrajectoryFolder:
         self._number += len(files)
         return Written(list(files), content)
 
-    def _is_in_place(self, manifest: bytes) -> bool:
+    def _is_in_place(self, manifest: int) -> bool:
+        """Whether the manifest is this file (its inode); asked without a handle, of which none may be left."""
         try:
-            return bool(manifest) and (self.directory / FILE_NAME).read_bytes() == manifest
+            return (self.directory / FILE_NAME).stat().st_ino == manifest
         except OSError:
             return False
 

@@ -6,8 +6,10 @@ inside the functions, since the command line loads this module first.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
@@ -30,6 +32,28 @@ def artifact_store(uri: str) -> ArtifactRepository:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     return get_artifact_repository(uri, tracking_uri=mlflow.get_tracking_uri())
+
+
+@contextmanager
+def clients_through(store: Callable[[Any], Any], request: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, MLflow's clients use what ``store`` makes of a tracking store, ``request`` of the function that requests.
+
+    ``TrackingServiceClient`` and ``mlflow.utils.rest_utils``: stores are registered by the scheme of their URI, so
+    there is no documented way to stand before each. If it goes: an ``AttributeError`` when a job starts.
+    """
+    from mlflow.tracking._tracking_service.client import TrackingServiceClient
+    from mlflow.utils import rest_utils
+
+    places = ((TrackingServiceClient, "store"), (rest_utils, "_get_http_response_with_retries"))
+    found: list[Any] = [getattr(*place) for place in places]
+    changed = (property(lambda client: store(found[0].fget(client))), request(found[1]))
+    try:
+        for place, value in zip(places, changed, strict=True):
+            setattr(*place, value)
+        yield
+    finally:
+        for place, value in zip(places, found, strict=True):
+            setattr(*place, value)
 
 
 def download_file(store: ArtifactRepository, artifact_path: str, path: Path) -> None:

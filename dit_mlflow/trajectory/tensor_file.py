@@ -38,14 +38,17 @@ def written_atomically(path: Path) -> Iterator[Path]:
 def _put_in_place(temporary: Path, path: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
-    temporary.replace(path)
-    if os.name != "nt":
+    if os.name == "nt":
+        temporary.replace(path)
+        return
+    # Opened first: where no handle is left, nothing is replaced.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        temporary.replace(path)
         # The name is synced as well, so that a power cut does not leave a manifest of files that are not there.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def sha256(path: Path) -> str:

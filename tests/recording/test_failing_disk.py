@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import resource
@@ -188,6 +189,32 @@ def test_file_handles_that_are_used_up_for_a_while(tmp_path: Path) -> None:
     assert [said.count("Training goes on"), said.count("nothing is missing")] == [1, 1], said
     saved = Trajectory.open(tmp_path / "t")
     assert (saved.num_steps, saved.complete) == (30, True)
+    assert saved.verify(digits_workload()).max_drift == 0.0
+
+
+def train_until_handles_end_at_a_manifest(folder: Path) -> int:
+    """Steps in the first manifest that lists some; from when it is in place on, no file can be opened."""
+    writer.FLUSH_SECONDS = 0.0
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    real, listed = Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        found = real(self, target)
+        if target.name == "manifest.json" and not listed and (steps := json.loads(target.read_text())["num_steps"]):
+            listed.append(steps)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1, most))
+        return found
+
+    Path.replace = replace  # type: ignore[assignment]
+    with redirect_stderr(StringIO()):
+        run_loop(folder, 30)
+    return int(listed[0])
+
+
+def test_what_a_manifest_lists_stays_where_handles_end_as_it_comes_in_place(tmp_path: Path) -> None:
+    listed = processes.answer(train_until_handles_end_at_a_manifest, tmp_path / "t")
+    saved = Trajectory.open(tmp_path / "t")
+    assert saved.num_steps == listed
     assert saved.verify(digits_workload()).max_drift == 0.0
 
 

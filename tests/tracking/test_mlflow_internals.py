@@ -37,6 +37,26 @@ def test_a_failing_database_writes_its_traceback_to_the_logger(
     assert {record.name for record in caplog.records if record.exc_info} == {mlflow_internals.DATABASE_LOGGER}
 
 
+def test_clients_go_through_what_stands_before_their_store(store: str) -> None:
+    asked: list[str] = []
+
+    class Before:
+        def __init__(self, behind: object) -> None:
+            self.behind = behind
+
+        def __getattr__(self, name: str) -> object:
+            asked.append(name)
+            return getattr(self.behind, name)
+
+    with mlflow_internals.clients_through(Before, lambda request: request), mlflow.start_run():
+        mlflow.log_metric("loss", 1.0)
+        mlflow.log_text("told", "a.txt")
+    assert {"create_run", "log_metric", "get_run", "update_run_info"} <= set(asked)
+    known = len(asked)
+    mlflow.search_experiments()
+    assert len(asked) == known
+
+
 def test_documented_tags_are_those_that_mlflow_sets() -> None:
     assert names.NOTE == mlflow_tags.MLFLOW_RUN_NOTE
     assert names.RUN_NAME == mlflow_tags.MLFLOW_RUN_NAME

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from urllib.parse import urlparse
@@ -20,6 +21,7 @@ from dit_mlflow.replay import Trajectory
 from dit_mlflow.told import logger_of, masked
 from dit_mlflow.tracking.store.found_models import load_model_influence
 from dit_mlflow.tracking.store.names import INFLUENCE, RECORDING, TRAINING_RUN, TRAJECTORY
+from dit_mlflow.tracking.store.patience import asked_again, broken_off
 from dit_mlflow.tracking.store.remote import open_remote, reading
 from dit_mlflow.tracking.ui.notes import note_training
 from dit_mlflow.trajectory.manifest import FILE_NAME
@@ -106,8 +108,9 @@ def load_influence(source: str, folder: str = INFLUENCE) -> Influence:
     run = find_run(run_id)
     with TemporaryDirectory() as temporary:
         with reading(run, f"{folder}/"):
-            missing = not MlflowClient().list_artifacts(run_id, folder)
-            found = "" if missing else download_artifacts(run_id=run_id, artifact_path=folder, dst_path=temporary)
+            missing = not asked_again(partial(MlflowClient().list_artifacts, run_id, folder), broken_off)
+            fetch = partial(download_artifacts, run_id=run_id, artifact_path=folder, dst_path=temporary)
+            found = "" if missing else asked_again(fetch, broken_off)
         if missing:
             raise InputError(f"run {run_id} ({run.info.run_name}) has no artifact {folder}/; expected an influence run")
         return Influence.load(found)
@@ -125,7 +128,7 @@ def find_run(run_id: str) -> Run:
     """The run; an :class:`InputError` says where it was searched, or that it is deleted."""
     store = f"the tracking URI {masked(mlflow.get_tracking_uri())}"
     try:
-        run = MlflowClient().get_run(run_id)
+        run = asked_again(partial(MlflowClient().get_run, run_id), broken_off)
     except Exception as error:  # MLflow's own, or one of a database driver, which may be missing.
         if isinstance(error, MlflowException) and error.error_code in (
             "RESOURCE_DOES_NOT_EXIST",

@@ -7,6 +7,7 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -18,6 +19,7 @@ from dit_mlflow.told import masked
 from dit_mlflow.tracking.mlflow_internals import artifact_store, download_file
 from dit_mlflow.tracking.store.cache import FileCache
 from dit_mlflow.tracking.store.names import TRAJECTORY
+from dit_mlflow.tracking.store.patience import asked_again, broken_off
 from dit_mlflow.trajectory.manifest import FILE_NAME, FileEntry
 
 MANIFEST_BYTES = 256 * 2**20
@@ -109,12 +111,12 @@ class RemoteFiles:
     def _download(self, name: str, folder: Path) -> Path:
         path = folder / name
         with reading(self._run, f"{TRAJECTORY}/{name}"):
-            download_file(self._store, f"{TRAJECTORY}/{name}", path)
+            asked_again(partial(download_file, self._store, f"{TRAJECTORY}/{name}", path), broken_off)
         return path
 
     def _listing(self) -> dict[str, int | None]:
         with reading(self._run, f"{TRAJECTORY}/"):
-            found = self._store.list_artifacts(TRAJECTORY)
+            found = asked_again(partial(self._store.list_artifacts, TRAJECTORY), broken_off)
         return {posixpath.basename(item.path): item.file_size for item in found if not item.is_dir}
 
 
