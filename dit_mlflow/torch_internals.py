@@ -135,13 +135,15 @@ def widening(dtype: torch.dtype, told: Callable[[torch.dtype], Any]) -> Abstract
     return mode
 
 
-def tensor_slots(module: nn.Module, kind: Literal["parameters", "buffers"]) -> dict[str, Any]:
-    """The dictionary in which a module looks for its tensors, or ``None`` (``Module._parameters``, ``_buffers``).
+def tensor_slots(module: nn.Module, kind: Literal["parameters", "buffers", "modules"]) -> dict[str, Any]:
+    """The dictionary in which a module looks for its tensors (``Module._parameters``, ``_buffers``) or its modules
+    (``_modules``); some are ``None``.
 
     ``setattr`` takes no plain tensor in place of a parameter, and ``torch.func.functional_call`` loses a buffer that
     the model assigns anew.
     """
-    return module._parameters if kind == "parameters" else module._buffers
+    found: dict[str, Any] = getattr(module, f"_{kind}")
+    return found
 
 
 def forward_pre_hooks(module: nn.Module) -> Iterable[Callable[..., Any]]:

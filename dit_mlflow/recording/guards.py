@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
-from dit_mlflow.replay.optimizers import groups_of, hyperparameters
+from dit_mlflow.replay.optimizers import every, groups_of, hyperparameters
 from dit_mlflow.told import logger_of
-from dit_mlflow.torch_internals import forward_pre_hooks, has_gradient_hook, version
+from dit_mlflow.torch_internals import forward_pre_hooks, has_gradient_hook, tensor_slots, version
 from dit_mlflow.trajectory.step_record import Hyperparameters
 from dit_mlflow.workload.modes import check_modes
 from dit_mlflow.workload.workload import Optimizers
@@ -28,8 +28,11 @@ _INSIST = (
 )
 
 
-def check_model(model: nn.Module, low_precision: bool) -> None:
+def check_model(model: nn.Module, low_precision: bool, hooked: set[str]) -> None:
     """Refuse models that cannot be recorded, before training starts.
+
+    Args:
+        hooked: see :func:`check_parameters`.
 
     Raises:
         UnsupportedError: several processes train the model; its parameters are in low precision or have no shape; or
@@ -77,20 +80,8 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
                 "that of the loss; train without it"
             )
     check_modes(model)
-    places: dict[int, str] = {}
+    check_parameters(dict(model.named_parameters()), hooked)
     for name, parameter in model.named_parameters():
-        if parameter.numel() and (other := places.setdefault(parameter.data_ptr(), name)) != name:
-            raise UnsupportedError(
-                f"parameters {other!r} and {name!r} share memory (tied through .data, or by a new Parameter): the "
-                "optimizer steps it twice, which a copy of the model does not do. Tie them by one Parameter: "
-                "output.weight = embedding.weight"
-            )
-        if has_gradient_hook(parameter):
-            _log.warning(
-                "parameter %r has a gradient hook, which a replay does not run: if it changes gradients (a mask), the "
-                "replay differs from the record. Put masks into the model (torch.nn.utils.parametrize)",
-                name,
-            )
         if parameter.is_complex():
             raise UnsupportedError(
                 f"parameter {name!r} is complex ({_plain(parameter.dtype)}), which is not supported; keep its real and "
@@ -101,6 +92,33 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
             raise UnsupportedError(
                 f"parameter {name!r} is in {_plain(parameter.dtype)}: second derivatives, which influence needs, are "
                 f"noise in low precision. Train in float32, {_INSIST}"
+            )
+
+
+def check_parameters(parameters: Mapping[str, Tensor], hooked: set[str]) -> None:
+    """Refuse parameters that share memory, and warn of those whose gradients are changed; both may come late.
+
+    Args:
+        parameters: the model's, by name.
+        hooked: the names that were warned of; the others are added.
+
+    Raises:
+        UnsupportedError: two parameters have the same memory.
+    """
+    places: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if parameter.numel() and (other := places.setdefault(parameter.data_ptr(), name)) != name:
+            raise UnsupportedError(
+                f"parameters {other!r} and {name!r} share memory (tied through .data, or by a new Parameter): the "
+                "optimizer steps it twice, which a copy of the model does not do. Tie them by one Parameter: "
+                "output.weight = embedding.weight"
+            )
+        if name not in hooked and has_gradient_hook(parameter):
+            hooked.add(name)
+            _log.warning(
+                "parameter %r has a gradient hook, which a replay does not run: if it changes gradients (a mask), the "
+                "replay differs from the record. Put masks into the model (torch.nn.utils.parametrize)",
+                name,
             )
 
 
@@ -138,28 +156,45 @@ def check_scaler() -> None:
 
 
 class Groups:
-    """An optimizer's param groups; in training, their settings may change, their parameters may not."""
+    """An optimizer's param groups; in training, their settings may change, their parameters may not.
+
+    Nor may its state be another than its own steps made (``load_state_dict``, ``state.clear()``).
+    """
 
     def __init__(self, optimizer: Optimizers) -> None:
         self._optimizer = optimizer
-        self._sizes = [len(group["params"]) for group in groups_of(optimizer)]
+        self._params = [[*group["params"]] for group in groups_of(optimizer)]
+        self._ids = [tuple(map(id, params)) for params in self._params]
         self._seen: list[dict[str, Any]] = []
         self._settings: tuple[Hyperparameters, ...] = ()
         self._may_change_in_place = False
+        self.note_state()
+
+    def note_state(self) -> None:
+        """Remember where the optimizer's state is now."""
+        self._states = [(one.state, len(one.state)) for one in every(self._optimizer)]
 
     def settings(self) -> tuple[Hyperparameters, ...]:
         """The hyperparameters of each group; the same object while they do not change.
 
         Raises:
-            UnsupportedError: groups have been added, or parameters to a group.
+            UnsupportedError: groups have been added, or parameters exchanged or added to a group.
+            TrajectoryError: the state is another one than :meth:`note_state` saw.
         """
-        groups = [{**group, "params": len(group["params"])} for group in groups_of(self._optimizer)]
+        for one, (state, size) in zip(every(self._optimizer), self._states, strict=True):
+            if (one.state is not state and (size or one.state)) or len(one.state) < size:
+                raise TrajectoryError(
+                    f"the state of {type(one).__name__} was replaced or cleared since its last step, or since the "
+                    "recorder was entered (load_state_dict, state.clear()), which a replay does not do; do it before "
+                    "the with block, and begin a new recorder after it"
+                )
+        groups = [{**group, "params": tuple(map(id, group["params"]))} for group in groups_of(self._optimizer)]
         if groups == self._seen and not self._may_change_in_place:
             return self._settings
-        if [group["params"] for group in groups] != self._sizes:
+        if [group["params"] for group in groups] != self._ids:
             raise UnsupportedError(
-                "the optimizer's parameter groups changed during recording (add_param_group); begin a new "
-                "recorder after the change"
+                "the optimizer's parameter groups changed during recording (add_param_group, or other parameters put "
+                "in); begin a new recorder after the change"
             )
         self._seen, self._settings = groups, hyperparameters(self._optimizer)
         values = [value for group in groups for value in group.values()]
@@ -167,11 +202,66 @@ class Groups:
         return self._settings
 
 
+class Structure:
+    """The modules, parameters and buffers of a model, by place: in training, their values change and they stay.
+
+    Buffers may be assigned anew (``self.mean = …``), and so may tensors that stand in for parameters.
+
+    Cost: a microsecond per module at each check.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = []
+        for name, module in model.named_modules():
+            for kind in _KINDS:
+                slots = tensor_slots(module, kind)
+                self._places.append((kind, name, slots, dict(slots)))
+
+    def check(self, step: int) -> None:
+        """``step`` is about to be made.
+
+        Raises:
+            UnsupportedError: a buffer has come or gone.
+            TrajectoryError: modules or parameters are not those that there were at the beginning.
+        """
+        for kind, name, slots, before in self._places:
+            if slots.keys() == before.keys() and (
+                kind == "buffers" or all(map(_stays, before.values(), slots.values()))
+            ):
+                continue
+            odd = [key for key in {**before, **slots} if key not in before or key not in slots]
+            key = (odd or [key for key in before if not _stays(before[key], slots[key])] or ["its parts"])[0]
+            where = f"{name}.{key}" if name else key
+            if kind == "buffers":
+                refuse_change("buffer", where, step)
+            raise TrajectoryError(
+                f"{kind[:-1]} {where!r} of the model was put in, taken out, moved or replaced before step {step}, and "
+                "the optimizer still steps what it was given: pruning, parametrizing, tying weights, other layers? Do "
+                "it before the with block, and begin a new recorder after it"
+            )
+
+
+_KINDS: tuple[Literal["modules", "parameters", "buffers"], ...] = ("modules", "parameters", "buffers")
+
+
+def _stays(before: Any, now: Any) -> bool:
+    return before is now or not isinstance(before, (nn.Module, nn.Parameter, type(None)))
+
+
+def refuse_change(kind: str, name: str, step: int) -> NoReturn:
+    """Raise :class:`UnsupportedError` for a tensor that has come, gone or got another layout by ``step``."""
+    raise UnsupportedError(
+        f"{kind} {name!r} was made, removed or given another shape or type by step {step}; give it its form when the "
+        "model is built (register_buffer in __init__): every state must have the same parts"
+    )
+
+
 class ChangeCheck:
     """Detects changes of parameters between two steps of the recorded optimizer.
 
     The tensors' version counters show changes in place, but not assignments through ``.data`` or fused optimizers. So
-    values are compared too at the first two steps, which detects a loop that makes such changes at every step.
+    values are compared too after the first step and after each whose state is stored, which detects a loop that makes
+    such changes at every step.
 
     Args:
         parameters: the model's, by name.
@@ -189,16 +279,19 @@ class ChangeCheck:
         self._values = values
         self._versions = list(map(version, self._tensors))
 
+    def changed(self) -> list[str]:
+        """The names of the parameters that have changed since."""
+        now = list(map(version, self._tensors))
+        if self._values is not None:
+            return [name for name, value in self._values.items() if not same(value, self._parameters[name])]
+        if now == self._versions:
+            return []
+        names = zip(self._parameters, now, self._versions, strict=True)
+        return [name for name, found, noted in names if found != noted]
+
     def check(self, step: int) -> None:
         """Raise :class:`TrajectoryError` if parameters have changed since; ``step`` is about to be made."""
-        now = list(map(version, self._tensors))
-        if now == self._versions and step > 1:
-            return
-        if self._values is not None:
-            changed = [name for name, value in self._values.items() if not same(value, self._parameters[name])]
-        else:
-            names = zip(self._parameters, now, self._versions, strict=True)
-            changed = [name for name, found, noted in names if found != noted]
+        changed = self.changed()
         if changed and step == 0:
             raise TrajectoryError(
                 f"parameters changed between entering the recorder and the first optimizer step ({changed[0]!r} is the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,8 +91,14 @@ class TrajectoryWriter:
         self._gathered = Segment(0)
         self._on_written = on_written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dit-mlflow-writer")
+        self._process = os.getpid()
         self._writing: Future[Unwritten | None] | None = None
         self._last_flush = time.monotonic()
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this process was forked from the one that writes; then it writes nothing."""
+        return os.getpid() != self._process
 
     def begin(self, initial: State) -> None:
         """Write ``s_0``, so that a state that cannot be stored is refused early, and a killed run leaves its start.
@@ -150,7 +157,8 @@ class TrajectoryWriter:
     def close(self) -> None:
         """End the writing thread."""
         self._await()
-        self._thread.shutdown()
+        if not self.is_copy:
+            self._thread.shutdown()
 
     def _flush_if_due(self) -> None:
         full = self._gathered.nbytes >= FLUSH_BYTES and self.failure is None
@@ -175,6 +183,8 @@ class TrajectoryWriter:
             return done
 
     def _await(self) -> None:
+        if self.is_copy:  # The thread stayed in the other process.
+            self.stopped, self._writing = True, None
         if self._writing is None:
             return
         future, self._writing = self._writing, None
@@ -185,15 +195,17 @@ class TrajectoryWriter:
             self.failure = None
             return
         error, self._gathered = unwritten.error, unwritten.segment.followed_by(self._gathered)
+        may_pass = isinstance(error, OSError)
         if self.failure is None:
             steps = self._folder.manifest.num_steps
+            kept = f"what it does is kept in memory for later attempts, up to {UNWRITTEN_BYTES // 2**20} MiB, and then "
             logger.error(
-                "the trajectory in %s holds %d step%s and could not be written further: %s: %s. Training goes on; what "
-                "it does is kept in memory for later attempts, up to %d MiB, and then recording stops",
-                *(self.directory, steps, "s" * (steps != 1), type(error).__name__, error, UNWRITTEN_BYTES // 2**20),
+                "the trajectory in %s holds %d step%s and could not be written further: %s: %s. Training goes on; "
+                "%srecording stops",
+                *(self.directory, steps, "s" * (steps != 1), type(error).__name__, error, kept if may_pass else ""),
             )
         self.failure = error
-        if self._gathered.nbytes > UNWRITTEN_BYTES or not isinstance(error, OSError):
+        if self._gathered.nbytes > UNWRITTEN_BYTES or not may_pass:
             self.stopped, self._gathered = True, Segment(self._num_steps)
 
     def _facts(self, complete: bool) -> Facts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import os
@@ -19,7 +20,7 @@ from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
-from dit_mlflow import Trajectory, TrajectoryError, TrajectoryRecorder, train
+from dit_mlflow import InputError, Trajectory, TrajectoryError, TrajectoryRecorder, train
 from dit_mlflow.recording import writer
 from dit_mlflow.trajectory import tensor_file
 
@@ -199,6 +200,49 @@ def test_a_folder_that_cannot_be_written_is_known_before_training(tmp_path: Path
         TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "file" / "t"),
     ):
         raise AssertionError("training was reached")
+
+
+def test_a_folder_that_is_moved_is_said_and_not_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
+    folder = tmp_path / "t"
+    _, recorder = run_loop(folder, 12, {5: lambda: folder.rename(tmp_path / "away")})
+    assert isinstance(recorder.failure, FileNotFoundError)
+    assert "manifest.json, which was written before, is gone" in caplog.text
+    assert not folder.exists()
+
+
+def test_of_two_recorders_that_resume_one_trajectory_the_later_leaves_it_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = run_loop(tmp_path / "t", 4)
+    recorders = []
+    for rate in (0.1, 0.2):
+        trained = copy.deepcopy(model)
+        optimizer = SGD(trained.parameters(), lr=rate)
+        recorder = TrajectoryRecorder(trained, optimizer, tmp_path / "t", resume=True)
+        recorders.append((recorder.__enter__(), trained, optimizer))
+    for recorder, trained, optimizer in [*recorders, *recorders]:
+        for batch in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
+            optimizer.zero_grad()
+            sample_losses(trained, batch).mean().backward()
+            optimizer.step()
+        recorder.checkpoint()
+    for recorder, *_ in recorders:
+        recorder.__exit__(None, None, None)
+    assert "another recorder writes there too" in caplog.text
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert [trajectory.step(t).hyperparameters[0]["lr"] for t in range(trajectory.num_steps)] == [0.1] * 12
+    assert trajectory.verify(digits_workload()).max_drift == 0
+    assert recorders[0][0].failure is None and isinstance(recorders[1][0].failure, TrajectoryError)
+
+
+def test_a_file_in_place_of_the_folder_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "t").touch()
+    model = digits_model()
+    with pytest.raises(InputError, match="t is no folder"):
+        TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t")
 
 
 def test_our_own_loop_says_that_the_trajectory_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
