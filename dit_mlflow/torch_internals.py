@@ -30,6 +30,9 @@ MISSING_DERIVATIVE = ("derivative for", "differentiate twice", "double backward"
 """Every error that torch raises for want of a second derivative has one of these in its message. If torch words it
 otherwise, users see its error in place of ours."""
 
+GRAPH_IS_GONE = "through the graph a second time"
+"""In the message of a backward pass over a graph that was freed. If torch words it otherwise, users see its error."""
+
 REFUSING_NODE = "torch::autograd::Error"
 """Name of the node that stands in a graph where ``once_differentiable`` cut it: ``torch.autograd.grad`` with
 ``allow_unused`` stops before it, and gives zeros where it should raise."""
