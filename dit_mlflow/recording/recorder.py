@@ -324,7 +324,7 @@ class TrajectoryRecorder:
         if not self._inside:
             return
         if self._latest < self._num_steps:
-            self._changes.check(self._num_steps)
+            self._changes.check(self._num_steps, waits=True)
         self._take_state()
         self._save()
 
@@ -492,7 +492,7 @@ class TrajectoryRecorder:
 
     def _store_last_state(self) -> None:
         """Take the last state, unless the parameters changed after the last step."""
-        if self._num_steps and self._changes.changed():
+        if self._num_steps and self._changes.changed(waits=True):
             logger.warning(
                 "the parameters changed after the last step (%d), inside the recorder's with block: weights "
                 "loaded back (the best epoch's, averaged ones)? They are not part of the trajectory%s. Load such "
