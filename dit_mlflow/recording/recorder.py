@@ -409,14 +409,13 @@ class TrajectoryRecorder:
 
     def _after_other_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Of every optimizer in this process: refuse one that trains the model beside the recorded."""
-        own = every(self._optimizer)
-        if self._whole or self._depth or any(optimizer is one for one in own):
+        if self._whole or self._depth or any(optimizer is one for one in every(self._optimizer)):
             return
         # Other models are trained too, also in other threads.
         if self._recorded_model.shares_with(optimizer) and (changed := self._changes.changed()):
             raise TrajectoryError(
                 f"{type(optimizer).__name__}.step() changed parameter {changed[0]!r}, but the recorded optimizer is "
-                f"{' and '.join(type(one).__name__ for one in own)}. If several train the model, give all of them by "
+                f"{self._own_names}. If several train the model, give all of them by "
                 "name, and make each step inside `with recorder.one_step():`. If another one takes over, leave this "
                 "block before, and begin a new recorder with it"
             )
@@ -492,18 +491,25 @@ class TrajectoryRecorder:
 
     def _store_last_state(self) -> None:
         """Take the last state, unless the parameters changed after the last step."""
-        if self._num_steps and self._changes.changed(waits=True):
-            logger.warning(
-                "the parameters changed after the last step (%d), inside the recorder's with block: weights "
-                "loaded back (the best epoch's, averaged ones)? They are not part of the trajectory%s. Load such "
-                "weights after the block",
-                self._num_steps - 1,
-                ""
-                if self._latest == self._num_steps
-                else f", whose last state is not stored and will be replayed from step {self._latest}",
-            )
-        else:
+        if not (self._num_steps and self._changes.changed(waits=True)):
             self._take_state()
+        elif self._latest < self._num_steps:
+            logger.warning(
+                "the parameters changed after the last step (%d), inside the recorder's with block: weights loaded "
+                "back (the best epoch's, averaged ones)? They are not part of the trajectory, whose last state is not "
+                "stored and will be replayed from step %d. Load such weights after the block",
+                *(self._num_steps - 1, self._latest),
+            )
+        elif self._step.has_batches:
+            logger.warning(
+                "the parameters changed after the last recorded step (%d), and batches were drawn since, but %s.step() "
+                "was not called: what moved them is not part of the trajectory",
+                *(self._num_steps - 1, self._own_names),
+            )
+
+    @property
+    def _own_names(self) -> str:
+        return " and ".join(type(optimizer).__name__ for optimizer in every(self._optimizer))
 
     def _warn_of_no_step(self) -> None:
         if not self._num_steps and self._step.has_batches:
@@ -511,7 +517,7 @@ class TrajectoryRecorder:
                 "batches were drawn, and no step was recorded: %s.step() was never called. Where parameters are "
                 "moved by methods of another name (first_step, second_step), make each step inside "
                 "recorder.one_step(), and give it as Workload.step",
-                " and ".join(type(optimizer).__name__ for optimizer in every(self._optimizer)),
+                self._own_names,
             )
 
 

@@ -286,10 +286,27 @@ def test_weights_averaged_through_data_at_the_end_are_not_taken_for_the_last_sta
             optimizer.step()
         for value in model.parameters():
             value.data.copy_(0.9 * value.data)
-    assert f"the parameters changed after the last step ({last - 1})" in caplog.text
+    assert (f"the parameters changed after the last step ({last - 1})" in caplog.text) == (last == 6)
     trajectory = Trajectory.open(tmp_path / "t")
     assert (trajectory.num_steps, trajectory.complete) == (last, True)
     assert trajectory.verify(digits_workload()).max_drift == 0
+
+
+def test_steps_made_by_hand_after_recorded_ones_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, steps = digits_model(), iter(range(100))
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def step(loss: Tensor) -> None:
+        loss.backward()
+        if next(steps) < 4:
+            optimizer.step()
+        else:
+            for value in model.parameters():
+                value.data -= 0.1 * value.grad
+
+    trajectory = record(tmp_path / "t", model, optimizer, step=step)
+    assert trajectory.num_steps == 4
+    assert "changed after the last recorded step (3), and batches were drawn since, but SGD.step() was" in caplog.text
 
 
 def test_weights_loaded_as_they_were_are_no_change(tmp_path: Path) -> None:
