@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +48,8 @@ class TrajectoryWriter:
     checkpoint shards and one ``steps-NNNNN.safetensors``. The manifest is replaced after they are on disk, so that the
     folder holds a complete trajectory at any time. A thread writes, so that training waits only if the disk is slower.
 
-    A failing disk does not stop training: the failure is logged once, the first steps of what was gathered are written
-    as far as there is space, and the others are tried again with what follows; when that exceeds
+    A failing disk does not stop training: the failure is logged once, the steps that were gathered are written as far
+    as there is space, and states, which a replay makes, are tried again with what follows; when that exceeds
     :data:`UNWRITTEN_BYTES`, recording stops.
 
     Attributes:
@@ -191,7 +192,7 @@ class TrajectoryWriter:
         unwritten = future.result()
         if unwritten is None:
             if self.failure is not None:
-                logger.warning("the trajectory in %s is being written again; nothing is missing", self.directory)
+                logger.warning("the trajectory in %s is being written again; no step is missing", self.directory)
             self.failure = None
             return
         error, self._gathered = unwritten.error, unwritten.segment.followed_by(self._gathered)
@@ -205,6 +206,11 @@ class TrajectoryWriter:
                 *(self.directory, steps, "s" * (steps != 1), type(error).__name__, error, kept if may_pass else ""),
             )
         self.failure = error
+        if self._gathered.nbytes > UNWRITTEN_BYTES and self._gathered.states:
+            # All but the last; a replay makes them.
+            states = dict(sorted(self._gathered.states.items())[-1:])
+            self._gathered.nbytes += _nbytes(states) - _nbytes(self._gathered.states)
+            self._gathered.states = states
         if self._gathered.nbytes > UNWRITTEN_BYTES or not may_pass:
             self.stopped, self._gathered = True, Segment(self._num_steps)
 
@@ -223,16 +229,30 @@ class TrajectoryWriter:
         try:
             self._append(segment, facts)
         except OSError as error:
-            return Unwritten(error, self._write_what_fits(segment, facts))
+            rest = self._write_what_fits(segment, facts)
+            if rest.rows or rest.states or not facts["complete"]:
+                return Unwritten(error, rest)
+            return None if self._folder.manifest.complete else self._write_end(rest, facts)
         except Exception as error:  # Any kind: it is told where training is, which goes on.
             return Unwritten(error, segment)
         return None
 
+    def _write_end(self, nothing: Segment, facts: Facts) -> Unwritten | None:
+        try:
+            self._append(nothing, facts)
+        except OSError as error:
+            return Unwritten(error, nothing)
+        return None
+
     def _write_what_fits(self, segment: Segment, facts: Facts) -> Segment:
-        """Write the first steps, as many as the disk takes, half as many each time; returns the others."""
-        size = len(segment.rows) // 2
+        """Write the steps, as many as the disk takes, and at the end of training states; returns what is not written.
+
+        Steps take little space, and a replay makes the states that they lead to.
+        """
+        states, size = segment.states, len(segment.rows)
+        segment = replace(segment, states={}, nbytes=segment.nbytes - _nbytes(states))
         while size:
-            if size < len(segment.rows):
+            if size <= len(segment.rows):
                 first, rest = segment.split(size)
                 try:
                     self._append(first, _until(facts, rest.first_step))
@@ -241,7 +261,25 @@ class TrajectoryWriter:
                 else:
                     segment = rest
             size //= 2
-        return segment
+        if facts["complete"] and not segment.rows:
+            states = self._write_some(states, facts)
+        return replace(segment, states=states, nbytes=segment.nbytes + _nbytes(states))
+
+    def _write_some(self, states: dict[int, State], facts: Facts) -> dict[int, State]:
+        """Write the last state, and of the others a half, a quarter, …; returns those to be written still."""
+        steps = sorted(states)
+        while len(steps) > 1:
+            steps = steps[::-2][::-1]
+            try:
+                self._append(Segment(self._num_steps, states={step: states[step] for step in steps}), facts)
+            except OSError:
+                continue
+            logger.warning(
+                "%d of the last %d states of the trajectory in %s are left out, for want of space; a replay makes them",
+                *(len(states) - len(steps), len(states), self.directory),
+            )
+            return {}
+        return states
 
     def _append(self, segment: Segment, facts: Facts) -> None:
         written = self._folder.append(segment, facts)
@@ -253,6 +291,10 @@ def _until(facts: Facts, step: int) -> Facts:
     """The facts when training had come to ``step``."""
     ends = (*(end for end in facts["epoch_ends"] if end < step), step)
     return {**facts, "complete": False, "num_steps": step, "epoch_ends": ends}
+
+
+def _nbytes(states: Mapping[int, State]) -> int:
+    return sum(state.nbytes for state in states.values())
 
 
 def _row_bytes(step: StepFields) -> int:
