@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def test_a_forked_process_writes_nothing(trains: bool, tmp_path: Path) -> None:
         made.recorder.checkpoint()
         process = os.fork()
         if process == 0:
+            signal.alarm(30)  # A wait for a thread that stayed in the other would not end.
             os.close(write)
             os.read(read, 1)  # Until the other has closed its end.
             try:
