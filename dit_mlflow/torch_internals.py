@@ -30,6 +30,9 @@ MISSING_DERIVATIVE = ("derivative for", "differentiate twice", "double backward"
 """Every error that torch raises for want of a second derivative has one of these in its message. If torch words it
 otherwise, users see its error in place of ours."""
 
+GRAPH_IS_GONE = "through the graph a second time"
+"""In the message of a backward pass over a graph that was freed. If torch words it otherwise, users see its error."""
+
 REFUSING_NODE = "torch::autograd::Error"
 """Name of the node that stands in a graph where ``once_differentiable`` cut it: ``torch.autograd.grad`` with
 ``allow_unused`` stops before it, and gives zeros where it should raise."""
@@ -135,13 +138,15 @@ def widening(dtype: torch.dtype, told: Callable[[torch.dtype], Any]) -> Abstract
     return mode
 
 
-def tensor_slots(module: nn.Module, kind: Literal["parameters", "buffers"]) -> dict[str, Any]:
-    """The dictionary in which a module looks for its tensors, or ``None`` (``Module._parameters``, ``_buffers``).
+def tensor_slots(module: nn.Module, kind: Literal["parameters", "buffers", "modules"]) -> dict[str, Any]:
+    """The dictionary in which a module looks for its tensors (``Module._parameters``, ``_buffers``) or its modules
+    (``_modules``); some are ``None``.
 
     ``setattr`` takes no plain tensor in place of a parameter, and ``torch.func.functional_call`` loses a buffer that
     the model assigns anew.
     """
-    return module._parameters if kind == "parameters" else module._buffers
+    found: dict[str, Any] = getattr(module, f"_{kind}")
+    return found
 
 
 def forward_pre_hooks(module: nn.Module) -> Iterable[Callable[..., Any]]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import debug_unwrap
 
 from dit_mlflow.methods.last_layer import Call, listening
 from dit_mlflow.methods.sample_gradients import GRADIENTS_IN_MEMORY
@@ -111,11 +112,13 @@ def _passes(
     layers: Mapping[str, Layer], calls: Sequence[Call], losses: Tensor, retain_graph: bool = False
 ) -> dict[str, Pass]:
     """The calls by layer, without layers that were not called with one row per sample."""
+    # What torch.func was told inside of the loss has no derivative outside.
+    odd = {name for name, _, output in calls if debug_unwrap(output) is not output}
+    calls = [call for call in calls if call[0] not in odd]
     if not calls:
         return {}
     found = grad_or_zeros(losses.sum(), [output for *_, output in calls], retain_graph=retain_graph)
     passes: dict[str, Pass] = {}
-    odd = set()
     for (name, inputs, _), gradients in zip(calls, found, strict=True):
         if inputs.dim() > 1 and len(inputs) == len(gradients) == len(losses):
             passes.setdefault(name, []).append(layers[name].rows(inputs, gradients))

@@ -17,6 +17,8 @@ from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import LastLayer, as_logits
 from dit_mlflow.methods.method import Estimate, Method
 from dit_mlflow.replay.adjoint import grad_or_zeros
+from dit_mlflow.replay.double_backward import DerivativesInside
+from dit_mlflow.replay.loss_step import leaves
 from dit_mlflow.replay.right_queries import RightQueries
 
 TOLERANCE = 1e-4
@@ -156,8 +158,8 @@ def _query_gradient(layer: LastLayer, weights: Tensor, query: Query, queries: Ri
     moved: dict[str, Any] = {layer.weight: weights[:, :columns].to(like).requires_grad_()}
     if layer.bias is not None:
         moved[layer.bias] = weights[:, columns].to(like).requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH):
-        value = queries.ask({**state.parameters, **moved}, state.buffers, query)
+    with sdpa_kernel(SDPBackend.MATH), DerivativesInside(graphs=True):
+        value = queries.ask({**leaves(state.parameters), **moved}, state.buffers, query)
     if not value.requires_grad:
         raise InputError(
             f"query {query.name!r} does not depend on the last layer, {layer.name!r}, by differentiable operations; "

@@ -64,7 +64,7 @@ def norms(snapshot: Snapshot) -> np.ndarray:
 def _rows(snapshot: Snapshot, output: Output, indices: np.ndarray, labels: Tensor) -> tuple[Tensor, Tensor]:
     batch = snapshot.batch(indices)
     fixed = {name: value.detach() for name, value in snapshot.parameters.items()}
-    expected = without_graph(lambda: snapshot.evaluate(lambda model: output(model, batch, labels), fixed))
+    expected = without_graph(lambda: snapshot.evaluate(lambda model: output(model, batch, labels), snapshot.parameters))
 
     def value(moved: Parameters, label: Tensor, *sample: Tensor) -> Tensor:
         single = with_tensors(batch, [tensor.unsqueeze(0) for tensor in sample])

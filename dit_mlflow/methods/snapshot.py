@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import nullcontext
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from dit_mlflow.errors import InputError, UnsupportedError
 from dit_mlflow.influence import Query, Window
 from dit_mlflow.influence.query import refuse_not_finite
 from dit_mlflow.replay.adjoint import grad_or_zeros, vector_jacobian
+from dit_mlflow.replay.double_backward import DerivativesInside
 from dit_mlflow.replay.dynamics import Parameters
 from dit_mlflow.replay.not_finite import named, refuse_diverged
 from dit_mlflow.replay.replay import Replay
@@ -62,6 +64,7 @@ class Snapshot:
         still = step.no_gradient | step.zero_gradient if frozen is None else frozen
         self.trained = {name: value for name, value in held.items() if name not in still} or held
         self.parameters = {**{name: value.detach() for name, value in state.parameters.items()}, **held}
+        self._step = step
 
     def query_gradients(self, queries: Sequence[Query]) -> Vectors:
         """``grad q`` of each query; zeros where it does not depend on a parameter.
@@ -71,7 +74,8 @@ class Snapshot:
         """
         rows = []
         for query in queries:
-            value = self._queries.ask(self.parameters, self.state.buffers, query)
+            with DerivativesInside(graphs=True):
+                value = self._queries.ask(self.parameters, self.state.buffers, query)
             if not value.requires_grad:
                 raise InputError(
                     f"query {query.name!r} does not depend on the trained parameters by differentiable operations; "
@@ -150,8 +154,31 @@ class Snapshot:
 
     def evaluate(self, function: Callable[[nn.Module], Tensor], parameters: Parameters) -> Tensor:
         """``function`` of the model with ``parameters``, by attention that can be differentiated twice."""
-        with sdpa_kernel(SDPBackend.MATH):
+        graphs = DerivativesInside(graphs=True) if self._graphs_in_training_alone else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), graphs:
             return self.dynamics.evaluate(parameters, self.state.buffers, function)
+
+    @cached_property
+    def _graphs_in_training_alone(self) -> bool:
+        """Whether the loss takes derivatives of its own (forces), and their graph in training mode only.
+
+        Without it, a part of the gradient that training followed is missing in evaluation mode.
+        """
+        dynamics, some = self.dynamics, np.arange(min(2, self.dynamics.workload.num_samples))
+        batch = self.batch(some)
+        buffers = {name: value.clone() for name, value in self.state.buffers.items()}
+
+        def loss(model: nn.Module) -> Tensor:
+            return dynamics.workload.sample_losses(model, batch, len(some))
+
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), DerivativesInside() as evaluating:
+            dynamics.evaluate(self.parameters, buffers, loss)
+        if not evaluating.without_graph:
+            return False
+        dynamics.set_modes(self._step)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), DerivativesInside() as training, dynamics.as_recorded():
+            dynamics.call(self.parameters, buffers, loss)
+        return training.with_graph and not training.without_graph
 
 
 def snapshots(replay: Replay, steps: Sequence[int]) -> Iterator[tuple[int, Snapshot]]:

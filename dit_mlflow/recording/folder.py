@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile
 from dit_mlflow.trajectory.shards import Shard, StoredOnce, flatten, packed
 from dit_mlflow.trajectory.state import State
@@ -77,7 +77,9 @@ class Segment:
 
 
 def check_new(directory: Path) -> None:
-    """Raise :class:`TrajectoryError` if the folder already holds a trajectory."""
+    """Raise :class:`TrajectoryError` if the folder already holds a trajectory, :class:`InputError` if it is none."""
+    if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
+        raise InputError(f"{directory} is no folder; expected the path of a new one, for a trajectory")
     if (directory / FILE_NAME).exists():
         raise TrajectoryError(
             f"{directory} already holds a trajectory (nothing was overwritten); record into a new folder, or go on "
@@ -120,6 +122,7 @@ class TrajectoryFolder:
         self.directory = directory
         self.manifest = manifest
         self._number = 0
+        self._content = b""
         self._open_shard = lru_cache(maxsize=4)(Shard)
         self._once = StoredOnce(self._load)
 
@@ -131,6 +134,7 @@ class TrajectoryFolder:
         numbers = (int(found[1]) for name in begun.files if (found := re.search(r"(\d+)\.", name)))
         self._number = 1 + max(numbers, default=-1)
         self.manifest = begun.until(step)
+        self._content = self._on_disk()
 
     def append(self, segment: Segment, facts: Mapping[str, Any]) -> Written:
         """Write a segment's files, then the manifest that lists them.
@@ -141,10 +145,12 @@ class TrajectoryFolder:
 
         Raises:
             UnsupportedError: a tensor that cannot be stored.
-            OSError: the folder cannot be written; its trajectory is unchanged.
+            OSError: the folder cannot be written, or is gone; its trajectory is unchanged.
+            TrajectoryError: another recorder has written there in the meantime.
         """
+        self._check_own()
         files: dict[str, FileEntry] = {}
-        new = None
+        content = b""
         old = self.manifest
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -163,10 +169,12 @@ class TrajectoryFolder:
             content = manifest.encode()
             with written_atomically(self.directory / FILE_NAME) as temporary:
                 temporary.write_bytes(content)
-                new = temporary.stat().st_ino
         except BaseException as error:
             # The sync of the folder's names comes last: where it alone fails, everything is in place.
-            if not (isinstance(error, OSError) and new is not None and self._is_in_place(new)):
+            in_place = False
+            with suppress(OSError):
+                in_place = isinstance(error, OSError) and content != b"" and self._on_disk() == content
+            if not in_place:
                 self._once.forget()
                 # No manifest lists them, and a full disk has better use for their space.
                 for name in files:
@@ -174,16 +182,27 @@ class TrajectoryFolder:
                         (self.directory / name).unlink(missing_ok=True)
                 raise
         self._once.keep()
-        self.manifest = manifest
+        self.manifest, self._content = manifest, content
         self._number += len(files)
         return Written(list(files), content)
 
-    def _is_in_place(self, manifest: int) -> bool:
-        """Whether the manifest is this file (its inode); asked without a handle, of which none may be left."""
+    def _check_own(self) -> None:
+        """Raise an error if the manifest on disk is not the one that was written last."""
+        found = self._on_disk()
+        if found == self._content:
+            return
+        if not found:
+            raise FileNotFoundError(f"{FILE_NAME}, which was written before, is gone: the folder was removed or moved")
+        raise TrajectoryError(
+            "another recorder writes there too; its trajectory is left as it is. Record into a folder of its own"
+        )
+
+    def _on_disk(self) -> bytes:
+        """The manifest that is there; empty if there is none."""
         try:
-            return (self.directory / FILE_NAME).stat().st_ino == manifest
-        except OSError:
-            return False
+            return (self.directory / FILE_NAME).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
 
     def _write_checkpoints(self, segment: Segment, files: dict[str, FileEntry]) -> list[CheckpointEntry]:
         stored: dict[str, Tensor] = {}

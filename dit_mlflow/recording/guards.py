@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from operator import is_
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from dit_mlflow.errors import TrajectoryError, UnsupportedError
-from dit_mlflow.replay.optimizers import groups_of, hyperparameters
+from dit_mlflow.replay.optimizers import every, groups_of, hyperparameters
 from dit_mlflow.told import logger_of
-from dit_mlflow.torch_internals import forward_pre_hooks, has_gradient_hook, version
+from dit_mlflow.torch_internals import forward_pre_hooks, has_gradient_hook, tensor_slots, version
 from dit_mlflow.trajectory.step_record import Hyperparameters
 from dit_mlflow.workload.modes import check_modes
 from dit_mlflow.workload.workload import Optimizers
@@ -28,8 +29,11 @@ _INSIST = (
 )
 
 
-def check_model(model: nn.Module, low_precision: bool) -> None:
+def check_model(model: nn.Module, low_precision: bool, hooked: set[str]) -> None:
     """Refuse models that cannot be recorded, before training starts.
+
+    Args:
+        hooked: see :func:`check_parameters`.
 
     Raises:
         UnsupportedError: several processes train the model; its parameters are in low precision or have no shape; or
@@ -77,20 +81,8 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
                 "that of the loss; train without it"
             )
     check_modes(model)
-    places: dict[int, str] = {}
+    check_parameters(dict(model.named_parameters()), hooked)
     for name, parameter in model.named_parameters():
-        if parameter.numel() and (other := places.setdefault(parameter.data_ptr(), name)) != name:
-            raise UnsupportedError(
-                f"parameters {other!r} and {name!r} share memory (tied through .data, or by a new Parameter): the "
-                "optimizer steps it twice, which a copy of the model does not do. Tie them by one Parameter: "
-                "output.weight = embedding.weight"
-            )
-        if has_gradient_hook(parameter):
-            _log.warning(
-                "parameter %r has a gradient hook, which a replay does not run: if it changes gradients (a mask), the "
-                "replay differs from the record. Put masks into the model (torch.nn.utils.parametrize)",
-                name,
-            )
         if parameter.is_complex():
             raise UnsupportedError(
                 f"parameter {name!r} is complex ({_plain(parameter.dtype)}), which is not supported; keep its real and "
@@ -101,6 +93,33 @@ def check_model(model: nn.Module, low_precision: bool) -> None:
             raise UnsupportedError(
                 f"parameter {name!r} is in {_plain(parameter.dtype)}: second derivatives, which influence needs, are "
                 f"noise in low precision. Train in float32, {_INSIST}"
+            )
+
+
+def check_parameters(parameters: Mapping[str, Tensor], hooked: set[str]) -> None:
+    """Refuse parameters that share memory, and warn of those whose gradients are changed; both may come late.
+
+    Args:
+        parameters: the model's, by name.
+        hooked: the names that were warned of; the others are added.
+
+    Raises:
+        UnsupportedError: two parameters have the same memory.
+    """
+    places: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if parameter.numel() and (other := places.setdefault(parameter.data_ptr(), name)) != name:
+            raise UnsupportedError(
+                f"parameters {other!r} and {name!r} share memory (tied through .data, or by a new Parameter): the "
+                "optimizer steps it twice, which a copy of the model does not do. Tie them by one Parameter: "
+                "output.weight = embedding.weight"
+            )
+        if name not in hooked and has_gradient_hook(parameter):
+            hooked.add(name)
+            _log.warning(
+                "parameter %r has a gradient hook, which a replay does not run: if it changes gradients (a mask), the "
+                "replay differs from the record. Put masks into the model (torch.nn.utils.parametrize)",
+                name,
             )
 
 
@@ -138,28 +157,45 @@ def check_scaler() -> None:
 
 
 class Groups:
-    """An optimizer's param groups; in training, their settings may change, their parameters may not."""
+    """An optimizer's param groups; in training, their settings may change, their parameters may not.
+
+    Nor may its state be another than its own steps made (``load_state_dict``, ``state.clear()``).
+    """
 
     def __init__(self, optimizer: Optimizers) -> None:
         self._optimizer = optimizer
-        self._sizes = [len(group["params"]) for group in groups_of(optimizer)]
+        self._params = [[*group["params"]] for group in groups_of(optimizer)]
+        self._ids = [tuple(map(id, params)) for params in self._params]
         self._seen: list[dict[str, Any]] = []
         self._settings: tuple[Hyperparameters, ...] = ()
         self._may_change_in_place = False
+        self.note_state()
+
+    def note_state(self) -> None:
+        """Remember where the optimizer's state is now."""
+        self._states = [(one.state, len(one.state)) for one in every(self._optimizer)]
 
     def settings(self) -> tuple[Hyperparameters, ...]:
         """The hyperparameters of each group; the same object while they do not change.
 
         Raises:
-            UnsupportedError: groups have been added, or parameters to a group.
+            UnsupportedError: groups have been added, or parameters exchanged or added to a group.
+            TrajectoryError: the state is another one than :meth:`note_state` saw.
         """
-        groups = [{**group, "params": len(group["params"])} for group in groups_of(self._optimizer)]
+        for one, (state, size) in zip(every(self._optimizer), self._states, strict=True):
+            if (one.state is not state and (size or one.state)) or len(one.state) < size:
+                raise TrajectoryError(
+                    f"the state of {type(one).__name__} was replaced or cleared since its last step, or since the "
+                    "recorder was entered (load_state_dict, state.clear()), which a replay does not do; do it before "
+                    "the with block, and begin a new recorder after it"
+                )
+        groups = [{**group, "params": tuple(map(id, group["params"]))} for group in groups_of(self._optimizer)]
         if groups == self._seen and not self._may_change_in_place:
             return self._settings
-        if [group["params"] for group in groups] != self._sizes:
+        if [group["params"] for group in groups] != self._ids:
             raise UnsupportedError(
-                "the optimizer's parameter groups changed during recording (add_param_group); begin a new "
-                "recorder after the change"
+                "the optimizer's parameter groups changed during recording (add_param_group, or other parameters put "
+                "in); begin a new recorder after the change"
             )
         self._seen, self._settings = groups, hyperparameters(self._optimizer)
         values = [value for group in groups for value in group.values()]
@@ -167,38 +203,122 @@ class Groups:
         return self._settings
 
 
+class Structure:
+    """The modules, parameters and buffers of a model, by place: in training, their values change and they stay.
+
+    Buffers may be assigned anew (``self.mean = …``), and so may tensors that stand in for parameters.
+
+    Cost: 0.15 microseconds per module at each check.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # In parallel lists, since a loop over all places in Python takes as long as a small step.
+        self._slots: list[dict[str, Any]] = []
+        self._known: list[tuple[str, str, list[str]]] = []
+        self._owners: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        self._values: list[Any] = []
+        for name, module in model.named_modules():
+            for kind in _KINDS:
+                slots = tensor_slots(module, kind)
+                self._slots.append(slots)
+                self._known.append((kind, name, list(slots)))
+                for key, value in slots.items():
+                    if isinstance(value, (nn.Module, nn.Parameter, type(None))):
+                        self._owners.append(slots)
+                        self._keys.append(key)
+                        self._values.append(value)
+        self._sizes = list(map(len, self._slots))
+
+    def check(self, step: int) -> None:
+        """``step`` is about to be made.
+
+        Raises:
+            UnsupportedError: a buffer has come or gone.
+            TrajectoryError: modules or parameters are not those that there were at the beginning.
+        """
+        stays = map(is_, map(dict.get, self._owners, self._keys), self._values)
+        if list(map(len, self._slots)) == self._sizes and all(stays):
+            return
+        moved = zip(self._owners, self._keys, self._values, strict=True)
+        changed = {(id(owner), key) for owner, key, value in moved if owner.get(key) is not value}
+        for slots, (kind, name, keys) in zip(self._slots, self._known, strict=True):
+            for key in dict.fromkeys([*keys, *slots]):
+                if key in keys and key in slots and (id(slots), key) not in changed:
+                    continue
+                where = f"{name}.{key}" if name else key
+                if kind == "buffers":
+                    refuse_change("buffer", where, step)
+                raise TrajectoryError(
+                    f"{kind[:-1]} {where!r} of the model was put in, taken out, moved or replaced before step {step}, "
+                    "and the optimizer still steps what it was given: pruning, parametrizing, tying weights, other "
+                    "layers? Do it before the with block, and begin a new recorder after it"
+                )
+
+
+_KINDS: tuple[Literal["modules", "parameters", "buffers"], ...] = ("modules", "parameters", "buffers")
+
+
+def refuse_change(kind: str, name: str, step: int) -> NoReturn:
+    """Raise :class:`UnsupportedError` for a tensor that has come, gone or got another layout by ``step``."""
+    raise UnsupportedError(
+        f"{kind} {name!r} was made, removed or given another shape or type by step {step}; give it its form when the "
+        "model is built (register_buffer in __init__): every state must have the same parts"
+    )
+
+
 class ChangeCheck:
     """Detects changes of parameters between two steps of the recorded optimizer.
 
     The tensors' version counters show changes in place, but not assignments through ``.data`` or fused optimizers. So
-    values are compared too at the first two steps, which detects a loop that makes such changes at every step.
+    all values are compared too after the first step and after each whose state is stored, which detects a loop that
+    makes such changes at every step, and after each other step some elements, which detects weights that are averaged
+    or loaded.
 
     Args:
         parameters: the model's, by name.
 
-    Cost: 0.1 microseconds per parameter, twice a step.
+    Cost: 0.1 microseconds per parameter, twice a step, and 15 microseconds.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
         self._tensors = list(parameters.values())
+        whole = [name for name, value in parameters.items() if value.requires_grad and value.is_contiguous()]
+        self._probed = [*dict.fromkeys([*whole[:1], *whole[-1:]])]
         self.note(None)
 
     def note(self, values: Mapping[str, Tensor] | None) -> None:
         """Remember the parameters as they are now; ``values``: copies, if there are any."""
         self._values = values
         self._versions = list(map(version, self._tensors))
+        self._elements = {} if values is not None else {name: self._probe(name).clone() for name in self._probed}
 
-    def check(self, step: int) -> None:
-        """Raise :class:`TrajectoryError` if parameters have changed since; ``step`` is about to be made."""
+    def _probe(self, name: str) -> Tensor:
+        return self._parameters[name].detach().reshape(-1)[:8]
+
+    def changed(self, waits: bool = False) -> list[str]:
+        """The names of the parameters that have changed since.
+
+        Args:
+            waits: for an accelerator, to compare elements there too.
+        """
         now = list(map(version, self._tensors))
-        if now == self._versions and step > 1:
-            return
         if self._values is not None:
-            changed = [name for name, value in self._values.items() if not same(value, self._parameters[name])]
-        else:
-            names = zip(self._parameters, now, self._versions, strict=True)
-            changed = [name for name, found, noted in names if found != noted]
+            return [name for name, value in self._values.items() if not same(value, self._parameters[name])]
+        if now == self._versions:
+            elements = self._elements.items()
+            return [
+                name
+                for name, noted in elements
+                if (waits or noted.device.type == "cpu") and not same(noted, self._probe(name))
+            ]
+        names = zip(self._parameters, now, self._versions, strict=True)
+        return [name for name, found, noted in names if found != noted]
+
+    def check(self, step: int, waits: bool = False) -> None:
+        """Raise :class:`TrajectoryError` if parameters have :meth:`changed` since; ``step`` is about to be made."""
+        changed = self.changed(waits)
         if changed and step == 0:
             raise TrajectoryError(
                 f"parameters changed between entering the recorder and the first optimizer step ({changed[0]!r} is the "

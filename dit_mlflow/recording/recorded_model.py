@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from dit_mlflow.errors import InputError, TrajectoryError, UnsupportedError
-from dit_mlflow.recording.guards import same
+from dit_mlflow.recording.guards import refuse_change, same
 from dit_mlflow.replay.optimizers import describe_optimizer, optimizer_state
+from dit_mlflow.told import logger_of
 from dit_mlflow.trajectory import Record, State
 from dit_mlflow.trajectory.manifest import ModelLayout, OptimizerLayout, TensorLayout
 from dit_mlflow.workload.dataset_digest import dataset_digest, is_inert
 from dit_mlflow.workload.workload import Optimizers
 from dit_mlflow.workload.wrappers import plain_name, unwrapped
+
+logger = logger_of(__name__)
 
 
 class RecordedModel:
@@ -50,15 +54,16 @@ class RecordedModel:
         state.optimizer.update(optimizer_state(self._optimizer, self._names))
         return state.to(torch.device("cpu"))
 
-    def check_buffers(self) -> None:
-        """Raise :class:`UnsupportedError` if buffers were made, removed or reshaped since training began."""
-        found, expected = _layouts(self._buffers()), self.model_layout.buffers
-        changed = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-        if changed:
-            raise UnsupportedError(
-                f"buffer {changed[0]!r} was made, removed or given another shape or type by the first step; give it "
-                "its form when the model is built (register_buffer in __init__): every state must have the same parts"
-            )
+    def check_layouts(self, steps: int) -> None:
+        """Raise :class:`UnsupportedError` if tensors were made, removed or reshaped by the first ``steps`` steps."""
+        layout = self.model_layout
+        for kind, found, expected in (
+            ("parameter", _layouts(self.parameters), layout.parameters),
+            ("buffer", _layouts(self._buffers()), layout.buffers),
+        ):
+            changed = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+            if changed:
+                refuse_change(kind, changed[0], steps - 1)
 
     def in_evaluation_mode(self) -> list[str]:
         """Names of the modules that are not in training mode."""
@@ -83,6 +88,10 @@ class RecordedModel:
                         "freezing"
                     )
         return absent, frozen
+
+    def shares_with(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer holds a parameter of the model."""
+        return any(id(value) in self._names for group in optimizer.param_groups for value in group["params"])
 
     def _buffers(self) -> dict[str, Tensor]:
         return {plain_name(name): value for name, value in self.model.named_buffers()}
@@ -201,4 +210,11 @@ class TrainingSet:
     def complete(self) -> None:
         """Take the digest, now that training is over and reading samples disturbs nothing."""
         if self.digest is None and self.dataset is not None:
-            self.digest = dataset_digest(self.dataset)
+            try:
+                self.digest = dataset_digest(self.dataset)
+            except Exception as error:  # Any kind: it is the user's, and training is over.
+                logger.warning(
+                    "the training set cannot be read sample by sample (%s: %s): whether a workload has the same one "
+                    "will not be checked",
+                    *(type(error).__name__, error),
+                )

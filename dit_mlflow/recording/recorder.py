@@ -13,13 +13,22 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset
 
 from dit_mlflow.accelerate_internals import torch_optimizer
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.recording.finite_check import FiniteCheck
 from dit_mlflow.recording.folder import Written, check_new
-from dit_mlflow.recording.guards import AutocastCheck, ChangeCheck, Groups, check_model, check_scaler
+from dit_mlflow.recording.guards import (
+    AutocastCheck,
+    ChangeCheck,
+    Groups,
+    Structure,
+    check_model,
+    check_parameters,
+    check_scaler,
+)
 from dit_mlflow.recording.loader_patch import Handed
 from dit_mlflow.recording.pending_step import PendingStep
 from dit_mlflow.recording.recorded_model import RecordedModel, TrainingSet, resuming_step
@@ -81,16 +90,18 @@ class TrajectoryRecorder:
             time.
         on_written: called from another thread with what has been written to the folder.
 
-    A folder that can no longer be written (a full disk) does not stop training: the error is logged once and kept in
-    :attr:`failure`, and the folder holds what could be saved.
+    A folder that can no longer be written (a full disk), or that is removed, does not stop training: the error is
+    logged once and kept in :attr:`failure`, and the folder holds what could be saved. Of a process that ends without
+    leaving the block, all that was recorded is kept; of one that is killed, what it had written, ten seconds before or
+    less.
 
     Raises:
-        InputError: ``checkpoint_every`` has another value.
+        InputError: ``checkpoint_every`` has another value, or ``directory`` is a file.
         OSError: the folder cannot be written when the block is entered.
         TrajectoryError: the folder already holds a trajectory, the optimizer is over another model, or the trajectory
             to be resumed is of another model or has no state equal to the model's. During training: the samples of a
-            step are not known, something other than the optimizer changed parameters, or the workload does not replay
-            the first step.
+            step are not known, something other than the optimizer changed parameters or the optimizer's state, the
+            model got other parts (pruned, tied, replaced), or the workload does not replay the first step.
         UnsupportedError: the optimizer's step cannot be differentiated, several processes train, or, without
             ``low_precision``, training is in low precision (autocast and ``GradScaler`` are noticed at the first step).
 
@@ -111,7 +122,8 @@ class TrajectoryRecorder:
         on_written: Callable[[Written], None] | None = None,
     ) -> None:
         is_checkpoint = checkpoint_rule(checkpoint_every)
-        check_model(unwrapped(model), low_precision)
+        self._hooked: set[str] = set()
+        check_model(unwrapped(model), low_precision, self._hooked)
         if isinstance(optimizer, Optimizer):
             optimizer = torch_optimizer(optimizer)
         self._model = model
@@ -127,14 +139,16 @@ class TrajectoryRecorder:
             reference = WorkloadReference(reference=workload.reference, settings=dict(workload.settings))
         self._training_set = TrainingSet(None if workload is None else workload.num_samples)
         layouts = self._recorded_model.model_layout, self._recorded_model.optimizer_layout
-        self._writer = TrajectoryWriter(Path(directory), *layouts, reference, self._training_set, on_written)
+        # The loop may change the current folder.
+        self._writer = TrajectoryWriter(Path(directory).absolute(), *layouts, reference, self._training_set, on_written)
         self._resume = resume
         self._groups = Groups(optimizer)
         self._settings: tuple[Hyperparameters, ...] = ()
         self._changes = ChangeCheck(self._recorded_model.parameters)
+        self._structure = Structure(self._recorded_model.model)
         self._finite = FiniteCheck(self._recorded_model.parameters)
         self._step = PendingStep(store_batches, workload)
-        self._entered = False
+        self._entered = self._inside = self._warned = False
         self._num_steps = 0
         self._stepping: tuple[int, int] | None = None
         self._depth = 0
@@ -192,14 +206,12 @@ class TrajectoryRecorder:
         else:
             self._go_on_with(begun, now)
         self._changes.note(now.parameters)
-        self._hooks = [
-            hook
-            for optimizer in every(self._optimizer)
-            for hook in (
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            )
-        ]
+        self._groups.note_state()
+        self._inside = True
+        self._hooks = [register_optimizer_step_post_hook(self._after_other_step)]
+        for optimizer in every(self._optimizer):
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         # If the block is never left (a notebook is closed), the record is saved.
         atexit.register(self._save)
         self._autocast_hooks = []
@@ -211,23 +223,24 @@ class TrajectoryRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._inside:
+            return
         atexit.unregister(self._save)
         for hook in [*self._hooks, *self._autocast_hooks]:
             hook.remove()
-        if kind is None:
-            if not self._num_steps and self._step.has_batches:
-                logger.warning(
-                    "batches were drawn, and no step was recorded: %s.step() was never called. Where parameters are "
-                    "moved by methods of another name (first_step, second_step), make each step inside "
-                    "recorder.one_step(), and give it as Workload.step",
-                    " and ".join(type(optimizer).__name__ for optimizer in every(self._optimizer)),
-                )
-            self._store_last_state()
-        self._step.settle(RandomState.capture())
-        self._commit()
-        self._training_set.complete()
-        self._writer.flush(complete=kind is None)
-        self._writer.close()
+        complete = False
+        try:
+            if kind is None and not self._writer.is_copy:
+                self._warn_of_no_step()
+                self._store_last_state()
+            # The data set may be slow to read, or fail.
+            self._save()
+            self._training_set.complete()
+            complete = kind is None
+        finally:
+            self._save(complete)
+            self._inside = False
+            self._writer.close()
 
     def watch(self, loader: DataLoader[Any]) -> WatchedLoader:
         """An iterable over the loader's own batches that tells the recorder which samples they hold.
@@ -237,7 +250,7 @@ class TrajectoryRecorder:
         """
         _, watched = self._loaders.get(id(loader), (None, None))
         if watched is None:
-            watched = WatchedLoader(loader, self._begin_epoch, self._step.add, self._step.settle)
+            watched = WatchedLoader(loader, self._begin_pass, self._add, self._step.settle)
             self._loaders[id(loader)] = (loader, watched)
             self._training_set.note(loader.dataset)
         return watched
@@ -305,10 +318,13 @@ class TrajectoryRecorder:
     def checkpoint(self) -> None:
         """Store the current state, and return when all that is recorded is on disk.
 
-        Call it where a loop saves itself to be resumed later, between two steps and after :meth:`log`.
+        Call it where a loop saves itself to be resumed later, between two steps and after :meth:`log`. Outside of the
+        block, nothing is left to store.
         """
+        if not self._inside:
+            return
         if self._latest < self._num_steps:
-            self._changes.check(self._num_steps)
+            self._changes.check(self._num_steps, waits=True)
         self._take_state()
         self._save()
 
@@ -320,11 +336,11 @@ class TrajectoryRecorder:
         """
         self._step.discard()
 
-    def _save(self) -> None:
+    def _save(self, complete: bool = False) -> None:
         """Write all that is recorded to disk."""
         self._step.settle(RandomState.capture())
         self._commit()
-        self._writer.flush()
+        self._writer.flush(complete)
 
     def _go_on_with(self, begun: Trajectory, now: State) -> None:
         """Continue a trajectory from its last state that equals ``now``."""
@@ -342,6 +358,30 @@ class TrajectoryRecorder:
         self._epoch = begun.step(step - 1).epoch if step > 0 else -1
         self._writer.resume(begun.manifest, step, self._epoch if step > 0 else None)
         self._num_steps = self._latest = step
+
+    def _begin_pass(self) -> int:
+        """As :meth:`_begin_epoch`, of a watched loader.
+
+        Raises:
+            TrajectoryError: the block has not been entered, so that nothing would be recorded.
+        """
+        if not self._entered:
+            raise TrajectoryError(
+                "recorder.watch(loader) is iterated before the recorder is entered, so that no step would be recorded; "
+                "train inside `with recorder:`"
+            )
+        if not self._inside and not self._warned:
+            self._warned = True
+            logger.warning(
+                "recorder.watch(loader) is iterated after its with block: what is trained now is not part of the "
+                "trajectory in %s",
+                self.directory,
+            )
+        return self._begin_epoch()
+
+    def _add(self, drawn: Drawn) -> None:
+        if self._inside:
+            self._step.add(drawn)
 
     def _begin_epoch(self) -> int:
         self._epoch += 1
@@ -367,13 +407,30 @@ class TrajectoryRecorder:
         if self._low_precision and found_infinite(optimizer):
             self.discard()
 
+    def _after_other_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Of every optimizer in this process: refuse one that trains the model beside the recorded."""
+        if self._whole or self._depth or any(optimizer is one for one in every(self._optimizer)):
+            return
+        # Other models are trained too, also in other threads.
+        if self._recorded_model.shares_with(optimizer) and (changed := self._changes.changed()):
+            raise TrajectoryError(
+                f"{type(optimizer).__name__}.step() changed parameter {changed[0]!r}, but the recorded optimizer is "
+                f"{self._own_names}. If several train the model, give all of them by "
+                "name, and make each step inside `with recorder.one_step():`. If another one takes over, leave this "
+                "block before, and begin a new recorder with it"
+            )
+
     def _begin_step(self) -> None:
+        if self._writer.is_copy or not self._inside:
+            where = "in another process, which forked this one" if self._inside else "and left"
+            raise TrajectoryError(f"this recorder was entered {where}; make one here, with a folder of its own")
         if not self._step.has_batches:
             raise TrajectoryError(
                 "optimizer.step() without a batch from recorder.watch(loader): the samples of this step are "
                 "not known; iterate over recorder.watch(loader) instead of loader"
             )
         self._changes.check(self._num_steps)
+        self._structure.check(self._num_steps)
         self._commit()
         if self._num_steps == 1 and self._workload is not None:
             self._try_replay(self._workload)
@@ -404,8 +461,10 @@ class TrajectoryRecorder:
         self._finite.step(self._num_steps, self._step.drawn)
         self._step.make(self._num_steps, self._settings, self._recorded_model, modes)
         self._num_steps += 1
+        self._groups.note_state()
         if self._num_steps == 1:
-            self._recorded_model.check_buffers()
+            self._recorded_model.check_layouts(self._num_steps)
+            check_parameters(self._recorded_model.parameters, self._hooked)
         while self._autocast_hooks:
             self._autocast_hooks.pop().remove()
         if self._is_checkpoint(self._num_steps):
@@ -415,6 +474,8 @@ class TrajectoryRecorder:
     def _take_state(self) -> None:
         """Copy the current state, unless it was copied already or recording has stopped."""
         if self._latest < self._num_steps and not self._writer.stopped:
+            self._recorded_model.check_layouts(self._num_steps)
+            check_parameters(self._recorded_model.parameters, self._hooked)
             self._taken = self._recorded_model.snapshot()
             self._finite.state(self._latest, self._num_steps, self._taken.parameters)
             self._latest = self._num_steps
@@ -430,18 +491,34 @@ class TrajectoryRecorder:
 
     def _store_last_state(self) -> None:
         """Take the last state, unless the parameters changed after the last step."""
-        if self._latest < self._num_steps:
-            try:
-                self._changes.check(self._num_steps)
-            except TrajectoryError:
-                logger.warning(
-                    "the parameters changed after the last step (%d), inside the recorder's with block: weights "
-                    "loaded back (the best epoch's, averaged ones)? They are not part of the trajectory, whose last "
-                    "state is not stored and will be replayed from step %d. Load such weights after the block",
-                    *(self._num_steps - 1, self._latest),
-                )
-                return
-        self._take_state()
+        if not (self._num_steps and self._changes.changed(waits=True)):
+            self._take_state()
+        elif self._latest < self._num_steps:
+            logger.warning(
+                "the parameters changed after the last step (%d), inside the recorder's with block: weights loaded "
+                "back (the best epoch's, averaged ones)? They are not part of the trajectory, whose last state is not "
+                "stored and will be replayed from step %d. Load such weights after the block",
+                *(self._num_steps - 1, self._latest),
+            )
+        elif self._step.has_batches:
+            logger.warning(
+                "the parameters changed after the last recorded step (%d), and batches were drawn since, but %s.step() "
+                "was not called: what moved them is not part of the trajectory",
+                *(self._num_steps - 1, self._own_names),
+            )
+
+    @property
+    def _own_names(self) -> str:
+        return " and ".join(type(optimizer).__name__ for optimizer in every(self._optimizer))
+
+    def _warn_of_no_step(self) -> None:
+        if not self._num_steps and self._step.has_batches:
+            logger.warning(
+                "batches were drawn, and no step was recorded: %s.step() was never called. Where parameters are "
+                "moved by methods of another name (first_step, second_step), make each step inside "
+                "recorder.one_step(), and give it as Workload.step",
+                self._own_names,
+            )
 
 
 def checkpoint_rule(every: str | int) -> Callable[[int], bool]:

@@ -240,6 +240,11 @@ def check_loader(loader: Any) -> None:
             f"the training loader is over {type(loader.dataset).__name__}, an iterable dataset: its samples have no "
             "indices, so they cannot be drawn again; use a map-style dataset"
         )
+    if not hasattr(loader.dataset, "__len__"):
+        raise InputError(
+            f"the training loader is over a {type(loader.dataset).__name__} without __len__; give it one, the number "
+            "of samples, because samples are known by their index"
+        )
     if loader.num_workers > 0 and not getattr(loader, "in_order", True):
         raise InputError("recording needs batches in the order of the sampler; use in_order=True")
 
@@ -255,7 +260,10 @@ def _indices(drawn: Any, size: int) -> Indices:
         found: Indices = tuple(drawn)
         right = all(type(index) is int for index in found) and 0 <= min(found) <= max(found) < size
     else:
-        found = np.atleast_1d(np.asarray(drawn))
+        try:
+            found = np.atleast_1d(np.asarray(drawn))
+        except (TypeError, ValueError, RuntimeError):  # Lists of unequal length; tensors that need a gradient.
+            found = np.array([])
         right = found.ndim == 1 and found.dtype.kind in "iu" and len(found) > 0
         right = right and bool(0 <= found.min() <= found.max() < size)
     if not right:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +48,8 @@ class TrajectoryWriter:
     checkpoint shards and one ``steps-NNNNN.safetensors``. The manifest is replaced after they are on disk, so that the
     folder holds a complete trajectory at any time. A thread writes, so that training waits only if the disk is slower.
 
-    A failing disk does not stop training: the failure is logged once, the first steps of what was gathered are written
-    as far as there is space, and the others are tried again with what follows; when that exceeds
+    A failing disk does not stop training: the failure is logged once, the steps that were gathered are written as far
+    as there is space, and states, which a replay makes, are tried again with what follows; when that exceeds
     :data:`UNWRITTEN_BYTES`, recording stops.
 
     Attributes:
@@ -90,8 +92,14 @@ class TrajectoryWriter:
         self._gathered = Segment(0)
         self._on_written = on_written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dit-mlflow-writer")
+        self._process = os.getpid()
         self._writing: Future[Unwritten | None] | None = None
         self._last_flush = time.monotonic()
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this process was forked from the one that writes; then it writes nothing."""
+        return os.getpid() != self._process
 
     def begin(self, initial: State) -> None:
         """Write ``s_0``, so that a state that cannot be stored is refused early, and a killed run leaves its start.
@@ -150,7 +158,8 @@ class TrajectoryWriter:
     def close(self) -> None:
         """End the writing thread."""
         self._await()
-        self._thread.shutdown()
+        if not self.is_copy:
+            self._thread.shutdown()
 
     def _flush_if_due(self) -> None:
         full = self._gathered.nbytes >= FLUSH_BYTES and self.failure is None
@@ -175,25 +184,34 @@ class TrajectoryWriter:
             return done
 
     def _await(self) -> None:
+        if self.is_copy:  # The thread stayed in the other process.
+            self.stopped, self._writing = True, None
         if self._writing is None:
             return
         future, self._writing = self._writing, None
         unwritten = future.result()
         if unwritten is None:
             if self.failure is not None:
-                logger.warning("the trajectory in %s is being written again; nothing is missing", self.directory)
+                logger.warning("the trajectory in %s is being written again; no step is missing", self.directory)
             self.failure = None
             return
         error, self._gathered = unwritten.error, unwritten.segment.followed_by(self._gathered)
+        may_pass = isinstance(error, OSError)
         if self.failure is None:
             steps = self._folder.manifest.num_steps
+            kept = f"what it does is kept in memory for later attempts, up to {UNWRITTEN_BYTES // 2**20} MiB, and then "
             logger.error(
-                "the trajectory in %s holds %d step%s and could not be written further: %s: %s. Training goes on; what "
-                "it does is kept in memory for later attempts, up to %d MiB, and then recording stops",
-                *(self.directory, steps, "s" * (steps != 1), type(error).__name__, error, UNWRITTEN_BYTES // 2**20),
+                "the trajectory in %s holds %d step%s and could not be written further: %s: %s. Training goes on; "
+                "%srecording stops",
+                *(self.directory, steps, "s" * (steps != 1), type(error).__name__, error, kept if may_pass else ""),
             )
         self.failure = error
-        if self._gathered.nbytes > UNWRITTEN_BYTES or not isinstance(error, OSError):
+        if self._gathered.nbytes > UNWRITTEN_BYTES and self._gathered.states:
+            # All but the last; a replay makes them.
+            states = dict(sorted(self._gathered.states.items())[-1:])
+            self._gathered.nbytes += _nbytes(states) - _nbytes(self._gathered.states)
+            self._gathered.states = states
+        if self._gathered.nbytes > UNWRITTEN_BYTES or not may_pass:
             self.stopped, self._gathered = True, Segment(self._num_steps)
 
     def _facts(self, complete: bool) -> Facts:
@@ -211,16 +229,30 @@ class TrajectoryWriter:
         try:
             self._append(segment, facts)
         except OSError as error:
-            return Unwritten(error, self._write_what_fits(segment, facts))
+            rest = self._write_what_fits(segment, facts)
+            if rest.rows or rest.states or not facts["complete"]:
+                return Unwritten(error, rest)
+            return None if self._folder.manifest.complete else self._write_end(rest, facts)
         except Exception as error:  # Any kind: it is told where training is, which goes on.
             return Unwritten(error, segment)
         return None
 
+    def _write_end(self, nothing: Segment, facts: Facts) -> Unwritten | None:
+        try:
+            self._append(nothing, facts)
+        except OSError as error:
+            return Unwritten(error, nothing)
+        return None
+
     def _write_what_fits(self, segment: Segment, facts: Facts) -> Segment:
-        """Write the first steps, as many as the disk takes, half as many each time; returns the others."""
-        size = len(segment.rows) // 2
+        """Write the steps, as many as the disk takes, and at the end of training states; returns what is not written.
+
+        Steps take little space, and a replay makes the states that they lead to.
+        """
+        states, size = segment.states, len(segment.rows)
+        segment = replace(segment, states={}, nbytes=segment.nbytes - _nbytes(states))
         while size:
-            if size < len(segment.rows):
+            if size <= len(segment.rows):
                 first, rest = segment.split(size)
                 try:
                     self._append(first, _until(facts, rest.first_step))
@@ -229,7 +261,25 @@ class TrajectoryWriter:
                 else:
                     segment = rest
             size //= 2
-        return segment
+        if facts["complete"] and not segment.rows:
+            states = self._write_some(states, facts)
+        return replace(segment, states=states, nbytes=segment.nbytes + _nbytes(states))
+
+    def _write_some(self, states: dict[int, State], facts: Facts) -> dict[int, State]:
+        """Write the last state, and of the others a half, a quarter, …; returns those to be written still."""
+        steps = sorted(states)
+        while len(steps) > 1:
+            steps = steps[::-2][::-1]
+            try:
+                self._append(Segment(self._num_steps, states={step: states[step] for step in steps}), facts)
+            except OSError:
+                continue
+            logger.warning(
+                "%d of the last %d states of the trajectory in %s are left out, for want of space; a replay makes them",
+                *(len(states) - len(steps), len(states), self.directory),
+            )
+            return {}
+        return states
 
     def _append(self, segment: Segment, facts: Facts) -> None:
         written = self._folder.append(segment, facts)
@@ -241,6 +291,10 @@ def _until(facts: Facts, step: int) -> Facts:
     """The facts when training had come to ``step``."""
     ends = (*(end for end in facts["epoch_ends"] if end < step), step)
     return {**facts, "complete": False, "num_steps": step, "epoch_ends": ends}
+
+
+def _nbytes(states: Mapping[int, State]) -> int:
+    return sum(state.nbytes for state in states.values())
 
 
 def _row_bytes(step: StepFields) -> int:

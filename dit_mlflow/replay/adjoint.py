@@ -11,6 +11,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from dit_mlflow.errors import UnsupportedError
+from dit_mlflow.torch_internals import GRAPH_IS_GONE
+
 
 @dataclass(frozen=True, eq=False)
 class Flat:
@@ -99,8 +102,20 @@ def grad_or_zeros(
     """``torch.autograd.grad`` with zeros for inputs that no output depends on.
 
     Not by ``materialize_grads``, whose zeros require a gradient in torch 2.6.
+
+    Raises:
+        UnsupportedError: the loss or the query takes derivatives of its own, and keeps no graph of them.
     """
-    found = torch.autograd.grad(outputs, inputs, cotangents, retain_graph, allow_unused=True)
+    try:
+        found = torch.autograd.grad(outputs, inputs, cotangents, retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        if GRAPH_IS_GONE in str(error):
+            raise UnsupportedError(
+                "a loss or a query takes derivatives of its own (forces, a penalty) and frees their graph, so that it "
+                "cannot be differentiated in turn; take them with create_graph=True, in evaluation mode too "
+                "(create_graph=self.training does not)"
+            ) from error
+        raise
     return [torch.zeros_like(value) if part is None else part for value, part in zip(inputs, found, strict=True)]
 
 

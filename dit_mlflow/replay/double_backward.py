@@ -1,4 +1,4 @@
-"""Replace or refuse operations that torch does not differentiate twice, or differentiates wrongly."""
+"""Replace or refuse what torch does not differentiate twice, or differentiates wrongly."""
 
 from __future__ import annotations
 
@@ -129,3 +129,25 @@ def refuse_dead_ends(gradients: Iterable[Tensor]) -> None:
         if node.name() == REFUSING_NODE:
             raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
         left += [following for following, _ in node.next_functions]
+
+
+class DerivativesInside(TorchFunctionMode):
+    """Notes whether what runs inside it takes derivatives by ``torch.autograd.grad``, with and without their graph.
+
+    Args:
+        graphs: keep the graph in any case, so that they have derivatives in turn.
+    """
+
+    def __init__(self, graphs: bool = False) -> None:
+        super().__init__()
+        self._graphs = graphs
+        self.with_graph = self.without_graph = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad and torch.is_grad_enabled():
+            self.with_graph |= bool(kwargs.get("create_graph"))
+            self.without_graph |= not kwargs.get("create_graph")
+            if self._graphs:
+                kwargs = {**kwargs, "create_graph": True}
+        return func(*args, **kwargs)

@@ -238,7 +238,10 @@ class LossStep(TrainingStep):
         return by_weight, rest[: len(objective.held)], rest[len(objective.held) :]
 
     def bytes_kept(self, state: State, record: StepRecord) -> int:
-        return self.gradient.bytes_kept(leaves(state.parameters), state.buffers, record)
+        try:
+            return self.gradient.bytes_kept(leaves(state.parameters), state.buffers, record)
+        except RuntimeError:  # The loss uses torch.func, inside of which autograd does not tell what it keeps.
+            return super().bytes_kept(state, record)
 
     def _watch(
         self,

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_mlflow.errors import UnsupportedError, first_line
 from dit_mlflow.replay.adjoint import Adjoint, Flat, vector_jacobian
-from dit_mlflow.replay.double_backward import naming_missing_derivatives
+from dit_mlflow.replay.double_backward import DerivativesInside, naming_missing_derivatives
 from dit_mlflow.replay.dynamics import Dynamics, MicroBatch, Parameters
 from dit_mlflow.replay.running_statistics import DifferentiableStatistics, running_statistics
 from dit_mlflow.trajectory.manifest import DTYPES, TensorLayout
@@ -240,7 +240,7 @@ class TrainingStep(ABC):
 
     def ask(self, parameters: Parameters, buffers: Parameters, query: Callable[[nn.Module], Tensor]) -> Tensor:
         """The query's value ``[]`` with its graph, in evaluation mode, for the model with the given tensors."""
-        with self.differentiable():
+        with self.differentiable(), DerivativesInside(graphs=True):
             return self.dynamics.evaluate(parameters, buffers, query)
 
     def differentiable(self) -> AbstractContextManager[Any]:

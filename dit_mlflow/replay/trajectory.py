@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -35,11 +35,16 @@ class Verification:
 
 
 class Trajectory(Record):
-    """A training trajectory on disk: the record, and every state by replay. Open one with :meth:`open`."""
+    """A training trajectory on disk: the record, and every state by replay. Open one with :meth:`open`.
+
+    Attributes:
+        one_at_a_time: workloads whose retrainings were found not to run side by side, so that this is told once.
+    """
 
     def __init__(self, directory: Path, manifest: Manifest, fetch: Fetch | None = None) -> None:
         super().__init__(directory, manifest, fetch)
         self._coupled: WeakKeyDictionary[Workload, dict[int, bool]] = WeakKeyDictionary()
+        self.one_at_a_time: WeakSet[Workload] = WeakSet()
 
     def states(self, workload: Workload, a: int, b: int, dtype: torch.dtype | None = None) -> Iterator[State]:
         """Yield ``s_a, …, s_b`` (both ends included), rebuilt by replay from the checkpoint before ``a``.

@@ -18,6 +18,7 @@ from torch import Tensor
 from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence import Query
 from dit_mlflow.influence.kind import Course
+from dit_mlflow.replay.loss_step import leaves
 from dit_mlflow.replay.side_by_side import misses
 from dit_mlflow.replay.training_step import TrainingStep
 from dit_mlflow.told import logger_of
@@ -135,17 +136,27 @@ class Retraining:
         queries: to evaluate at the course's measures.
         memory_budget: bytes that retrainings side by side may use.
         timed: otherwise side by side wherever that can be done, whatever a stop-watch says.
+        refused: whether they are known not to run side by side.
+
+    Attributes:
+        refused: whether they have been found not to.
     """
 
     def __init__(
-        self, training_step: TrainingStep, queries: Sequence[Query], memory_budget: int, timed: bool = True
+        self,
+        training_step: TrainingStep,
+        queries: Sequence[Query],
+        memory_budget: int,
+        timed: bool = True,
+        refused: bool = False,
     ) -> None:
         self.training_step = training_step
         self.queries = queries
         self.memory_budget = memory_budget
         self.timed = timed
         self._chunk: int | None = None
-        self._side_by_side: bool | None = None
+        self.refused = refused
+        self._side_by_side: bool | None = False if refused else None
 
     def run(self, job: Job, advanced: Advanced = lambda count: None) -> Changes:
         """Changes of the queries at each measure of the course."""
@@ -159,6 +170,7 @@ class Retraining:
             if self._prefer_side_by_side(job.baseline.start, job.steps[0], len(job.counterfactuals)):
                 found = self._side_by_side_changes(job, advanced)
             if found is None:
+                self.refused |= bool(self._side_by_side)
                 self._side_by_side = False
                 found = self._single_changes(job, advanced)
         return found
@@ -171,9 +183,13 @@ class Retraining:
     def ask(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         """Values of the queries, ``[queries]``."""
         dynamics = self.training_step.dynamics
-        return without_graph(
-            lambda: torch.stack([dynamics.evaluate(parameters, buffers, query) for query in self.queries])
-        )
+
+        def values() -> Tensor:
+            # A query may take gradients by the parameters.
+            given = leaves(parameters) if torch.is_grad_enabled() else parameters
+            return torch.stack([dynamics.evaluate(given, buffers, query) for query in self.queries])
+
+        return without_graph(values)
 
     def _single_changes(self, job: Job, advanced: Advanced) -> Changes:
         """One retraining after the other."""
@@ -238,7 +254,7 @@ class Retraining:
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 _log.info("retrainings cannot run side by side: %s", first_line(error))
                 _log.warning("this model cannot be retrained side by side; retraining one after the other instead")
-                self._side_by_side = False
+                self._side_by_side, self.refused = False, True
             else:
                 single = self._time_step(start, step, None) if self.timed else math.inf
                 self._side_by_side = together * math.ceil(count / size) < single * count

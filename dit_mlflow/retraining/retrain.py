@@ -62,7 +62,9 @@ def retrain(
     with preserved_random_state(), effort.configured(), joblib.Parallel(n_jobs=effort.jobs) as pool:
         replay = question.trajectory.replay(question.workload, dtype)
         shared = _Shared.of(question, replay, effort.memory_budget)
-        here = Retraining(replay.training_step, question.queries, effort.memory_budget)
+        one_at_a_time = question.trajectory.one_at_a_time
+        known = question.workload in one_at_a_time
+        here = Retraining(replay.training_step, question.queries, effort.memory_budget, refused=known)
         for course in courses(question.kind, question.windows, question.trajectory.num_steps):
             steps = [question.trajectory.step(t) for t in range(course.start, course.stop)]
             met = np.unique(np.concatenate([step.samples for step in steps if step.index < course.until]))
@@ -71,6 +73,8 @@ def retrain(
             for rows, found in _run(job, affected, shared, here, effort, pool):
                 for step, window, sign in course.measures:
                     changes[window][:, rows] += sign * found[step]
+        if here.refused:
+            one_at_a_time.add(question.workload)
     return changes, replay.max_drift
 
 

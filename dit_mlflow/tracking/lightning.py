@@ -80,10 +80,11 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
         process = trainer.strategy.process_dataloader
 
         def process_and_watch(loader: Any) -> Any:
-            # The trainer's last step before it iterates a loader, and the first place where we see the loader.
+            # The trainer's last step before it iterates a loader, and the first place where we see the loader. Those
+            # that a search for the batch size makes before the first step are of trials, or of validation.
             loader = process(loader)
             if trainer.training and isinstance(loader, DataLoader):
-                training.watch(loader)
+                (training.watch if training.begun else training.watch_if_used)(loader)
             return loader
 
         trainer.strategy.process_dataloader = process_and_watch
@@ -140,7 +141,7 @@ class TrajectoryCallback(*_bases()):  # type: ignore[misc]
                 f"{type(pl_module).__name__} trains with {len(trainer.optimizers)} optimizers; a trajectory is that of "
                 "one model with one optimizer"
             )
-        if training.patch is None or trainer.train_dataloader is not training.patch.loader:
+        if not training.choose(trainer.train_dataloader):
             raise UnsupportedError(
                 f"the trainer draws its batches from {type(trainer.train_dataloader).__name__}; recording needs one "
                 "torch.utils.data.DataLoader, from which all samples of a step come"

@@ -66,7 +66,7 @@ class Record:
         Raises:
             TrajectoryError: there is no trajectory, or it is damaged.
         """
-        folder = Path(directory)
+        folder = Path(directory).absolute()
         record = cls(folder, Manifest.read(folder), fetch)
         if fetch is not None:
             return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import logging
@@ -20,7 +21,7 @@ from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
-from dit_mlflow import Trajectory, TrajectoryError, TrajectoryRecorder, train
+from dit_mlflow import InputError, Trajectory, TrajectoryError, TrajectoryRecorder, train
 from dit_mlflow.recording import writer
 from dit_mlflow.trajectory import tensor_file
 
@@ -60,7 +61,7 @@ def test_training_goes_on_and_what_was_kept_is_written_when_the_disk_is_back(
     assert recorder.failure is None
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
     assert "Training goes on" in caplog.records[0].message
-    assert "nothing is missing" in caplog.records[1].message
+    assert "no step is missing" in caplog.records[1].message
     trajectory = Trajectory.open(folder)
     assert (trajectory.num_steps, trajectory.complete) == (30, True)
     assert trajectory.verify(digits_workload()).max_drift == 0.0
@@ -109,24 +110,32 @@ def nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nearly_full")
-def test_of_a_first_write_that_does_not_fit_the_first_steps_are_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("whole", [True, False])
+def test_of_a_first_write_that_does_not_fit_the_steps_are_kept(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All is written at once, at the end, as in any training of a few seconds."""
+    """All is written at once, at the end, as in any training of a few seconds: steps first, then states that fit."""
+    if not whole:
+        monkeypatch.setitem(globals(), "SPACE", 20_000)
     with caplog.at_level(logging.WARNING, logger="dit_mlflow"):
         _, recorder = run_loop(tmp_path / "t", 90)
-    assert isinstance(recorder.failure, OSError)
     saved = Trajectory.open(tmp_path / "t")
-    assert (saved.complete, recorder.num_steps) == (False, 90)
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
-    assert f"holds {saved.num_steps} steps and could not be written further" in caplog.records[0].message
-    assert saved.num_steps > 10
-    assert saved.checkpoint_steps == tuple(range(0, saved.num_steps + 1, 2))
+    assert recorder.num_steps == 90
     assert saved.epoch_ends == (*range(3, saved.num_steps, 3), saved.num_steps)
     assert saved.verify(digits_workload()).max_drift == 0.0
     files = {path.name: path.stat().st_size for path in (tmp_path / "t").iterdir()}
     assert files.keys() == {*saved.manifest.files, "manifest.json"}, "nothing else takes space"
-    assert SPACE * 0.7 < sum(files.values()) <= SPACE
+    assert sum(files.values()) <= SPACE
+    assert f"holds {saved.num_steps} steps and could not be written further" in caplog.records[0].message
+    if whole:
+        assert recorder.failure is None
+        assert (saved.complete, saved.num_steps) == (True, 90)
+        assert saved.checkpoint_steps[-1] == 90 and len(saved.checkpoint_steps) > 2
+        assert "of the last 45 states of the trajectory" in caplog.text
+    else:
+        assert isinstance(recorder.failure, OSError)
+        assert not saved.complete and 10 < saved.num_steps <= 90
+        assert saved.checkpoint_steps == (0,)
 
 
 def test_what_the_manifest_lists_stays_where_the_last_sync_fails(
@@ -148,24 +157,33 @@ def test_what_the_manifest_lists_stays_where_the_last_sync_fails(
 
 
 def train_on_a_full_disk(folder: Path) -> str:
-    """What it said on the way to its end."""
+    """What it said on the way to its end, which is that of a disk without any space."""
     writer.FLUSH_BYTES = 200_000
     # No file may grow beyond this: real failing writes, in the middle of a file.
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    workload = digits_workload(epochs=20, optimizer=lambda model: Adam(model.parameters()))
-    with (
-        redirect_stderr(StringIO()) as said,
-        pytest.raises(TrajectoryError, match="the trajectory could not be written"),
-    ):
-        train(workload, folder, checkpoint_every=1)
+    limit, steps = resource.getrlimit(resource.RLIMIT_FSIZE), iter(range(1000))
+
+    def optimizer(model: nn.Module) -> Adam:
+        made = Adam(model.parameters())
+        made.register_step_post_hook(
+            lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1])) if next(steps) == 57 else None
+        )
+        return made
+
+    workload = digits_workload(epochs=20, optimizer=optimizer)
+    with redirect_stderr(StringIO()) as said:
+        try:
+            train(workload, folder, checkpoint_every=1)
+        except TrajectoryError as error:
+            return f"{said.getvalue()}; raised: {error}"
     return said.getvalue()
 
 
 def test_a_full_disk_in_the_middle_of_a_file(tmp_path: Path) -> None:
     said = processes.answer(train_on_a_full_disk, tmp_path / "t")
-    assert said.count("Training goes on") == 1, said
+    assert said.count("Training goes on") == 1 and "raised: the trajectory could not be written" in said, said
     saved = Trajectory.open(tmp_path / "t")
-    assert not saved.complete
+    assert not saved.complete and saved.num_steps > 20
     assert not list((tmp_path / "t").glob("*.part"))
     saved.verify(digits_workload(optimizer=None))
 
@@ -186,7 +204,7 @@ def train_without_handles(folder: Path) -> tuple[bool, str]:
 def test_file_handles_that_are_used_up_for_a_while(tmp_path: Path) -> None:
     whole, said = processes.answer(train_without_handles, tmp_path / "t")
     assert whole
-    assert [said.count("Training goes on"), said.count("nothing is missing")] == [1, 1], said
+    assert [said.count("Training goes on"), said.count("no step is missing")] == [1, 1], said
     saved = Trajectory.open(tmp_path / "t")
     assert (saved.num_steps, saved.complete) == (30, True)
     assert saved.verify(digits_workload()).max_drift == 0.0
@@ -226,6 +244,50 @@ def test_a_folder_that_cannot_be_written_is_known_before_training(tmp_path: Path
         TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "file" / "t"),
     ):
         raise AssertionError("training was reached")
+
+
+def test_a_folder_that_is_moved_is_said_and_not_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
+    folder = tmp_path / "t"
+    _, recorder = run_loop(folder, 12, {5: lambda: folder.rename(tmp_path / "away")})
+    assert isinstance(recorder.failure, FileNotFoundError)
+    assert "manifest.json, which was written before, is gone" in str(recorder.failure)
+    assert caplog.text.count("could not be written further") == 1
+    assert not folder.exists()
+
+
+def test_of_two_recorders_that_resume_one_trajectory_the_later_leaves_it_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = run_loop(tmp_path / "t", 4)
+    recorders = []
+    for rate in (0.1, 0.2):
+        trained = copy.deepcopy(model)
+        optimizer = SGD(trained.parameters(), lr=rate)
+        recorder = TrajectoryRecorder(trained, optimizer, tmp_path / "t", resume=True)
+        recorders.append((recorder.__enter__(), trained, optimizer))
+    for recorder, trained, optimizer in [*recorders, *recorders]:
+        for batch in recorder.watch(DataLoader(datasets()[0], batch_size=8)):
+            optimizer.zero_grad()
+            sample_losses(trained, batch).mean().backward()
+            optimizer.step()
+        recorder.checkpoint()
+    for recorder, *_ in recorders:
+        recorder.__exit__(None, None, None)
+    assert "another recorder writes there too" in caplog.text
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert [trajectory.step(t).hyperparameters[0]["lr"] for t in range(trajectory.num_steps)] == [0.1] * 12
+    assert trajectory.verify(digits_workload()).max_drift == 0
+    assert recorders[0][0].failure is None and isinstance(recorders[1][0].failure, TrajectoryError)
+
+
+def test_a_file_in_place_of_the_folder_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "t").touch()
+    model = digits_model()
+    with pytest.raises(InputError, match="t is no folder"):
+        TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t")
 
 
 def test_our_own_loop_says_that_the_trajectory_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

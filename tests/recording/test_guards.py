@@ -229,7 +229,8 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], None], str]] = {
 def test_parameters_changed_between_steps_are_named(name: str, tmp_path: Path) -> None:
     change, first = CHANGES[name]
     model = digits_model()
-    with pytest.raises(TrajectoryError, match=rf"'{first}' changed between step 0 and step 1, and not by"):
+    message = rf"'{first}' changed between step 0 and step 1, and not by|SGD.step\(\) changed parameter '{first}'"
+    with pytest.raises(TrajectoryError, match=message):
         record(tmp_path / "t", model, SGD(model.parameters(), lr=0.5), after=lambda: change(model))
     trajectory = Trajectory.open(tmp_path / "t")
     assert (trajectory.num_steps, trajectory.complete) == (1, False)
@@ -271,6 +272,43 @@ def test_weights_loaded_before_the_block_ends_are_not_taken_for_the_last_state(
     assert np.isfinite(track(trajectory, digits_workload(), [Window(0, 6)]).scores).all()
 
 
+@pytest.mark.parametrize("last", [4, 6])
+def test_weights_averaged_through_data_at_the_end_are_not_taken_for_the_last_state(
+    last: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No version counter shows them; the state after step 4 is stored when it is made."""
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.5)
+    with TrajectoryRecorder(model, optimizer, tmp_path / "t") as recorder:
+        for batch in recorder.watch(DataLoader(datasets()[0], batch_size=24 // last)):
+            optimizer.zero_grad()
+            sample_losses(model, batch).mean().backward()
+            optimizer.step()
+        for value in model.parameters():
+            value.data.copy_(0.9 * value.data)
+    assert (f"the parameters changed after the last step ({last - 1})" in caplog.text) == (last == 6)
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert (trajectory.num_steps, trajectory.complete) == (last, True)
+    assert trajectory.verify(digits_workload()).max_drift == 0
+
+
+def test_steps_made_by_hand_after_recorded_ones_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, steps = digits_model(), iter(range(100))
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def step(loss: Tensor) -> None:
+        loss.backward()
+        if next(steps) < 4:
+            optimizer.step()
+        else:
+            for value in model.parameters():
+                value.data -= 0.1 * value.grad
+
+    trajectory = record(tmp_path / "t", model, optimizer, step=step)
+    assert trajectory.num_steps == 4
+    assert "changed after the last recorded step (3), and batches were drawn since, but SGD.step() was" in caplog.text
+
+
 def test_weights_loaded_as_they_were_are_no_change(tmp_path: Path) -> None:
     model = digits_model()
     trajectory = record(
@@ -302,7 +340,7 @@ def weight_normed() -> nn.Module:
     [
         (weight_normed, r"normalised by torch\.nn\.utils\.weight_norm.*use torch.nn.utils.parametrizations"),
         (lambda: nn.Sequential(nn.LazyLinear(3)), r"parameter '0\.weight' has no shape yet \(a Lazy module\)"),
-        (lambda: LateBuffer(64, 3), "buffer 'seen' was made, removed or given another shape or type by the first step"),
+        (lambda: LateBuffer(64, 3), "buffer 'seen' was made, removed or given another shape or type by step 0"),
     ],
     ids=["weight_norm", "lazy", "buffer"],
 )
@@ -344,3 +382,114 @@ def test_pruned_modules_and_gradient_masks_are_said_when_recording(
         TrajectoryRecorder(masked, SGD(masked.parameters(), lr=0.1), tmp_path / str(number))
         assert [entry.message for entry in caplog.records if "'2.weight' has a gradient hook" in entry.message]
         caplog.clear()
+
+
+def put_in_buffer(model: nn.Module) -> None:
+    model[0].register_buffer("seen", torch.zeros(3))  # type: ignore[index,operator]
+
+
+def replace_parameter(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())  # type: ignore[index]
+
+
+def replace_layer(model: nn.Module) -> None:
+    model[2] = copy.deepcopy(model[2])  # type: ignore[index,operator]
+
+
+def prune_layer(model: nn.Module) -> None:
+    prune.l1_unstructured(model[0], "weight", 0.5)  # type: ignore[index]
+
+
+def tie_by_data(model: nn.Module) -> None:
+    model[0].bias.data = model[2].weight.data[0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "kept"),
+    [
+        (prune_layer, "parameter '0.weight' of the model was put in, taken out, moved or replaced before step 3", 3),
+        (replace_parameter, "parameter '0.weight' of the model was put in, taken out", 3),
+        (replace_layer, "module '2' of the model was put in, taken out", 3),
+        (put_in_buffer, "buffer '0.seen' was made, removed or given another shape or type by step 3", 3),
+        (tie_by_data, "parameters '0.bias' and '2.weight' share memory", 4),
+    ],
+)
+def test_parts_exchanged_in_mid_training_are_said_when_recording(
+    change: Callable[[nn.Module], None], message: str, kept: int, tmp_path: Path
+) -> None:
+    model, steps = digits_model(), iter(range(100))
+    with pytest.raises((TrajectoryError, UnsupportedError), match=message):
+        record(tmp_path / "t", model, SGD(model.parameters(), lr=0.1), after=lambda: next(steps) == 2 and change(model))
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert (trajectory.num_steps, trajectory.complete) == (kept, False)
+
+
+def test_a_gradient_mask_put_in_late_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, steps = digits_model(), iter(range(100))
+
+    def mask() -> None:
+        if next(steps) == 2:
+            model[2].weight.register_hook(lambda gradient: 0 * gradient)  # type: ignore[index,operator]
+
+    record(tmp_path / "t", model, SGD(model.parameters(), lr=0.1), after=mask)
+    assert caplog.text.count("'2.weight' has a gradient hook") == 1
+
+
+@pytest.mark.parametrize(("layer", "name", "step"), [(0, "weight", 3), (0, "bias", 4), (2, "bias", 3)])
+def test_changes_through_data_are_found_at_once_or_where_a_state_is_stored(
+    layer: int, name: str, step: int, tmp_path: Path
+) -> None:
+    """At once, where some elements of the first and the last parameter tell; by step 4 in any."""
+    model, steps = digits_model(), iter(range(100))
+
+    def change() -> None:
+        if next(steps) > 1:
+            getattr(model[layer], name).data.mul_(0.9)  # type: ignore[index]
+
+    with pytest.raises(TrajectoryError, match=rf"'{layer}\.{name}' changed between step {step - 1} and step {step}"):
+        record(tmp_path / "t", model, SGD(model.parameters(), lr=0.5), after=change)
+
+
+def test_another_optimizer_that_takes_over_is_named_at_its_first_step(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer, steps = SGD(model.parameters(), lr=0.1), iter(range(100))
+    other = Adam(model.parameters())
+
+    def step(loss: Tensor) -> None:
+        loss.backward()
+        (optimizer if next(steps) < 4 else other).step()
+
+    with pytest.raises(TrajectoryError, match=r"Adam\.step\(\) changed parameter '0\.weight', but .* is SGD"):
+        record(tmp_path / "t", model, optimizer, step=step)
+    assert Trajectory.open(tmp_path / "t").num_steps == 4
+
+
+@pytest.mark.parametrize("clear", [lambda one, _: one.state.clear(), lambda one, new: one.load_state_dict(new)])
+@pytest.mark.parametrize("when", [2, 3])
+def test_an_optimizer_state_that_is_replaced_is_said_at_the_next_step(clear: Any, when: int, tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer, steps = Adam(model.parameters()), iter(range(100))
+    new = optimizer.state_dict()
+    with pytest.raises(TrajectoryError, match="the state of Adam was replaced or cleared"):
+        record(tmp_path / "t", model, optimizer, after=lambda: next(steps) == when and clear(optimizer, new))
+    assert Trajectory.open(tmp_path / "t").num_steps == when + 1
+
+
+def test_other_parameters_put_into_a_group_are_refused(tmp_path: Path) -> None:
+    model, steps = digits_model(), iter(range(100))
+    optimizer = SGD([model[0].weight], lr=0.1)  # type: ignore[index]
+
+    def exchange() -> None:
+        if next(steps) == 1:
+            optimizer.param_groups[0]["params"] = [model[2].weight]  # type: ignore[index]
+
+    with pytest.raises(UnsupportedError, match="parameter groups changed during recording"):
+        record(tmp_path / "t", model, optimizer, after=exchange)
+
+
+def test_optimizers_of_other_models_beside_it_are_nobodys_business(tmp_path: Path) -> None:
+    model, other = digits_model(), digits_model()
+    beside = SGD(other.parameters(), lr=0.1)
+    other(datasets()[0][0][0][None]).sum().backward()
+    trajectory = record(tmp_path / "t", model, SGD(model.parameters(), lr=0.1), after=lambda: beside.step() and None)
+    assert_replays(trajectory, digits_workload(optimizer=None), model)

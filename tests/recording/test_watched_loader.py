@@ -243,6 +243,11 @@ def test_a_loader_with_a_state_is_resumed_where_it_was(kind: Any, shuffle: bool,
         [0.0, 1.0],
         [True, False],
         [0, "1"],
+        [0, [1, 2]],
+        [{0, 1}],
+        [2**63, 10**30],
+        [torch.tensor(1.0, requires_grad=True)],
+        [None, slice(0, 1)],
     ],
 )
 def test_what_is_no_index_is_refused_at_its_step(sampler: Any, tmp_path: Path) -> None:

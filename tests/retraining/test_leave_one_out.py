@@ -409,6 +409,7 @@ def test_a_loss_that_cannot_run_side_by_side_is_said_once_in_plain_words(
     trajectory = train(workload, tmp_path / "t")
     windows = [Window(0, 1), Window(1, 3)]
     found = leave_one_out(trajectory, workload, windows, samples=[0, 5])
+    leave_one_out(trajectory, workload, windows, samples=[1])
     assert [entry.message for entry in caplog.records] == [
         "this model cannot be retrained side by side; retraining one after the other instead"
     ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dit_mlflow.errors import TrajectoryError
+from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.recording import TrajectoryRecorder
 from dit_mlflow.recording.loader_patch import Handed, LoaderPatch
 from dit_mlflow.told import logger_of
@@ -47,6 +47,7 @@ class RecordedTraining:
         self._stack = ExitStack()
         self._recorder: TrajectoryRecorder | None = None
         self.patch: LoaderPatch | None = None
+        self._candidates: dict[int, LoaderPatch | InputError] = {}
         self._unused = False
         self._loss: Tensor | None = None
         self.closed = False
@@ -65,11 +66,51 @@ class RecordedTraining:
         Raises:
             InputError: ``loader`` does not know its samples by index.
         """
+        for number in [*self._candidates]:
+            self._drop(number)
         if self.patch is not None and self.patch.loader is loader:
             return
         if self.patch is not None:
             self.patch.remove()
-        self.patch = LoaderPatch(loader, self._gone)
+        self.patch = self._patched(loader)
+
+    def watch_if_used(self, loader: DataLoader[Any]) -> None:
+        """:meth:`watch` it, beside others, until :meth:`choose` tells which of them training uses."""
+        self._drop(id(loader))
+        try:
+            self._candidates[id(loader)] = self._patched(loader)
+        except InputError as error:
+            self._candidates[id(loader)] = error
+
+    def choose(self, loader: Any) -> bool:
+        """Stop watching the other loaders; ``False`` if ``loader`` is not watched.
+
+        Raises:
+            InputError: it does not know its samples by index.
+        """
+        chosen = self._candidates.pop(id(loader), None)
+        for number in [*self._candidates]:
+            self._drop(number)
+        if isinstance(chosen, InputError):
+            raise chosen
+        self.patch = chosen
+        return chosen is not None
+
+    def _patched(self, loader: DataLoader[Any]) -> LoaderPatch:
+        patch: LoaderPatch
+
+        def gone(number: int) -> None:
+            # Passes over other loaders have the same numbers.
+            if self.patch is patch:
+                self._gone(number)
+
+        patch = LoaderPatch(loader, gone)
+        return patch
+
+    def _drop(self, number: int) -> None:
+        patch = self._candidates.pop(number, None)
+        if isinstance(patch, LoaderPatch):
+            patch.remove()
 
     def begin(self, model: nn.Module, optimizer: Optimizer, run_id: str | None = None) -> None:
         """Enter the recorder. ``run_id``: the run to use if none was given and none is active."""
@@ -149,6 +190,8 @@ class RecordedTraining:
         if self.closed:
             return
         self.closed = True
+        for number in [*self._candidates]:
+            self._drop(number)
         if self.patch is not None:
             self.patch.remove()
         if self._recorder is None:

@@ -393,6 +393,36 @@ def test_a_search_for_the_learning_rate_is_no_part_of_the_training(run_id: str, 
     assert trajectory.verify(workload()).max_drift < 1e-5
 
 
+class Sized(module_class(LIGHTNINGS[0])):  # type: ignore[misc]
+    """With loaders of its own, whose size a search sets."""
+
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(datasets()[0], self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(datasets()[1], 3)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_search_for_the_batch_size_is_no_part_of_the_training(run_id: str, first: bool) -> None:
+    """It makes loaders for each trial, those of validation among them, before training begins."""
+    finder = import_module(f"{LIGHTNINGS[0]}.callbacks").BatchSizeFinder(max_trials=2, steps_per_trial=1)
+    callbacks = [TrajectoryCallback(), finder]
+    module = Sized()
+    torch.manual_seed(1)
+    trainer_of(*(callbacks if first else reversed(callbacks))).fit(module)
+    trajectory = load_trajectory(run_id)
+    assert module.batch_size > 2 and trajectory.complete
+    assert {len(part) for part in trajectory.step(0).indices} == {module.batch_size}
+    assert_ends_with(trajectory, module)
+    assert trajectory.verify(workload()).max_drift < 1e-5
+
+
 @pytest.mark.parametrize("library", LIGHTNINGS)
 def test_a_schedule_of_accumulation_is_recorded(run_id: str, library: str) -> None:
     """One micro-batch a step in the first epoch, then two (and one), then three."""
