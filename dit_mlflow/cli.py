@@ -18,7 +18,7 @@ from dit_mlflow import __version__
 from dit_mlflow.command import command
 from dit_mlflow.errors import DitError, InputError
 from dit_mlflow.progress import phase, phases, say
-from dit_mlflow.told import masked, told
+from dit_mlflow.told import masked, told, told_lines
 from dit_mlflow.tracking.jobs.signals import ending_on_signals
 from dit_mlflow.tracking.mlflow_internals import DATABASE_LOGGER
 from dit_mlflow.tracking.store.failed_run import fail_project_run
@@ -351,7 +351,7 @@ def run_job(kind: str, job: Callable[[str | None], str], *titles: str, beside: s
 
                 with experiment_of(beside):
                     said = job(project_run_id)
-            click.echo("\n".join(map(told, said.split("\n"))))
+            click.echo(told_lines(said))
         except BaseException as error:
             message = _message(error)
             fail_project_run(project_run_id, kind, message or repr(error))
@@ -391,7 +391,7 @@ def prepare_environment() -> None:
 
 def _print_traceback(*error: Any) -> None:
     """Of an error that may be our fault, for a report that people paste."""
-    click.echo(masked("".join(traceback.format_exception(*error))), err=True, nl=False)
+    click.echo(told_lines("".join(traceback.format_exception(*error))), err=True, nl=False)
 
 
 def main() -> None:
