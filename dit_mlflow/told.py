@@ -128,6 +128,12 @@ def told_lines(text: str) -> str:
     return "\n".join(map(told, lines))
 
 
+def encodable(text: str, longest: int | None = None) -> str:
+    """``text`` without halves of surrogate pairs, which UTF-8 cannot hold; if cut, with an ellipsis."""
+    kept = text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
+    return kept.encode("utf-8", "replace").decode()
+
+
 def no_formula(value: object) -> object:
     """A cell of a CSV file: text that spreadsheets take for a formula is told by an apostrophe; the rest stays."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

@@ -178,7 +178,11 @@ class Manifest(_Part):
     def encode(self) -> bytes:
         """The content of ``manifest.json``; raises :class:`WorkloadError` for settings that JSON cannot hold."""
         try:
-            return json.dumps(self.model_dump(mode="json"), indent=1).encode()
+            content = self.model_dump(mode="json")
+            text = json.dumps(content, indent=1)
+            if r"\ud" in text:  # Halves of surrogate pairs are refused here, rather than when the record is read.
+                json.dumps(content, ensure_ascii=False).encode()
+            return text.encode()
         except (PydanticSerializationError, TypeError, ValueError) as error:
             raise WorkloadError(
                 f"a setting of the workload or the optimizer cannot be stored as JSON: {error}; use numbers, strings, "

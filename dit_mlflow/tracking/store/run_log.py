@@ -19,15 +19,18 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from dit_mlflow.evaluation import Metrics
-from dit_mlflow.told import logger_of
+from dit_mlflow.told import logger_of, text_of, told
 from dit_mlflow.tracking.plugin import DitRunContext
-from dit_mlflow.tracking.store.failed_run import error_text
+from dit_mlflow.tracking.store.failed_run import TAG_CHARACTERS, error_text, storable
 from dit_mlflow.tracking.store.names import NOT_DRAWN, RUN_NAME, UNDEFINED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _log = logger_of(__name__)
+
+NAME_CHARACTERS = 200
+"""Most characters of the name of a run or a parameter; MLflow's databases take 250."""
 
 BATCH = 1000
 """Most metrics that MLflow takes per request."""
@@ -72,6 +75,7 @@ def _make_experiment() -> None:
 @contextmanager
 def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Iterator[ActiveRun]:
     """A top-level run: the one that ``mlflow run`` made, or a new one. FAILED if the body raises."""
+    name = told(name, NAME_CHARACTERS)
     if run_id is None:
         _make_experiment()
         with mlflow.start_run(run_name=name, tags=dict(tags)) as run:
@@ -83,6 +87,15 @@ def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Itera
         if re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.info.run_name or ""):
             mlflow.set_tag(RUN_NAME, name)
         yield run
+
+
+def log_params(params: Mapping[str, object]) -> None:
+    """Log parameters on the active run: names and values as MLflow takes and shows them, whatever they hold.
+
+    Databases refuse NUL, halves of surrogate pairs and long names; terminals obey escapes.
+    """
+    names = {name: re.sub(r"[^\w.: -]", "_", name)[:NAME_CHARACTERS] for name in params}
+    mlflow.log_params({names[name]: storable(text_of(value, TAG_CHARACTERS)) for name, value in params.items()})
 
 
 def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset | None = None) -> None:
