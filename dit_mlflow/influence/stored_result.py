@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence.window import Window
+from dit_mlflow.trajectory.manifest import first_fault, parse_json
 
 SCORES_FILE = "scores.parquet"
 METADATA_FILE = "metadata.json"
@@ -53,8 +53,8 @@ def read_result(folder: Path) -> dict[str, Any]:
     if len(content) > LARGEST_METADATA:
         raise InputError(f"{path} is larger than {LARGEST_METADATA} bytes; it is no description of an influence result")
     try:
-        description = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        description = parse_json(content)
+    except ValueError as error:
         raise InputError(f"no influence result in {folder}: {path} is not JSON: {first_line(error)}") from error
     fields = _described(path, description)
     return fields | _scores(folder / SCORES_FILE, fields["windows"], fields["queries"], description["num_samples"])
@@ -69,13 +69,21 @@ class _Description(BaseModel):
     model_config = ConfigDict(strict=True)
 
     kind: Literal["local", "final", "cumulative", "none"]
-    method: Annotated[str, Field(min_length=1)]
+    method: Annotated[str, Field(min_length=1, max_length=1000)]
     queries: list[str]
     windows: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]
     num_samples: Natural
     measures: Literal["query", "ranking", "suspicion"] = "query"
     removed: Annotated[float, Field(gt=0, lt=1)] | None = None
     degrees_of_freedom: list[list[Annotated[float, Field(ge=0)]]] | None = None
+    # Not the result's own, but read by what tells of it.
+    coupled: bool = False
+    removal: str | None = None
+    seconds: float | None = None
+    trajectory_digest: str | None = None
+    versions: dict[str, str] | None = None
+    draws_agree: dict[str, list[float | None]] | None = None
+    bank: dict[str, list[dict[str, Any]]] | None = None
 
     def check(self) -> None:
         """Raise ``ValueError`` for values that do not fit each other."""
@@ -93,9 +101,7 @@ def _described(path: Path, description: Any) -> dict[str, Any]:
         checked = _Description.model_validate(description)
         checked.check()
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise InputError(f"{path} is not what Influence.save writes: {where}: {first['msg']}") from error
+        raise InputError(f"{path} is not what Influence.save writes: {first_fault(error)}") from None
     except ValueError as error:
         raise InputError(f"{path} is not what Influence.save writes: {error}") from error
     freedom = checked.degrees_of_freedom

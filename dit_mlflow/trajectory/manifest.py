@@ -28,6 +28,12 @@ FORMAT: Literal[3] = 3
 LARGEST = 64 * 2**20
 """Bytes of a manifest at most; one of a million steps takes a few MiB."""
 
+MOST_FAULTS = 10_000
+"""Faults of a document at most of which the first is named."""
+
+MOST_VALUES = 2_000_000
+"""Values in a JSON document at most: each takes up to a hundred bytes of memory, whatever it takes in the file."""
+
 SAFETENSORS_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -167,9 +173,7 @@ class Manifest(_Part):
             _check_format(path, parse_json(content))
             manifest = cls.model_validate_json(content)
         except ValidationError as error:
-            first = error.errors(include_input=False)[0]
-            where = ".".join(map(str, first["loc"])) or "the whole file"
-            raise TrajectoryError(f"{path} is not a trajectory manifest: {where}: {first['msg']}") from error
+            raise TrajectoryError(f"{path} is not a trajectory manifest: {first_fault(error)}") from None
         except ValueError as error:
             raise TrajectoryError(f"{path} is not a trajectory manifest: {error}") from error
         manifest._check(path)
@@ -281,7 +285,13 @@ def _check_format(path: Path, content: Any) -> None:
 
 
 def parse_json(content: bytes) -> Any:
-    """Parse JSON in UTF-8; raises :class:`ValueError` if it is none, or an object has a key twice."""
+    """Parse JSON in UTF-8.
+
+    Raises:
+        ValueError: it is none, an object has a key twice, or there are more than :data:`MOST_VALUES` values.
+    """
+    if sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise ValueError(f"it holds more than {MOST_VALUES} values")
     try:
         return json.loads(content.decode(), object_pairs_hook=_once_each)
     except RecursionError as error:
@@ -295,6 +305,14 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{twice!r} is there twice")
     return found
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where the first fault is, and which; of very many, which take long to list, only how many."""
+    if (count := error.error_count()) > MOST_FAULTS:
+        return f"{count} values are not what is expected in their places"
+    first = error.errors(include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole file'}: {first['msg']}"
 
 
 def library_versions() -> dict[str, str]:
