@@ -15,7 +15,7 @@ LONGEST = 4000
 
 _KEPT_END = 900
 _KEPT_LINES = 200
-_EXAMINED = 10_000
+EXAMINED = 10_000
 """Characters at either end of a text that are looked at; what is between is never shown."""
 
 _UNQUOTED = r"""[^\s'"<>]"""
@@ -99,9 +99,9 @@ def told(text: str, longest: int = LONGEST) -> str:
 
     Told again, it stays as it is.
     """
-    if len(text) > 2 * _EXAMINED:
+    if len(text) > 2 * EXAMINED:
         # A mark that itself stays, wherever the text is cut again.
-        text = f"{text[:_EXAMINED]}…{text[-_EXAMINED:]}"
+        text = f"{text[:EXAMINED]}…{text[-EXAMINED:]}"
     shown = "".join(_shown(character) for character in masked(text))
     if len(shown) <= longest:
         return shown
@@ -116,7 +116,7 @@ def text_of(value: object, longest: int = LONGEST) -> str:
     except Exception as error:  # Any kind: it is the user's method.
         return f"({type(value).__name__}, which cannot be shown: {type(error).__name__})"
     # Masked before it is cut: half a password is not recognised.
-    text = masked(text[: 2 * max(longest, _EXAMINED)])
+    text = masked(text[: 2 * max(longest, EXAMINED)])
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from dit_mlflow.told import encodable, masked
+from dit_mlflow.told import EXAMINED, encodable, text_of
 
 LINE_CHARACTERS = 200
 """Most characters of a text from data, by default."""
@@ -43,7 +43,7 @@ def escaped(text: str, longest: int = LINE_CHARACTERS) -> str:
 
     Characters that change the direction of text are removed; longer texts are cut, with an ellipsis.
     """
-    plain = _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", one_line(masked(text), longest)))
+    plain = _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", one_line(text_of(text, EXAMINED), longest)))
     return _REFERENCE.sub(lambda found: _REFERENCES[found[0]], plain)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from dit_mlflow.command import command
 from dit_mlflow.explanation.markdown import escaped
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.told import text_of
 from dit_mlflow.workload import comes_with_package
 
 MENTIONED = 8
@@ -51,7 +52,7 @@ def _trained(trajectory: Trajectory, reference: str, settings: Mapping[str, Any]
     manifest = trajectory.manifest
     parameters = sum(math.prod(layout.shape) for layout in manifest.model.parameters.values())
     what = escaped(reference) or escaped(manifest.model.name)
-    named = ", ".join(f"{name}={value}" for name, value in list(settings.items())[:MENTIONED])
+    named = ", ".join(f"{name}={text_of(value)}" for name, value in list(settings.items())[:MENTIONED])
     epochs, steps = len(manifest.epoch_ends), trajectory.num_steps
     data = f" on {manifest.num_samples} samples" if manifest.num_samples is not None else ""
     return (

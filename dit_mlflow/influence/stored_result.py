@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence.window import Window
-from dit_mlflow.trajectory.manifest import first_fault, parse_json
+from dit_mlflow.trajectory.manifest import first_fault, open_regular, parse_json
 
 SCORES_FILE = "scores.parquet"
 METADATA_FILE = "metadata.json"
@@ -44,9 +43,9 @@ def read_result(folder: Path) -> dict[str, Any]:
     """
     path = folder / METADATA_FILE
     try:
-        with _regular(path) as file:
+        with open_regular(path) as file:
             content = file.read(LARGEST_METADATA + 1)
-        with _regular(folder / SCORES_FILE):
+        with open_regular(folder / SCORES_FILE):
             pass
     except OSError as error:
         raise InputError(f"no influence result in {folder}: {error}") from error
@@ -120,7 +119,7 @@ def _scores(
 ) -> dict[str, np.ndarray | None]:
     shape = len(windows), len(queries), num_samples
     try:
-        with _regular(path) as file:
+        with open_regular(path) as file:
             table = pq.ParquetFile(file, pre_buffer=False)
             columns = _columns(path, table, max(map(len, queries), default=0))
             _check_rows(path, table, shape, os.fstat(file.fileno()).st_size)
@@ -247,12 +246,3 @@ def _check_rows(path: Path, table: pq.ParquetFile, shape: tuple[int, int, int], 
         raise InputError(f"{path} has {found} rows; expected {expected}, since {METADATA_FILE} has the shape {shape}")
     if found > max(ROWS_OF_ANY_FILE, ROWS_PER_BYTE * size):
         raise InputError(f"{path} claims {found} rows in {size} bytes, more scores than so few bytes can hold")
-
-
-def _regular(path: Path) -> BinaryIO:
-    """The opened file; a device or a pipe, which may have no end, is refused before anything is read."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{path} is not a regular file")
-    return os.fdopen(descriptor, "rb")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -166,9 +168,15 @@ class Manifest(_Part):
                 f"no trajectory in {directory}: {FILE_NAME} is missing; give a folder written by "
                 "TrajectoryRecorder or train()"
             )
-        if (size := path.stat().st_size) > LARGEST:
+        if path.is_symlink() and path.resolve().parent != directory.resolve():
+            raise TrajectoryError(f"{path} is a link that leaves the folder; put a copy of the file in its place")
+        try:
+            with open_regular(path) as file:
+                size, content = os.fstat(file.fileno()).st_size, file.read(LARGEST + 1)
+        except OSError as error:
+            raise TrajectoryError(f"{path} cannot be read: {error}") from error
+        if len(content) > LARGEST:
             raise TrajectoryError(f"{path} is not a trajectory manifest: {size} bytes, expected {LARGEST} at most")
-        content = path.read_bytes()
         try:
             _check_format(path, parse_json(content))
             manifest = cls.model_validate_json(content)
@@ -282,6 +290,15 @@ def _check_format(path: Path, content: Any) -> None:
         f"{path} has format {number!s:.20}, and this version of dit-mlflow reads format {FORMAT} alone: record the "
         f"training again, or open it with the version that wrote it, {writer!r:.40}"
     )
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The opened file; raises ``OSError`` for a device or a pipe, which may have no end, before anything is read."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def parse_json(content: bytes) -> Any:
