@@ -18,13 +18,15 @@ from dit_mlflow import __version__
 from dit_mlflow.command import command
 from dit_mlflow.errors import DitError, InputError
 from dit_mlflow.progress import phase, phases, say
-from dit_mlflow.told import masked, told, told_lines
+from dit_mlflow.told import told, told_lines
 from dit_mlflow.tracking.jobs.signals import ending_on_signals
 from dit_mlflow.tracking.mlflow_internals import DATABASE_LOGGER
 from dit_mlflow.tracking.store.failed_run import fail_project_run
 
 KINDS = ("local", "final", "cumulative")
 COMPILE = ("auto", "always", "never")
+
+_SHOWN_BY_UI = ("file", "sqlite", "postgresql", "mysql", "mssql")
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -307,8 +309,12 @@ def ui(context: click.Context) -> None:
     from dit_mlflow.tracking.ui.links import store_uri
 
     results = {"MLFLOW_BACKEND_STORE_URI": store_uri()}
-    if store_uri().startswith("http"):
-        raise click.ClickException(told(f"results are on a server: open {masked(store_uri())}"))
+    where = store_uri()
+    if where.startswith(("http", "databricks")):
+        raise click.ClickException(told(f"results are on a server: open {where}"))
+    # Anything else MLflow refuses with a traceback, which shows the URI's password.
+    if (found := re.match(r"([\w.+-]{2,})://", where)) and found[1].partition("+")[0] not in _SHOWN_BY_UI:
+        raise click.ClickException(told(f"mlflow ui cannot show {where}; expected a database, a folder or a server"))
     command = [sys.executable, "-m", "mlflow", "ui", *context.args]
     if os.name != "nt":
         # In place of this process, so that signals reach the server.

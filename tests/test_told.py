@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 
 import pytest
+from click.testing import CliRunner
 
 from dit_mlflow import InputError
-from dit_mlflow.cli import _print_traceback
+from dit_mlflow.cli import _print_traceback, cli
 from dit_mlflow.errors import cause
 from dit_mlflow.told import LONGEST, logger_of, masked, no_formula, text_of, told
 
@@ -147,6 +149,15 @@ def test_texts_that_spreadsheets_would_run_are_marked() -> None:
 def test_loggers_are_told_once() -> None:
     assert logger_of("dit_mlflow.some") is logger_of("dit_mlflow.some") is logging.getLogger("dit_mlflow.some")
     assert len(logger_of("dit_mlflow.some").filters) == 1
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "odd+driver", "databricks", "https"])
+def test_the_ui_does_not_tell_where_it_cannot_go(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://me:{SECRET}@host/x")
+    monkeypatch.setattr(os, "execve", lambda *arguments: pytest.fail("handed over to MLflow"))
+    said = CliRunner().invoke(cli, ["ui"])
+    assert said.exit_code == 1
+    assert f"{scheme}://me:***@host/x" in said.stderr
 
 
 def test_tracebacks_of_the_command_line_are_masked(capsys: pytest.CaptureFixture[str]) -> None:
