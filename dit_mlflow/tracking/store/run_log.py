@@ -94,8 +94,13 @@ def log_params(params: Mapping[str, object]) -> None:
 
     Databases refuse NUL, halves of surrogate pairs and long names; terminals obey escapes.
     """
-    names = {name: re.sub(r"[^\w.: -]", "_", name)[:NAME_CHARACTERS] for name in params}
-    mlflow.log_params({names[name]: storable(text_of(value, TAG_CHARACTERS)) for name, value in params.items()})
+    mlflow.log_params({_taken(name): storable(text_of(value, TAG_CHARACTERS)) for name, value in params.items()})
+
+
+def _taken(name: str) -> str:
+    """A name as MLflow takes it, which may be a path: ``top-5 %`` is ``top-5 _``."""
+    parts = re.sub(r"[^\w./: -]", "_", name).split("/")
+    return "/".join(part if part.strip(".") else "_" for part in parts)[:NAME_CHARACTERS]
 
 
 def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset | None = None) -> None:
@@ -107,9 +112,10 @@ def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset 
     reasons = dict(metrics.undefined)
     reasons |= {name: f"the value is {v}" for name, v in metrics.values.items() if name not in finite}
     if finite:
-        mlflow.log_metrics(finite, model_id=model_id, dataset=dataset)
+        taken = {_taken(name): value for name, value in finite.items()}
+        mlflow.log_metrics(taken, model_id=model_id, dataset=dataset)
     if reasons:
-        mlflow.set_tags({UNDEFINED + name: reason for name, reason in reasons.items()})
+        mlflow.set_tags({_taken(UNDEFINED + name): reason for name, reason in reasons.items()})
 
 
 def log_series(name: str, values: Sequence[float | None], steps: Sequence[int] | None = None) -> None:
@@ -126,7 +132,7 @@ def log_points(points: Iterable[tuple[str, int, float | None]]) -> None:
     assert run is not None
     now = int(time.time() * 1000)
     metrics = [
-        Metric(name, float(value), now, step)
+        Metric(_taken(name), float(value), now, step)
         for name, step, value in points
         if value is not None and math.isfinite(value)
     ]

@@ -7,6 +7,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from stores import Store
 from workloads import digits_workload
@@ -101,6 +102,16 @@ def test_names_and_settings_that_databases_refuse_or_terminals_obey_are_kept_as_
         assert run.data.params["workload.model"].startswith(r"\x1b[31mred")
         assert "![x]" not in run.data.tags["mlflow.note.content"]
     assert load_influence(runs[0].info.run_id).queries[0].startswith(r"\x1b[31mred")
+
+
+def test_metrics_of_any_name_do_not_fail_a_run_after_its_training(store: str) -> None:
+    names = ["top-5 %", "$x$\x1b[1m", "a//..", "m" * 300]
+    ones = torch.ones(16)
+    workload = digits_workload(epochs=1, batch_size=24, metrics=lambda model, batch: dict.fromkeys(names, ones))
+    run = MlflowClient().get_run(run_training(workload))
+    assert run.info.status == "FINISHED"
+    found = {"top-5 _", "_x___1m", "a/_/_", ("validation/" + "m" * 300)[11:200]}
+    assert {f"validation/{name}" for name in found} < set(run.data.metrics)
 
 
 class Mute:
