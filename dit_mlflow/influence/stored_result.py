@@ -18,6 +18,8 @@ from dit_mlflow.trajectory.manifest import first_fault, open_regular, parse_json
 SCORES_FILE = "scores.parquet"
 METADATA_FILE = "metadata.json"
 
+RESULT_FILES = (SCORES_FILE, METADATA_FILE)
+
 LARGEST_METADATA = 64 * 2**20
 """Largest size of ``metadata.json``, in bytes."""
 

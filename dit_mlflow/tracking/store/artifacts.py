@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from dit_mlflow.errors import InputError, TrajectoryError, cause
 from dit_mlflow.influence import Influence
+from dit_mlflow.influence.stored_result import RESULT_FILES
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.told import logger_of, masked
 from dit_mlflow.tracking.store.found_models import load_model_influence
@@ -106,11 +107,15 @@ def load_influence(source: str, folder: str = INFLUENCE) -> Influence:
     run = find_run(run_id)
     with TemporaryDirectory() as temporary:
         with reading(run, f"{folder}/"):
-            missing = not MlflowClient().list_artifacts(run_id, folder)
-            found = "" if missing else download_artifacts(run_id=run_id, artifact_path=folder, dst_path=temporary)
-        if missing:
+            there = {Path(item.path).name for item in MlflowClient().list_artifacts(run_id, folder)}
+            # Not the folder, which may hold anything, of any size and under any name.
+            paths = [
+                download_artifacts(run_id=run_id, artifact_path=f"{folder}/{name}", dst_path=temporary)
+                for name in there & set(RESULT_FILES)
+            ]
+        if not there:
             raise InputError(f"run {run_id} ({run.info.run_name}) has no artifact {folder}/; expected an influence run")
-        return Influence.load(found)
+        return Influence.load(Path(paths[0]).parent if paths else temporary)
 
 
 def active_run_id() -> str:
