@@ -18,13 +18,15 @@ from dit_mlflow import __version__
 from dit_mlflow.command import command
 from dit_mlflow.errors import DitError, InputError
 from dit_mlflow.progress import phase, phases, say
-from dit_mlflow.told import masked, told
+from dit_mlflow.told import told, told_lines
 from dit_mlflow.tracking.jobs.signals import ending_on_signals
 from dit_mlflow.tracking.mlflow_internals import DATABASE_LOGGER
 from dit_mlflow.tracking.store.failed_run import fail_project_run
 
 KINDS = ("local", "final", "cumulative")
 COMPILE = ("auto", "always", "never")
+
+_SHOWN_BY_UI = ("file", "sqlite", "postgresql", "mysql", "mssql")
 
 _TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -307,8 +309,12 @@ def ui(context: click.Context) -> None:
     from dit_mlflow.tracking.ui.links import store_uri
 
     results = {"MLFLOW_BACKEND_STORE_URI": store_uri()}
-    if store_uri().startswith("http"):
-        raise click.ClickException(told(f"results are on a server: open {masked(store_uri())}"))
+    where = store_uri()
+    if where.startswith(("http", "databricks")):
+        raise click.ClickException(told(f"results are on a server: open {where}"))
+    # Anything else MLflow refuses with a traceback, which shows the URI's password.
+    if (found := re.match(r"([\w.+-]{2,})://", where)) and found[1].partition("+")[0] not in _SHOWN_BY_UI:
+        raise click.ClickException(told(f"mlflow ui cannot show {where}; expected a database, a folder or a server"))
     command = [sys.executable, "-m", "mlflow", "ui", *context.args]
     if os.name != "nt":
         # In place of this process, so that signals reach the server.
@@ -352,7 +358,7 @@ def run_job(kind: str, job: Callable[[str | None], str], *titles: str, beside: s
 
                 with patient_stores(), experiment_of(beside):
                     said = job(project_run_id)
-            click.echo("\n".join(map(told, said.split("\n"))))
+            click.echo(told_lines(said))
         except BaseException as error:
             message = _message(error)
             fail_project_run(project_run_id, kind, message or repr(error))
@@ -392,7 +398,7 @@ def prepare_environment() -> None:
 
 def _print_traceback(*error: Any) -> None:
     """Of an error that may be our fault, for a report that people paste."""
-    click.echo(masked("".join(traceback.format_exception(*error))), err=True, nl=False)
+    click.echo(told_lines("".join(traceback.format_exception(*error))), err=True, nl=False)
 
 
 def main() -> None:

@@ -8,21 +8,41 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
+from urllib.parse import unquote
 
 LONGEST = 4000
 """Most characters of a message; a longer one loses its middle."""
 
 _KEPT_END = 900
-_EXAMINED = 10_000
+_KEPT_LINES = 200
+EXAMINED = 10_000
 """Characters at either end of a text that are looked at; what is between is never shown."""
 
-_PASSWORDS = re.compile(r"""(://[^\s:/?#@'"<>]*:)[^\s'"<>]*@""")
-_TOKENS = re.compile(r"""\b((?:https?|git)://)[^\s:/?#@'"<>]+@""", re.IGNORECASE)
-_SECRET = (
-    r"[\w.-]*(?:password|passwd|pwd|passphrase|token|secret|signature|credential|odbc_connect"
-    r"|(?:api|access|auth|account|private|shared|secret)[_-]?key)[\w.-]*|pass|sig|key"
+_UNQUOTED = r"""[^\s'"<>]"""
+_USER = r"""[^\s:/?#'"<>]*"""
+_PASSWORD_STARTS = re.compile(rf":\\?/\\?/{_USER}:")
+_ENCODED_STARTS = re.compile(rf"%3A%2F%2F(?:(?!%3A|%2F|%40){_UNQUOTED})*%3A", re.IGNORECASE)
+_ENCODED_END = re.compile("%40", re.IGNORECASE)
+_WORDS = re.compile(f"{_UNQUOTED}+")
+_SPACED = re.compile(rf"""(:\\?/\\?/{_USER}:)(?!\d{{1,5}}(?:[^\w%@]|$))(?!\*\*\*@)[^\s/@][^@\n]{{0,200}}@""")
+"""A password with spaces or quotes, which some drivers take as they are; a port, and what follows it, is none."""
+_TOKENS = re.compile(r"""\b((?:https?|git):\\?/\\?/)[^\s:/?#@'"<>]+(?::(?:x-oauth-basic)?)?@""", re.IGNORECASE)
+
+_KEYS = r"(?:api|access|auth|account|private|shared|secret|security|session)[_-]?key"
+_IN_URI = re.compile(
+    rf"password|passwd|pwd|passphrase|passcode|token|secret|signature|credential|odbc_connect|{_KEYS}"
+    r"|^(?:pass|sig|key|auth|jwt|bearer|sas)$",
+    re.IGNORECASE,
 )
-_VALUES = re.compile(rf"""([?&;](?:{_SECRET})=|\b(?:ssl)?passw(?:or)?d=)[^&;#\s'"<>]+""", re.IGNORECASE)
+"""Names of values in the query of a URI, or in a connection string, that are secret."""
+_ANYWHERE = re.compile(
+    rf"(?:password|passwd|pwd|passphrase|secret|(?:access|api|auth|bearer|refresh|security|session|tracking)[_-]?token|{_KEYS})$",
+    re.IGNORECASE,
+)
+"""Names, such as those of environment variables, that are secret wherever they stand."""
+_NAMES = re.compile(r"""(?P<before>[?&;#]\s?|["']|(?<![\w.%-]))(?P<name>[\w.%-]+)(?P<is>=|\s=\s|["']\s?:\s?)""")
+_VALUE = re.compile(r"""'[^'\n]{1,999}'|"[^"\n]{1,999}"|\{[^}\n]{1,999}\}|(?:[^&;#\s'"<>]|['"](?=[\w%]))+""")
+_HEADERS = re.compile(r"(authorization\W{1,5}(?:bearer|basic|token)\s+)[\w.~+/=-]+", re.IGNORECASE)
 
 _ESCAPED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Unicode categories: control characters and line breaks, marks that are not seen or turn text, half pairs."""
@@ -36,8 +56,42 @@ _JOINERS = {"\u200c", "\u200d"}
 
 
 def masked(text: str) -> str:
-    """``text`` with ``***`` for passwords and tokens in its URIs: ``user:…@``, ``?password=…``, ``&sslpassword=…``."""
-    return _VALUES.sub(r"\1***", _TOKENS.sub(r"\1***@", _PASSWORDS.sub(r"\1***@", text)))
+    """``text`` with ``***`` for passwords and tokens in its URIs, connection strings, and variables called so.
+
+    ``user:…@``, ``?password=…``, ``&sslpassword=…``, ``PWD=…;``, ``MLFLOW_TRACKING_TOKEN=…``, ``{'password': '…'}``.
+
+    Cost: linear in the length, whatever the text.
+    """
+    if "@" in text or "%40" in text:
+        text = _WORDS.sub(_without_password, _TOKENS.sub(r"\1***@", text))
+        text = _SPACED.sub(r"\1***@", text)
+    return _HEADERS.sub(r"\1***", _without_values(text))
+
+
+def _without_password(found: re.Match[str]) -> str:
+    """Without what stands between the first ``://user:`` and the last ``@``, once as it is, once percent-encoded."""
+    word = found[0]
+    end = word.rfind("@")
+    if start := _PASSWORD_STARTS.search(word, 0, max(end, 0)):
+        word = f"{word[: start.end()]}***{word[end:]}"
+    ends = [at.start() for at in _ENCODED_END.finditer(word)]
+    if ends and (start := _ENCODED_STARTS.search(word, 0, ends[-1])):
+        word = f"{word[: start.end()]}***{word[ends[-1] :]}"
+    return word
+
+
+def _without_values(text: str) -> str:
+    parts, done, at = [], 0, 0
+    while found := _NAMES.search(text, at):
+        at = found.end()
+        in_uri = found["before"].strip() in {"?", "&", ";", "#"}
+        if not (_IN_URI if in_uri else _ANYWHERE).search(unquote(found["name"])):
+            continue
+        if value := _VALUE.match(text, at):
+            quote = value[0][0].strip("{")
+            parts.append(f"{text[done:at]}{quote}***{quote}" if quote in {"'", '"'} else f"{text[done:at]}***")
+            done = at = value.end()
+    return "".join([*parts, text[done:]])
 
 
 def told(text: str, longest: int = LONGEST) -> str:
@@ -45,9 +99,9 @@ def told(text: str, longest: int = LONGEST) -> str:
 
     Told again, it stays as it is.
     """
-    if len(text) > 2 * _EXAMINED:
+    if len(text) > 2 * EXAMINED:
         # A mark that itself stays, wherever the text is cut again.
-        text = f"{text[:_EXAMINED]}…{text[-_EXAMINED:]}"
+        text = f"{text[:EXAMINED]}…{text[-EXAMINED:]}"
     shown = "".join(_shown(character) for character in masked(text))
     if len(shown) <= longest:
         return shown
@@ -61,8 +115,23 @@ def text_of(value: object, longest: int = LONGEST) -> str:
         text = str(value)
     except Exception as error:  # Any kind: it is the user's method.
         return f"({type(value).__name__}, which cannot be shown: {type(error).__name__})"
-    text = masked(text if len(text) <= 2 * longest else text[: 2 * longest])
+    # Masked before it is cut: half a password is not recognised.
+    text = masked(text[: 2 * max(longest, EXAMINED)])
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def told_lines(text: str) -> str:
+    """``text`` of several lines, each :func:`told`; of very many, the middle ones are left out."""
+    lines = text.split("\n")
+    if len(lines) > 2 * _KEPT_LINES:
+        lines = [*lines[:_KEPT_LINES], "…", *lines[-_KEPT_LINES:]]
+    return "\n".join(map(told, lines))
+
+
+def encodable(text: str, longest: int | None = None) -> str:
+    """``text`` without halves of surrogate pairs, which UTF-8 cannot hold; if cut, with an ellipsis."""
+    kept = text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
+    return kept.encode("utf-8", "replace").decode()
 
 
 def no_formula(value: object) -> object:

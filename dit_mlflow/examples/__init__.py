@@ -2,7 +2,7 @@
 
 from dit_mlflow.examples.classification import Captions, accuracy, classification, notes, sample_losses
 from dit_mlflow.examples.corruption import Corrupted, Damage, corrupt
-from dit_mlflow.examples.data_files import download_folder, folder_of, labelled_images, read_idx, torchvision
+from dit_mlflow.examples.data_files import download_folder, folder_of, labelled_images, no_larger, read_idx, torchvision
 from dit_mlflow.examples.images import Standardise, image_workload, standardised
 from dit_mlflow.examples.networks import NetworkName, network, resnet9
 from dit_mlflow.examples.recipe import Decay, OptimizerName, Preset, Recipe, build_optimizer, inverse_sqrt, recipe_for
@@ -30,6 +30,7 @@ __all__ = [
     "inverse_sqrt",
     "labelled_images",
     "network",
+    "no_larger",
     "notes",
     "of_classes",
     "read_idx",

@@ -31,6 +31,17 @@ def folder_of(data_dir: str, expected: str) -> Path:
     return path
 
 
+def no_larger(path: Path, most: int) -> Path:
+    """``path``, whose file has ``most`` bytes or less: a record may name a folder with a file of a terabyte.
+
+    Raises:
+        WorkloadError: it is larger.
+    """
+    if (size := path.stat().st_size) > most:
+        raise WorkloadError(f"{path} has {size} bytes; expected {most} at most")
+    return path
+
+
 def download_folder() -> Path:
     """The folder of downloads: ``dit-mlflow-data`` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-mlflow-data"

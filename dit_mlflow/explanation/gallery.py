@@ -9,8 +9,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from dit_mlflow.explanation.markdown import encodable, one_line
-from dit_mlflow.told import logger_of
+from dit_mlflow.explanation.markdown import one_line
+from dit_mlflow.told import encodable, logger_of
 from dit_mlflow.workload.appearance import LONGEST_ROW, Appearance, shrunk
 
 _log = logger_of(__name__)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from dit_mlflow.told import EXAMINED, encodable, text_of
+
 LINE_CHARACTERS = 200
 """Most characters of a text from data, by default."""
 
@@ -28,16 +30,7 @@ _REFERENCES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", ":": "&#58;
 
 _TURNS = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 
-TURNING = re.compile(f"[{_TURNS}]")
-"""Characters that change the direction of the text after them."""
-
 _CONTROL = re.compile(rf"[\x00-\x1f\x7f-\x9f{_TURNS}]+")
-
-
-def encodable(text: str, longest: int | None = None) -> str:
-    """``text`` without halves of surrogate pairs, which UTF-8 cannot hold; if cut, with an ellipsis."""
-    kept = text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
-    return kept.encode("utf-8", "replace").decode()
 
 
 def one_line(text: str, longest: int | None = None) -> str:
@@ -50,7 +43,7 @@ def escaped(text: str, longest: int = LINE_CHARACTERS) -> str:
 
     Characters that change the direction of text are removed; longer texts are cut, with an ellipsis.
     """
-    plain = _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", one_line(text, longest)))
+    plain = _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", one_line(text_of(text, EXAMINED), longest)))
     return _REFERENCE.sub(lambda found: _REFERENCES[found[0]], plain)
 
 

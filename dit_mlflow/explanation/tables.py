@@ -26,6 +26,7 @@ from dit_mlflow.evaluation.trials import Cleansing
 from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.ranking import best_known, window_extremes
 from dit_mlflow.influence import Influence
+from dit_mlflow.told import told
 
 TOP = 10
 """Samples listed per window and side."""
@@ -136,16 +137,24 @@ def rounded(table: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
     return table.assign(**{str(name): table[name].map(lambda value: float(f"{value:.{digits}g}")) for name in floats})
 
 
+CELL = 200
+"""Most characters of a cell."""
+
+
 def paragraph(text: str) -> str:
     """Plain text broken into lines of a terminal's width."""
     return textwrap.fill(text, LINE, break_on_hyphens=False)
 
 
 def terminal_table(table: pd.DataFrame, names: Mapping[str, str]) -> str:
-    """The columns of ``table`` that ``names`` maps to headings, as aligned text."""
+    """The columns of ``table`` that ``names`` maps to headings, as aligned text; texts in cells are told."""
     kept = table[[name for name in names if name in table]].rename(columns=dict(names))
+    texts = {
+        str(name): [told(value, CELL) if isinstance(value, str) else value for value in kept[name]]
+        for name in kept.select_dtypes(exclude="number")
+    }
     # pandas writes missing whole numbers as <NA>, whatever na_rep says.
     whole = {
         name: ["-" if pd.isna(value) else value for value in kept[name]] for name in kept if kept[name].dtype == "Int64"
     }
-    return kept.assign(**whole).to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.3f}")
+    return kept.assign(**texts, **whole).to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.3f}")

@@ -11,13 +11,14 @@ from typing import Any
 from dit_mlflow.command import command
 from dit_mlflow.explanation.markdown import escaped
 from dit_mlflow.replay import Trajectory
+from dit_mlflow.told import text_of
 from dit_mlflow.workload import comes_with_package
 
 MENTIONED = 8
 """Most settings of the workload that are named."""
 
-UNNAMED = {"workload": "package.module:function"}
-"""Options to add to the command where the trajectory names no workload that can be typed."""
+UNNAMED = "package.module:function"
+"""In the place of a workload where the trajectory names none that can be typed."""
 
 
 def training_note(run_id: str, trajectory: Trajectory) -> str:
@@ -39,15 +40,19 @@ def naming(reference: str) -> dict[str, str]:
     """The option that names the workload, which a record may not do for code from elsewhere."""
     if comes_with_package(reference):
         return {}
-    # Anything else would end the code block, or be no word of a command.
-    return {"workload": reference} if re.fullmatch(r"[\w./:~ -]+", reference) else UNNAMED
+    return {"workload": _typed(reference)}
+
+
+def _typed(reference: str) -> str:
+    """The reference, if it can be typed: anything else would end a code block, fill a note, or be no word."""
+    return reference if re.fullmatch(r"[\w./:~ -]{1,200}", reference) else UNNAMED
 
 
 def _trained(trajectory: Trajectory, reference: str, settings: Mapping[str, Any]) -> str:
     manifest = trajectory.manifest
     parameters = sum(math.prod(layout.shape) for layout in manifest.model.parameters.values())
     what = escaped(reference) or escaped(manifest.model.name)
-    named = ", ".join(f"{name}={value}" for name, value in list(settings.items())[:MENTIONED])
+    named = ", ".join(f"{name}={text_of(value)}" for name, value in list(settings.items())[:MENTIONED])
     epochs, steps = len(manifest.epoch_ends), trajectory.num_steps
     data = f" on {manifest.num_samples} samples" if manifest.num_samples is not None else ""
     return (
@@ -72,15 +77,10 @@ def _python(run_id: str, reference: str) -> list[str]:
         "from dit_mlflow import load_workload, parse_windows, track",
         "from dit_mlflow.tracking import load_trajectory",
         f'trajectory = load_trajectory("{run_id}")',
-        f"workload = load_workload({_quoted(reference)}, **trajectory.manifest.workload.settings)",
+        f"workload = load_workload({json.dumps(_typed(reference))}, **trajectory.manifest.workload.settings)",
         'track(trajectory, workload, parse_windows("5", trajectory)).top(10)',
     ]
     if not reference:
         lines[0] = lines[0].replace("load_workload", "Workload")
         lines[3] = "workload = Workload(model, loss, train_set, validation_set)  # and what else the loop did"
     return lines
-
-
-def _quoted(reference: str) -> str:
-    """As a string literal that cannot end the code block around it."""
-    return json.dumps(re.sub(r"[`\s]+", " ", reference))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dit_mlflow.errors import InputError
 from dit_mlflow.replay.dynamics import Dynamics
 from dit_mlflow.replay.not_finite import named, refuse_diverged
+from dit_mlflow.told import text_of, told
 from dit_mlflow.trajectory import Record, State
 from dit_mlflow.workload import Workload, floating_one, to_like
 from dit_mlflow.workload.batches import Batch
@@ -22,6 +23,10 @@ from dit_mlflow.workload.batches import Batch
 Dataset = Literal["validation", "training", "test"]
 CHUNK = 1024
 """Largest number of validation samples per forward pass."""
+
+
+NAME_CHARACTERS = 500
+"""Most characters of a query's name, which is :func:`told`: one line."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +43,10 @@ class Query:
     name: str
     function: Callable[[nn.Module], Tensor]
     rows: Callable[[nn.Module], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        # It may hold a label from data, and goes to Parquet, databases and terminals.
+        object.__setattr__(self, "name", told(text_of(self.name, NAME_CHARACTERS), NAME_CHARACTERS))
 
     def __call__(self, model: nn.Module) -> Tensor:
         value = self.function(model)

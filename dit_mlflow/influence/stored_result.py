@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence.window import Window
-from dit_mlflow.trajectory.manifest import parse_json
+from dit_mlflow.trajectory.manifest import first_fault, open_regular, parse_json
 
 SCORES_FILE = "scores.parquet"
 METADATA_FILE = "metadata.json"
@@ -23,6 +22,8 @@ SIGN_CONVENTION = (
     "influence = change in the query caused by removing the sample; for a loss, positive = helpful "
     "(removal raises the loss), negative = harmful (removal lowers it)"
 )
+
+RESULT_FILES = (SCORES_FILE, METADATA_FILE)
 
 LARGEST_METADATA = 64 * 2**20
 """Largest size of ``metadata.json``, in bytes."""
@@ -49,9 +50,9 @@ def read_result(folder: Path) -> dict[str, Any]:
     """
     path = folder / METADATA_FILE
     try:
-        with _regular(path) as file:
+        with open_regular(path) as file:
             content = file.read(LARGEST_METADATA + 1)
-        with _regular(folder / SCORES_FILE):
+        with open_regular(folder / SCORES_FILE):
             pass
     except OSError as error:
         raise InputError(f"no influence result in {folder}: {error}") from error
@@ -77,7 +78,7 @@ class _Description(BaseModel):
     model_config = ConfigDict(strict=True)
 
     kind: Literal["local", "final", "cumulative", "none"]
-    method: Annotated[str, Field(min_length=1)]
+    method: Annotated[str, Field(min_length=1, max_length=1000)]
     queries: list[str]
     windows: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]
     num_samples: Natural
@@ -88,6 +89,12 @@ class _Description(BaseModel):
     not_finite: list[Natural] = []
     sign_convention: Literal[SIGN_CONVENTION] = SIGN_CONVENTION  # type: ignore[valid-type]
     degrees_of_freedom: list[list[Annotated[float, Field(ge=0)]]] | None = None
+    # Not the result's own, but read by what tells of it.
+    seconds: float | None = None
+    trajectory_digest: str | None = None
+    versions: dict[str, str] | None = None
+    draws_agree: dict[str, list[float | None]] | None = None
+    bank: dict[str, list[dict[str, Any]]] | None = None
 
     def check(self) -> None:
         """Raise ``ValueError`` for values that do not fit each other."""
@@ -105,9 +112,7 @@ def _described(path: Path, description: Any) -> dict[str, Any]:
         checked = _Description.model_validate(description)
         checked.check()
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise InputError(f"{path} is not what Influence.save writes: {where}: {first['msg']}") from error
+        raise InputError(f"{path} is not what Influence.save writes: {first_fault(error)}") from None
     except ValueError as error:
         raise InputError(f"{path} is not what Influence.save writes: {error}") from error
     freedom = checked.degrees_of_freedom
@@ -126,7 +131,7 @@ def _scores(
 ) -> dict[str, np.ndarray | None]:
     shape = len(windows), len(queries), num_samples
     try:
-        with _regular(path) as file:
+        with open_regular(path) as file:
             table = pq.ParquetFile(file, pre_buffer=False)
             columns = _columns(path, table, max(map(len, queries), default=0))
             _check_rows(path, table, shape, os.fstat(file.fileno()).st_size)
@@ -253,12 +258,3 @@ def _check_rows(path: Path, table: pq.ParquetFile, shape: tuple[int, int, int], 
         raise InputError(f"{path} has {found} rows; expected {expected}, since {METADATA_FILE} has the shape {shape}")
     if found > max(ROWS_OF_ANY_FILE, ROWS_PER_BYTE * size):
         raise InputError(f"{path} claims {found} rows in {size} bytes, more scores than so few bytes can hold")
-
-
-def _regular(path: Path) -> BinaryIO:
-    """The opened file; a device or a pipe, which may have no end, is refused before anything is read."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{path} is not a regular file")
-    return os.fdopen(descriptor, "rb")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_mlflow.explanation.markdown import encodable
+from dit_mlflow.told import encodable
 
 _LARGEST = 6
 """Most bytes of a character: an escape such as ``\\u003c``."""

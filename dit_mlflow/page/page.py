@@ -15,7 +15,7 @@ import numpy as np
 from dit_mlflow.evaluation import Metrics
 from dit_mlflow.explanation.explanation import Explanation
 from dit_mlflow.explanation.gallery import Gallery
-from dit_mlflow.explanation.markdown import TURNING, encodable
+from dit_mlflow.explanation.markdown import one_line
 from dit_mlflow.explanation.numbers import figure, share
 from dit_mlflow.explanation.ranking import extremes
 from dit_mlflow.influence import Influence, Window
@@ -216,8 +216,8 @@ def _rows(columns: Columns, samples: np.ndarray, gallery: Gallery) -> str:
 
 
 def _text(text: str) -> str:
-    """``text`` escaped for HTML, without characters that change its direction."""
-    return html.escape(TURNING.sub("", encodable(text, 2000)))
+    """``text`` escaped for HTML, on one line, without characters that change its direction."""
+    return html.escape(one_line(text, 2000))
 
 
 def _asset(name: str) -> str:

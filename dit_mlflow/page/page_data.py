@@ -19,13 +19,14 @@ from dit_mlflow.evaluation.figures import (
 )
 from dit_mlflow.evaluation.patterns import PATTERNS
 from dit_mlflow.explanation.gallery import Gallery
-from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable
+from dit_mlflow.explanation.markdown import LINE_CHARACTERS
 from dit_mlflow.explanation.numbers import decimals
 from dit_mlflow.explanation.ranking import extremes, takes_exact
 from dit_mlflow.influence import Influence, Window
 from dit_mlflow.page.columns import Columns
 from dit_mlflow.page.embedding import base64_bytes, bits_of, floats_of
 from dit_mlflow.page.page_samples import PICTURED, PageSamples, are_images, sample_labels, sample_lines
+from dit_mlflow.told import encodable
 
 SAMPLES = 10_000
 """Most samples on a page, those nearest to the ends of any column; the rest is counted in histograms."""

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image, features
 
 from dit_mlflow.explanation.gallery import Gallery
-from dit_mlflow.explanation.markdown import LINE_CHARACTERS, encodable
+from dit_mlflow.explanation.markdown import LINE_CHARACTERS
 from dit_mlflow.explanation.numbers import value_text
 from dit_mlflow.page.embedding import embedded_bytes, within
 from dit_mlflow.plots.pictures import is_image
-from dit_mlflow.told import text_of
+from dit_mlflow.told import encodable, text_of
 from dit_mlflow.workload.appearance import LONGEST_ROW, shrunk
 
 PICTURED = 2500

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from dit_mlflow.evaluation import correlations
 from dit_mlflow.evaluation.figures import PEARSON, SPEARMAN
 from dit_mlflow.influence import Influence, Window
-from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, SMALL, new_figure, query_words
+from dit_mlflow.plots.canvas import HARMFUL, HELPFUL, SMALL, literal, new_figure, query_words
 
 MAX_PANELS = 9
 """Most panels in one figure; of more windows, so many are shown, evenly spread."""
@@ -45,7 +45,7 @@ def plot_against_truth(
     for axes in panels[len(positions) :]:
         axes.remove()
     figure.supxlabel("exact influence (leave-one-out retraining)", fontsize=10)
-    figure.supylabel(f"estimated influence ({estimate.method})", fontsize=10)
+    figure.supylabel(f"estimated influence ({literal(estimate.method, 40)})", fontsize=10)
     title = f"Change of {query_words(estimate.queries[0])} if a sample is removed ({estimate.kind})"
     if count > len(positions):
         title += f"; {len(positions)} of {count} windows"

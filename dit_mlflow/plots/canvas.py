@@ -10,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, SubFigure
 
 from dit_mlflow.explanation.markdown import one_line
-from dit_mlflow.influence import Window
+from dit_mlflow.influence import Influence, Window
 
 HELPFUL, HARMFUL, NEUTRAL, MARKED = "#0072B2", "#D55E00", "#8C8C8C", "#E69F00"
 """Okabe and Ito's colours, distinct under every common colour blindness."""
@@ -79,6 +79,11 @@ def label_windows(axes: Axes, windows: Sequence[Window], most: int = TICKS) -> N
 def query_words(query: str) -> str:
     """The query's name in words: ``mean validation loss``."""
     return literal(query.replace("_", " "), 40)
+
+
+def how(influence: Influence) -> str:
+    """The method, whose name may be that of a file, and the kind."""
+    return f"{literal(influence.method, 40)}, {influence.kind}"
 
 
 def literal(text: str, longest: int) -> str:

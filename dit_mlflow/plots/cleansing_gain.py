@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.figures import HIGH, LOW, SHARE, TEST, figure_of
 from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, Cleansing, Outcome, rank
-from dit_mlflow.plots.canvas import MARKERS, NEUTRAL, PALETTE
+from dit_mlflow.plots.canvas import MARKERS, NEUTRAL, PALETTE, literal
 
 MAX_LINES = len(PALETTE)
 """Most strategies that are drawn: those that are best on the validation split."""
@@ -48,7 +48,7 @@ def plot_cleansing(cleansing: Cleansing) -> Figure:
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:g} %")
     done = {"drop": "dropped", "relabel": "given another label", "reweight": "given a lower weight"}
     axes.set_xlabel(f"training samples {done[cleansing.action]}")
-    axes.set_ylabel(f"{judged.heading}{' (%)' if scale == 100 else ''}\nbars: 95 % interval over seeds")
+    axes.set_ylabel(f"{literal(judged.heading, 60)}{' (%)' if scale == 100 else ''}\nbars: 95 % interval over seeds")
     axes.set_title(f"Does cleaning help? ({'higher' if judged.higher_is_better else 'lower'} is better)")
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.figures import HIGH, INFLUENCE_SECONDS, LOW, SPEARMAN
 from dit_mlflow.explanation.over_seeds import SECONDS
-from dit_mlflow.plots.canvas import HELPFUL, MARKED, NEUTRAL, SMALL, new_figure
+from dit_mlflow.plots.canvas import HELPFUL, MARKED, NEUTRAL, SMALL, literal, new_figure
 from dit_mlflow.plots.pictures import CHARACTER
 
 MEASURE_COLOURS = {"query": HELPFUL, "ranking": "#009E73", "suspicion": MARKED}
@@ -74,7 +74,11 @@ def _label_points(axes: Axes, shown: pd.DataFrame) -> None:
     decades = math.log10(right / left)
     # In inches, from the approximate size of the axes.
     points = [
-        (str(name), WIDTH * math.log10(seconds / left) / decades, HEIGHT * (spearman - bottom) / (top - bottom))
+        (
+            literal(str(name), 40),
+            WIDTH * math.log10(seconds / left) / decades,
+            HEIGHT * (spearman - bottom) / (top - bottom),
+        )
         for name, seconds, spearman in shown[["method", SECONDS, AGREEMENT]].to_numpy().tolist()
     ]
     taken = [(x - 0.07, y - 0.07, x + 0.07, y + 0.07) for _, x, y in points]

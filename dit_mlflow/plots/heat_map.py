@@ -10,7 +10,7 @@ from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.explanation.numbers import decimals
 from dit_mlflow.explanation.ranking import extremes, ranking_scores
 from dit_mlflow.influence import Influence
-from dit_mlflow.plots.canvas import DIVERGING, HARMFUL, HELPFUL, MARKED, SMALL, label_windows, literal, new_figure
+from dit_mlflow.plots.canvas import DIVERGING, HARMFUL, HELPFUL, MARKED, SMALL, how, label_windows, literal, new_figure
 
 SAMPLES_DRAWN = 15
 """Samples on each side."""
@@ -62,7 +62,7 @@ def plot_heat_map(
     label_windows(axes, influence.windows, most=9)
     title = f"Above: {harmful} most harmful samples; below: {len(shown) - harmful} most helpful, {chosen}"
     note = "◆ deliberately damaged; " if damaged else ""
-    axes.set_title(f"{title}\n({note}{influence.method}, {influence.kind})", fontsize=10)
+    axes.set_title(f"{title}\n({note}{how(influence)})", fontsize=10)
     bar = figure.colorbar(image, extend="both", aspect=40, pad=0.02)
     bar.set_label(
         "← harmful      influence / its root mean square in the window      helpful →"
@@ -88,6 +88,6 @@ def plot_window_correlations(influence: Influence) -> Figure:
             colour = "white" if abs(value) > 0.6 else "black"
             axes.text(column, row, decimals(value), ha="center", va="center", fontsize=SMALL, color=colour)
     axes.set_ylabel("window (training steps)")
-    axes.set_title(f"Do the same samples matter early and late?\n({influence.method}, {influence.kind})", fontsize=11)
+    axes.set_title(f"Do the same samples matter early and late?\n({how(influence)})", fontsize=11)
     figure.colorbar(image, label="Spearman correlation of the samples' influence").ax.tick_params(labelsize=SMALL)
     return figure

@@ -19,6 +19,7 @@ from dit_mlflow.plots.canvas import (
     SMALL,
     WIDTH,
     axes_in_inches,
+    how,
     label_windows,
     literal,
     new_figure,
@@ -59,7 +60,7 @@ def plot_top_samples(
     query = query_words(influence.queries[0])
     axes.set_ylabel(f"influence = change of {query}\nif the sample is removed")
     axes.set_title(
-        f"Which training samples matter, and when?\n(the largest {chosen}; {influence.method}, {influence.kind})",
+        f"Which training samples matter, and when?\n(the largest {chosen}; {how(influence)})",
         fontsize=11,
     )
     axes.legend(handles=axes.collections[:1], loc="best", fontsize=SMALL, frameon=False)

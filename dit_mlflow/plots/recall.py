@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from dit_mlflow.evaluation.detection import recall_curve
 from dit_mlflow.evaluation.figures import RECALL_AT_K
-from dit_mlflow.plots.canvas import NEUTRAL, PALETTE, SMALL, new_figure
+from dit_mlflow.plots.canvas import NEUTRAL, PALETTE, SMALL, literal, new_figure
 
 CURVES_NAMED = 2 * len(PALETTE)
 """Curves that are told apart, the second half of them dashed; of more, the others are grey."""
@@ -49,7 +49,7 @@ def plot_recall_curves(scores: Mapping[str, np.ndarray], corrupted: Sequence[int
         axes.plot(*(100 * part for part in curves[name]), lw=0.8, color=NEUTRAL, alpha=0.6, label=label)
     for place, name in enumerate(named):
         line: dict[str, Any] = {"color": PALETTE[place % len(PALETTE)], "ls": ("-", "--")[place // len(PALETTE)]}
-        axes.plot(*(100 * part for part in curves[name]), lw=1.7, label=name, **line)
+        axes.plot(*(100 * part for part in curves[name]), lw=1.7, label=literal(name, 60), **line)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 102)
     axes.set_xlabel("training samples inspected, lowest scores first (%)")

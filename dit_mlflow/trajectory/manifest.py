@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -29,6 +31,12 @@ FORMAT: Literal[3] = 3
 
 LARGEST = 64 * 2**20
 """Bytes of a manifest at most; one of a million steps takes a few MiB."""
+
+MOST_FAULTS = 10_000
+"""Faults of a document at most of which the first is named."""
+
+MOST_VALUES = 2_000_000
+"""Values in a JSON document at most: each takes up to a hundred bytes of memory, whatever it takes in the file."""
 
 SAFETENSORS_DTYPES = {
     "F64": "float64",
@@ -161,16 +169,20 @@ class Manifest(_Part):
                 f"no trajectory in {directory}: {FILE_NAME} is missing; give a folder written by "
                 "TrajectoryRecorder or train()"
             )
-        if (size := path.stat().st_size) > LARGEST:
+        if path.is_symlink() and path.resolve().parent != directory.resolve():
+            raise TrajectoryError(f"{path} is a link that leaves the folder; put a copy of the file in its place")
+        try:
+            with open_regular(path) as file:
+                size, content = os.fstat(file.fileno()).st_size, file.read(LARGEST + 1)
+        except OSError as error:
+            raise TrajectoryError(f"{path} cannot be read: {error}") from error
+        if len(content) > LARGEST:
             raise TrajectoryError(f"{path} is not a trajectory manifest: {size} bytes, expected {LARGEST} at most")
-        content = path.read_bytes()
         try:
             _check_format(path, parse_json(content))
             manifest = cls.model_validate_json(content)
         except ValidationError as error:
-            first = error.errors(include_input=False)[0]
-            where = ".".join(map(str, first["loc"])) or "the whole file"
-            raise TrajectoryError(f"{path} is not a trajectory manifest: {where}: {first['msg']}") from error
+            raise TrajectoryError(f"{path} is not a trajectory manifest: {first_fault(error)}") from None
         except ValueError as error:
             raise TrajectoryError(f"{path} is not a trajectory manifest: {error}") from error
         manifest._check(path)
@@ -179,7 +191,11 @@ class Manifest(_Part):
     def encode(self) -> bytes:
         """The content of ``manifest.json``; raises :class:`WorkloadError` for settings that JSON cannot hold."""
         try:
-            return json.dumps(self.model_dump(mode="json"), indent=1).encode()
+            content = self.model_dump(mode="json")
+            text = json.dumps(content, indent=1)
+            if r"\ud" in text:  # Halves of surrogate pairs are refused here, rather than when the record is read.
+                json.dumps(content, ensure_ascii=False).encode()
+            return text.encode()
         except (PydanticSerializationError, TypeError, ValueError) as error:
             raise WorkloadError(
                 f"a setting of the workload or the optimizer cannot be stored as JSON: {error}; use numbers, strings, "
@@ -277,8 +293,23 @@ def _check_format(path: Path, content: Any) -> None:
     )
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """The opened file; raises ``OSError`` for a device or a pipe, which may have no end, before anything is read."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
 def parse_json(content: bytes) -> Any:
-    """Parse JSON in UTF-8; raises :class:`ValueError` if it is none, or an object has a key twice."""
+    """Parse JSON in UTF-8.
+
+    Raises:
+        ValueError: it is none, an object has a key twice, or there are more than :data:`MOST_VALUES` values.
+    """
+    if sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise ValueError(f"it holds more than {MOST_VALUES} values")
     try:
         return json.loads(content.decode(), object_pairs_hook=_once_each)
     except RecursionError as error:
@@ -292,6 +323,14 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{twice!r} is there twice")
     return found
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where the first fault is, and which; of very many, which take long to list, only how many."""
+    if (count := error.error_count()) > MOST_FAULTS:
+        return f"{count} values are not what is expected in their places"
+    first = error.errors(include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole file'}: {first['msg']}"
 
 
 def library_versions() -> dict[str, str]:

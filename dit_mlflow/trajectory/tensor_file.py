@@ -109,7 +109,7 @@ class TensorFile:
         try:
             piece = self._file.get_slice(name)
             return TensorLayout(shape=tuple(piece.get_shape()), dtype=SAFETENSORS_DTYPES[piece.get_dtype()])
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, ValueError) as error:  # Of a shape beyond 63 bits, the last.
             raise TrajectoryError(f"{self.path}: {name!r} cannot be read: {error}") from error
 
     def tensor(self, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ def appearance_of(sample: Any) -> Appearance | None:
     if isinstance(sample, Mapping):
         named = next((sample[name] for name in INPUTS if name in sample), None)
         if named is None:
-            row = {str(name): _scalar(value) for name, value in sample.items()}
+            # No more than is shown: a bag of words has a hundred thousand.
+            row = {str(name): _scalar(value) for name, value in islice(sample.items(), LONGEST_ROW)}
             return row if all(value is not None for value in row.values()) else None
         sample = named
     if isinstance(sample, str):
@@ -92,5 +94,9 @@ def _image(values: np.ndarray) -> np.ndarray | None:
     values = shrunk(values)
     if values.dtype == np.uint8:
         return values
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else np.zeros(values.shape)
+    finite = values[np.isfinite(values)].astype(np.float64)
+    if not finite.size or finite.min() == finite.max():
+        return np.zeros(values.shape)
+    low, high = finite.min(), finite.max()
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray((values - low) / (high - low))

@@ -78,7 +78,8 @@ def find_factory(reference: str, working_directory: bool = True) -> WorkloadFact
     if not colon:
         return factory_in(_project_folder(reference), reference)
     module_of(reference)
-    if working_directory and str(Path.cwd()) not in sys.path:
+    # Only for a module that is there: else a downloaded folder would be searched before the installed packages.
+    if working_directory and _is_here(module_name.partition(".")[0]) and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
@@ -93,6 +94,11 @@ def find_factory(reference: str, working_directory: bool = True) -> WorkloadFact
     if str(getattr(factory, "__module__", "")).startswith(__name__.rpartition(".")[0]):
         raise WorkloadError(f"workload {reference!r} is part of dit_mlflow.workload; name the workload that it loads")
     return factory
+
+
+def _is_here(package: str) -> bool:
+    """Whether the working directory has a module or a package of this name."""
+    return (Path.cwd() / package).is_dir() or any(Path.cwd().glob(f"{package}.*"))
 
 
 def factory_in(folder: Path, reference: str) -> WorkloadFactory:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from dit_mlflow.errors import UnsupportedError, WorkloadError
+from dit_mlflow.errors import DitError, UnsupportedError, WorkloadError
 from dit_mlflow.told import text_of
 from dit_mlflow.workload.appearance import Appearance, appearance_of, label_of
 from dit_mlflow.workload.batches import Batch
@@ -152,8 +152,20 @@ class Workload:
         return len(self.train_set)  # type: ignore[arg-type]
 
     def build_model(self) -> nn.Module:
-        """A new copy of the module, or of what the factory makes; of a compiled or parallel model, of what it wraps."""
-        return plain_copy(self.model if isinstance(self.model, nn.Module) else self.model())
+        """A new copy of the module, or of what the factory makes; of a compiled or parallel model, of what it wraps.
+
+        Raises:
+            WorkloadError: the factory fails; its settings may be those of a record.
+        """
+        if isinstance(self.model, nn.Module):
+            return plain_copy(self.model)
+        try:
+            made = self.model()
+        except DitError:
+            raise
+        except Exception as error:  # Any kind: it is the user's code.
+            raise WorkloadError(f"the model cannot be built: {type(error).__name__}: {error}") from error
+        return plain_copy(made)
 
     def batch(self, indices: Sequence[int] | np.ndarray, kept: np.ndarray | None = None) -> Batch:
         """The collated training samples ``indices``; see :meth:`collate`."""

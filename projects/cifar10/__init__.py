@@ -24,6 +24,7 @@ from dit_mlflow.examples import (
     folder_of,
     image_workload,
     network,
+    no_larger,
     of_classes,
     recipe_for,
     resnet9,
@@ -156,7 +157,7 @@ def _images(folder: Path, names: Sequence[str]) -> Labelled:
 
 
 def _rows(path: Path) -> np.ndarray:
-    data = np.fromfile(path, dtype=np.uint8)
+    data = np.fromfile(no_larger(path, 20_000 * ROW), dtype=np.uint8)
     if not len(data) or len(data) % ROW:
         raise WorkloadError(
             f"{path} has {len(data)} bytes, not a multiple of {ROW}, the size of an image: it is cut off, or not of "

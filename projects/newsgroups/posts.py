@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.datasets import fetch_20newsgroups
 
 from dit_mlflow import WorkloadError
-from dit_mlflow.examples import Labelled, folder_of
+from dit_mlflow.examples import Labelled, folder_of, no_larger
 
 GROUPS = ("comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware")
 
@@ -26,6 +26,9 @@ MEMBER = re.compile(r"(?:\./)?20news-bydate-(train|test)/([a-z]+(?:[.-][a-z]+)+)
 
 LONGEST = 2**20
 """Most bytes of a post, six times those of the longest in the archive."""
+
+ALL = 256 * 2**20
+"""Most characters of all posts, ten times those of the archive."""
 
 HEADER = re.compile(r"\A[!-9;-~]+:[ \t]")
 QUOTE = re.compile(r"^(?:[>|].*|.*\b(?:writes|wrote|said):?[ \t]*)$\n?", re.MULTILINE)
@@ -63,7 +66,7 @@ def read_posts(data_dir: str | None, with_others: bool) -> Posts:
             path = path / ARCHIVE
         found, source = _unpacked(path) if path.is_dir() else _archived(path), str(path)
     # In an order of its own: archives and folders have none.
-    posts = {key: _body(text) for key, text in sorted(found, key=lambda item: item[0])}
+    posts = {key: _body(text) for key, text in sorted(_bounded(found, source), key=lambda item: item[0])}
     where = source or "the download"
     return Posts(
         _labelled(posts, "train", where),
@@ -77,10 +80,28 @@ Key = tuple[str, str, int]
 """Part, group and number of a post."""
 
 
+def _bounded(found: Iterable[tuple[Key, str]], source: str | None) -> Iterator[tuple[Key, str]]:
+    total = 0
+    for key, text in found:
+        total += len(text)
+        if total > ALL:
+            raise WorkloadError(f"{source} holds posts of more than {ALL} characters; expected {FILES}")
+        yield key, text
+
+
+class _Unpacked(gzip.GzipFile):
+    """Read in small parts: the header of a member may claim any length, and its archive hold that many zeros."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= 2 * LONGEST:
+            raise WorkloadError(f"{self.name}: a member's header claims {size} bytes; expected {FILES}")
+        return super().read(size)
+
+
 def _archived(path: Path) -> Iterator[tuple[Key, str]]:
     """Posts read from the archive: nothing is written, so a member's name can do no harm."""
     try:
-        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        with _Unpacked(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 key = _key(member.name)
                 if key is None or not member.isfile():
@@ -103,7 +124,7 @@ def _unpacked(folder: Path) -> Iterator[tuple[Key, str]]:
     for path in folder.glob("20news-bydate-*/*/*"):
         key = _key(path.relative_to(folder).as_posix())
         if key is not None and path.is_file():
-            yield key, path.read_bytes().decode("latin-1")
+            yield key, no_larger(path, LONGEST).read_bytes().decode("latin-1")
 
 
 def _downloaded(with_others: bool) -> Iterator[tuple[Key, str]]:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
 from dit_mlflow.explanation.numbers import decimals, figure, span
+from dit_mlflow.explanation.tables import terminal_table
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,11 @@ def test_nothing_is_minus_zero() -> None:
     assert decimals(-0.006) == "-0.01"
     assert span(-0.001, 0.2) == "0.00 to 0.20"
     assert span(-0.001, 0.001) == "0.00"
+
+
+def test_cells_of_a_terminals_table_are_told() -> None:
+    table = pd.DataFrame({"group": ["label \x1b[31m7\nnext: x", "y" * 10**6], "n": pd.array([1, None], dtype="Int64")})
+    shown = terminal_table(table, {"group": "group", "n": "n"})
+    assert r"label \x1b[31m7\nnext: x" in shown
+    assert len(shown) < 1000
+    assert [line.split()[-1] for line in shown.split("\n")] == ["n", "1", "-"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +217,15 @@ def test_rows_that_are_not_those_written_are_refused_by_field(
         {"kind": ["local"]},
         {"method": 3},
         {"measures": "length"},
+        {"method": "m" * 1001},
+        # What others read of it.
+        {"coupled": [True]},
+        {"removal": 1},
+        {"seconds": "long"},
+        {"trajectory_digest": 5},
+        {"versions": "torch"},
+        {"draws_agree": 3},
+        {"bank": [1]},
         {"removed": "most"},
         {"degrees_of_freedom": [[1, 2]]},
         {"degrees_of_freedom": [[1, -2], [1, 2]]},
@@ -249,7 +259,7 @@ def test_degrees_of_freedom_of_no_standard_error_are_refused(tmp_path: Path) -> 
         Influence.load(folder)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "[1, 2]", "{", "\xff", "9" * 10_000])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1, 2]", "{", "\xff", "9" * 10_000, '{"kind": 1, "kind": 2}'])
 def test_what_is_no_description_is_refused(text: str, tmp_path: Path) -> None:
     (two_queries().save(tmp_path) / "metadata.json").write_text(text)
     with pytest.raises(InputError, match=r"metadata\.json"):
@@ -267,6 +277,23 @@ def test_what_has_no_end_is_not_read(name: str, endless: bool, tmp_path: Path) -
         os.mkfifo(path)
     with pytest.raises(InputError, match="not a regular file"):
         Influence.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "count", "message"),
+    [("[]", 20_000_000, "more than 2000000 values"), ('""', 900_000, "900000 values are not what is expected")],
+)
+def test_descriptions_of_very_many_values_are_refused_at_once(
+    part: str, count: int, message: str, tmp_path: Path
+) -> None:
+    """A list takes thirty times its two bytes, and the report of a fault a thousand times."""
+    path = described(tmp_path, windows=["here"]) / "metadata.json"
+    path.write_text(path.read_text().replace('"here"', ",".join([part] * count)))
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=message):
+        Influence.load(tmp_path)
+    assert time.perf_counter() - begun < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
 
 def test_memory_is_bounded_by_the_file(tmp_path: Path) -> None:

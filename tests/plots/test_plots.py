@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -282,3 +283,21 @@ def test_characters_of_any_kind_are_drawn_as_they_are() -> None:
         written = "".join(texts(figure))
         assert "\x1b" not in written
         assert "\u202e" not in written
+
+
+def test_names_of_methods_are_no_mathematics() -> None:
+    """That of scores computed elsewhere is the name of their file."""
+    name = "$\\frac{$ \x1b"
+    found = replace(influence(0), method=name)
+    table = pd.DataFrame({"method": [name], "measures": "query", "seconds": 1.0, "spearman": 0.5})
+    figures = (
+        plot_top_samples(found, gallery()),
+        plot_heat_map(found, gallery()),
+        plot_window_correlations(found),
+        plot_against_truth(found, influence(1), [0], []),
+        plot_recall_curves({name: np.arange(20.0)}, [0]),
+        plot_fidelity_against_cost(table.assign(spearman_low=0.4, spearman_high=0.6)),
+    )
+    for figure in figures:
+        FigureCanvasAgg(figure).draw()
+        assert "\x1b" not in "".join(texts(figure))

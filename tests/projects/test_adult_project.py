@@ -214,6 +214,15 @@ def test_a_malformed_row_is_named(row: str, message: str, tmp_path: Path) -> Non
         written(tmp_path, [GOOD, row, GOOD, GOOD], [GOOD])
 
 
+def test_a_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    """A record may name the folder, and no consent is asked for the package's own workloads."""
+    for name in ("adult.data", "adult.test"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(2**40)
+    with pytest.raises(WorkloadError, match="has 1099511627776 bytes; expected 67108864 at most"):
+        load_workload("projects/adult", data_dir=str(tmp_path))
+
+
 def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
     def refused(message: str, **settings: Any) -> None:
         with pytest.raises(WorkloadError, match=message):

@@ -213,6 +213,9 @@ def test_a_malformed_cifar_file_is_named(tmp_path: Path) -> None:
     refused("data_batch_3.bin has 6145 bytes, not a multiple of 3073")
     (tmp_path / "data_batch_3.bin").write_bytes(bytes([10]) + bytes(3072))
     refused("data_batch_3.bin: label 10 in image 0; expected 0 to 9")
+    with (tmp_path / "data_batch_3.bin").open("wb") as file:
+        file.truncate(3073 * 10**9)
+    refused("data_batch_3.bin has 3073000000000 bytes; expected 61460000 at most")
 
 
 @pytest.mark.parametrize(

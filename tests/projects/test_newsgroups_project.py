@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 import tarfile
 from pathlib import Path
@@ -115,6 +116,26 @@ def test_odd_members_are_passed_over_and_nothing_is_written(tmp_path: Path) -> N
     before = sorted(tmp_path.rglob("*"))
     assert same(loaded(inside / "odd.tar.gz"), loaded(inside / "plain.tar.gz"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_archives_that_unpack_to_very_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four gigabytes of zeros take four megabytes: as a header, as many posts, or as a file."""
+    header = tarfile.TarInfo("PaxHeader")
+    header.type, header.size = tarfile.XHDTYPE, 2**32
+    with gzip.open(tmp_path / "header.tar.gz", "wb") as file:
+        file.write(header.tobuf())
+    with pytest.raises(WorkloadError, match="a member's header claims 4294967296 bytes"):
+        loaded(tmp_path / "header.tar.gz")
+    monkeypatch.setattr(sys.modules[find_factory("projects/newsgroups").__module__ + ".posts"], "ALL", 1000)
+    write_archive(tmp_path / "many.tar.gz", posts())
+    with pytest.raises(WorkloadError, match="holds posts of more than 1000 characters"):
+        loaded(tmp_path / "many.tar.gz")
+    part = tmp_path / "folder" / "20news-bydate-train" / PC
+    part.mkdir(parents=True)
+    with (part / "1").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(WorkloadError, match="has 1099511627776 bytes; expected 1048576 at most"):
+        loaded(tmp_path / "folder")
 
 
 def test_headers_quotes_and_signatures_are_left_out(tmp_path: Path) -> None:

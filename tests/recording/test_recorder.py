@@ -288,10 +288,11 @@ def test_settings_changed_in_place_are_noted(tmp_path: Path) -> None:
     assert [step["betas"] for step in steps] == [(0.9, 0.99), (0.45, 0.99), (0.225, 0.99)]
 
 
-def test_settings_that_cannot_be_stored_are_refused_before_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [nn.Tanh, 10**5000, "half \ud83d of a pair"], ids=["class", "digits", "half"])
+def test_settings_that_cannot_be_stored_are_refused_before_training(value: object, tmp_path: Path) -> None:
     model = digits_model()
     optimizer = SGD(model.parameters(), lr=0.1)
-    workload = digits_workload(reference="some:where", settings={"activation": nn.Tanh})
+    workload = digits_workload(reference="some:where", settings={"activation": value})
     with (
         pytest.raises(WorkloadError, match="cannot be stored as JSON"),
         TrajectoryRecorder(model, optimizer, tmp_path / "t", workload),

@@ -189,6 +189,44 @@ def test_manifest_of_any_size_is_not_read(tmp_path: Path) -> None:
         Trajectory.open(tmp_path)
 
 
+@pytest.mark.parametrize("target", ["/proc/kmsg", "/proc/self/mem", "/etc/passwd"])
+def test_a_manifest_that_is_a_link_out_of_the_folder_is_not_read(target: str, tmp_path: Path) -> None:
+    """The first has no end, the second cannot be read."""
+    if not Path(target).exists():
+        pytest.skip(f"this system has no {target}")
+    (tmp_path / "manifest.json").symlink_to(target)
+    with pytest.raises(TrajectoryError, match=r"manifest\.json is a link that leaves the folder"):
+        Trajectory.open(tmp_path)
+
+
+def test_a_manifest_of_very_many_faults_is_refused_at_once(tmp_path: Path) -> None:
+    KINDS["momentum"](tmp_path / "t")
+    edit(tmp_path / "t", lambda m: m.update(epoch_ends=["x"] * 500_000))
+    begun = time.perf_counter()
+    with pytest.raises(TrajectoryError, match="500000 values are not what is expected in their places"):
+        Trajectory.open(tmp_path / "t")
+    edit(tmp_path / "t", lambda m: m.update(epoch_ends=[[]] * 2_000_000))
+    with pytest.raises(TrajectoryError, match="more than 2000000 values"):
+        Trajectory.open(tmp_path / "t")
+    assert time.perf_counter() - begun < 10
+
+
+def test_a_shape_beyond_63_bits_is_refused(tmp_path: Path) -> None:
+    KINDS["momentum"](tmp_path / "t")
+    path = sorted((tmp_path / "t").glob("check*"))[-1]
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+
+    step = next(key for key in header if key != "__metadata__").partition("/")[0]
+    header[f"{step}/parameters/x"] = {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [len(data), len(data)]}
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    edit(tmp_path / "t", lambda m: None)
+    with pytest.raises(TrajectoryError, match=f"{path.name}: '{step}/parameters/x' cannot be read"):
+        Trajectory.open(tmp_path / "t").check_record()
+
+
 def test_link_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     trajectory, workload = KINDS["momentum"](tmp_path / "t")
     path = tmp_path / "t" / trajectory.manifest.steps[0].file

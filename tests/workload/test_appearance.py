@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from dit_mlflow import Workload
-from dit_mlflow.workload.appearance import appearance_of, label_of
+from dit_mlflow.workload.appearance import LONGEST_ROW, appearance_of, label_of
 
 GREY = np.arange(30.0).reshape(5, 6)
 
@@ -60,3 +62,24 @@ def test_a_workload_knows_better() -> None:
         label=lambda index: "ab"[index],
     )
     assert (told.appearance(1), told.label_of(1)) == ("sample 1", "b")
+
+
+def test_of_rows_no_more_is_looked_at_than_is_shown() -> None:
+    class Endless(dict[str, int]):
+        def items(self) -> Any:
+            return ((f"word {number}", number) for number in count())
+
+    assert appearance_of(Endless()) == {f"word {number}": number for number in range(LONGEST_ROW)}
+
+
+def test_pixels_that_are_no_numbers_leave_the_others_visible() -> None:
+    image = np.arange(64.0).reshape(8, 8)
+    image[0, 1], image[0, 2] = np.nan, np.inf
+    shown = appearance_of(image)
+    assert isinstance(shown, np.ndarray)
+    assert (shown[0, 0], shown[7, 7]) == (0, 1)
+    assert np.isnan(appearance_of(np.full((8, 8), np.nan)) + 0.0).sum() == 0  # type: ignore[operator]
+    huge = np.where(np.arange(64).reshape(8, 8) % 2, 1e308, -1e308)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        appearance_of(huge)

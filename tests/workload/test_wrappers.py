@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from workloads import digits_model, digits_workload
 
-from dit_mlflow import TrajectoryRecorder, UnsupportedError, track
+from dit_mlflow import TrajectoryRecorder, UnsupportedError, WorkloadError, track
 from dit_mlflow.trajectory import REPLAY_TOLERANCE
 from dit_mlflow.workload.wrappers import plain_copy
 
@@ -159,3 +159,10 @@ def test_sharded_models_are_refused(tmp_path: Path) -> None:
     model = fully_shard(digits_model(), mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(UnsupportedError, match=r"is sharded \(FSDP\)"):
         TrajectoryRecorder(model, SGD(model.parameters(), lr=0.5), tmp_path / "t")
+
+
+def test_a_model_that_cannot_be_built_is_named() -> None:
+    """Of a record's settings, say: as many hidden units as no memory holds."""
+    workload = digits_workload(model=lambda: nn.Linear(64, 10**12))
+    with pytest.raises(WorkloadError, match=r"the model cannot be built: RuntimeError: .*allocate"):
+        workload.build_model()

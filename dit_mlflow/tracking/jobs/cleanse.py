@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import mlflow
 from mlflow import MlflowClient
 
 from dit_mlflow.errors import InputError, TrainingError
@@ -26,7 +25,7 @@ from dit_mlflow.tracking.store.artifacts import log_influence
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.failed_run import error_text
 from dit_mlflow.tracking.store.names import INFLUENCE, KIND, METHOD, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import project_run
+from dit_mlflow.tracking.store.run_log import log_params, project_run
 from dit_mlflow.tracking.ui.links import where_to_look
 
 CLEANSING = "cleansing"
@@ -90,7 +89,7 @@ def cleanse_job(request: CleansingRequest, project_run_id: str | None = None) ->
     shares = " ".join(f"{100 * fraction:g}" for fraction in task.counts) + " %"
     tags = {KIND: CLEANSING, METHOD: "removal", TRAINING_RUN: training_run}
     with project_run(project_run_id, run_title("cleanse", workload, f"{request.action} {shares}"), tags) as run:
-        mlflow.log_params(
+        log_params(
             {
                 **workload_params(workload),
                 "resolved.kind": kind,

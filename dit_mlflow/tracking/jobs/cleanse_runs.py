@@ -23,13 +23,13 @@ from dit_mlflow.evaluation.trials import NO_CLEANING, RANDOM, Cleansing, Outcome
 from dit_mlflow.explanation import Gallery, cleansing_note, cleansing_table
 from dit_mlflow.explanation.cleansing import CleansingTask
 from dit_mlflow.explanation.cleansing_note import DONE
-from dit_mlflow.explanation.markdown import encodable
 from dit_mlflow.plots import plot_cleansing
 from dit_mlflow.retraining.changed_data import class_names
+from dit_mlflow.told import encodable
 from dit_mlflow.tracking.store.artifacts import active_run_id
 from dit_mlflow.tracking.store.failed_run import error_text
 from dit_mlflow.tracking.store.names import ERROR, HELPED, KIND, NOTE, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot, log_series
+from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_params, log_plot, log_series
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class CleansingRuns:
         tags = {KIND: "cleansed", TRAINING_RUN: self.training_run}
         with mlflow.start_run(run_name=self.name(trial), nested=True, tags=tags):
             params = {"strategy": trial.strategy, "fraction": trial.fraction, self.done: trial.count}
-            mlflow.log_params({**params, "action": self.task.action})
+            log_params({**params, "action": self.task.action})
             mlflow.log_table(self.samples(trial), f"{self.done}.json")
             try:
                 outcome = attempt()
@@ -108,7 +108,7 @@ class CleansingRuns:
             tags = {KIND: "strategy", TRAINING_RUN: self.training_run}
             with mlflow.start_run(run_name=strategy, nested=True, tags=tags):
                 params = {"strategy": strategy, "action": self.task.action, "chosen.fraction": best.trial.fraction}
-                mlflow.log_params(params | {f"chosen.{self.done}": best.trial.count})
+                log_params(params | {f"chosen.{self.done}": best.trial.count})
                 log_metrics(self._figures(best, cleansing.before))
                 points = [cleansing.before, *outcomes]
                 series = [self._series(outcome) for outcome in points]
@@ -120,8 +120,8 @@ class CleansingRuns:
         """Log the answer, table, figure and chosen samples on the active run."""
         chosen, before = cleansing.chosen, cleansing.before
         run_id = active_run_id()
-        mlflow.set_tags({NOTE: cleansing_note(cleansing, run_id, remarks), HELPED: cleansing.helped})
-        mlflow.log_params(
+        mlflow.set_tag(HELPED, cleansing.helped)
+        log_params(
             {"chosen.strategy": chosen.trial.strategy, "chosen.fraction": chosen.trial.fraction}
             | {f"chosen.{self.done}": chosen.trial.count}
         )
@@ -137,6 +137,8 @@ class CleansingRuns:
         mlflow.log_dict(taken, f"{self.done}_indices.json")
         with drawing("cleansing.png", run_id):
             log_plot(plot_cleansing(cleansing), "cleansing.png", run_id)
+        with drawing("note", run_id):
+            mlflow.set_tag(NOTE, cleansing_note(cleansing, run_id, remarks))
 
     def _figures(self, outcome: Outcome, before: Outcome) -> Metrics:
         trial, corrupted = outcome.trial, self.task.workload.corrupted

@@ -48,7 +48,7 @@ from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.explanations import log_window_series
 from dit_mlflow.tracking.store.failed_run import error_text, storable
 from dit_mlflow.tracking.store.names import ERROR, KIND, METHOD, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot, project_run
+from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_params, log_plot, project_run
 from dit_mlflow.tracking.ui.links import save_comparisons, where_to_look
 from dit_mlflow.tracking.ui.notes import set_note
 from dit_mlflow.workload import Workload, load_workload
@@ -159,7 +159,7 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
     counted = f"{len(estimators)} methods {kind}" if len(estimators) > 1 else f"{next(iter(estimators))} {kind}"
     tags = {KIND: COMPARISON, TRAINING_RUN: ",".join(training.run_id for training in trainings)}
     with project_run(project_run_id, run_title("compare", workload, counted), tags) as run:
-        mlflow.log_params(
+        log_params(
             {
                 **workload_params(workload),
                 "resolved.kind": kind,
@@ -194,9 +194,10 @@ def compare_job(request: ComparisonRequest, project_run_id: str | None = None) -
             with drawing("recall_curve.png", run.info.run_id):
                 log_plot(plot_recall_curves(scores, workload.corrupted), "recall_curve.png", run.info.run_id)
         retraining = [name for name, estimator in estimators.items() if estimator.retrains]
-        note = comparison_note(table, retraining, len(trainings), kind, query.replace("_", " "), ceiling)
-        views = save_comparisons(run.info.run_id)
-        set_note(run.info.run_id, f"{note}\n\n{compare_line(views)}" if views else note)
+        with drawing("note", run.info.run_id):
+            note = comparison_note(table, retraining, len(trainings), kind, query.replace("_", " "), ceiling)
+            views = save_comparisons(run.info.run_id)
+            set_note(run.info.run_id, f"{note}\n\n{compare_line(views)}" if views else note)
         if table["failed"].all():
             raise InputError(f"every method failed; the first: {rows[0]['error']}")
     headings = {
@@ -274,7 +275,7 @@ def _log_explained(request: ComparisonRequest, name: str, training: ComparedTrai
     """Explain by one method and log it on the active run; returns figures of the whole run by their short names."""
     asked = training.trajectory, training.workload, training.windows, check_kind(request.kind)
     found = explain(*asked, training.queries, method=request.estimators[name], checks=Checks(), truth=training.truth)
-    mlflow.log_params({"method": name, "kind": found.influence.kind})
+    log_params({"method": name, "kind": found.influence.kind})
     log_influence(found.scores)
     log_metrics(found.whole.and_(found.cost).shown(request.all_figures))
     if len(found.scores.windows) > 1:

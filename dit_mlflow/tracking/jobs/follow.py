@@ -11,7 +11,6 @@ from itertools import pairwise
 from threading import Event, Thread
 
 import click
-import mlflow
 import numpy as np
 from mlflow import MlflowClient
 
@@ -26,7 +25,7 @@ from dit_mlflow.tracking.store.artifacts import find_run, load_trajectory
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.explanations import log_growing
 from dit_mlflow.tracking.store.names import INFLUENCE, KIND, METHOD, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import log_series, project_run
+from dit_mlflow.tracking.store.run_log import log_params, log_series, project_run
 from dit_mlflow.tracking.ui.links import run_link, where_is
 from dit_mlflow.workload import Workload
 
@@ -86,7 +85,7 @@ def follow_job(request: FollowRequest, project_run_id: str | None = None) -> str
             if found is None:
                 workload = recorded_workload(request, trajectory)
                 run = stack.enter_context(project_run(project_run_id, name, tags))
-                mlflow.log_params({**workload_params(workload), "method": "dit", "resolved.kind": "local"})
+                log_params({**workload_params(workload), "method": "dit", "resolved.kind": "local"})
                 log_datasets_of(request.training_run, run.info.run_id)
             found = _with(found, trajectory, workload, windows, request)
             count = len(found.windows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import mlflow
 from mlflow import ActiveRun, MlflowClient
 
 from dit_mlflow.command import option
@@ -35,7 +34,7 @@ from dit_mlflow.tracking.jobs.train import run_title, seeds_title, workload_para
 from dit_mlflow.tracking.store.datasets import log_datasets_of
 from dit_mlflow.tracking.store.explanations import log_answer, log_part
 from dit_mlflow.tracking.store.names import KIND, METHOD, TRAINING_RUN
-from dit_mlflow.tracking.store.run_log import project_run
+from dit_mlflow.tracking.store.run_log import log_params, project_run
 from dit_mlflow.tracking.ui.links import where_to_look
 from dit_mlflow.tracking.ui.next_steps import next_steps
 from dit_mlflow.workload import Workload
@@ -143,7 +142,7 @@ def run_influence(
     told = "" if queries is None else query.replace("_", " ").removeprefix("mean validation loss of ")
     asked = f"{kind} {len(windows)} window{'s' * (len(windows) > 1)}"
     with project_run(project_run_id, run_title("influence", workload, seeded, told, asked), tags) as run:
-        mlflow.log_params(
+        log_params(
             {
                 **workload_params(workload),
                 "method": method.name,

@@ -9,6 +9,7 @@ import mlflow
 from mlflow.entities import Run
 
 from dit_mlflow.errors import InputError
+from dit_mlflow.told import told
 from dit_mlflow.tracking.jobs.influence_model import check_influence_model, log_influence_model
 from dit_mlflow.tracking.jobs.register_influence import Registration, asked_and_trained, check_name, register_influence
 from dit_mlflow.tracking.store.artifacts import load_trajectory
@@ -99,8 +100,8 @@ def _summary(done: Registration) -> list[str]:
     found = done.influence
     lines = [
         f"registered     {version} ({there}), from {done.model_id}",
-        f"influence      {found.kind} by {found.method}, {len(found.windows)} windows, {len(found.samples)} samples, "
-        f"of run {done.influence_run}",
+        f"influence      {found.kind} by {told(found.method, 100)}, {len(found.windows)} windows, "
+        f"{len(found.samples)} samples, of run {done.influence_run}",
     ]
     if done.replaced is not None:
         lines.append(f"in place of    the influence of run {done.replaced}")

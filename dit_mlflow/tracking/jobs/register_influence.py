@@ -19,7 +19,7 @@ from dit_mlflow.command import option
 from dit_mlflow.errors import InputError, TrajectoryError
 from dit_mlflow.explanation.model_card import fidelity, with_card
 from dit_mlflow.influence import Influence
-from dit_mlflow.told import logger_of
+from dit_mlflow.told import logger_of, told
 from dit_mlflow.tracking.mlflow_internals import artifact_store
 from dit_mlflow.tracking.store.artifacts import find_run, load_trajectory
 from dit_mlflow.tracking.store.found_models import FoundModel, find_model
@@ -193,7 +193,7 @@ def _register(
         TRAINING_RUN: training.info.run_id,
         KIND: influence.kind,
         METHOD: influence.method,
-        "dit.query": ", ".join(influence.queries)[:500],
+        "dit.query": told(", ".join(influence.queries), 500),
         "dit.windows": str(len(influence.windows)),
         "dit.fidelity": fidelity(run.data.metrics) or "not compared with exact retraining",
     }

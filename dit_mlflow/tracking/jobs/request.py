@@ -14,6 +14,7 @@ from dit_mlflow.command import option
 from dit_mlflow.errors import InputError, WorkloadError
 from dit_mlflow.explanation import Checks
 from dit_mlflow.explanation.asked_query import read_groups
+from dit_mlflow.explanation.gallery import Gallery
 from dit_mlflow.influence import Window, parse_windows
 from dit_mlflow.influence.rehearsal import rehearse
 from dit_mlflow.methods.dit import Dit
@@ -120,7 +121,8 @@ def parse_groups(text: str, workload: Workload) -> Groups | None:
     if not text:
         return None
     if text == "label":
-        labels = pd.Series([workload.label_of(index) for index in range(workload.num_samples)])
+        gallery = Gallery(workload)
+        labels = pd.Series([gallery.label_of(index) for index in range(workload.num_samples)])
         if labels.isna().any():
             raise InputError(
                 "groups=label, and the workload's samples have no labels; give a CSV file, or Workload.label"

@@ -15,18 +15,14 @@ from dit_mlflow.evaluation import mean_scores
 from dit_mlflow.evaluation.figures import TRAINING_LOSS, TRAINING_SECONDS
 from dit_mlflow.recording import TrajectoryRecorder
 from dit_mlflow.recording.loop import check_seeds, train_recorded
-from dit_mlflow.told import text_of
 from dit_mlflow.tracking.recording.record_trajectory import record_trajectory
 from dit_mlflow.tracking.store.artifacts import load_trajectory
 from dit_mlflow.tracking.store.datasets import SampleSet, log_dataset, workload_source
 from dit_mlflow.tracking.store.models import log_model
 from dit_mlflow.tracking.store.names import KIND, TRAJECTORY
-from dit_mlflow.tracking.store.run_log import log_metrics, log_series, project_run
+from dit_mlflow.tracking.store.run_log import log_metrics, log_params, log_series, project_run
 from dit_mlflow.workload import Optimizers, Workload
 from dit_mlflow.workload.dataset_digest import dataset_digest
-
-PARAM_CHARACTERS = 6000
-"""Most characters of a parameter's value; MLflow cuts longer ones without a word, or refuses them."""
 
 
 def run_training(
@@ -50,7 +46,7 @@ def run_training(
     title = run_title("train", workload, seeds_title(init_seed, order_seed))
     with project_run(project_run_id, title, {KIND: "training"}) as run:
         run_id = str(run.info.run_id)
-        mlflow.log_params(
+        log_params(
             {
                 **workload_params(workload),
                 "resolved.init_seed": init_seed,
@@ -93,7 +89,7 @@ def workload_params(workload: Workload) -> dict[str, Any]:
     """Reference and resolved settings, under names that do not collide with ``-P`` parameters."""
     return {
         "resolved.workload": workload.reference,
-        **{f"workload.{name}": text_of(value, PARAM_CHARACTERS) for name, value in workload.settings.items()},
+        **{f"workload.{name}": value for name, value in workload.settings.items()},
     }
 
 

@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from dit_mlflow.errors import InputError, TrajectoryError, cause
 from dit_mlflow.influence import Influence
+from dit_mlflow.influence.stored_result import RESULT_FILES
 from dit_mlflow.replay import Trajectory
 from dit_mlflow.told import logger_of, masked
 from dit_mlflow.tracking.store.found_models import load_model_influence
@@ -108,12 +109,17 @@ def load_influence(source: str, folder: str = INFLUENCE) -> Influence:
     run = find_run(run_id)
     with TemporaryDirectory() as temporary:
         with reading(run, f"{folder}/"):
-            missing = not asked_again(partial(MlflowClient().list_artifacts, run_id, folder), broken_off)
-            fetch = partial(download_artifacts, run_id=run_id, artifact_path=folder, dst_path=temporary)
-            found = "" if missing else asked_again(fetch, broken_off)
-        if missing:
+            listed = asked_again(partial(MlflowClient().list_artifacts, run_id, folder), broken_off)
+            there = {Path(item.path).name for item in listed}
+            # Not the folder, which may hold anything, of any size and under any name.
+            fetch = partial(download_artifacts, run_id=run_id, dst_path=temporary)
+            paths = [
+                asked_again(partial(fetch, artifact_path=f"{folder}/{name}"), broken_off)
+                for name in there & set(RESULT_FILES)
+            ]
+        if not there:
             raise InputError(f"run {run_id} ({run.info.run_name}) has no artifact {folder}/; expected an influence run")
-        return Influence.load(found)
+        return Influence.load(Path(paths[0]).parent if paths else temporary)
 
 
 def active_run_id() -> str:

@@ -10,7 +10,7 @@ from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.dataset import Dataset
 from mlflow.entities import DatasetInput, InputTag
 
-from dit_mlflow.told import text_of
+from dit_mlflow.told import text_of, told
 from dit_mlflow.tracking.store.names import DATASET_CONTEXT
 from dit_mlflow.workload import Workload
 
@@ -76,7 +76,7 @@ def workload_source(workload: Workload) -> dict[str, str]:
     settings = {name if name != "workload" else "workload.workload": value for name, value in workload.settings.items()}
     for longest in (SETTING_CHARACTERS, 50, 5):
         source = {
-            "workload": text_of(workload.reference, SETTING_CHARACTERS),
+            "workload": told(workload.reference, SETTING_CHARACTERS),
             **{text_of(name, SETTING_CHARACTERS): text_of(value, longest) for name, value in settings.items()},
         }
         if len(json.dumps(source)) <= SOURCE_CHARACTERS:

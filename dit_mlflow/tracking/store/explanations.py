@@ -54,7 +54,7 @@ from dit_mlflow.tracking.store.names import (
     WHOLE_RUN,
     WHOLE_RUN_EXACT,
 )
-from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_plot, log_series, peak_memory_mb
+from dit_mlflow.tracking.store.run_log import drawing, log_metrics, log_params, log_plot, log_series, peak_memory_mb
 from dit_mlflow.tracking.ui.links import run_link
 from dit_mlflow.tracking.ui.next_steps import next_steps, rest_of_scores
 from dit_mlflow.tracking.ui.notes import influence_links, set_note
@@ -91,7 +91,7 @@ def log_explanation(explanation: Explanation, training_run_id: str, all_figures:
     active_run_id()
     found = explanation.influence
     mlflow.set_tags({KIND: INFLUENCE, METHOD: found.method, TRAINING_RUN: training_run_id})
-    mlflow.log_params({"method": found.method, "resolved.kind": found.kind, "resolved.windows": len(found.windows)})
+    log_params({"method": found.method, "resolved.kind": found.kind, "resolved.windows": len(found.windows)})
     for part, scores in explanation.parts.items():
         log_part(part, scores)
     log_answer(explanation, training_run_id, all_figures)
@@ -228,7 +228,7 @@ def _log_window(
     name = window_run_name(window, index, max(count, len(explanation.windows)))
     with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
         bounds = {"window_index": index, "window_start": window.start, "window_end": window.end}
-        mlflow.log_params({"method": found.method, "kind": found.kind, **bounds})
+        log_params({"method": found.method, "kind": found.kind, **bounds})
         log_metrics(explanation.per_window[index].shown(all_figures))
         # Last, since the page that compares runs begins with the metric that was logged first.
         mlflow.log_metrics({WINDOW_START.name: window.start, WINDOW_END.name: window.end})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from dit_mlflow.command import command
 from dit_mlflow.errors import InputError, cause
 from dit_mlflow.influence import Influence
+from dit_mlflow.influence.stored_result import RESULT_FILES
 from dit_mlflow.told import masked
 from dit_mlflow.tracking.store.names import INFLUENCE
 
@@ -76,20 +78,23 @@ def load_model_influence(reference: str, folder: str = INFLUENCE) -> Influence:
     model_id = found.model.model_id
     with TemporaryDirectory() as temporary:
         try:
-            missing = not MlflowClient().list_logged_model_artifacts(model_id, folder)
+            there = {Path(item.path).name for item in MlflowClient().list_logged_model_artifacts(model_id, folder)}
             location = f"{found.model.artifact_location.rstrip('/')}/{folder}"
-            path = "" if missing else download_artifacts(artifact_uri=location, dst_path=temporary)
+            paths = [
+                download_artifacts(artifact_uri=f"{location}/{name}", dst_path=temporary)
+                for name in there & set(RESULT_FILES)
+            ]
         except Exception as error:  # Each store raises its own: of requests, botocore, a missing library …
             raise InputError(
                 f"cannot read {folder}/ of model {found}: {type(error).__name__}: {error}; check that its artifact "
                 "store can be reached from here, and that your credentials may read there"
             ) from cause(error)
-        if missing:
+        if not there:
             raise InputError(
                 f"model {found} has no {folder}/ among its artifacts; put it there: "
                 + command("register", influence_run="<id>", model_name="<name>")
             )
-        return Influence.load(path)
+        return Influence.load(Path(paths[0]).parent if paths else temporary)
 
 
 def versions_of(name: str) -> list[ModelVersion]:

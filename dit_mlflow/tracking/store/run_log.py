@@ -19,15 +19,18 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from dit_mlflow.evaluation import Metrics
-from dit_mlflow.told import logger_of
+from dit_mlflow.told import logger_of, text_of, told
 from dit_mlflow.tracking.plugin import DitRunContext
-from dit_mlflow.tracking.store.failed_run import error_text
+from dit_mlflow.tracking.store.failed_run import TAG_CHARACTERS, error_text, storable
 from dit_mlflow.tracking.store.names import NOT_DRAWN, RUN_NAME, UNDEFINED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _log = logger_of(__name__)
+
+NAME_CHARACTERS = 200
+"""Most characters of the name of a run or a parameter; MLflow's databases take 250."""
 
 BATCH = 1000
 """Most metrics that MLflow takes per request."""
@@ -72,6 +75,7 @@ def _make_experiment() -> None:
 @contextmanager
 def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Iterator[ActiveRun]:
     """A top-level run: the one that ``mlflow run`` made, or a new one. FAILED if the body raises."""
+    name = told(name, NAME_CHARACTERS)
     if run_id is None:
         _make_experiment()
         with mlflow.start_run(run_name=name, tags=dict(tags)) as run:
@@ -85,6 +89,20 @@ def project_run(run_id: str | None, name: str, tags: Mapping[str, str]) -> Itera
         yield run
 
 
+def log_params(params: Mapping[str, object]) -> None:
+    """Log parameters on the active run: names and values as MLflow takes and shows them, whatever they hold.
+
+    Databases refuse NUL, halves of surrogate pairs and long names; terminals obey escapes.
+    """
+    mlflow.log_params({_taken(name): storable(text_of(value, TAG_CHARACTERS)) for name, value in params.items()})
+
+
+def _taken(name: str) -> str:
+    """A name as MLflow takes it, which may be a path: ``top-5 %`` is ``top-5 _``."""
+    parts = re.sub(r"[^\w./: -]", "_", name).split("/")
+    return "/".join(part if part.strip(".") else "_" for part in parts)[:NAME_CHARACTERS]
+
+
 def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset | None = None) -> None:
     """Log the values of ``metrics`` on the active run; a missing or infinite value becomes a tag that says why.
 
@@ -94,9 +112,10 @@ def log_metrics(metrics: Metrics, model_id: str | None = None, dataset: Dataset 
     reasons = dict(metrics.undefined)
     reasons |= {name: f"the value is {v}" for name, v in metrics.values.items() if name not in finite}
     if finite:
-        mlflow.log_metrics(finite, model_id=model_id, dataset=dataset)
+        taken = {_taken(name): value for name, value in finite.items()}
+        mlflow.log_metrics(taken, model_id=model_id, dataset=dataset)
     if reasons:
-        mlflow.set_tags({UNDEFINED + name: reason for name, reason in reasons.items()})
+        mlflow.set_tags({_taken(UNDEFINED + name): reason for name, reason in reasons.items()})
 
 
 def log_series(name: str, values: Sequence[float | None], steps: Sequence[int] | None = None) -> None:
@@ -113,7 +132,7 @@ def log_points(points: Iterable[tuple[str, int, float | None]]) -> None:
     assert run is not None
     now = int(time.time() * 1000)
     metrics = [
-        Metric(name, float(value), now, step)
+        Metric(_taken(name), float(value), now, step)
         for name, step, value in points
         if value is not None and math.isfinite(value)
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from dit_mlflow.influence import Influence
 from dit_mlflow.tracking.store.artifacts import load_influence
 from dit_mlflow.tracking.store.names import GROUND_TRUTH, WHOLE_RUN, WHOLE_RUN_EXACT
 from dit_mlflow.tracking.ui.links import model_link, run_link
+from dit_mlflow.trajectory.manifest import LARGEST, open_regular, parse_json
 
 
 def card_facts(
@@ -56,14 +56,15 @@ def _known_samples(folder: Path) -> dict[int, str]:
     found = {}
     for name in ("top_samples.json", f"{Path(WHOLE_RUN).name}.json"):
         try:
-            table = json.loads((folder / name).read_text(encoding="utf-8"))
+            with open_regular(folder / name) as file:
+                table = parse_json(file.read(LARGEST))
             at = {column: place for place, column in enumerate(table["columns"])}
             for row in table["data"]:
                 text = str(row[at["sample"]] or "") if "sample" in at else ""
                 if "corrupted" in at and row[at["corrupted"]]:
                     text += f"{', ' if text else ''}corrupted"
                 found[int(row[at["sample_index"]])] = text
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError):
             continue  # A run of the user's own, which logged only scores.
     return found
 

@@ -26,6 +26,7 @@ from dit_mlflow.explanation import cleansing
 from dit_mlflow.explanation.cleansing import CleansingTask
 from dit_mlflow.recording.loop import train_unrecorded
 from dit_mlflow.tracking import load_influence, load_trajectory, record_trajectory
+from dit_mlflow.tracking.jobs import cleanse_runs
 from dit_mlflow.tracking.jobs import request as job
 from dit_mlflow.workload import Workload
 
@@ -255,6 +256,19 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "kind": ({"kind": "foo"}, "kind='foo'"),
     "setting": ({"modell": "dnn"}, "no setting 'modell'"),
 }
+
+
+def test_a_note_that_fails_costs_itself_alone(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> str:
+        raise MemoryError("931 GiB")
+
+    monkeypatch.setattr(cleanse_runs, "cleansing_note", fails)
+    done = cleanse(**QUICK)
+    assert done.exit_code == 0, done.output
+    (parent,) = runs("cleansing")
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["dit.not_drawn.note"] == "MemoryError: 931 GiB"
+    assert {"cleansing.json", "dropped.json", "cleansing.png"} <= artifact_names(parent, "")
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -178,6 +178,20 @@ def test_names_of_nothing_are_refused(reference: str, tmp_path: Path) -> None:
             load_recorded(WorkloadReference(reference=reference, settings={}), tmp_path, trusted)
 
 
+def test_naming_a_workload_of_elsewhere_does_not_open_the_current_folder(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may have a module of the name of any library that is imported later."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "ofmine.py").write_text("def f():\n    import evilmodule\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path[2:] if entry] + [str(tmp_path / "code")])
+    with pytest.raises(WorkloadError, match="No module named 'evilmodule'"):
+        load_workload("ofmine:f")
+    assert str(bundle.folder) not in sys.path
+    assert not bundle.marker.exists()
+    del sys.modules["ofmine"]
+
+
 def test_what_the_packages_own_import_is_not_looked_for_in_the_current_folder(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ from dit_mlflow.tracking import (
     run_training,
 )
 from dit_mlflow.tracking.jobs.register import RegistrationRequest, register_job
+from dit_mlflow.tracking.ui.card import _known_samples
 
 HOSTILE = 'sample {} <script>alert(1)</script> | **bold** [x](http://a.b) `c` "><img onerror=x> 😀 \n# heading'
 
@@ -377,3 +378,20 @@ def test_from_its_entry_point(pair: tuple[str, str]) -> None:
     assert refused.exit_code == 1
     assert "has no artifact influence/" in refused.stderr
     assert {run.info.status for run in runs("registration")} == {"FINISHED", "FAILED"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "5",
+        '{"columns": 5, "data": []}',
+        '{"columns": ["sample_index"], "data": [[1e999]]}',
+        "[]," * 10**6,
+    ],
+    ids=["deep", "number", "columns", "infinite", "many"],
+)
+def test_tables_of_a_run_that_are_none_cost_the_texts_alone(text: str, tmp_path: Path) -> None:
+    (tmp_path / "whole_run.json").write_text(text)
+    (tmp_path / "top_samples.json").symlink_to("/dev/zero")
+    assert _known_samples(tmp_path) == {}

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
 import dit_mlflow
-from dit_mlflow import InputError, TrainingError, TrajectoryError, Window, track, train
+from dit_mlflow import Influence, InputError, TrainingError, TrajectoryError, Window, track, train
 from dit_mlflow.tracking import (
     load_influence,
     load_trajectory,
@@ -19,6 +19,7 @@ from dit_mlflow.tracking import (
     record_trajectory,
     run_training,
 )
+from dit_mlflow.tracking.store.artifacts import artifact_folder
 from dit_mlflow.tracking.store.names import RECORDING
 
 
@@ -117,3 +118,19 @@ def test_scores_that_the_store_refuses_are_kept_in_a_folder_that_a_message_names
     assert f"the scores of influence/ of run {run.info.run_id} are not in its store" in message
     eval(message.split(": ", 1)[1], {"dit_mlflow": dit_mlflow})  # The call that it names.
     np.testing.assert_array_equal(load_influence(run.info.run_id).scores, influence.scores)
+
+
+def test_of_an_influence_folder_only_the_result_is_downloaded(store: str, tmp_path: Path) -> None:
+    """Whatever else is in it, and how large."""
+    found = Influence(np.zeros((1, 1, 2)), (Window(0, 1),), ("loss",), np.arange(2), "local", "dit")
+    with mlflow.start_run() as run:
+        log_influence(found)
+    folder = artifact_folder(f"{run.info.artifact_uri}/influence")
+    assert folder is not None
+    (folder / "large").symlink_to("/proc/kmsg")
+    with (folder / "report.html").open("wb") as file:
+        file.truncate(2**40)
+    assert load_influence(run.info.run_id).method == "dit"
+    (folder / "metadata.json").unlink()
+    with pytest.raises(InputError, match=r"no influence result in .*metadata\.json"):
+        load_influence(run.info.run_id)

@@ -7,10 +7,12 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
+from stores import Store
 from workloads import digits_workload
 
-from dit_mlflow import parse_windows
+from dit_mlflow import Query, parse_windows
 from dit_mlflow.explanation import Checks
 from dit_mlflow.tracking import load_influence, load_trajectory, run_influence, run_training
 from dit_mlflow.tracking.store import explanations
@@ -74,6 +76,42 @@ def test_all_is_logged_before_the_first_plot(store: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(explanations, "log_plot", killed)
     with pytest.raises(Killed):
         asked()
+
+
+ACTS = "\x1b[31mred\x1b]0;t\x07 \u202e\u2028\x00\ud83d\r\n![x](http://evil/x.png) " + "x" * 10**6
+SECRET = "postgresql://me:S3cr3t@host/db"
+
+
+def test_names_and_settings_that_databases_refuse_or_terminals_obey_are_kept_as_text(any_store: Store) -> None:
+    """Of a workload, which may come from a record, of a setting, and of a query, which may be named by a label."""
+    text = ACTS.replace("\ud83d", "")  # Which a record cannot hold.
+    named = {"reference": f"some:{text}", "settings": {"model": text, "uri": SECRET, f"odd/{text[:99]}": text}}
+    workload = digits_workload(epochs=1, label=lambda index: ACTS, **named)
+    training_run = run_training(workload)
+    trajectory = load_trajectory(training_run)
+    queries = [Query(ACTS, lambda model: next(model.parameters()).sum())]
+    asked = training_run, trajectory, workload, parse_windows("1", trajectory), "final"
+    runs = [run_influence(*asked, Checks(), queries=queries).run, MlflowClient().get_run(training_run)]
+    for run in (MlflowClient().get_run(run.info.run_id) for run in runs):
+        assert run.info.status == "FINISHED"
+        assert len(run.info.run_name) <= 200
+        texts = {**run.data.tags, **run.data.params}
+        shown = "".join([*texts, *texts.values()])
+        assert not {"\x1b", "\x07", "\u202e", "\u2028", "\x00", "\ud83d", "\r"} & set(shown)
+        assert "S3cr3t" not in shown
+        assert run.data.params["workload.model"].startswith(r"\x1b[31mred")
+        assert "![x]" not in run.data.tags["mlflow.note.content"]
+    assert load_influence(runs[0].info.run_id).queries[0].startswith(r"\x1b[31mred")
+
+
+def test_metrics_of_any_name_do_not_fail_a_run_after_its_training(store: str) -> None:
+    names = ["top-5 %", "$x$\x1b[1m", "a//..", "m" * 300]
+    ones = torch.ones(16)
+    workload = digits_workload(epochs=1, batch_size=24, metrics=lambda model, batch: dict.fromkeys(names, ones))
+    run = MlflowClient().get_run(run_training(workload))
+    assert run.info.status == "FINISHED"
+    found = {"top-5 _", "_x___1m", "a/_/_", ("validation/" + "m" * 300)[11:200]}
+    assert {f"validation/{name}" for name in found} < set(run.data.metrics)
 
 
 class Mute:
