@@ -16,7 +16,6 @@ from dit_mlflow.influence import Query
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.last_layer import LastLayer, as_logits
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.replay.adjoint import grad_or_zeros
 from dit_mlflow.replay.double_backward import DerivativesInside
 from dit_mlflow.replay.loss_step import leaves
 from dit_mlflow.replay.right_queries import RightQueries
@@ -160,10 +159,12 @@ def _query_gradient(layer: LastLayer, weights: Tensor, query: Query, queries: Ri
         moved[layer.bias] = weights[:, columns].to(like).requires_grad_()
     with sdpa_kernel(SDPBackend.MATH), DerivativesInside(graphs=True):
         value = queries.ask({**leaves(state.parameters), **moved}, state.buffers, query)
-    if not value.requires_grad:
+    wanted = list(moved.values())
+    found = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else ()
+    if all(part is None for part in found):
         raise InputError(
             f"query {query.name!r} does not depend on the last layer, {layer.name!r}, by differentiable operations; "
             "representer points explain what that layer makes of its features. Expected a query on the model's outputs"
         )
-    parts = grad_or_zeros(value, list(moved.values()))
+    parts = [torch.zeros_like(one) if part is None else part for one, part in zip(wanted, found, strict=True)]
     return torch.cat([part.double().reshape(len(weights), -1) for part in parts], dim=1)
