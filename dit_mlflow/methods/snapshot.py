@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,6 +65,8 @@ class Snapshot:
         self.trained = {name: value for name, value in held.items() if name not in still} or held
         self.parameters = {**{name: value.detach() for name, value in state.parameters.items()}, **held}
         self._step = step
+        # Known before anyone listens to the model's calls.
+        self._graphs = self._graphs_in_training_alone()
 
     def query_gradients(self, queries: Sequence[Query]) -> Vectors:
         """``grad q`` of each query; zeros where it does not depend on a parameter.
@@ -154,11 +156,10 @@ class Snapshot:
 
     def evaluate(self, function: Callable[[nn.Module], Tensor], parameters: Parameters) -> Tensor:
         """``function`` of the model with ``parameters``, by attention that can be differentiated twice."""
-        graphs = DerivativesInside(graphs=True) if self._graphs_in_training_alone else nullcontext()
+        graphs = DerivativesInside(graphs=True) if self._graphs else nullcontext()
         with sdpa_kernel(SDPBackend.MATH), graphs:
             return self.dynamics.evaluate(parameters, self.state.buffers, function)
 
-    @cached_property
     def _graphs_in_training_alone(self) -> bool:
         """Whether the loss takes derivatives of its own (forces), and their graph in training mode only.
 
