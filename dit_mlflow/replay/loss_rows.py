@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ FEW, MANY = 2, 8
 STEPS = 4
 """Number of steps that are searched for a batch of two or more samples."""
 
-OTHER_SIZE = 4
-"""So many times a batch's samples are used in evaluation mode."""
+OTHER_SIZE, SECONDS = 4, 1.0
+"""So many times a batch's samples are used in evaluation mode, or as many as can be fetched in so many seconds."""
 
 LARGEST = 256
 """Largest number of a batch's samples that are used."""
@@ -55,6 +56,13 @@ class Move:
         return int((self.size > 0).sum()) > self.own
 
 
+class Rows(NamedTuple):
+    """A batch's losses ``[B]``, and the shapes of its tensors."""
+
+    losses: Tensor
+    shapes: list[torch.Size]
+
+
 class RowProbe:
     """Replaces samples of a recorded batch, one at a time, and observes which rows of the loss change.
 
@@ -62,13 +70,23 @@ class RowProbe:
         trajectory, workload: what was recorded.
         record: the step.
         indices: different samples of one of its micro-batches.
+        known: samples that other probes of the workload have fetched, by index; is added to.
 
-    Cost: a copy of the model, and ten forward passes; about forty where samples are coupled.
+    Cost: a copy of the model, and eight forward passes, half of them of :data:`OTHER_SIZE` times the samples; about
+    forty where samples are coupled.
     """
 
-    def __init__(self, trajectory: Record, workload: Workload, record: StepRecord, indices: Sequence[int]) -> None:
+    def __init__(
+        self,
+        trajectory: Record,
+        workload: Workload,
+        record: StepRecord,
+        indices: Sequence[int],
+        known: MutableMapping[int, Any],
+    ) -> None:
         self._workload, self._record = workload, record
         self._indices = list(indices)
+        self._known = known
         self._dynamics = Dynamics(workload, trajectory.manifest)
         stored = min(trajectory.checkpoint_steps, key=lambda step: abs(step - record.index))
         state = trajectory.checkpoint(stored).to(self._dynamics.device)
@@ -84,21 +102,34 @@ class RowProbe:
         Raises:
             WorkloadError: rows depend on other samples in place of their own.
         """
-        if not self._moves(FEW):
+        found = self._moves(FEW)
+        if not found:
             # If all parameters are 0 at the start, all samples may have the same loss.
             self._parameters = {name: _jittered(value) for name, value in self._parameters.items()}
-        in_training = self._coupled_in(evaluating=False)
-        return self._coupled_in(evaluating=True) or in_training
+            found = self._moves(FEW)
+        in_training = self._coupled_by(found)
+        self._evaluating = True
+        self._take_more()
+        return self._coupled_by(self._moves(FEW)) or in_training
 
-    def _coupled_in(self, evaluating: bool) -> bool:
-        self._evaluating = evaluating
-        if evaluating:
-            # Methods that look at states take other sizes of batches than training.
-            everyone = range(self._workload.num_samples)
-            size = min(LARGEST, OTHER_SIZE * len(self._indices))
-            self._indices = list(dict.fromkeys([*self._indices, *everyone[:size]]))[:size]
+    def _take_more(self) -> None:
+        """Take samples besides the batch's: methods that look at states take other sizes of batches than training."""
+        size = min(LARGEST, OTHER_SIZE * len(self._indices), self._workload.num_samples)
+        before = frozenset(self._indices)
+        others = [index for index in range(size) if index not in before][: size - len(before)]
+        if makes_batches(self._workload.train_set):
+            self._indices += others
             self._items = self._fetched(self._indices)
-        if not any(move.others for move in self._moves(FEW)):
+            return
+        ended = time.monotonic() + SECONDS
+        for index in others:
+            if time.monotonic() > ended:
+                break
+            self._indices.append(index)
+            self._items.append(self._item(index))
+
+    def _coupled_by(self, few: list[Move]) -> bool:
+        if not any(move.others for move in few):
             return False
         found = self._moves(MANY)
         self._refuse_misaligned(found)
@@ -132,30 +163,31 @@ class RowProbe:
         """
         size = len(self._items)
         base = self._rows(range(size))
-        if not _same(base, self._rows(range(size)), 0.75).all():
-            _log.info("the loss draws from generators of its own, so the order of its rows was not checked")
-            return []
         found = self._moves_at([position * size // count for position in range(count)], base)
+        suspects: list[int] = []
         # Draws (dropout) may belong to positions.
         if found and not self._drew and not any(move.others for move in found):
             order = _cycle(size)
-            apart = (~_same(self._rows(order), base[order], 0.5)).nonzero().flatten().tolist()
+            apart = (~_same(self._rows(order).losses, base.losses[order], 0.5)).nonzero().flatten().tolist()
             suspects = [position for row in apart for position in (row, order[row])]
+        if suspects or any(move.others for move in found):
+            if not _same(base.losses, self._rows(range(size)).losses, 0.75).all():
+                _log.info("the loss draws from generators of its own, so the order of its rows was not checked")
+                return []
             found += self._moves_at(list(dict.fromkeys(suspects))[:MANY], base)
         return found
 
-    def _moves_at(self, positions: Sequence[int], base: Tensor) -> list[Move]:
+    def _moves_at(self, positions: Sequence[int], base: Rows) -> list[Move]:
         return [move for place in dict.fromkeys(positions) if (move := self._move(place, base)) is not None]
 
-    def _move(self, position: int, base: Tensor) -> Move | None:
-        size, everyone = len(self._items), range(len(self._items))
-        shapes = self._shapes(everyone)
+    def _move(self, position: int, base: Rows) -> Move | None:
+        size = len(self._items)
         for step in dict.fromkeys((max(1, size // 2), 1)):
-            chosen = list(everyone)
+            chosen = list(range(size))
             chosen[position] = (position + step) % size
-            found = self._rows(chosen)
-            moved = (found - base).abs().nan_to_num(0.0, 0.0, 0.0) * ~_same(found, base, 0.75)
-            if moved[position] > 0 and self._shapes(chosen) != shapes:
+            found, shapes = self._rows(chosen)
+            moved = (found - base.losses).abs().nan_to_num(0.0, 0.0, 0.0) * ~_same(found, base.losses, 0.75)
+            if moved[position] > 0 and shapes != base.shapes:
                 # Others may be padded to another length.
                 moved = moved * torch.eye(size)[position]
             if moved.any():
@@ -167,10 +199,11 @@ class RowProbe:
         order = list(range(len(self._items)))
         # A permutation that is neither a reflection nor a rotation, which a flipped or rolled loss would pass.
         order = [*order[1:2], *order[:1], *order[3:], *order[2:3]]
-        return bool(_same(self._rows(order), self._rows(range(len(order)))[order], 0.5).all())
+        return bool(_same(self._rows(order).losses, self._rows(range(len(order))).losses[order], 0.5).all())
 
-    def _rows(self, chosen: Sequence[int]) -> Tensor:
+    def _rows(self, chosen: Sequence[int]) -> Rows:
         batch = self._batch(chosen)
+        shapes = [tensor.shape for tensor in tensors_of(batch)]
 
         def loss(model: nn.Module) -> Tensor:
             before = RandomState.capture()
@@ -185,21 +218,21 @@ class RowProbe:
         with preserved_random_state():
             seed_generators(0)
             if self._evaluating:
-                return self._dynamics.evaluate(parameters, self._buffers, loss)
+                return Rows(self._dynamics.evaluate(parameters, self._buffers, loss), shapes)
             self._dynamics.set_modes(self._record)
             left = {name: value.clone() for name, value in self._buffers.items()}
-            return self._dynamics.call(parameters, left, loss)
+            return Rows(self._dynamics.call(parameters, left, loss), shapes)
 
     def _batch(self, chosen: Sequence[int]) -> Any:
-        with OnDeepcopy(lambda tensor: tensor.detach().clone()):
-            items = [copy.deepcopy(self._items[position]) for position in chosen]
+        items = [self._items[position] for position in chosen]
+        if self._workload.collate_fn is not None:
+            # It may change them; torch's own copies.
+            with OnDeepcopy(lambda tensor: tensor.detach().clone()):
+                items = list(map(copy.deepcopy, items))
         with preserved_random_state():
             seed_generators(0)
             joined = (self._workload.collate_fn or default_collate)(items)
         return to_like(joined, self._dynamics.device, None, fresh=True)
-
-    def _shapes(self, chosen: Sequence[int]) -> list[torch.Size]:
-        return [tensor.shape for tensor in tensors_of(self._batch(chosen))]
 
     def _fetched(self, indices: Sequence[int]) -> list[Any]:
         data = self._workload.train_set
@@ -213,9 +246,11 @@ class RowProbe:
         return list(found)
 
     def _item(self, index: int) -> Any:
-        with preserved_random_state():
-            seed_generators(index)
-            return self._workload.train_set[index]
+        if index not in self._known:
+            with preserved_random_state():
+                seed_generators(index)
+                self._known[index] = self._workload.train_set[index]
+        return self._known[index]
 
 
 def samples_are_coupled(
@@ -241,13 +276,14 @@ def samples_are_coupled(
     """
     found = {} if known is None else known
     looked_at = list(_batches(trajectory, first, trajectory.num_steps if last is None else last))
+    items: dict[int, Any] = {}
     for record, indices in looked_at:
         if record.index in found:
             continue
         found[record.index] = False
         try:
             with preserved_random_state():
-                found[record.index] = RowProbe(trajectory, workload, record, indices).coupled()
+                found[record.index] = RowProbe(trajectory, workload, record, indices, items).coupled()
         except WorkloadError:
             del found[record.index]
             raise

@@ -9,8 +9,12 @@ from torch import Tensor
 
 from dit_mlflow.trajectory.step_record import StepRecord
 
-COUNTED = 8
-"""Number of different ways up to which operations are counted; from then on, only new kinds of them make a new way."""
+COUNTED, COMBINED = 8, 16
+"""Numbers of different ways up to which operations are counted, and other combinations of their kinds are new ways.
+
+From then on, only kinds of operations that were met at no step make a new way: a network that draws its layers goes
+another way at every step.
+"""
 
 
 class Paths:
@@ -22,9 +26,10 @@ class Paths:
     """
 
     def __init__(self) -> None:
-        self._of: dict[int, tuple[Hashable, Hashable]] = {}
+        self._of: dict[int, tuple[frozenset[type], Hashable]] = {}
         self._known: set[Hashable] = set()
-        self._counted = 0
+        self._kinds: frozenset[type] = frozenset()
+        self._looked_at = 0
 
     def note(self, record: StepRecord, operations: Counter[type]) -> None:
         """The operations of all terms of a step's loss."""
@@ -37,10 +42,13 @@ class Paths:
         if record.index not in self._of:
             return False
         kinds, counted = self._of.pop(record.index)
-        if {kinds, counted} <= self._known or (kinds in self._known and self._counted >= COUNTED):
+        if {kinds, counted} <= self._known:
+            return False
+        if kinds <= self._kinds and self._looked_at >= (COUNTED if kinds in self._known else COMBINED):
             return False
         self._known |= {kinds, counted}
-        self._counted += 1
+        self._kinds |= kinds
+        self._looked_at += 1
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +278,34 @@ def test_the_check_copies_samples_and_not_the_data_set_that_they_are_views_of(tm
     sizes.clear()
     assert not samples_are_coupled(trajectory, workload)
     assert max(sizes) == inputs[0].nbytes
+
+
+class Counted(Dataset[Any]):
+    """Notes what is fetched."""
+
+    def __init__(self, samples: Dataset[Any]) -> None:
+        self.samples = samples
+        self.fetched: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.samples)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        self.fetched.append(index)
+        return self.samples[index]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_no_sample_is_fetched_twice_and_few_are_where_that_takes_long(
+    slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if slow:
+        monkeypatch.setattr("dit_mlflow.replay.loss_rows.SECONDS", 0.0)
+    workload = digits_workload(epochs=1, optimizer=lambda model: SGD(model.parameters(), lr=0.1))
+    trajectory = train(workload, tmp_path / "t")
+    samples = Counted(workload.train_set)
+    assert not samples_are_coupled(trajectory, replace(workload, train_set=samples))
+    own = {*trajectory.step(0).samples, *trajectory.step(trajectory.num_steps - 1).samples}
+    assert len(samples.fetched) == len(set(samples.fetched))
+    assert own <= set(samples.fetched)
+    assert (own == set(samples.fetched)) == slow
