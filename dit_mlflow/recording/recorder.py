@@ -430,7 +430,8 @@ class TrajectoryRecorder:
                 "not known; iterate over recorder.watch(loader) instead of loader"
             )
         self._changes.check(self._num_steps)
-        self._structure.check(self._num_steps)
+        if self._structure.check(self._num_steps):
+            self._recorded_model.note_modules()
         self._commit()
         if self._num_steps == 1 and self._workload is not None:
             self._try_replay(self._workload)

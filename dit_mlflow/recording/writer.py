@@ -98,7 +98,7 @@ class TrajectoryWriter:
 
     @property
     def is_copy(self) -> bool:
-        """Whether this process was forked from the one that writes; then it writes nothing."""
+        """Whether this process was forked from the one that began to write; then it writes nothing."""
         return os.getpid() != self._process
 
     def begin(self, initial: State) -> None:
@@ -109,6 +109,7 @@ class TrajectoryWriter:
             TrajectoryError: another recorder has begun there.
             OSError: the folder cannot be written.
         """
+        self._process = os.getpid()
         with claimed(self.directory):
             self._append(Segment(0, states={0: initial}), self._facts(complete=False))
 
@@ -118,6 +119,7 @@ class TrajectoryWriter:
         Args:
             epoch: that of the step before; ``None`` if there is none.
         """
+        self._process = os.getpid()
         self._folder.resume(begun, step)
         self._training_set.digest, self._training_set.num_samples = begun.dataset, begun.num_samples
         self._num_steps = step

@@ -150,3 +150,20 @@ def test_a_forked_process_writes_nothing(trains: bool, tmp_path: Path) -> None:
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "t").iterdir()) == before
     trajectory = Trajectory.open(tmp_path / "t")
     assert (trajectory.num_steps, trajectory.complete) == (6, True)
+
+
+def test_a_recorder_made_before_a_fork_is_entered_after_it(tmp_path: Path) -> None:
+    made = Made(tmp_path / "t")
+    process = os.fork()
+    if process == 0:
+        signal.alarm(30)
+        try:
+            with made.recorder:
+                made.steps()
+            os._exit(0)
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert trajectory.complete
+    assert trajectory.num_steps > 0
