@@ -140,10 +140,14 @@ class PendingStep:
             self._made.row["random_states"].append(self._began.used_since(state))
             self._began = None
 
-    def take(self) -> MadeStep | None:
-        """Return and forget the last step made; call it when the step's loss is final."""
-        made, self._made = self._made, None
-        return made
+    @property
+    def made(self) -> MadeStep | None:
+        """The last step made; it is final when the step's loss is."""
+        return self._made
+
+    def forget(self) -> None:
+        """Forget the last step made."""
+        self._made = None
 
     def _weights(self) -> list[np.ndarray] | None:
         known = [drawn.coefficients for drawn in self._drawn if drawn.coefficients is not None]

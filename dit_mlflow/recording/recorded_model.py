@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from dit_mlflow.errors import InputError, TrajectoryError, UnsupportedError
-from dit_mlflow.recording.guards import refuse_change, same
+from dit_mlflow.recording.guards import equal, refuse_change
 from dit_mlflow.replay.optimizers import describe_optimizer, optimizer_state
 from dit_mlflow.told import logger_of
+from dit_mlflow.torch_internals import tensor_slots
 from dit_mlflow.trajectory import Record, State
 from dit_mlflow.trajectory.manifest import ModelLayout, OptimizerLayout, TensorLayout
 from dit_mlflow.workload.dataset_digest import dataset_digest, is_inert
@@ -65,6 +66,11 @@ class RecordedModel:
             if changed:
                 refuse_change(kind, changed[0], steps - 1)
 
+    def note_modules(self) -> None:
+        """Some modules were replaced by their like; those that were attached since the beginning do not count."""
+        found = {plain_name(name): module for name, module in self.model.named_modules()}
+        self._modules = {name: found[name] for name in self._modules if name in found}
+
     def in_evaluation_mode(self) -> list[str]:
         """Names of the modules that are not in training mode."""
         return [name for name, module in self._modules.items() if not module.training]
@@ -94,7 +100,12 @@ class RecordedModel:
         return any(id(value) in self._names for group in optimizer.param_groups for value in group["params"])
 
     def _buffers(self) -> dict[str, Tensor]:
-        return {plain_name(name): value for name, value in self.model.named_buffers()}
+        found: dict[int, tuple[str, Tensor]] = {}
+        for name, module in self._modules.items():
+            for key, value in tensor_slots(module, "buffers").items():
+                if value is not None:
+                    found.setdefault(id(value), (f"{name}.{key}" if name else key, value))
+        return dict(found.values())
 
     def _describe_optimizer(self) -> OptimizerLayout:
         layout = describe_optimizer(self._optimizer, self.model)
@@ -136,7 +147,7 @@ def resuming_step(begun: Record, now: State, recorded_model: RecordedModel) -> i
     same_weights = None
     for step in reversed(begun.checkpoint_steps):
         stored = begun.checkpoint(step)
-        if _equal(stored.parameters, now.parameters) and _equal(stored.buffers, now.buffers):
+        if equal(stored.parameters, now.parameters) and equal(stored.buffers, now.buffers):
             if _equal_optimizers(stored, now):
                 return step
             same_weights = step
@@ -154,16 +165,7 @@ def resuming_step(begun: Record, now: State, recorded_model: RecordedModel) -> i
 def _equal_optimizers(stored: State, now: State) -> bool:
     entries = [{name: entry for name, entry in state.optimizer.items() if entry} for state in (stored, now)]
     return entries[0].keys() == entries[1].keys() and all(
-        _equal(entry, entries[1][name]) for name, entry in entries[0].items()
-    )
-
-
-def _equal(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    if some.keys() != others.keys():
-        return False
-    return all(
-        same(value, others[name]) if isinstance(value, Tensor) else value == others[name]
-        for name, value in some.items()
+        equal(entry, entries[1][name]) for name, entry in entries[0].items()
     )
 
 

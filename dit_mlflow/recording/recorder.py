@@ -430,7 +430,8 @@ class TrajectoryRecorder:
                 "not known; iterate over recorder.watch(loader) instead of loader"
             )
         self._changes.check(self._num_steps)
-        self._structure.check(self._num_steps)
+        if self._structure.check(self._num_steps):
+            self._recorded_model.note_modules()
         self._commit()
         if self._num_steps == 1 and self._workload is not None:
             self._try_replay(self._workload)
@@ -482,9 +483,10 @@ class TrajectoryRecorder:
 
     def _commit(self) -> None:
         """Hand the last step, whose loss is final, and the state after it to the writer."""
-        made = self._step.take()
-        if made is not None:
-            self._writer.add_step(made.row, made.tensors)
+        # An interrupt between these lines loses nothing.
+        if self._step.made is not None:
+            self._writer.add_step(self._step.made.row, self._step.made.tensors)
+            self._step.forget()
         if self._taken is not None:
             self._writer.add_checkpoint(self._latest, self._taken)
             self._taken = None

@@ -86,8 +86,8 @@ class TrajectoryWriter:
             threads=torch.get_num_threads(),
         )
         self._folder = TrajectoryFolder(directory, empty)
-        self._num_steps = 0
         self._epoch: int | None = None
+        self._last_state = 0
         self._epoch_ends: list[int] = []
         self._gathered = Segment(0)
         self._on_written = on_written
@@ -98,7 +98,7 @@ class TrajectoryWriter:
 
     @property
     def is_copy(self) -> bool:
-        """Whether this process was forked from the one that writes; then it writes nothing."""
+        """Whether this process was forked from the one that began to write; then it writes nothing."""
         return os.getpid() != self._process
 
     def begin(self, initial: State) -> None:
@@ -109,6 +109,7 @@ class TrajectoryWriter:
             TrajectoryError: another recorder has begun there.
             OSError: the folder cannot be written.
         """
+        self._process = os.getpid()
         with claimed(self.directory):
             self._append(Segment(0, states={0: initial}), self._facts(complete=False))
 
@@ -118,35 +119,43 @@ class TrajectoryWriter:
         Args:
             epoch: that of the step before; ``None`` if there is none.
         """
+        self._process = os.getpid()
         self._folder.resume(begun, step)
         self._training_set.digest, self._training_set.num_samples = begun.dataset, begun.num_samples
-        self._num_steps = step
-        self._epoch_ends = list(self._folder.manifest.epoch_ends)
+        self._epoch_ends = list(self._folder.manifest.epoch_ends[:-1])  # The last may go on.
         self._epoch = epoch
         self._gathered = Segment(step)
+        self._last_state = step
+
+    @property
+    def _num_steps(self) -> int:
+        # Counted, since a KeyboardInterrupt may come between any two lines.
+        return self._gathered.first_step + len(self._gathered.rows)
 
     def add_step(self, step: StepFields, batches: Sequence[Sequence[Tensor]] = ()) -> None:
-        """Keep the record of the next step, and the tensors of its micro-batches if they are stored."""
-        if self.stopped:
+        """Keep the record of the next step, and the tensors of its micro-batches if they are stored.
+
+        One that is kept already is not kept again: a caller who was interrupted may repeat the call.
+        """
+        if self.stopped or step["index"] < self._num_steps:
             return
         gathered = self._gathered
         if batches:
             gathered.batches[self._num_steps] = batches
             gathered.nbytes += sum(tensor.nbytes for batch in batches for tensor in batch)
+        if step["epoch"] != self._epoch:
+            self._epoch_ends.append(self._num_steps)
+            self._epoch = step["epoch"]
         gathered.rows.append(step)
         gathered.nbytes += _row_bytes(step)
-        self._num_steps += 1
-        if step["epoch"] != self._epoch:
-            self._epoch = step["epoch"]
-            self._epoch_ends.append(0)
-        self._epoch_ends[-1] = self._num_steps
         self._flush_if_due()
 
     def add_checkpoint(self, step: int, state: State) -> None:
         """Keep ``s_step``, which the caller must not change; it is written when the unwritten data are large or old."""
-        if self.stopped:
+        if self.stopped or not self._last_state < step <= self._num_steps:
             return
         self._gathered.states[step] = state
+        self._last_state = step
         self._gathered.nbytes += state.nbytes
         self._flush_if_due()
 
@@ -172,8 +181,12 @@ class TrajectoryWriter:
         self._last_flush = time.monotonic()
         if self.stopped:
             return
-        segment, self._gathered = self._gathered, Segment(self._num_steps)
-        self._writing = self._start(segment, self._facts(complete))
+        segment, end = self._gathered, self._num_steps
+        segment.batches.pop(end, None)  # Of a step whose record was interrupted.
+        facts = self._facts(complete)
+        # In this order, an interrupt loses nothing: what is handed over twice is written once.
+        self._writing = self._start(segment, facts)
+        self._gathered = Segment(end)
 
     def _start(self, segment: Segment, facts: Facts) -> Future[Unwritten | None]:
         try:
@@ -188,8 +201,8 @@ class TrajectoryWriter:
             self.stopped, self._writing = True, None
         if self._writing is None:
             return
-        future, self._writing = self._writing, None
-        unwritten = future.result()
+        unwritten = self._writing.result()
+        self._writing = None
         if unwritten is None:
             if self.failure is not None:
                 logger.warning("the trajectory in %s is being written again; no step is missing", self.directory)
@@ -220,12 +233,15 @@ class TrajectoryWriter:
             "complete": complete,
             "num_steps": self._num_steps,
             "num_samples": self._training_set.num_samples,
-            "epoch_ends": tuple(self._epoch_ends),
+            "epoch_ends": _ends(self._epoch_ends, self._num_steps),
             "dataset": self._training_set.digest,
         }
 
     def _write(self, segment: Segment, facts: Facts) -> Unwritten | None:
         """In the thread: all of it, or as much as fits; returns what is not written."""
+        written = self._folder.manifest.num_steps - segment.first_step
+        if written > 0:
+            segment = segment.split(written)[1]
         try:
             self._append(segment, facts)
         except OSError as error:
@@ -289,8 +305,12 @@ class TrajectoryWriter:
 
 def _until(facts: Facts, step: int) -> Facts:
     """The facts when training had come to ``step``."""
-    ends = (*(end for end in facts["epoch_ends"] if end < step), step)
-    return {**facts, "complete": False, "num_steps": step, "epoch_ends": ends}
+    return {**facts, "complete": False, "num_steps": step, "epoch_ends": _ends(facts["epoch_ends"], step)}
+
+
+def _ends(epoch_ends: Sequence[int], step: int) -> tuple[int, ...]:
+    """The ends of epochs when training had come to ``step``."""
+    return (*sorted({end for end in epoch_ends if 0 < end < step}), step) if step else ()
 
 
 def _nbytes(states: Mapping[int, State]) -> int:

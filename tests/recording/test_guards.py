@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import finite_difference
-from plain_loop import assert_replays, record, whole
+from plain_loop import Net, assert_replays, record, whole
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize, prune
@@ -424,6 +424,97 @@ def test_parts_exchanged_in_mid_training_are_said_when_recording(
     assert (trajectory.num_steps, trajectory.complete) == (kept, False)
 
 
+class Attaching(Net):
+    """As many are written: what it needs besides is made where it is needed first."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not hasattr(self, "activation"):
+            self.activation = nn.Tanh()
+        self.once = nn.Dropout(0.1)
+        return self.outer(self.once(self.activation(self.inner(inputs))))
+
+
+def attach_loss(model: nn.Module) -> None:
+    model.criterion = nn.CrossEntropyLoss(weight=torch.ones(3))
+
+
+def attach_average(model: nn.Module) -> None:
+    model.average = AveragedModel(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+
+
+def attach_and_detach(model: nn.Module) -> None:
+    if hasattr(model, "criterion"):
+        del model.criterion
+    else:
+        model.criterion = nn.CrossEntropyLoss()
+
+
+@pytest.mark.parametrize("make", [Net, Attaching])
+@pytest.mark.parametrize("attach", [lambda _: None, attach_loss, attach_average, attach_and_detach])
+def test_modules_attached_beside_what_is_trained_are_no_part_of_it(
+    make: Callable[[], nn.Module], attach: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    model = make()
+    expected = {name for name, _ in model.named_parameters()}
+    trajectory = record(tmp_path / "t", model, SGD(model.parameters(), lr=0.1), after=lambda: attach(model))
+    assert trajectory.verify(digits_workload(model=make, optimizer=None)).max_drift == 0
+    assert trajectory.checkpoint(trajectory.num_steps).parameters.keys() == expected
+    assert not trajectory.checkpoint(trajectory.num_steps).buffers
+
+
+def test_a_module_replaced_by_its_like_is_asked_for_its_mode(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 6), nn.Dropout(0.5), nn.Linear(6, 3))
+
+    model, steps = make(), iter(range(100))
+
+    def replace() -> None:
+        if next(steps) == 2:
+            model[1] = nn.Dropout(0.5).eval()  # type: ignore[index,operator]
+
+    trajectory = record(tmp_path / "t", model, SGD(model.parameters(), lr=0.1), after=replace)
+    assert_replays(trajectory, digits_workload(model=make, optimizer=None), model)
+    assert [trajectory.step(t).evaluation_mode for t in (2, 3)] == [set(), {"1"}]
+
+
+def test_a_layer_appended_or_exchanged_for_another_rate_is_refused(tmp_path: Path) -> None:
+    def append(model: Any) -> None:
+        model.append(nn.Tanh())
+
+    def exchange(model: Any) -> None:
+        model[1] = nn.Dropout(0.5)
+
+    for number, change in enumerate((append, exchange)):
+        model = nn.Sequential(nn.Linear(64, 3), nn.Dropout(0.1))
+        with pytest.raises(TrajectoryError, match=r"module '[12]' of the model was put in, taken out, moved or repl"):
+            record(tmp_path / str(number), model, SGD(model.parameters(), lr=0.1), after=lambda: change(model))  # noqa: B023
+
+
+def test_frozen_parameters_may_share_memory(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 3))
+        model[1].weight.data = model[0].weight.data
+        model[:2].requires_grad_(False)
+        return model
+
+    model = make()
+    trajectory = record(tmp_path / "t", model, SGD(model.parameters(), lr=0.1))
+    assert_replays(trajectory, digits_workload(model=make, optimizer=None), model)
+    model[0].requires_grad_(True)  # type: ignore[index]
+    with pytest.raises(UnsupportedError, match=r"'0\.weight' and '1\.weight' share memory"):
+        TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "u")
+
+
+def test_hooks_of_many_parameters_are_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = digits_model()
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: None)
+    record(tmp_path / "t", model, SGD(model.parameters(), lr=0.1))
+    others = len(list(model.parameters())) - 1
+    assert caplog.text.count("has a gradient hook") == 1
+    assert f"'0.weight' (and {others} more) has a gradient hook" in caplog.text
+
+
 def test_a_gradient_mask_put_in_late_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, steps = digits_model(), iter(range(100))
 
@@ -473,6 +564,15 @@ def test_an_optimizer_state_that_is_replaced_is_said_at_the_next_step(clear: Any
     with pytest.raises(TrajectoryError, match="the state of Adam was replaced or cleared"):
         record(tmp_path / "t", model, optimizer, after=lambda: next(steps) == when and clear(optimizer, new))
     assert Trajectory.open(tmp_path / "t").num_steps == when + 1
+
+
+def test_an_optimizer_state_that_is_saved_and_loaded_back_is_the_same(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = Adam(model.parameters())
+    trajectory = record(
+        tmp_path / "t", model, optimizer, after=lambda: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    )
+    assert_replays(trajectory, digits_workload(optimizer=None), model)
 
 
 def test_other_parameters_put_into_a_group_are_refused(tmp_path: Path) -> None:

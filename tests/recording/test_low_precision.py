@@ -132,6 +132,19 @@ def test_low_precision_that_the_user_insists_on_replays(tmp_path: Path) -> None:
     assert 1e-3 < np.abs(rounded - exact).max() / np.abs(exact).max() < 0.3
 
 
+def test_a_disabled_grad_scaler_is_a_step_in_float32(tmp_path: Path) -> None:
+    model = digits_model()
+    optimizer = SGD(model.parameters(), lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def step(loss: Tensor) -> None:
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    assert_replays(record(tmp_path / "t", model, optimizer, step=step), digits_workload(optimizer=None), model)
+
+
 def test_grad_scaler_is_refused_at_its_first_step(tmp_path: Path) -> None:
     model = digits_model()
     optimizer = SGD(model.parameters(), lr=0.5)

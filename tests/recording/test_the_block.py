@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from workloads import datasets, digits_model, digits_workload, sample_losses
 
 from dit_mlflow import Trajectory, TrajectoryError, TrajectoryRecorder
+from dit_mlflow.recording import writer
 from dit_mlflow.recording.recorded_model import RecordedModel
 
 
@@ -150,3 +153,58 @@ def test_a_forked_process_writes_nothing(trains: bool, tmp_path: Path) -> None:
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "t").iterdir()) == before
     trajectory = Trajectory.open(tmp_path / "t")
     assert (trajectory.num_steps, trajectory.complete) == (6, True)
+
+
+def test_a_recorder_made_before_a_fork_is_entered_after_it(tmp_path: Path) -> None:
+    made = Made(tmp_path / "t")
+    process = os.fork()
+    if process == 0:
+        signal.alarm(30)
+        try:
+            with made.recorder:
+                made.steps()
+            os._exit(0)
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert trajectory.complete
+    assert trajectory.num_steps > 0
+
+
+@pytest.mark.parametrize("offset", range(2))
+def test_an_interrupt_within_the_recorders_own_lines_loses_no_step(
+    offset: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at lines that hand a step over; the lines around the optimizer's step are the loop's."""
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
+    before = sys.gettrace()
+    at, reached = offset, True
+    while reached:
+        reached = False
+        lines = 0
+
+        def trace(frame: Any, event: str, arg: Any) -> Any:
+            nonlocal lines, reached
+            if frame.f_code.co_filename != writer.__file__ or reached:
+                return None
+            if event == "line":
+                lines += 1
+                if lines > at:  # noqa: B023
+                    reached = True
+                    raise KeyboardInterrupt
+            return trace
+
+        made = Made(tmp_path / str(at))
+        with suppress(KeyboardInterrupt), made.recorder:
+            made.steps()
+            sys.settrace(trace)
+            try:
+                made.steps()
+            finally:
+                sys.settrace(before)
+        trajectory = Trajectory.open(tmp_path / str(at))
+        assert trajectory.num_steps == made.recorder.num_steps
+        assert trajectory.verify(digits_workload()).max_drift == 0
+        at += 11
+    assert at > 100
