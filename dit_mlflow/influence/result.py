@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dit_mlflow.errors import InputError
+from dit_mlflow.errors import InputError, checked_path
 from dit_mlflow.influence.stored_result import METADATA_FILE, SCORES_FILE, description_of, read_result
 from dit_mlflow.influence.window import Window
 
@@ -191,7 +191,7 @@ class Influence:
             InputError: :meth:`load` would not give the same back; the message names the field. Nothing is written.
         """
         content = description_of(self)
-        folder = Path(directory)
+        folder = checked_path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_frame().to_parquet(folder / SCORES_FILE, index=False)
         (folder / METADATA_FILE).write_bytes(content)
@@ -205,4 +205,4 @@ class Influence:
             InputError: the folder holds no result, or its two files contradict each other; the message names the
                 field. No code from the files runs, and memory is bounded by the size of the scores.
         """
-        return cls(**read_result(Path(directory)))
+        return cls(**read_result(checked_path(directory)))
