@@ -33,5 +33,5 @@ def test_values_that_would_wrap_around_are_refused(dtype: torch.dtype, value: fl
     data = TensorDataset(torch.ones(4, 2).to(dtype), torch.zeros(4))
     workload = Workload(nn.Linear(2, 1), lambda model, batch: model(batch[0].float())[:, 0], data, data)
     row_losses(workload, np.ones((1, 2)), np.zeros(1))
-    with pytest.raises(InputError, match="row 0: .* cannot be used"):
+    with pytest.raises(InputError, match=r"row 0: .* cannot be used"):
         row_losses(workload, np.array([[1, value]]), np.zeros(1))
