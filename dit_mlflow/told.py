@@ -20,7 +20,8 @@ EXAMINED = 10_000
 
 _UNQUOTED = r"""[^\s'"<>]"""
 _USER = r"""[^\s:/?#'"<>]*"""
-_PASSWORD_STARTS = re.compile(rf":\\?/\\?/{_USER}:")
+_PASSWORD_STARTS = re.compile(rf"(?:(?<![^'\"(=,])|:)\\?/\\?/{_USER}:(?!\d{{1,5}}/)")
+"""Where one may start; a port, and the path behind it, is none."""
 _ENCODED_STARTS = re.compile(rf"%3A%2F%2F(?:(?!%3A|%2F|%40){_UNQUOTED})*%3A", re.IGNORECASE)
 _ENCODED_END = re.compile("%40", re.IGNORECASE)
 _WORDS = re.compile(f"{_UNQUOTED}+")
@@ -36,13 +37,18 @@ _IN_URI = re.compile(
 )
 """Names of values in the query of a URI, or in a connection string, that are secret."""
 _ANYWHERE = re.compile(
-    rf"(?:password|passwd|pwd|passphrase|secret|(?:access|api|auth|bearer|refresh|security|session|tracking)[_-]?token|{_KEYS})$",
+    rf"(?:password|passwd|pwd|passphrase|secret|(?:access|api|auth|bearer|refresh|security|session|tracking)[_-]?token|{_KEYS})$"
+    r"|(?-i:^(?!(?:PAD|[BE]OS|UNK|SEP|CLS|MASK)_)[A-Z0-9_]+_TOKEN$)",
     re.IGNORECASE,
 )
 """Names, such as those of environment variables, that are secret wherever they stand."""
 _NAMES = re.compile(r"""(?P<before>[?&;#]\s?|["']|(?<![\w.%-]))(?P<name>[\w.%-]+)(?P<is>=|\s=\s|["']\s?:\s?)""")
-_VALUE = re.compile(r"""'[^'\n]{1,999}'|"[^"\n]{1,999}"|\{[^}\n]{1,999}\}|(?:[^&;#\s'"<>]|['"](?=[\w%]))+""")
-_HEADERS = re.compile(r"(authorization\W{1,5}(?:bearer|basic|token)\s+)[\w.~+/=-]+", re.IGNORECASE)
+_VALUE = re.compile(
+    r"""'(?:[^'\\\n]|\\.){1,999}'|"(?:[^"\\\n]|\\.){1,999}"|\{[^}\n]{1,999}\}"""
+    r"""|(?!(?:None|null|True|False|true|false)(?:[,;&)\]}\s]|$))(?:(?![,)\]}]{1,9}(?:\s|$))(?:[^&;#\s'"<>]|['"](?=[\w%])))+"""
+)
+"""A value; not that there is none, nor what ends the list or the call that it stands in."""
+_HEADERS = re.compile(r"((?:authorization\W{1,5}(?:bearer|basic|token)\s|api-key['\"]?:)\s*)[\w.~+/=-]+", re.IGNORECASE)
 
 _ESCAPED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Unicode categories: control characters and line breaks, marks that are not seen or turn text, half pairs."""

@@ -59,6 +59,12 @@ SECRET = "S3cr3t"
         ("AWS_SECRET_ACCESS_KEY=S3cr3t", "AWS_SECRET_ACCESS_KEY=***"),
         ("built with {'db_password': 'S3cr3t', 'n': 3}", "built with {'db_password': '***', 'n': 3}"),
         ("Authorization: Bearer S3cr3t", "Authorization: Bearer ***"),
+        ("X-Api-Key: S3cr3t", "X-Api-Key: ***"),
+        ("HF_TOKEN=S3cr3t", "HF_TOKEN=***"),
+        ("at //me:S3cr3t@host/x, and '//me:S3cr3t@h'", "at //me:***@host/x, and '//me:***@h'"),
+        ('{"password": "a\\"S3cr3t"}', '{"password": "***"}'),
+        ("built with {'secret': 0.125}, f(pwd=S3cr3t, n=3)", "built with {'secret': ***}, f(pwd=***, n=3)"),
+        ("password=None-S3cr3t", "password=***"),
         ("host=h dbname=d PASSWORD=S3cr3t sslmode=on", "host=h dbname=d PASSWORD=*** sslmode=on"),
         ("cannot ask 'postgresql://me:S3cr3t@h/d': no", "cannot ask 'postgresql://me:***@h/d': no"),
         # Nothing to hide.
@@ -68,6 +74,9 @@ SECRET = "S3cr3t"
         ("sqlite:///mlflow.db and me@example.org", None),
         ("http://host:5000/#/exp, http://host:5000: write to 'me@example.org'", None),
         ("s3://bucket: denied to me@example.org", None),
+        ("hdfs://node:8020/data@v2 and http://host:5000/a/b@c", None),
+        ("f(password=None, secret=False), {'token_dim': 64, 'pwd_size': 3, 'secret': null}", None),
+        ("PAD_TOKEN='<pad>', git@github.com:org/repo.git, /home/a:b@c/run, https://www.npmjs.com/@types/node", None),
         ("n_tokens=5, pad_token='x', key=3, {'token': 7}", None),
     ],
 )
@@ -111,7 +120,22 @@ def test_messages_of_megabytes_keep_both_ends() -> None:
 
 @pytest.mark.parametrize(
     "part",
-    ["://a:", "https://", "?password", "password", "pwd={", "password='", "a=", "'a':", "a=%3A%2F%2F", "://a:b ", "? "],
+    [
+        "://a:",
+        "https://",
+        "?password",
+        "password",
+        "pwd={",
+        "password='",
+        "a=",
+        "'a':",
+        "a=%3A%2F%2F",
+        "://a:b ",
+        "? ",
+        "pwd=)",
+        ")",
+        "//a:",
+    ],
 )
 def test_the_time_to_mask_grows_with_the_length_alone(part: str) -> None:
     """Also of what is not cut before: errors of libraries, tracebacks."""

@@ -10,8 +10,10 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dit_mlflow.errors import WorkloadError
 from dit_mlflow.evaluation.figures import LOSS, by_default
 from dit_mlflow.influence.query import CHUNK
+from dit_mlflow.told import text_of
 from dit_mlflow.workload import Batch, Workload, floating_one, to_like
 from dit_mlflow.workload.random_state import fixed_draws
 from dit_mlflow.workload.without_graph import without_graph
@@ -77,5 +79,11 @@ def sample_scores(workload: Workload, model: nn.Module, dataset: Dataset[Any]) -
 
             values = without_graph(measured)
             for name, value in values.items():
-                parts.setdefault(name, []).append(value.double().cpu().numpy())
+                if not isinstance(value, Tensor) or value.shape != (len(indices),):
+                    got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                    raise WorkloadError(
+                        f"Workload.metrics returned {got} for {text_of(name, 100)!r} and a batch of {len(indices)} "
+                        f"samples; expected a tensor of shape [{len(indices)}], one value per sample"
+                    )
+                parts.setdefault(text_of(name, 200), []).append(value.double().cpu().numpy())
     return {name: np.concatenate(found) for name, found in parts.items()}

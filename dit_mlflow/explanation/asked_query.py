@@ -73,7 +73,7 @@ def _asking(queries: list[Query]) -> AskedQuery:
 def read_groups(path: str, parameter: str, expected: str = "a CSV file") -> dict[str, list[int]]:
     """The groups in a CSV file with the columns ``sample_index`` and ``group``; raises :class:`InputError`."""
     try:
-        table = read_table(path, {"group": "str"})
+        table = read_table(path, {"group": "str"}, missing=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{parameter}={path!r} cannot be read: {error}; expected {expected}") from error
     if missing := {"sample_index", "group"} - set(table):
@@ -81,6 +81,9 @@ def read_groups(path: str, parameter: str, expected: str = "a CSV file") -> dict
         raise InputError(
             f"{path} has the columns {told}; expected {' and '.join(sorted(missing))} among them, with commas between"
         )
+    if not table["group"].str.strip().all():
+        line = 2 + int(np.argmin(table["group"].str.strip().astype(bool)))
+        raise InputError(f"{parameter}={path!r} names no group in line {line}; expected one for each sample")
     return {str(name): part["sample_index"].tolist() for name, part in table.groupby("group")}
 
 

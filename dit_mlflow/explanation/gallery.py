@@ -11,7 +11,7 @@ import numpy as np
 
 from dit_mlflow.explanation.markdown import one_line
 from dit_mlflow.told import encodable, logger_of
-from dit_mlflow.workload.appearance import LONGEST_ROW, Appearance, shrunk
+from dit_mlflow.workload.appearance import LONGEST_ROW, Appearance, as_drawn, shrunk
 
 _log = logger_of(__name__)
 
@@ -30,6 +30,7 @@ LONGEST_TEXT = 100_000
 
 def _bounded(shown: Appearance | None) -> Appearance | None:
     """As much of a sample as anything shows of it, before anything copies it."""
+    shown = as_drawn(shown)
     if isinstance(shown, np.ndarray):
         return shrunk(shown)
     if isinstance(shown, str):

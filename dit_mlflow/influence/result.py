@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dit_mlflow.errors import InputError
-from dit_mlflow.influence.stored_result import METADATA_FILE, SCORES_FILE, SIGN_CONVENTION, read_result
+from dit_mlflow.errors import InputError, checked_path
+from dit_mlflow.influence.stored_result import METADATA_FILE, SCORES_FILE, description_of, read_result
 from dit_mlflow.influence.window import Window
 
 
@@ -152,10 +151,10 @@ class Influence:
         Without the last column if :attr:`standard_error` is ``None``.
         """
         window, query, sample = (axis.ravel() for axis in np.indices(self.scores.shape))
-        bounds = np.array([(window.start, window.end) for window in self.windows]).reshape(-1, 2)
+        bounds = np.array([(window.start, window.end) for window in self.windows], dtype=np.int64).reshape(-1, 2)
         return pd.DataFrame(
             {
-                "sample_index": self.samples[sample],
+                "sample_index": np.asarray(self.samples, dtype=np.int64)[sample],
                 "window_index": window,
                 "window_start": bounds[window, 0],
                 "window_end": bounds[window, 1],
@@ -186,21 +185,16 @@ class Influence:
         return pd.concat(sides, ignore_index=True)
 
     def save(self, directory: str | Path) -> Path:
-        """Write ``scores.parquet`` (long form) and ``metadata.json`` into ``directory``, made if missing."""
-        folder = Path(directory)
+        """Write ``scores.parquet`` (long form) and ``metadata.json`` into ``directory``, made if missing.
+
+        Raises:
+            InputError: :meth:`load` would not give the same back; the message names the field. Nothing is written.
+        """
+        content = description_of(self)
+        folder = checked_path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_frame().to_parquet(folder / SCORES_FILE, index=False)
-        description = {
-            "kind": self.kind,
-            "method": self.method,
-            "queries": list(self.queries),
-            "windows": [[window.start, window.end] for window in self.windows],
-            "num_samples": len(self.samples),
-            "sign_convention": SIGN_CONVENTION,
-            **({} if self.degrees_of_freedom is None else {"degrees_of_freedom": self.degrees_of_freedom.tolist()}),
-            **self.metadata,
-        }
-        (folder / METADATA_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
+        (folder / METADATA_FILE).write_bytes(content)
         return folder
 
     @classmethod
@@ -211,4 +205,4 @@ class Influence:
             InputError: the folder holds no result, or its two files contradict each other; the message names the
                 field. No code from the files runs, and memory is bounded by the size of the scores.
         """
-        return cls(**read_result(Path(directory)))
+        return cls(**read_result(checked_path(directory)))

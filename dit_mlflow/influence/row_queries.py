@@ -104,7 +104,9 @@ def _like(example: Any, values: np.ndarray, what: str, part: str) -> list[Any]:
     dtype = str(example.dtype if array else np.asarray(example).dtype).removeprefix("torch.")
     if not dtype.startswith(("bool", "int", "uint", "float", "bfloat")):
         raise InputError(f"the training set's {part} is a {type(example).__name__}; give batch(features, targets)")
-    _check_values(values, not dtype.startswith(("float", "bfloat")), what, f"{part} is {dtype}")
+    _check_values(values, dtype, what, f"{part} is {dtype}")
+    # torch takes no steps backwards in memory, and no other machine's order of bytes.
+    values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
     shaped = values.reshape(len(values), *shape)
     if isinstance(example, Tensor):
         return list(torch.tensor(shaped).to(example.dtype))
@@ -113,12 +115,16 @@ def _like(example: Any, values: np.ndarray, what: str, part: str) -> list[Any]:
     return [type(example)(value) for value in shaped.tolist()]
 
 
-def _check_values(values: np.ndarray, integral: bool, what: str, expected: str) -> None:
+def _check_values(values: np.ndarray, dtype: str, what: str, expected: str) -> None:
     if values.dtype.kind not in "iubf":
         raise InputError(
             f"{what}: values of type {values.dtype}, such as {values.reshape(-1)[0]!r}; the training set's {expected}"
         )
-    unfit = ~np.isfinite(values) if not integral else values != np.floor(values)
+    if dtype.startswith(("float", "bfloat")):
+        unfit = ~np.isfinite(values)
+    else:
+        low, high = (0, 1) if dtype == "bool" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        unfit = (values != np.floor(values)) | (values < low) | (values > high)
     if unfit.any():
         row = int(np.argwhere(unfit.reshape(len(values), -1).any(axis=1))[0, 0])
         value = values[row].reshape(-1)[np.argmax(unfit[row].reshape(-1))]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence.window import Window
 from dit_mlflow.trajectory.manifest import first_fault, open_regular, parse_json
+
+if TYPE_CHECKING:
+    from dit_mlflow.influence.result import Influence
 
 SCORES_FILE = "scores.parquet"
 METADATA_FILE = "metadata.json"
@@ -72,6 +76,12 @@ def read_result(folder: Path) -> dict[str, Any]:
 Natural = Annotated[int, Field(ge=0, lt=2**62)]
 
 
+def _freedom(number: float) -> float:
+    if number < 0:
+        raise ValueError("expected 0 or more, or NaN where it is unknown")
+    return number
+
+
 class _Description(BaseModel):
     """The keys of ``metadata.json`` that are checked."""
 
@@ -88,7 +98,7 @@ class _Description(BaseModel):
     coupled: bool = False
     not_finite: list[Natural] = []
     sign_convention: Literal[SIGN_CONVENTION] = SIGN_CONVENTION  # type: ignore[valid-type]
-    degrees_of_freedom: list[list[Annotated[float, Field(ge=0)]]] | None = None
+    degrees_of_freedom: list[list[Annotated[float, AfterValidator(_freedom)]]] | None = None
     # Not the result's own, but read by what tells of it.
     seconds: float | None = None
     trajectory_digest: str | None = None
@@ -105,6 +115,46 @@ class _Description(BaseModel):
         rows = self.degrees_of_freedom
         if rows and [len(row) for row in rows] != [len(self.queries)] * len(self.windows):
             raise ValueError("degrees_of_freedom: expected a number for each window and query")
+
+
+def description_of(result: Influence) -> bytes:
+    """The content of ``metadata.json``.
+
+    Raises:
+        InputError: it, or the scores, would be refused by :func:`read_result`, or come back as others.
+    """
+    if given := sorted(WRITTEN & result.metadata.keys()):
+        raise InputError(f"metadata has the keys {given}, which are the result's own fields; name them otherwise")
+    freedom, errors, samples = result.degrees_of_freedom, result.standard_error, np.asarray(result.samples)
+    if freedom is not None and errors is None:
+        raise InputError("there are degrees_of_freedom of standard errors, and no standard_error")
+    if errors is not None and np.isinf(errors).any():
+        raise InputError("a standard_error is infinite; expected finite numbers, and NaN where it is unknown")
+    if samples.size and (samples.dtype.kind not in "iu" or samples.min() < 0 or len(np.unique(samples)) < samples.size):
+        raise InputError(f"samples begin with {samples[:5].tolist()}; expected different indices of 0 or more")
+    description = {
+        "kind": result.kind,
+        "method": result.method,
+        "queries": list(result.queries),
+        "windows": [[window.start, window.end] for window in result.windows],
+        "num_samples": samples.size,
+        "sign_convention": SIGN_CONVENTION,
+        **({} if freedom is None else {"degrees_of_freedom": freedom.tolist()}),
+        **result.metadata,
+    }
+    try:
+        "".join(result.queries).encode()
+        content = json.dumps(description, indent=1).encode()
+        if len(content) > LARGEST_METADATA:
+            raise ValueError(f"{len(content)} bytes; expected {LARGEST_METADATA} at most")
+        _Description.model_validate(parse_json(content)).check()
+    except ValidationError as error:
+        raise InputError(f"the result cannot be stored: {first_fault(error)}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the result cannot be stored: {first_line(error)}; expected JSON values in metadata"
+        ) from error
+    return content
 
 
 def _described(path: Path, description: Any) -> dict[str, Any]:
@@ -144,6 +194,8 @@ def _scores(
         raise InputError(f"no influence result in {path.parent}: {path} is no Parquet: {first_line(error)}") from error
     if reader.read != int(np.prod(shape)):
         raise InputError(f"{path} holds {reader.read} rows; expected {int(np.prod(shape))}. It is damaged")
+    if not reader.read:
+        reader.values = {name: np.empty(0) for name in columns if name in {"score", "standard_error"}}
     errors = reader.values.get("standard_error")
     return {
         "samples": reader.samples,
@@ -239,7 +291,7 @@ def _columns(path: Path, table: pq.ParquetFile, longest: int) -> list[str]:
             right, expected = pa.types.is_integer(of), "whole numbers"
         else:
             right, expected = pa.types.is_floating(of) or pa.types.is_integer(of), "numbers"
-        if not right:
+        if not right and table.metadata.num_rows:
             raise InputError(f"{path}: column {name!r} holds {of}; expected {expected}")
     allowed = 2**24 + table.metadata.num_rows * (32 + 4 * longest)
     for group in map(table.metadata.row_group, range(table.metadata.num_row_groups)):

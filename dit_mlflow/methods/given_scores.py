@@ -11,23 +11,33 @@ import numpy as np
 import pandas as pd
 from pandas.errors import ParserWarning
 
-from dit_mlflow.errors import InputError
+from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
+from dit_mlflow.trajectory.manifest import open_regular
 
 SAMPLE, SCORE = "sample_index", "score"
 """Columns of the file."""
 
 
-def read_table(path: str | Path, dtype: Mapping[str, str]) -> pd.DataFrame:
-    """A CSV file; raises :class:`ValueError` if it is none, also if its columns do not stand under their names."""
+def read_table(path: str | Path, dtype: Mapping[str, str], missing: bool = True) -> pd.DataFrame:
+    """A CSV file; raises :class:`ValueError` if it is none, also if its columns do not stand under their names.
+
+    ``missing``: whether texts such as ``NA`` mean that there is no value.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)
         try:
+            # Pipes and devices may have no end.
+            open_regular(Path(path)).close()
             # Else pandas takes a field more than the header has, as of 0,25 for 0.25, for another first column.
-            return pd.read_csv(path, index_col=False, dtype=dict(dtype))
+            return pd.read_csv(path, index_col=False, dtype=dict(dtype), keep_default_na=missing)
         except ParserWarning as error:
             raise ValueError("lines have more fields than the header") from error
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # Any kind: each of the archives that pandas opens by their names has its own.
+            raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

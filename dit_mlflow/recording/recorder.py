@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset
 
 from dit_mlflow.accelerate_internals import torch_optimizer
-from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.errors import InputError, TrajectoryError, checked_path
 from dit_mlflow.recording.finite_check import FiniteCheck
 from dit_mlflow.recording.folder import Written, check_new
 from dit_mlflow.recording.guards import (
@@ -129,7 +129,7 @@ class TrajectoryRecorder:
         self._model = model
         self._recorded_model = RecordedModel(model, optimizer)
         if not resume:
-            check_new(Path(directory))
+            check_new(checked_path(directory))
         self._low_precision = low_precision
         self._store_batches = store_batches
         self._optimizer = optimizer
@@ -140,7 +140,9 @@ class TrajectoryRecorder:
         self._training_set = TrainingSet(None if workload is None else workload.num_samples)
         layouts = self._recorded_model.model_layout, self._recorded_model.optimizer_layout
         # The loop may change the current folder.
-        self._writer = TrajectoryWriter(Path(directory).absolute(), *layouts, reference, self._training_set, on_written)
+        self._writer = TrajectoryWriter(
+            checked_path(directory).absolute(), *layouts, reference, self._training_set, on_written
+        )
         self._resume = resume
         self._groups = Groups(optimizer)
         self._settings: tuple[Hyperparameters, ...] = ()

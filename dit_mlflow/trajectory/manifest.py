@@ -35,7 +35,7 @@ LARGEST = 64 * 2**20
 MOST_FAULTS = 10_000
 """Faults of a document at most of which the first is named."""
 
-MOST_VALUES = 2_000_000
+MOST_VALUES = 4_000_000
 """Values in a JSON document at most: each takes up to a hundred bytes of memory, whatever it takes in the file."""
 
 SAFETENSORS_DTYPES = {
@@ -189,18 +189,31 @@ class Manifest(_Part):
         return manifest
 
     def encode(self) -> bytes:
-        """The content of ``manifest.json``; raises :class:`WorkloadError` for settings that JSON cannot hold."""
+        """The content of ``manifest.json``.
+
+        Raises:
+            WorkloadError: settings that JSON cannot hold.
+            TrajectoryError: it would be too large to be read again.
+        """
         try:
             content = self.model_dump(mode="json")
             text = json.dumps(content, indent=1)
             if r"\ud" in text:  # Halves of surrogate pairs are refused here, rather than when the record is read.
                 json.dumps(content, ensure_ascii=False).encode()
-            return text.encode()
         except (PydanticSerializationError, TypeError, ValueError) as error:
             raise WorkloadError(
                 f"a setting of the workload or the optimizer cannot be stored as JSON: {error}; use numbers, strings, "
                 "lists and dicts as settings"
             ) from error
+        encoded = text.encode()
+        values = _values(encoded)
+        if len(encoded) > LARGEST or values > MOST_VALUES:
+            raise TrajectoryError(
+                f"{FILE_NAME} would take {len(encoded)} bytes for {values} values, of {len(self.checkpoints)} stored "
+                f"states of {len(self.model.parameters)} parameters; {LARGEST} bytes and {MOST_VALUES} values are read "
+                "at most. Store fewer states: a larger checkpoint_every"
+            )
+        return encoded
 
     def until(self, step: int) -> Manifest:
         """The manifest of the training up to the checkpoint at ``step``."""
@@ -308,12 +321,17 @@ def parse_json(content: bytes) -> Any:
     Raises:
         ValueError: it is none, an object has a key twice, or there are more than :data:`MOST_VALUES` values.
     """
-    if sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:
+    if _values(content) > MOST_VALUES:
         raise ValueError(f"it holds more than {MOST_VALUES} values")
     try:
         return json.loads(content.decode(), object_pairs_hook=_once_each)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _values(content: bytes) -> int:
+    """At least as many as the values in a JSON document."""
+    return sum(map(content.count, (b",", b"[", b"{")))
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

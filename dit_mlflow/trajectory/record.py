@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Self
 
-from dit_mlflow.errors import InputError, TrajectoryError
+from dit_mlflow.errors import InputError, TrajectoryError, checked_path
 from dit_mlflow.progress import progress_over
 from dit_mlflow.trajectory.checkpoint_layout import check_layouts
 from dit_mlflow.trajectory.manifest import FILE_NAME, CheckpointEntry, FileEntry, Manifest, StepsFile
@@ -66,7 +66,7 @@ class Record:
         Raises:
             TrajectoryError: there is no trajectory, or it is damaged.
         """
-        folder = Path(directory).absolute()
+        folder = checked_path(directory).absolute()
         record = cls(folder, Manifest.read(folder), fetch)
         if fetch is not None:
             return record

@@ -7,6 +7,8 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
 Appearance = np.ndarray | str | Mapping[str, Any]
@@ -43,7 +45,7 @@ def appearance_of(sample: Any) -> Appearance | None:
         sample = named
     if isinstance(sample, str):
         return sample
-    if not isinstance(sample, Tensor) and not hasattr(sample, "__array__"):
+    if not _is_array(sample):
         return None
     values = _array(sample)
     if values.ndim == 1 and 0 < len(values) <= LONGEST_ROW:
@@ -51,6 +53,15 @@ def appearance_of(sample: Any) -> Appearance | None:
             return " ".join(map(str, values.tolist()))
         return {f"x{position}": value for position, value in enumerate(values.tolist())}
     return _image(values)
+
+
+def as_drawn(shown: Any) -> Any:
+    """What a workload's ``show`` returned; pictures of other libraries, tensors and channels in front as arrays."""
+    if not _is_array(shown):
+        return shown
+    values = _array(shown)
+    drawn = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
+    return values if drawn else appearance_of(values)
 
 
 def shrunk(image: np.ndarray) -> np.ndarray:
@@ -72,14 +83,28 @@ def label_of(sample: Any) -> str | None:
 
 
 def _scalar(value: Any) -> str | float | int | None:
-    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+    if _is_array(value):
         array = _array(value)
         return array.item() if array.size == 1 else None
     return value if isinstance(value, (str, int, float)) else None
 
 
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or hasattr(value, "__array__") or hasattr(value, "__array_interface__")
+
+
 def _array(value: Any) -> np.ndarray:
-    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        # NumPy has no bfloat16.
+        return np.asarray(value.float() if value.dtype == torch.bfloat16 else value)
+    if isinstance(value, Image):
+        every = -(-max(value.size) // LONGEST_SIDE)
+        if every > 1:
+            value = value.resize((max(1, value.width // every), max(1, value.height // every)), Resampling.NEAREST)
+        if value.mode not in {"L", "RGB", "RGBA"}:
+            value = value.convert("RGBA" if value.has_transparency_data else "RGB")
+    return np.asarray(value)
 
 
 def _image(values: np.ndarray) -> np.ndarray | None:

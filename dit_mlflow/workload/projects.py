@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from dit_mlflow.errors import DitError, WorkloadError
+from dit_mlflow.errors import DitError, WorkloadError, checked_path
 from dit_mlflow.told import text_of
 from dit_mlflow.workload.workload import Workload
 
@@ -74,6 +74,11 @@ def find_factory(reference: str, working_directory: bool = True) -> WorkloadFact
     Raises:
         WorkloadError: there is none, or it is one that loads workloads by their names.
     """
+    if not isinstance(reference, str):
+        raise WorkloadError(
+            f"the workload's reference is {text_of(reference, 200)}, a {type(reference).__name__}; expected a str: a "
+            "project folder, or 'package.module:factory'"
+        )
     module_name, colon, name = reference.partition(":")
     if not colon:
         return factory_in(_project_folder(reference), reference)
@@ -156,7 +161,7 @@ def ready_projects() -> dict[str, Path]:
 
 
 def _project_folder(reference: str) -> Path:
-    own, ready = (Path.cwd() / reference).resolve(), ready_projects()
+    own, ready = checked_path(Path.cwd() / reference).resolve(), ready_projects()
     folder = own if (own / "__init__.py").is_file() else ready.get(PurePath(reference).as_posix())
     if folder is None:
         raise WorkloadError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch.nn.functional import cross_entropy
 from workloads import digits_workload
 
 from dit_mlflow import InputError, Trajectory, UnsupportedError, Workload, train
-from dit_mlflow.explanation.asked_query import parse_query
+from dit_mlflow.explanation.asked_query import parse_query, read_groups
+from dit_mlflow.methods.given_scores import GivenScores
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +128,28 @@ def test_what_is_no_table_of_groups_or_labels(workload: Workload, tmp_path: Path
         parse_query(f"group:{path}:a", workload)
     with pytest.raises(UnsupportedError, match="have no classes"):
         parse_query("class:zero", digits_workload(outputs=lambda model, batch: model(batch[0])[:, :1].sum()))
+
+
+def test_groups_called_as_missing_values_are_groups(tmp_path: Path) -> None:
+    """Namibia's code, to pandas, is no text."""
+    path = tmp_path / "groups.csv"
+    path.write_text("sample_index,group\n0,NA\n1,None\n2,b\n3,NA\n")
+    assert read_groups(str(path), "groups") == {"NA": [0, 3], "None": [1], "b": [2]}
+    path.write_text("sample_index,group\n0,a\n1, \n")
+    with pytest.raises(InputError, match="no group in line 3"):
+        read_groups(str(path), "groups")
+
+
+@pytest.mark.parametrize("name", ["groups.zip", "groups.xz", "groups.tar", "groups.csv.gz", "pipe", "endless"])
+def test_what_is_no_table_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "pipe":
+        os.mkfifo(path)
+    elif name == "endless":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(b"no")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_groups(str(path), "groups")
+    with pytest.raises(InputError, match="cannot be read"):
+        GivenScores(path)

@@ -20,7 +20,14 @@ from torch import nn
 
 from dit_mlflow import InputError, Trajectory, TrajectoryError, Window, Workload, WorkloadError, parse_windows, track
 from dit_mlflow.trajectory import State
-from dit_mlflow.trajectory.manifest import WorkloadReference
+from dit_mlflow.trajectory import manifest as manifest_module
+from dit_mlflow.trajectory.manifest import (
+    CheckpointEntry,
+    ModelLayout,
+    OptimizerLayout,
+    TensorLayout,
+    WorkloadReference,
+)
 from dit_mlflow.trajectory.state import drifts, other_optimizer_state
 from dit_mlflow.workload import load_recorded
 from dit_mlflow.workload.random_state import RandomState
@@ -206,9 +213,39 @@ def test_a_manifest_of_very_many_faults_is_refused_at_once(tmp_path: Path) -> No
     with pytest.raises(TrajectoryError, match="500000 values are not what is expected in their places"):
         Trajectory.open(tmp_path / "t")
     edit(tmp_path / "t", lambda m: m.update(epoch_ends=[[]] * 2_000_000))
-    with pytest.raises(TrajectoryError, match="more than 2000000 values"):
+    with pytest.raises(TrajectoryError, match="more than 4000000 values"):
         Trajectory.open(tmp_path / "t")
     assert time.perf_counter() - begun < 10
+
+
+def test_a_manifest_that_could_not_be_read_again_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many states of many parameters, each with a number of its own."""
+    names = [f"layer.{number}" for number in range(100)]
+    manifest = manifest_module.Manifest(
+        complete=True,
+        num_steps=0,
+        num_samples=None,
+        epoch_ends=(),
+        model=ModelLayout(
+            name="m", parameters={name: TensorLayout(shape=(), dtype="float32") for name in names}, buffers={}
+        ),
+        optimizer=OptimizerLayout(name="Adam", defaults={}, groups=(tuple(names),)),
+        steps=(),
+        checkpoints=tuple(
+            CheckpointEntry(step=step, files=(), scalars={name: {"step": step} for name in names}) for step in range(50)
+        ),
+        files={},
+        workload=None,
+        dataset=None,
+        versions={},
+        threads=1,
+    )
+    manifest.encode()
+    for limit in ("MOST_VALUES", "LARGEST"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dit_mlflow.trajectory.manifest.{limit}", 10_000)
+            with pytest.raises(TrajectoryError, match=r"50 stored states of 100 parameters.*checkpoint_every"):
+                manifest.encode()
 
 
 def test_a_shape_beyond_63_bits_is_refused(tmp_path: Path) -> None:

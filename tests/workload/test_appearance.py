@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dit_mlflow import Workload
+from dit_mlflow.explanation.gallery import Gallery
+from dit_mlflow.plots.pictures import is_image
 from dit_mlflow.workload.appearance import LONGEST_ROW, appearance_of, label_of
 
 GREY = np.arange(30.0).reshape(5, 6)
@@ -62,6 +65,38 @@ def test_a_workload_knows_better() -> None:
         label=lambda index: "ab"[index],
     )
     assert (told.appearance(1), told.label_of(1)) == ("sample 1", "b")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "LA", "I;16", "F"])
+def test_pictures_of_pillow_are_drawn(mode: str) -> None:
+    picture = Image.new("L" if mode == "I;16" else "RGB", (2000, 30), 255 if mode == "I;16" else (255, 0, 0))
+    found = Gallery(shows(lambda _: picture.convert(mode))).appearance(0)
+    assert is_image(found)
+    assert found.shape[1] == 500
+    if mode in {"P", "RGB", "RGBA", "CMYK"}:
+        assert found[3, 3, 0] > 250 > 5 > found[3, 3, 1:3].max()
+        assert is_image(appearance_of({"image": picture.convert("RGB"), "label": 1}))
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        torch.rand(3, 8, 9),
+        torch.rand(1, 8, 9, requires_grad=True),
+        torch.rand(8, 9).bfloat16(),
+        np.ones((3, 8, 9)),
+        np.ones((8, 9, 1), dtype=np.uint8),
+    ],
+)
+def test_tensors_and_channels_in_front_are_drawn(shown: Any) -> None:
+    found = Gallery(shows(lambda _: shown)).appearance(0)
+    assert is_image(found)
+    assert found.shape[:2] == (8, 9)
+
+
+def shows(show: Any) -> Workload:
+    data = [(torch.zeros(2), 0)]
+    return Workload(torch.nn.Linear(2, 1), lambda *_: torch.zeros(1), data, data, show=show)  # type: ignore[arg-type]
 
 
 def test_of_rows_no_more_is_looked_at_than_is_shown() -> None:

@@ -15,7 +15,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from dit_mlflow.errors import InputError, TrajectoryError, cause
+from dit_mlflow.errors import InputError, TrajectoryError, cause, masked_errors
 from dit_mlflow.influence import Influence
 from dit_mlflow.influence.stored_result import RESULT_FILES
 from dit_mlflow.replay import Trajectory
@@ -38,9 +38,11 @@ def log_trajectory(trajectory: Trajectory | str | Path, run_id: str | None = Non
     with trajectory.folder() as folder:
         # The manifest comes last: until then the store holds no trajectory, or the earlier one.
         for name in (*trajectory.manifest.files, FILE_NAME):
-            mlflow.log_artifact(str(folder / name), TRAJECTORY, run_id=run_id)
-    MlflowClient().set_tag(run_id, RECORDING, "true")
-    note_training(run_id, trajectory)
+            with masked_errors():
+                mlflow.log_artifact(str(folder / name), TRAJECTORY, run_id=run_id)
+    with masked_errors():
+        MlflowClient().set_tag(run_id, RECORDING, "true")
+        note_training(run_id, trajectory)
 
 
 def load_trajectory(run_id: str) -> Trajectory:
@@ -80,7 +82,8 @@ def log_influence(influence: Influence, run_id: str | None = None, folder: str =
     run_id = run_id or active_run_id()
     kept = influence.save(mkdtemp(prefix="dit-mlflow-"))
     try:
-        mlflow.log_artifacts(str(kept), folder, run_id=run_id)
+        with masked_errors():
+            mlflow.log_artifacts(str(kept), folder, run_id=run_id)
     except BaseException:
         again = f"dit_mlflow.tracking.log_influence(dit_mlflow.Influence.load({str(kept)!r}), {run_id!r}, {folder!r})"
         _log.error("the scores of %s/ of run %s are not in its store, but in %s: %s", folder, run_id, kept, again)
@@ -99,6 +102,8 @@ def load_influence(source: str, folder: str = INFLUENCE) -> Influence:
     Raises:
         InputError: no such run or model, or it has no influence.
     """
+    if not isinstance(source, str):
+        raise InputError(f"source is a {type(source).__name__}; expected a run's id, runs:/… or models:/…, as a str")
     if source.startswith("models:"):
         return load_model_influence(source, folder)
     if source.startswith("runs:/"):

@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 from stores import Store
 from workloads import digits_workload
 
-from dit_mlflow import Query, parse_windows
+from dit_mlflow import Query, WorkloadError, parse_windows
+from dit_mlflow.evaluation.metrics import mean_scores
 from dit_mlflow.explanation import Checks
 from dit_mlflow.tracking import load_influence, load_trajectory, run_influence, run_training
 from dit_mlflow.tracking.store import explanations
@@ -105,13 +106,22 @@ def test_names_and_settings_that_databases_refuse_or_terminals_obey_are_kept_as_
 
 
 def test_metrics_of_any_name_do_not_fail_a_run_after_its_training(store: str) -> None:
-    names = ["top-5 %", "$x$\x1b[1m", "a//..", "m" * 300]
+    names: list[Any] = ["top-5 %", "$x$\x1b[1m", "a//..", "m" * 300, 3, None]
     ones = torch.ones(16)
     workload = digits_workload(epochs=1, batch_size=24, metrics=lambda model, batch: dict.fromkeys(names, ones))
     run = MlflowClient().get_run(run_training(workload))
     assert run.info.status == "FINISHED"
-    found = {"top-5 _", "_x___1m", "a/_/_", ("validation/" + "m" * 300)[11:200]}
+    found = {"top-5 _", "_x___1m", "a/_/_", "3", "None", ("validation/" + "m" * 300)[11:200]}
     assert {f"validation/{name}" for name in found} < set(run.data.metrics)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [(0.5, "a float"), (torch.tensor(0.5), r"shape \[\]"), (torch.ones(3), r"\[3\]")]
+)
+def test_metrics_that_are_not_one_value_per_sample_are_named(value: Any, got: str) -> None:
+    workload = digits_workload(metrics=lambda model, batch: {"share": value})
+    with pytest.raises(WorkloadError, match=rf"{got} for 'share' and a batch of 16"):
+        mean_scores(workload, workload.build_model(), workload.validation_set)
 
 
 class Mute:
