@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 from mlflow import MlflowClient, entities
@@ -12,6 +13,7 @@ from mlflow.entities import DatasetInput, InputTag
 
 from dit_mlflow.told import text_of, told
 from dit_mlflow.tracking.store.names import DATASET_CONTEXT
+from dit_mlflow.tracking.store.patience import asked_again, made_at_once
 from dit_mlflow.workload import Workload
 
 DIGEST_CHARACTERS = 32
@@ -58,15 +60,19 @@ class SampleSet(Dataset):
 def log_dataset(run_id: str, dataset: SampleSet, context: str) -> None:
     """Log a data set as input of a run; ``context``: ``training``, ``validation`` or ``test``."""
     tags = [InputTag(DATASET_CONTEXT, context)]
-    MlflowClient().log_inputs(run_id, [DatasetInput(entities.Dataset(**dataset.to_dict()), tags)])
+    _log_inputs(run_id, [DatasetInput(entities.Dataset(**dataset.to_dict()), tags)])
 
 
 def log_datasets_of(training_run_id: str, run_id: str) -> None:
     """Log the data sets of a training as inputs of a run that asks about it."""
-    client = MlflowClient()
-    inputs = client.get_run(training_run_id).inputs
+    inputs = MlflowClient().get_run(training_run_id).inputs
     if inputs is not None and inputs.dataset_inputs:
-        client.log_inputs(run_id, inputs.dataset_inputs)
+        _log_inputs(run_id, inputs.dataset_inputs)
+
+
+def _log_inputs(run_id: str, inputs: list[DatasetInput]) -> None:
+    # The runs of an experiment share the row of a data set; two that make it at once are one too many for a database.
+    asked_again(partial(MlflowClient().log_inputs, run_id, inputs), made_at_once)
 
 
 def workload_source(workload: Workload) -> dict[str, str]:

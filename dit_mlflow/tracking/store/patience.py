@@ -5,6 +5,7 @@ MLflow itself repeats a request that no server takes, for minutes; not one whose
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,6 +74,12 @@ def disconnected(error: BaseException) -> bool:
         if _name(seen) in ("sqlalchemy.exc.OperationalError", "sqlalchemy.exc.InterfaceError"):
             return not _name(getattr(seen, "orig", None)).startswith("sqlite3.")
     return False
+
+
+def made_at_once(error: BaseException) -> bool:
+    """Whether another client made the same row of a database at the same moment; it is found if asked for again."""
+    # A server tells no more than the text.
+    return re.search("UniqueViolation|UNIQUE constraint failed|Duplicate entry", str(error)) is not None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
