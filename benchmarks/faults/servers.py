@@ -192,7 +192,7 @@ SCENES = (
 
 
 def faults(folder: Path, sizes: dict[str, int]) -> list[Row]:
-    """Every scene: 4 trainings of 1,500 steps and 30 s are recorded, 3 main jobs begin, and then the fault."""
+    """Every scene: 4 trainings of 1,500 steps and 30 s are recorded, 3 main jobs train, and then the fault comes."""
     reference = quiet_scores(folder)
     with ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(_seen, scene, folder / f"scene-{at}", reference) for at, scene in enumerate(SCENES)]

@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.faults.processes import Ready, note
@@ -146,11 +147,11 @@ def looked_in(ready: Ready, folders: Sequence[str]) -> list[dict[str, Any]]:
 def ask(ready: Ready, experiment: str) -> str:
     """The main job, as the command line runs it, on a training of its own that is the same in each process.
 
-    Returns the influence run's id.
+    Ready at its first step. Returns the influence run's id.
     """
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     mlflow.set_experiment(experiment)
-    ready()
+    register_optimizer_step_post_hook(lambda *arguments: ready())
     said: list[str] = []
 
     def job(project_run_id: str | None) -> str:

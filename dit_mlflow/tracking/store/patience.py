@@ -25,6 +25,7 @@ QUIET = 4
 _log = logger_of(__name__)
 
 Asked = Callable[[], Any]
+Passing = Callable[[BaseException], bool]
 
 
 @contextmanager
@@ -34,12 +35,12 @@ def patient_stores() -> Iterator[None]:
     A run that was made although the answer was lost is found again; other things that would be made twice are not asked
     for again.
     """
-    databases = _Databases()
-    with clients_through(lambda store: _PatientStore(store, databases), _patient_request):
+    patience = _Patience()
+    with clients_through(lambda store: _PatientStore(store, patience), _patient_request):
         yield
 
 
-def asked_again(ask: Asked, passing: Callable[[BaseException], bool], instead: Asked = lambda: None) -> Any:
+def asked_again(ask: Asked, passing: Passing, instead: Asked = lambda: None) -> Any:
     """What ``ask`` returns; called up to :data:`TRIES` times, as long as what it raises is ``passing``.
 
     ``instead``: asked before ``ask`` is called again; what it returns, unless ``None``, is the answer.
@@ -105,42 +106,39 @@ def _patient_request(request: Callable[..., Any]) -> Callable[..., Any]:
     return ask
 
 
-class _Databases:
-    """Asks databases. Before the first answer, a wrong address or password is told at once."""
+class _Patience:
+    """Asks stores. Before a database has answered at all, a wrong address or password is told at once."""
 
     def __init__(self) -> None:
         self._answered = False
 
     def ask(self, asked: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return self.ask_or(lambda: None, disconnected, asked, *arguments, **options)
+        return self.ask_or(lambda: None, self.disconnected, asked, *arguments, **options)
 
     def ask_or(
-        self,
-        instead: Asked,
-        passing: Callable[[BaseException], bool],
-        asked: Callable[..., Any],
-        *arguments: Any,
-        **options: Any,
+        self, instead: Asked, passing: Passing, asked: Callable[..., Any], *arguments: Any, **options: Any
     ) -> Any:
-        ask = partial(asked, *arguments, **options)
-        found = asked_again(ask, passing, instead) if self._answered else ask()
+        found = asked_again(partial(asked, *arguments, **options), passing, instead)
         self._answered = True
         return found
+
+    def disconnected(self, error: BaseException) -> bool:
+        return self._answered and disconnected(error)
 
 
 class _PatientStore:
     """A tracking store of MLflow whose methods are :func:`asked_again`."""
 
-    def __init__(self, store: Any, databases: _Databases) -> None:
-        self._store, self._databases = store, databases
+    def __init__(self, store: Any, patience: _Patience) -> None:
+        self._store, self._patience = store, patience
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._store, name)
-        return partial(self._databases.ask, found) if callable(found) and not name.startswith("create_") else found
+        return partial(self._patience.ask, found) if callable(found) and not name.startswith("create_") else found
 
     def create_run(self, experiment_id: str, user_id: str, start_time: int, tags: Any, run_name: str) -> Any:
         def passing(error: BaseException) -> bool:
-            return disconnected(error) or broken_off(error)
+            return self._patience.disconnected(error) or broken_off(error)
 
         def made() -> Any:
             """The run that was made in that millisecond with that name and these tags, if there is one."""
@@ -151,4 +149,4 @@ class _PatientStore:
             return next((r for r in found if r.info.run_name == run_name and given <= r.data.tags.items()), None)
 
         asked = (experiment_id, user_id, start_time, tags, run_name)
-        return self._databases.ask_or(made, passing, self._store.create_run, *asked)
+        return self._patience.ask_or(made, passing, self._store.create_run, *asked)

@@ -131,12 +131,12 @@ def test_a_run_whose_answer_was_lost_is_found_again(store: str) -> None:
 def test_a_wrong_address_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(patience.time, "sleep", waits.append)
-    databases = patience._Databases()
+    patient = patience._Patience()
     with pytest.raises(MlflowException):
-        databases.ask(failing(1))
+        patient.ask(failing(1))
     assert not waits
-    assert databases.ask(failing(0)) == "answer"
-    assert databases.ask(failing(3)) == "answer"
+    assert patient.ask(failing(0)) == "answer"
+    assert patient.ask(failing(3)) == "answer"
     assert len(waits) == 3
 
 
