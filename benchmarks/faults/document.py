@@ -48,7 +48,8 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "faults": (
         "Stores that fail",
         "Four trainings of 1,500 steps that take 30 s each are being recorded, and three main jobs began to train a "
-        "second ago, when the fault comes. `exit 0`: training and the end of its run passed. Where the store stays away, the "
+        "second ago, when the fault comes. `exit 0`: training and the end of its run passed. Where the store stays "
+        "away, the "
         "message names a folder; kept after `log_trajectory` counts what the store holds once it is back and that"
         " was called. MLflow's own retries are the default, except where the fault is for good (2 retries, 20 s)."
         " MLflow repeats no request whose answer was cut, and none to a database that ended the connection: jobs "
