@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -89,16 +90,19 @@ def check_new(directory: Path) -> None:
 
 @contextmanager
 def claimed(directory: Path) -> Iterator[None]:
-    """Inside it, no other recorder begins in the folder.
+    """Inside it, no other recorder begins in the folder. A claim ends with its process, if that is killed.
 
     Raises:
         TrajectoryError: another one does, or has begun.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / CLAIM
+    # Without locks, the file itself is the claim.
+    flags = os.O_CREAT | os.O_RDWR | (os.O_EXCL if sys.platform == "win32" else 0)
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError as error:
+        claim = os.open(path, flags)
+        _lock(claim)
+    except (FileExistsError, BlockingIOError) as error:
         raise TrajectoryError(
             f"another recorder begins in {directory}; record into a folder of its own. If none does (it was killed), "
             f"remove {path}"
@@ -108,6 +112,21 @@ def claimed(directory: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+        os.close(claim)
+
+
+def _lock(descriptor: int) -> None:
+    """Raise ``BlockingIOError`` if another one holds the file; of file systems without locks, none is asked."""
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError:
+            pass
 
 
 class TrajectoryFolder:

@@ -31,6 +31,7 @@ from dit_mlflow import (
     WorkloadError,
     train,
 )
+from dit_mlflow.recording.folder import CLAIM, claimed
 
 
 class Augmented(Dataset[Any]):
@@ -388,13 +389,19 @@ def test_of_two_recorders_in_a_new_folder_one_begins(tmp_path: Path) -> None:
         with pytest.raises(TrajectoryError, match="already holds a trajectory"):
             recorders[1].__enter__()
         assert Trajectory.open(tmp_path / "t").checkpoint_steps == (0,)
-    # At the same moment.
-    (tmp_path / "u").mkdir()
-    (tmp_path / "u" / ".recording").touch()
+
+
+def test_a_claim_holds_as_long_as_its_process(tmp_path: Path) -> None:
     model = digits_model()
-    late = TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "u")
-    with pytest.raises(TrajectoryError, match="another recorder begins in"):
+    late = TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t")
+    with claimed(tmp_path / "t"), pytest.raises(TrajectoryError, match="another recorder begins in"):
         late.__enter__()
+    # As a kill leaves it.
+    (tmp_path / "t" / CLAIM).touch()
+    model = digits_model()
+    with TrajectoryRecorder(model, SGD(model.parameters(), lr=0.1), tmp_path / "t", resume=True):
+        assert not (tmp_path / "t" / CLAIM).exists()
+    assert Trajectory.open(tmp_path / "t").complete
 
 
 def test_what_was_recorded_is_kept_where_the_interpreter_ends_without_leaving_the_block(tmp_path: Path) -> None:
