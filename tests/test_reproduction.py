@@ -70,7 +70,9 @@ def test_the_published_method_is_the_final_query_in_our_sweep(tmp_path: Path) ->
     assert not np.allclose(own, expected[0], rtol=0.05, atol=0), "the wrong query makes a difference"
 
 
-@pytest.mark.parametrize("table", list(TABLES))
+@pytest.mark.parametrize(
+    "table", [pytest.param(table, marks=() if table == "correlation" else pytest.mark.slow) for table in TABLES]
+)
 def test_each_table_is_a_parent_with_a_child_for_each_method_and_seed(table: str, small: None, tmp_path: Path) -> None:
     said = reproduce(ReproductionRequest(table, seeds=2, quick=True, jobs=1))
     assert "0 failed" in said

@@ -82,8 +82,9 @@ def presentations(trajectory: Trajectory, workload: Workload) -> Presentations:
     rows = []
     for t, state in enumerate(replay.forward(0, trajectory.num_steps - 1)):
         step = trajectory.step(t)
+        snapshot = Snapshot(replay, state, step)
         drawn.clear()
-        norms = presented_norms(replay, step, Snapshot(replay, state, step))
+        norms = presented_norms(replay, step, snapshot)
         bins = torch.cat(drawn).numpy() * BINS // workload.settings["timesteps"]
         rows.append((np.full(len(norms), t), step.samples, bins, norms))
     return Presentations(*(np.concatenate(column) for column in zip(*rows, strict=True)))

@@ -237,7 +237,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-LONG = [case for case in CASES if case.startswith(("gradient penalty", "penalty on", "with BatchNorm's"))][1:]
+LONG = {
+    "branches and selections by values",
+    "detached balance",
+    *[case for case in CASES if case.startswith(("gradient penalty", "penalty on", "with BatchNorm's"))][1:],
+}
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in LONG else ()) for case in CASES])

@@ -152,7 +152,9 @@ def kinds(trajectory: Trajectory) -> set[tuple[int, ...]]:
     return {tuple(map(len, trajectory.step(t).indices)) for t in range(trajectory.num_steps)}
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "attention" else ()) for name in WORKLOADS]
+)
 def test_traced_steps_give_the_same_scores(name: str, tmp_path: Path) -> None:
     compare_all(name, tmp_path / "t")
 
@@ -166,6 +168,7 @@ def test_compiled_steps_give_the_same_scores(name: str, tmp_path: Path, monkeypa
     compare_all(name, tmp_path / "t")
 
 
+@pytest.mark.slow
 def test_other_weights_and_kinds_of_window_give_the_same_scores(tmp_path: Path) -> None:
     workload = digits_workload(optimizer=momentum)
     trajectory = train(workload, tmp_path / "t")

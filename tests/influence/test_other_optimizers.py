@@ -234,7 +234,7 @@ def of(cls: Any, **settings: Any) -> Workload:
         (lambda parameters: Mine(parameters, lr=0.3), "cumulative"),
         (Counting, "local"),
         (partial(Averaging, where="tensor"), "cumulative"),
-        (Reading, "cumulative"),
+        pytest.param(Reading, "cumulative", marks=pytest.mark.slow),
         (Choosy, "local"),
         pytest.param(partial(torch.optim.Adafactor, lr=0.05, eps=(1e-7, 1e-3)), "local", marks=pytest.mark.slow),
         (partial(torch.optim.Adafactor, lr=0.05, eps=(1e-7, 0.5), d=1.1, weight_decay=0.1), "final"),

@@ -537,6 +537,7 @@ def test_methods_that_look_into_the_loss_refuse_by_name(name: str, tmp_path: Pat
         method(name)(trajectory, workload, [Window(0, 3)])
 
 
+@pytest.mark.slow
 def test_draws_and_explanations_take_any_step(tmp_path: Path) -> None:
     workload = digits_workload(step=mean_teacher, model=Taught, optimizer=CASES["mean teacher"]["optimizer"], epochs=1)
     trajectory = train(workload, tmp_path / "trajectory")

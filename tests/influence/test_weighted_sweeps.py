@@ -122,7 +122,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "a step of one's own" else ()) for name in WORKLOADS]
+)
 def test_side_by_side_is_one_after_the_other(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With two queries, of which one has a row of its own for each training; to rounding."""
     workload = WORKLOADS[name]()
@@ -200,7 +202,12 @@ class Reads(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model": Assigns}, {"model": Reads}, {"step": own_step_that_branches, "optimizer": two}]
+    "changes",
+    [
+        {"model": Assigns},
+        {"model": Reads},
+        pytest.param({"step": own_step_that_branches, "optimizer": two}, marks=pytest.mark.slow),
+    ],
 )
 def test_what_vmap_cannot_run_is_run_one_by_one(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

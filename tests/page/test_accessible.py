@@ -98,7 +98,7 @@ def test_axe_looks(opened: Opener, axe: str) -> None:
     assert {name for name, _ in serious(body.evaluate(f"() => {{ {RUN} }}"))} == {"image-alt", "color-contrast"}
 
 
-@pytest.mark.parametrize("windows", [1, pytest.param(4, marks=pytest.mark.slow), 40])
+@pytest.mark.parametrize("windows", [*(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4)), 40])
 @pytest.mark.parametrize("looks", LOOKS)
 def test_on_a_narrow_screen_nothing_is_cut_off(opened: Opener, looks: str, windows: int) -> None:
     page = opened(page_of(looks, windows), width=400)
@@ -147,7 +147,7 @@ def test_the_tab_key_reaches_all_that_can_be_done(opened: Opener) -> None:
         assert body.evaluate(focused) == f"sample {first}"
 
 
-@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("width", [400, pytest.param(1280, marks=pytest.mark.slow)])
 def test_firefox_shows_the_same(fox: firefox.Firefox, axe: str, tmp_path: Path, width: int) -> None:
     path = tmp_path / "report.html"
     path.write_text(page_of("pictures"), encoding="utf-8")

@@ -394,7 +394,7 @@ def test_a_workload_that_cannot_tell_of_its_samples_leaves_gaps() -> None:
             np.random.default_rng(0).integers(0, 256, (128, 128, 4), dtype=np.uint8),
             None,
         ),
-        "one channel": (np.ones((8, 8, 1)), ...),
+        "one channel": (np.ones((8, 8, 1)), np.zeros((8, 8))),
         "empty": (np.ones((0, 3)), ...),
         "four axes": (np.ones((2, 2, 2, 2)), ...),
         "words": (np.array([["a"]]), ...),

@@ -430,6 +430,7 @@ def test_other_values_in_the_manifest(data: st.DataObject, kind: str) -> None:
         check_believed(recorded, folder)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 def test_other_steps(data: st.DataObject, kind: str) -> None:
@@ -439,6 +440,7 @@ def test_other_steps(data: st.DataObject, kind: str) -> None:
         check_believed(recorded, folder)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 def test_other_tensors(data: st.DataObject, kind: str) -> None:

@@ -95,6 +95,7 @@ def test_a_method_that_fails_is_reported_and_stops_nothing(store: str, monkeypat
     assert "RUNNING" not in {run.info.status for run in runs()}
 
 
+@pytest.mark.slow
 def test_seeds_of_weights_and_order_are_separate(store: str) -> None:
     finished = compare(methods="dit", seeds="4", windows="2", ground_truth="12")
     assert finished.exit_code == 0, finished.output

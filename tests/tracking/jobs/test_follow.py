@@ -73,6 +73,7 @@ def follow(*arguments: str) -> tuple[int, str]:
     return finished.exit_code, finished.output
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_followed_to_its_end_by_epochs_and_a_few_at_a_time(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

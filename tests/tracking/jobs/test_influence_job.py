@@ -240,6 +240,7 @@ def test_names_of_window_runs_sort_as_the_windows_do() -> None:
     assert names[7] == "w0007 7-8"
 
 
+@pytest.mark.slow
 def test_output_is_the_answer_alone_when_piped(store: str) -> None:
     command = [sys.executable, "-m", "dit_mlflow.cli", "influence", "--trust=6", "--ground-truth=none"]
     command += [f"--{name}={value}" for name, value in SMALL.items()]

@@ -195,6 +195,7 @@ run_job("influence", job)
     assert "SQLAlchemy database error" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_hangups_that_nohup_ignores_stay_ignored(store: str) -> None:
     script = """
 import os, signal

@@ -77,6 +77,7 @@ def recorded(
                 at_epoch(epoch, recorder)
 
 
+@pytest.mark.slow
 def test_influence_is_there_while_training_runs(store: str, capfd: pytest.CaptureFixture[str]) -> None:
     workload = small_digits()
     waited: list[str] = []

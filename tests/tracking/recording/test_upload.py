@@ -101,6 +101,7 @@ def test_a_server_that_is_lost_does_not_stop_training(
     assert whole.verify(digits_workload()).max_drift == 0.0
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_gets_what_it_missed(door: Door, caplog: pytest.LogCaptureFixture) -> None:
     def come_back() -> None:
         time.sleep(0.5)

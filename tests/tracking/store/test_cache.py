@@ -134,6 +134,7 @@ def fill_and_empty(folder: Path) -> tuple[int, set[int]]:
     return downloads, asked
 
 
+@pytest.mark.slow
 def test_processes_that_fill_and_empty_one_cache_at_once_all_read_what_they_asked_for(tmp_path: Path) -> None:
     with ProcessPoolExecutor(4, mp_context=processes.context()) as pool:
         downloads, asked = zip(*pool.map(fill_and_empty, [tmp_path / "c"] * 4), strict=True)
