@@ -38,15 +38,17 @@ def artifact_store(uri: str) -> ArtifactRepository:
 def clients_through(store: Callable[[Any], Any], request: Callable[[Any], Any]) -> Iterator[None]:
     """Inside, MLflow's clients use what ``store`` makes of a tracking store, ``request`` of the function that requests.
 
-    ``TrackingServiceClient`` and ``mlflow.utils.rest_utils``: stores are registered by the scheme of their URI, so
-    there is no documented way to stand before each. If it goes: an ``AttributeError`` when a job starts.
+    The registry of ``mlflow.tracking._tracking_service.utils``, and ``mlflow.utils.rest_utils``: stores are registered
+    by the scheme of their URI, so there is no documented way to stand before each. If it goes: an ``AttributeError``
+    when a job starts.
     """
-    from mlflow.tracking._tracking_service.client import TrackingServiceClient
+    from mlflow.tracking._tracking_service import utils
     from mlflow.utils import rest_utils
 
-    places = ((TrackingServiceClient, "store"), (rest_utils, "_get_http_response_with_retries"))
+    registry: Any = utils._tracking_store_registry
+    places = ((registry, "get_store"), (rest_utils, "_get_http_response_with_retries"))
     found: list[Any] = [getattr(*place) for place in places]
-    changed = (property(lambda client: store(found[0].fget(client))), request(found[1]))
+    changed = (lambda *named, **options: store(found[0](*named, **options)), request(found[1]))
     try:
         for place, value in zip(places, changed, strict=True):
             setattr(*place, value)

@@ -51,6 +51,9 @@ def test_clients_go_through_what_stands_before_their_store(store: str) -> None:
     with mlflow_internals.clients_through(Before, lambda request: request), mlflow.start_run():
         mlflow.log_metric("loss", 1.0)
         mlflow.log_text("told", "a.txt")
+        before = len(asked)
+        assert mlflow.MlflowClient().list_artifacts(mlflow.active_run().info.run_id)
+        assert "get_run" in asked[before:]
     assert {"create_run", "log_metric", "get_run", "update_run_info"} <= set(asked)
     known = len(asked)
     mlflow.search_experiments()
