@@ -308,8 +308,8 @@ def ui(context: click.Context) -> None:
     """Start MLflow's UI on the results; the options are those of mlflow ui (--port, --host …)."""
     from dit_mlflow.tracking.ui.links import store_uri
 
-    results = {"MLFLOW_BACKEND_STORE_URI": store_uri()}
     where = store_uri()
+    results = {"MLFLOW_BACKEND_STORE_URI": where}
     if where.startswith(("http", "databricks")):
         raise click.ClickException(told(f"results are on a server: open {where}"))
     # Anything else MLflow refuses with a traceback, which shows the URI's password.

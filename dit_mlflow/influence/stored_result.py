@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence.window import Window
-from dit_mlflow.trajectory.manifest import first_fault, open_regular, parse_json
+from dit_mlflow.trajectory.untrusted import first_fault, open_regular, parse_json
 
 if TYPE_CHECKING:
     from dit_mlflow.influence.result import Influence

@@ -14,7 +14,7 @@ from pandas.errors import ParserWarning
 from dit_mlflow.errors import InputError, first_line
 from dit_mlflow.influence.question import Question
 from dit_mlflow.methods.method import Estimate, Method
-from dit_mlflow.trajectory.manifest import open_regular
+from dit_mlflow.trajectory.untrusted import open_regular
 
 SAMPLE, SCORE = "sample_index", "score"
 """Columns of the file."""

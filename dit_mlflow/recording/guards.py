@@ -170,6 +170,7 @@ class Groups:
 
     def __init__(self, optimizer: Optimizers) -> None:
         self._optimizer = optimizer
+        # Kept, so that no other tensor gets the id of one of them.
         self._params = [[*group["params"]] for group in groups_of(optimizer)]
         self._ids = [tuple(map(id, params)) for params in self._params]
         self._seen: list[dict[str, Any]] = []

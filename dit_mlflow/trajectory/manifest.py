@@ -7,20 +7,19 @@ import json
 import os
 import platform
 import re
-import stat
-from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from dit_mlflow.errors import TrajectoryError, WorkloadError
+from dit_mlflow.trajectory.untrusted import MOST_VALUES, first_fault, open_regular, parse_json, values_in
 from dit_mlflow.workload.batches import most_common
 from dit_mlflow.workload.projects import WorkloadReference
 
@@ -31,12 +30,6 @@ FORMAT: Literal[3] = 3
 
 LARGEST = 64 * 2**20
 """Bytes of a manifest at most; one of a million steps takes a few MiB."""
-
-MOST_FAULTS = 10_000
-"""Faults of a document at most of which the first is named."""
-
-MOST_VALUES = 4_000_000
-"""Values in a JSON document at most: each takes up to a hundred bytes of memory, whatever it takes in the file."""
 
 SAFETENSORS_DTYPES = {
     "F64": "float64",
@@ -206,7 +199,7 @@ class Manifest(_Part):
                 "lists and dicts as settings"
             ) from error
         encoded = text.encode()
-        values = _values(encoded)
+        values = values_in(encoded)
         if len(encoded) > LARGEST or values > MOST_VALUES:
             raise TrajectoryError(
                 f"{FILE_NAME} would take {len(encoded)} bytes for {values} values, of {len(self.checkpoints)} stored "
@@ -304,51 +297,6 @@ def _check_format(path: Path, content: Any) -> None:
         f"{path} has format {number!s:.20}, and this version of dit-mlflow reads format {FORMAT} alone: record the "
         f"training again, or open it with the version that wrote it, {writer!r:.40}"
     )
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """The opened file; raises ``OSError`` for a device or a pipe, which may have no end, before anything is read."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{path} is not a regular file")
-    return os.fdopen(descriptor, "rb")
-
-
-def parse_json(content: bytes) -> Any:
-    """Parse JSON in UTF-8.
-
-    Raises:
-        ValueError: it is none, an object has a key twice, or there are more than :data:`MOST_VALUES` values.
-    """
-    if _values(content) > MOST_VALUES:
-        raise ValueError(f"it holds more than {MOST_VALUES} values")
-    try:
-        return json.loads(content.decode(), object_pairs_hook=_once_each)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _values(content: bytes) -> int:
-    """At least as many as the values in a JSON document."""
-    return sum(map(content.count, (b",", b"[", b"{")))
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one with a repeated key is refused, because parsers read it differently."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{twice!r} is there twice")
-    return found
-
-
-def first_fault(error: ValidationError) -> str:
-    """Where the first fault is, and which; of very many, which take long to list, only how many."""
-    if (count := error.error_count()) > MOST_FAULTS:
-        return f"{count} values are not what is expected in their places"
-    first = error.errors(include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the whole file'}: {first['msg']}"
 
 
 def library_versions() -> dict[str, str]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dit_mlflow.errors import TrajectoryError
 from dit_mlflow.trajectory.manifest import DTYPES as STATE_DTYPES
-from dit_mlflow.trajectory.manifest import Manifest, StepsFile, parse_json
+from dit_mlflow.trajectory.manifest import Manifest, StepsFile
 from dit_mlflow.trajectory.step_record import Hyperparameters, StepFields, StepRecord
 from dit_mlflow.trajectory.tensor_file import TensorFile
+from dit_mlflow.trajectory.untrusted import parse_json
 from dit_mlflow.workload.random_state import RandomState
 
 Value = TypeVar("Value")

@@ -17,7 +17,8 @@ from dit_mlflow.influence import Influence
 from dit_mlflow.tracking.store.artifacts import load_influence
 from dit_mlflow.tracking.store.names import GROUND_TRUTH, WHOLE_RUN, WHOLE_RUN_EXACT
 from dit_mlflow.tracking.ui.links import model_link, run_link
-from dit_mlflow.trajectory.manifest import LARGEST, open_regular, parse_json
+from dit_mlflow.trajectory.manifest import LARGEST
+from dit_mlflow.trajectory.untrusted import open_regular, parse_json
 
 
 def card_facts(
